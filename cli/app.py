@@ -1,0 +1,45 @@
+"""`mlx-pararnn`: the list of commands. Each command imports what it needs when it runs."""
+
+from importlib.metadata import version as package_version
+from typing import Annotated
+
+import typer
+
+from .chat import chat
+from .convert import convert
+from .generate import generate
+
+app = typer.Typer(
+    name="mlx-pararnn",
+    help="Run ParaRNN language models on Apple silicon: convert a PyTorch checkpoint, generate, chat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(convert)
+app.command()(generate)
+app.command()(chat)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"mlx-pararnn {package_version('mlx-pararnn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

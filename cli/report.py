@@ -1,0 +1,64 @@
+"""What a user sees when a command fails: one sentence on stderr, and the exit code."""
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+
+from mlx_pararnn.errors import PararnnError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_debug = False
+
+
+def _set_debug(value: bool) -> bool:
+    global _debug
+    _debug = value
+    return value
+
+
+# Every command takes this option; its callback is all there is to it.
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, help="Show Python's traceback when a command fails.")
+]
+
+
+def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn what `command` raises into one sentence and an exit code: 1, or 130 for Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            if _debug:
+                raise
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if _debug:
+                raise
+            typer.echo(f"error: {_sentence(error)}", err=True)
+            raise typer.Exit(1) from None
+
+    return wrapper
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, PararnnError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}"
+    if isinstance(error, ImportError) and (error.name or "").startswith(("mlx", "libmlx")):
+        return (
+            f"MLX cannot be loaded here ({error}); on Linux install it with pip install 'mlx-pararnn[cpu]' "
+            "or, for an NVIDIA GPU, 'mlx-pararnn[cuda]'"
+        )
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return f"{type(error).__name__}: {first_line} (run again with --debug for the traceback)"
