@@ -1,0 +1,112 @@
+"""Options that `generate` and `chat` share, and what they mean to MLX-LM."""
+
+import math
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_pararnn.errors import PararnnError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_pararnn.model import Model
+
+ModelPath = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A folder that `mlx-pararnn convert` wrote, or a Hugging Face repository; "
+        "the bundled demo if left out.",
+    ),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-m", min=1, help="Generate at most this many tokens.")
+]
+Temp = Annotated[
+    float, typer.Option("--temp", min=0.0, help="Sampling temperature; 0 takes the likeliest token.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p",
+        min=0.0,
+        max=1.0,
+        help="Sample from the likeliest tokens that add up to this probability; 1 is off.",
+    ),
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", min=0, help="Sample from this many likeliest tokens; 0 is off.")
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p",
+        min=0.0,
+        max=1.0,
+        help="Leave out tokens less likely than this share of the likeliest; 0 is off.",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", min=0.0, help="Make recent tokens less likely; 1 is off.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Draw the same tokens again.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End the text before this string; may be given several times."),
+]
+Import = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import", metavar="MODULE", help="Import a module first, one that registers a cell of your own."
+    ),
+]
+
+
+def import_modules(names: list[str] | None) -> None:
+    """Import what --import names, from the working directory too."""
+    import sys
+
+    if names and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in names or []:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise PararnnError(f"--import {name}: {error}") from error
+
+
+def load(model: str | None, modules: list[str] | None) -> "tuple[Model, TokenizerWrapper]":
+    import_modules(modules)
+    from mlx_pararnn.loading import DEMO
+    from mlx_pararnn.loading import load as load_pair
+
+    return load_pair(model or DEMO)
+
+
+def sampling(
+    temp: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    vocab_size: int,
+) -> dict[str, Any]:
+    """The sampler and logits processors, as keyword arguments of `stream_generate`; seeds MLX."""
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+    if not all(map(math.isfinite, (temp, top_p, min_p, repetition_penalty))) or repetition_penalty == 0:
+        raise PararnnError(
+            "--temp, --top-p, --min-p and --repetition-penalty must be finite, the last above 0"
+        )
+    if seed is not None:
+        mx.random.seed(seed)
+    return {
+        "sampler": make_sampler(temp, top_p, min_p, top_k=top_k if top_k < vocab_size else 0),
+        "logits_processors": make_logits_processors(
+            repetition_penalty=None if repetition_penalty == 1 else repetition_penalty
+        ),
+    }

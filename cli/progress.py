@@ -1,0 +1,36 @@
+"""Progress on stderr, for work that takes longer than a second."""
+
+import time
+from types import TracebackType
+
+
+class PromptProgress:
+    """MLX-LM's prompt_progress_callback: a bar once reading the prompt has taken a second."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("")
+        self._begin = time.perf_counter()
+        self._shown = False
+
+    def __enter__(self) -> "PromptProgress":
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if done >= total:
+            self._bar.stop()
+        elif self._shown or time.perf_counter() - self._begin > 1:
+            if not self._shown:
+                self._bar.start()
+                self._shown = True
+            self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()

@@ -1,0 +1,60 @@
+"""ParaRNN language models on Apple silicon, as one more MLX-LM model.
+
+Importing this package is cheap: it neither imports MLX nor loads anything until a name below is used. What
+it does at import time is register its model and cache with MLX-LM (see `registration.py`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import registration
+
+if TYPE_CHECKING:
+    from .cells import Cell, get_cell, register_cell
+    from .errors import PararnnError
+    from .generation import generate, stream_generate
+    from .loading import load, load_cell, load_model
+    from .model import Model, ModelArgs
+
+_HOME = {
+    "Cell": "cells",
+    "Model": "model",
+    "ModelArgs": "model",
+    "PararnnError": "errors",
+    "generate": "generation",
+    "get_cell": "cells",
+    "load": "loading",
+    "load_cell": "loading",
+    "load_model": "loading",
+    "register_cell": "cells",
+    "stream_generate": "generation",
+}
+
+__all__ = [
+    "Cell",
+    "Model",
+    "ModelArgs",
+    "PararnnError",
+    "cells",
+    "generate",
+    "get_cell",
+    "load",
+    "load_cell",
+    "load_model",
+    "register_cell",
+    "stream_generate",
+]
+
+registration.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "cells":
+        return import_module(".cells", __name__)
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,157 @@
+"""Models from folders and from the Hugging Face hub. No Python file of a model folder is ever run."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx_lm.utils
+from huggingface_hub import snapshot_download
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .errors import PararnnError
+from .model import Model, ModelArgs, RecurrentLayer
+
+DEMO = Path(__file__).parent / "demo"
+
+# What is fetched of a repository on the hub: never a Python file.
+MODEL_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt")
+
+
+def load(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, TokenizerWrapper]:
+    """A model and its tokenizer.
+
+    Args:
+        path_or_hf_repo: a folder that `mlx-pararnn convert` wrote, or a repository on the Hugging Face hub;
+            without it, the small model that comes with the package.
+
+    Raises:
+        PararnnError: there is no such model, or it is not whole; the message says what to do.
+    """
+    path = find_model(path_or_hf_repo)
+    model, config = load_model(path)
+    return model, load_tokenizer(path, config)
+
+
+def load_model(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, dict[str, Any]]:
+    """The model and its config.json as a dict, without a tokenizer; raises as `load` does."""
+    path = find_model(path_or_hf_repo)
+    config = _read_config(path)
+    if config.get("model_type") != "pararnn":
+        raise PararnnError(
+            f"{path / 'config.json'} has model_type {config.get('model_type')!r}, not 'pararnn'; "
+            + (
+                "a single cell is loaded with mlx_pararnn.load_cell"
+                if config.get("model_type") == "pararnn_cell"
+                else "convert a PyTorch checkpoint first: mlx-pararnn convert CKPT -o OUT"
+            )
+        )
+    try:
+        # model_file is what would make MLX-LM run Python from the folder
+        model, config = mlx_lm.utils.load_model(
+            path, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
+        )
+        return cast(Model, model), config
+    except PararnnError:
+        raise
+    except FileNotFoundError:
+        raise PararnnError(f"no model*.safetensors in {path}; convert the checkpoint again") from None
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise _misfit(path, error) from error
+
+
+def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer in a model folder, as MLX-LM wraps it.
+
+    Raises:
+        PararnnError: there is none, or it cannot be read.
+    """
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((path / name).exists() for name in names):
+        raise PararnnError(
+            f"no tokenizer in {path}; convert again with --tokenizer DIR, REPO or bytes, or work with token "
+            "ids through mlx_pararnn.load_model"
+        )
+    try:
+        return mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # transformers raises whatever the broken file leads it to
+        raise PararnnError(f"the tokenizer in {path} cannot be read ({_first_line(error)})") from error
+
+
+def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
+    """A bare cell that `mlx-pararnn convert` wrote, and its config: call it with x (B, T, input_size).
+
+    Raises:
+        PararnnError: the folder holds no cell, or one whose weights do not fit.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    if config.get("model_type") != "pararnn_cell":
+        raise PararnnError(
+            f"{path / 'config.json'} has model_type {config.get('model_type')!r}, not 'pararnn_cell'"
+        )
+    layer = RecurrentLayer(
+        config["cell"],
+        config["input_size"],
+        config["hidden_size"],
+        config["num_heads"],
+        config.get("activations"),
+    )
+    try:
+        layer.load_weights(str(path / "model.safetensors"))
+    except (ValueError, RuntimeError) as error:
+        raise _misfit(path, error) from error
+    mx.eval(layer.parameters())
+    return layer, config
+
+
+def find_model(path_or_hf_repo: str | Path) -> Path:
+    """The local folder of a model; a hub repository is downloaded, or found in the hub's cache.
+
+    Raises:
+        PararnnError: neither a folder nor a reachable repository.
+    """
+    path = Path(path_or_hf_repo)
+    if path.is_file():
+        raise PararnnError(
+            f"{path} is a file, not a model folder; convert it first: mlx-pararnn convert {path} -o OUT"
+        )
+    if path.is_dir():
+        return path
+    name = str(path_or_hf_repo)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise PararnnError(f"no such model folder: {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
+    except (
+        Exception
+    ) as error:  # huggingface_hub, its HTTP client and the operating system each have their own
+        raise PararnnError(
+            f"{name} is neither a folder here nor a model that the Hugging Face hub gave "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise PararnnError(
+            f"no config.json in {path}: not a model folder; make one with mlx-pararnn convert CKPT -o OUT"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PararnnError(f"{file} cannot be read ({_first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise PararnnError(f"{file} is not a JSON object")
+    return config
+
+
+def _misfit(path: Path, error: Exception) -> PararnnError:
+    return PararnnError(
+        f"the weights in {path} do not fit its config.json ({_first_line(error)}); convert the checkpoint again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,262 @@
+"""The one door to the recurrence: checks its arguments, picks a backend and a method, and differentiates.
+
+The gradient does not go through the solver. With s_t = step(s_{t-1}, u_t) solved, the adjoint obeys the
+linear recurrence lambda_t = g_t + J_{t+1}^T lambda_{t+1}, which is one parallel scan backwards in time, and
+the gradients of u, state and weights follow from one batched vector-Jacobian product of `step` (the ParaRNN
+paper, section 3.3). So every method and backend has the same, exact gradient.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .cells import Cell
+from .errors import PararnnError
+from .newton import F, Solution, linear_scan, newton, sequential, step_jacobian
+
+METHODS = ("auto", "sequential", "newton")
+BACKENDS = ("ops",)
+
+CHUNK = 16
+TOLERANCE = 1e-6
+
+
+class NewtonInfo(NamedTuple):
+    """How Newton went.
+
+    Attributes:
+        iterations: how many were made; 0 for the sequential method.
+        residual: largest absolute difference between a chunk's end and the start of the next, a scalar array.
+    """
+
+    iterations: int
+    residual: mx.array
+
+
+class _Plan(NamedTuple):
+    """Everything about a call that is not an array: what a differentiable function is cached by."""
+
+    cell: Cell
+    method: str
+    chunk: int
+    tol: float
+    max_iters: int | None
+    return_states: int
+    masked: bool
+
+
+def recurrence(
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array | None = None,
+    *,
+    mask: mx.array | None = None,
+    return_states: int = 0,
+    method: str = "auto",
+    backend: str | None = None,
+    chunk: int = CHUNK,
+    tol: float = TOLERANCE,
+    max_iters: int | None = None,
+    return_info: bool = False,
+) -> tuple[Any, ...]:
+    """Solve s_t = step(s_{t-1}, u_t; params) for a whole sequence.
+
+    With B sequences, T steps, D channels: computed in float32 whatever the inputs' dtype.
+
+    Args:
+        cell: the cell, as `get_cell` gives it.
+        params: (P, D), the recurrent weight, one row for each of `cell.params`.
+        u: (B, heads, T, gates, D / heads), the input projection with its bias, as the projection leaves it
+            (a strided view is fine).
+        state: (B, slots, D), the state before the first step; None for zeros.
+        mask: (B, T), bool; where False the state passes through unchanged and hidden is 0.
+        return_states: if n > 0, also return the state after every n-th step.
+        method: "sequential", "newton", or "auto": sequential, unless on a GPU with more than one step.
+        backend: "ops" (plain MLX) or None, which means the same as long as there is no other.
+        chunk: Newton's chunk length C; 1 is the paper's scheme, Newton on the whole sequence.
+        tol: Newton stops when no chunk start s moved by more than tol * max(1, |s|).
+        max_iters: at most so many iterations. Without it the answer is the sequential one whatever the
+            weights. With tol=0 it is the number of iterations made, as in the paper (which makes 3).
+        return_info: also return a `NewtonInfo`. It costs one more pass over the sequence if chunk is 1.
+
+    Returns:
+        hidden (B, T, D) in u's dtype; last state (B, slots, D), float32; then, if asked for, the states
+        (B, T // n, slots, D), float32, and the `NewtonInfo`.
+
+    Raises:
+        PararnnError: an argument has the wrong shape or an unknown value.
+
+    Inside mx.compile and mx.vmap nothing may be evaluated: there "auto" is sequential, and Newton makes
+    min(max_iters, T / chunk) iterations.
+    """
+    _check(cell, params, u, state, mask, method, backend, chunk, max_iters)
+    B, heads, T, _, width = u.shape
+    slots = len(cell.slots)
+    if state is None:
+        state = mx.zeros((B, slots, heads * width))
+    eager = T == 1 or not _in_transformation(params, u, state)
+    if method == "auto":
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        method = "newton" if eager and on_gpu and T > 1 and slots < 4 else "sequential"
+    arrays = (
+        params.astype(mx.float32).reshape(-1, heads, width),
+        u.astype(mx.float32),
+        state.astype(mx.float32).reshape(B, slots, heads, width),
+        mx.zeros((B, 0)) if mask is None else mask,
+    )
+    plan = _Plan(cell, method, chunk, tol, max_iters, return_states, mask is not None)
+    if return_info:
+        solution = _solve(plan, *arrays, eager=eager, want_residual=True)
+        residual = mx.array(0.0) if solution.residual is None else solution.residual
+        info: tuple[NewtonInfo, ...] = (NewtonInfo(solution.iterations, residual),)
+        outputs = _outputs(plan, solution, arrays[2], arrays[3])
+    else:
+        info = ()
+        outputs = _differentiable(plan, eager)(*arrays)
+    return (outputs[0].astype(u.dtype), *outputs[1:], *info)
+
+
+def _check(
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array | None,
+    mask: mx.array | None,
+    method: str,
+    backend: str | None,
+    chunk: int,
+    max_iters: int | None,
+) -> None:
+    gates, slots = len(cell.gates), len(cell.slots)
+    if u.ndim != 5 or u.shape[3] != gates or 0 in u.shape:
+        raise PararnnError(
+            f"u has shape {u.shape}; cell {cell.name!r} needs (batch, heads, T, {gates}, channels / heads), "
+            "none of them 0"
+        )
+    B, heads, T, _, width = u.shape
+    D = heads * width
+    expected: list[tuple[str, mx.array, tuple[int, ...]]] = [("params", params, (len(cell.params), D))]
+    if state is not None:
+        expected.append(("state", state, (B, slots, D)))
+    if mask is not None:
+        expected.append(("mask", mask, (B, T)))
+    for name, array, shape in expected:
+        if array.shape != shape:
+            raise PararnnError(
+                f"{name} has shape {array.shape}; with this u, cell {cell.name!r} needs {shape}"
+            )
+    if method not in METHODS:
+        raise PararnnError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if backend is not None and backend not in BACKENDS:
+        raise PararnnError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if chunk < 1 or (max_iters is not None and max_iters < 1):
+        raise PararnnError(f"chunk and max_iters must be at least 1 (got {chunk} and {max_iters})")
+
+
+def _in_transformation(*arrays: mx.array) -> bool:
+    """True where MLX forbids evaluation: inside mx.compile and mx.vmap (it has no other way to ask)."""
+    try:
+        mx.eval(arrays)
+    except ValueError:
+        return True
+    return False
+
+
+@lru_cache(maxsize=256)
+def _differentiable(plan: _Plan, eager: bool) -> Callable[..., Any]:
+    """(params, u, state, mask) -> outputs, with its own vector-Jacobian product."""
+
+    @mx.custom_function
+    def solve(params: mx.array, u: mx.array, state: mx.array, mask: mx.array) -> tuple[mx.array, ...]:
+        return _outputs(plan, _solve(plan, params, u, state, mask, eager=eager), state, mask)
+
+    @solve.vjp
+    def solve_vjp(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], _: Any
+    ) -> tuple[mx.array, ...]:
+        return _backward(plan, primals, cotangents)
+
+    return solve
+
+
+def _solve(
+    plan: _Plan,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array,
+    mask: mx.array,
+    *,
+    eager: bool,
+    want_residual: bool = False,
+) -> Solution:
+    slots = tuple(state[:, i] for i in range(state.shape[1]))
+    steps = mask if plan.masked else None
+    if plan.method == "sequential":
+        return sequential(plan.cell, params, u, slots, steps, eager=eager)
+    return newton(
+        plan.cell,
+        params,
+        u,
+        slots,
+        steps,
+        chunk=plan.chunk,
+        tol=plan.tol,
+        max_iters=plan.max_iters,
+        eager=eager,
+        want_residual=want_residual,
+    )
+
+
+def _outputs(plan: _Plan, solution: Solution, state: mx.array, mask: mx.array) -> tuple[mx.array, ...]:
+    """hidden (B, T, D), last state (B, slots, D) and, if planned, states (B, T // n, slots, D)."""
+    states = solution.states
+    output = states[plan.cell.output_slot]
+    B, _, T, _ = output.shape
+    hidden = output.swapaxes(1, 2).reshape(B, T, -1)
+    if plan.masked:
+        hidden = mx.where(mask[..., None], hidden, 0.0)
+    last = mx.stack([s[:, :, -1] for s in states], axis=1).reshape(B, len(states), -1)
+    if not plan.return_states:
+        return hidden, last
+    n = plan.return_states
+    every_nth = mx.stack([s[:, :, n - 1 :: n] for s in states], axis=1)  # (B, slots, heads, T // n, W)
+    return hidden, last, every_nth.transpose(0, 3, 1, 2, 4).reshape(B, T // n, len(states), -1)
+
+
+def _backward(
+    plan: _Plan, primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    """Gradients of params, u, state (and zeros for the mask); states are solved again, not kept.
+
+    Inside, a slot's states are (B, heads, T, W), as the solvers lay them out.
+    """
+    params, u, state, mask = primals
+    states = _solve(plan, params, u, state, mask, eager=not _in_transformation(u)).states
+    before = tuple(mx.concatenate([state[:, i, :, None], s[:, :, :-1]], axis=2) for i, s in enumerate(states))
+    keep = mask[:, None, :, None] if plan.masked else None
+    weights = params[:, :, None]
+
+    # g, how the loss moves with each state directly: the cotangents of `_outputs` as seen from the states
+    _, g = mx.vjp(
+        lambda *s: list(_outputs(plan, Solution(s, 0, None), state, mask)), list(states), list(cotangents)
+    )
+    # lambda_t = g_t + J_{t+1}^T lambda_{t+1}, as a scan over reversed time
+    _, J = step_jacobian(plan.cell, weights, u, keep, before)
+    JT = J.swapaxes(0, 1)
+    later = mx.concatenate([JT[..., 1:, :], mx.zeros_like(JT[..., :1, :])], axis=-2)
+    adjoint = linear_scan(later[..., ::-1, :], mx.stack(g)[..., ::-1, :])[..., ::-1, :]
+
+    def all_steps(weights: mx.array, u: mx.array, *before: mx.array) -> list[mx.array]:
+        gates = {gate: u[..., i, :] for i, gate in enumerate(plan.cell.gates)}
+        named = {name: weights[i] for i, name in enumerate(plan.cell.params)}
+        after = plan.cell.step(before, gates, named, F)
+        if keep is None:
+            return list(after)
+        return [mx.where(keep, a, b) for a, b in zip(after, before, strict=True)]
+
+    _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *before], list(adjoint))
+    d_state = mx.stack([d[:, :, 0] for d in d_before], axis=1)
+    return d_weights[:, :, 0], d_u, d_state, mx.zeros_like(mask)

@@ -1,0 +1,87 @@
+"""What happens when `mlx_pararnn` is imported: three modules are watched for, none is imported.
+
+* `mlx.core`: just before its first import a system OpenBLAS is loaded, on Linux. The BLAS that MLX's Linux
+  wheel brings is the reference one, some 70 times slower in float32 matrix products.
+* `mlx_lm.models.pararnn`: MLX-LM finds a model class by importing a module of that name; it gets `model.py`.
+* `mlx_lm.models.cache`: MLX-LM's saved prompt caches name their class; ours is put there.
+
+An import hook does this, so that `import mlx_pararnn` costs nothing until MLX is used, and so that
+`mlx_lm.load` works after it.
+"""
+
+import ctypes
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+
+
+def install() -> None:
+    """Register with MLX-LM; called once, by the package's `__init__`."""
+    if "mlx_lm.models.cache" in sys.modules:
+        _import_cache()
+    sys.meta_path.insert(0, _Watcher())
+
+
+def load_openblas() -> str | None:
+    """Load a system OpenBLAS so that MLX's CPU matrix products use it.
+
+    Returns:
+        The library's name, or None where there is none or it is not needed (macOS). Only what is loaded
+        before `mlx.core` has an effect: symbols are bound when MLX is loaded.
+    """
+    if sys.platform != "linux":
+        return None
+    for name in ("libopenblas.so.0", "libopenblas.so"):
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return name
+    return None
+
+
+def _import_cache() -> None:
+    import_module(f"{__package__}.cache")  # puts its class into MLX-LM's module at its end
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name == "mlx.core":
+            load_openblas()
+        elif name == "mlx_lm.models.pararnn":
+            return importlib.util.spec_from_loader(name, _ModelModule())
+        elif name == "mlx_lm.models.cache":
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Then(spec.loader, _import_cache)
+            return spec
+        return None
+
+
+class _ModelModule(importlib.abc.Loader):
+    """`mlx_lm.models.pararnn`: the names MLX-LM asks a model's module for."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        model = import_module(f"{__package__}.model")
+        vars(module).update(Model=model.Model, ModelArgs=model.ModelArgs)
+
+
+class _Then(importlib.abc.Loader):
+    """Load a module as usual, then call `action`."""
+
+    def __init__(self, loader: importlib.abc.Loader, action: Callable[[], None]) -> None:
+        self.loader = loader
+        self.action = action
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.action()
