@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx_lm.utils
 from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers.utils import logging as transformers_logging
 
 from .errors import PararnnError
 from .model import Model, ModelArgs, RecurrentLayer
@@ -72,10 +73,14 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             f"no tokenizer in {path}; convert again with --tokenizer DIR, REPO or bytes, or work with token "
             "ids through mlx_pararnn.load_model"
         )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of every model_type that is not its own
     try:
         return mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises whatever the broken file leads it to
         raise PararnnError(f"the tokenizer in {path} cannot be read ({_first_line(error)})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
@@ -149,7 +154,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _misfit(path: Path, error: Exception) -> PararnnError:
     return PararnnError(
-        f"the weights in {path} do not fit its config.json ({_first_line(error)}); convert the checkpoint again"
+        f"the weights in {path} do not fit its config.json ({_first_line(error)}); convert the checkpoint "
+        "again"
     )
 
 

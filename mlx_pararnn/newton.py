@@ -101,7 +101,7 @@ def newton(
         previous, starts = starts, _after(state, ends)
         iterations += 1
         if eager:
-            mx.async_eval(ends)
+            _hand_over(ends)
             if iterations < limit and _settled(previous, starts, tol):
                 break
 
@@ -216,8 +216,16 @@ def _run(
         state = new
         states.append(state)
         if eager and (j + 1) % _EVAL_EVERY == 0:
-            mx.async_eval(state)
+            _hand_over(state)
     return states
+
+
+def _hand_over(state: State) -> None:
+    """Let MLX compute what has been built so far; under mx.grad it can only do so while Python waits."""
+    try:
+        mx.async_eval(state)
+    except ValueError:
+        mx.eval(state)
 
 
 def _in_time_order(states: Sequence[State]) -> State:

@@ -43,7 +43,6 @@ class _Plan(NamedTuple):
     chunk: int
     tol: float
     max_iters: int | None
-    return_states: int
     masked: bool
 
 
@@ -80,7 +79,8 @@ def recurrence(
         tol: Newton stops when no chunk start s moved by more than tol * max(1, |s|).
         max_iters: at most so many iterations. Without it the answer is the sequential one whatever the
             weights. With tol=0 it is the number of iterations made, as in the paper (which makes 3).
-        return_info: also return a `NewtonInfo`. It costs one more pass over the sequence if chunk is 1.
+        return_info: also return a `NewtonInfo`. It costs one more pass over the sequence if chunk is 1, and
+            gradients then go through the solver.
 
     Returns:
         hidden (B, T, D) in u's dtype; last state (B, slots, D), float32; then, if asked for, the states
@@ -107,16 +107,16 @@ def recurrence(
         state.astype(mx.float32).reshape(B, slots, heads, width),
         mx.zeros((B, 0)) if mask is None else mask,
     )
-    plan = _Plan(cell, method, chunk, tol, max_iters, return_states, mask is not None)
+    plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
     if return_info:
         solution = _solve(plan, *arrays, eager=eager, want_residual=True)
         residual = mx.array(0.0) if solution.residual is None else solution.residual
         info: tuple[NewtonInfo, ...] = (NewtonInfo(solution.iterations, residual),)
-        outputs = _outputs(plan, solution, arrays[2], arrays[3])
+        states = mx.stack([*solution.states])
     else:
         info = ()
-        outputs = _differentiable(plan, eager)(*arrays)
-    return (outputs[0].astype(u.dtype), *outputs[1:], *info)
+        states = _differentiable(plan, eager)(*arrays)
+    return (*_outputs(cell, states, mask, return_states, u.dtype), *info)
 
 
 def _check(
@@ -167,17 +167,17 @@ def _in_transformation(*arrays: mx.array) -> bool:
 
 @lru_cache(maxsize=256)
 def _differentiable(plan: _Plan, eager: bool) -> Callable[..., Any]:
-    """(params, u, state, mask) -> outputs, with its own vector-Jacobian product."""
+    """(params, u, state, mask) -> states (slots, B, heads, T, W), with its own vector-Jacobian product."""
 
     @mx.custom_function
-    def solve(params: mx.array, u: mx.array, state: mx.array, mask: mx.array) -> tuple[mx.array, ...]:
-        return _outputs(plan, _solve(plan, params, u, state, mask, eager=eager), state, mask)
+    def solve(params: mx.array, u: mx.array, state: mx.array, mask: mx.array) -> mx.array:
+        return mx.stack([*_solve(plan, params, u, state, mask, eager=eager).states])
 
     @solve.vjp
     def solve_vjp(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], _: Any
+        primals: tuple[mx.array, ...], cotangent: mx.array, states: mx.array
     ) -> tuple[mx.array, ...]:
-        return _backward(plan, primals, cotangents)
+        return _backward(plan, primals, cotangent, states)
 
     return solve
 
@@ -210,44 +210,37 @@ def _solve(
     )
 
 
-def _outputs(plan: _Plan, solution: Solution, state: mx.array, mask: mx.array) -> tuple[mx.array, ...]:
-    """hidden (B, T, D), last state (B, slots, D) and, if planned, states (B, T // n, slots, D)."""
-    states = solution.states
-    output = states[plan.cell.output_slot]
-    B, _, T, _ = output.shape
-    hidden = output.swapaxes(1, 2).reshape(B, T, -1)
-    if plan.masked:
+def _outputs(
+    cell: Cell, states: mx.array, mask: mx.array | None, every: int, dtype: mx.Dtype
+) -> tuple[mx.array, ...]:
+    """hidden (B, T, D), last state (B, slots, D) and, if `every` n > 0, states (B, T // n, slots, D)."""
+    slots, B, heads, T, width = states.shape
+    D = heads * width
+    hidden = states[cell.output_slot].swapaxes(1, 2).reshape(B, T, D)
+    if mask is not None:
         hidden = mx.where(mask[..., None], hidden, 0.0)
-    last = mx.stack([s[:, :, -1] for s in states], axis=1).reshape(B, len(states), -1)
-    if not plan.return_states:
-        return hidden, last
-    n = plan.return_states
-    every_nth = mx.stack([s[:, :, n - 1 :: n] for s in states], axis=1)  # (B, slots, heads, T // n, W)
-    return hidden, last, every_nth.transpose(0, 3, 1, 2, 4).reshape(B, T // n, len(states), -1)
+    last = states[:, :, :, -1].swapaxes(0, 1).reshape(B, slots, D)
+    if not every:
+        return hidden.astype(dtype), last
+    every_nth = states[:, :, :, every - 1 :: every].transpose(1, 3, 0, 2, 4)
+    return hidden.astype(dtype), last, every_nth.reshape(B, T // every, slots, D)
 
 
 def _backward(
-    plan: _Plan, primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...]
+    plan: _Plan, primals: tuple[mx.array, ...], cotangent: mx.array, states: mx.array
 ) -> tuple[mx.array, ...]:
-    """Gradients of params, u, state (and zeros for the mask); states are solved again, not kept.
-
-    Inside, a slot's states are (B, heads, T, W), as the solvers lay them out.
-    """
+    """Gradients of params, u, state (and zeros for the mask), given those of all states."""
     params, u, state, mask = primals
-    states = _solve(plan, params, u, state, mask, eager=not _in_transformation(u)).states
-    before = tuple(mx.concatenate([state[:, i, :, None], s[:, :, :-1]], axis=2) for i, s in enumerate(states))
+    before = mx.concatenate([state.swapaxes(0, 1)[:, :, :, None], states[:, :, :, :-1]], axis=3)
+    slots = tuple(before[i] for i in range(len(before)))
     keep = mask[:, None, :, None] if plan.masked else None
     weights = params[:, :, None]
 
-    # g, how the loss moves with each state directly: the cotangents of `_outputs` as seen from the states
-    _, g = mx.vjp(
-        lambda *s: list(_outputs(plan, Solution(s, 0, None), state, mask)), list(states), list(cotangents)
-    )
-    # lambda_t = g_t + J_{t+1}^T lambda_{t+1}, as a scan over reversed time
-    _, J = step_jacobian(plan.cell, weights, u, keep, before)
+    # lambda_t = g_t + J_{t+1}^T lambda_{t+1}: a scan over reversed time
+    _, J = step_jacobian(plan.cell, weights, u, keep, slots)
     JT = J.swapaxes(0, 1)
     later = mx.concatenate([JT[..., 1:, :], mx.zeros_like(JT[..., :1, :])], axis=-2)
-    adjoint = linear_scan(later[..., ::-1, :], mx.stack(g)[..., ::-1, :])[..., ::-1, :]
+    adjoint = linear_scan(later[..., ::-1, :], cotangent[..., ::-1, :])[..., ::-1, :]
 
     def all_steps(weights: mx.array, u: mx.array, *before: mx.array) -> list[mx.array]:
         gates = {gate: u[..., i, :] for i, gate in enumerate(plan.cell.gates)}
@@ -257,6 +250,6 @@ def _backward(
             return list(after)
         return [mx.where(keep, a, b) for a, b in zip(after, before, strict=True)]
 
-    _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *before], list(adjoint))
+    _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *slots], list(adjoint))
     d_state = mx.stack([d[:, :, 0] for d in d_before], axis=1)
     return d_weights[:, :, 0], d_u, d_state, mx.zeros_like(mask)

@@ -1,0 +1,41 @@
+import os
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX's first matrix product: parity needs float32 ones
+
+import json
+from pathlib import Path
+
+import pytest
+
+import mlx_pararnn  # noqa: F401 - loads OpenBLAS before a test imports MLX
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """A function that converts a checkpoint of tests/data once, and gives the model folder."""
+    from mlx_pararnn.convert.to_mlx import convert_to_mlx
+
+    folders: dict[tuple, Path] = {}
+
+    def convert(source: str, **options) -> Path:
+        key = (source, *sorted((k, str(v)) for k, v in options.items()))
+        if key not in folders:
+            out = tmp_path_factory.mktemp("converted") / "model"
+            options.setdefault("tokenizer", "none")
+            convert_to_mlx(DATA / source, out, **options)
+            folders[key] = out
+        return folders[key]
+
+    return convert
+
+
+def cell_cases() -> list[dict]:
+    """The cases of golden/cells, by their metadata."""
+    return json.loads((DATA / "cells" / "metadata.json").read_text())["cases"]

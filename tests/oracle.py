@@ -1,0 +1,139 @@
+"""The recurrence and Newton's iterates in NumPy, written apart from the library's solvers.
+
+Cells run on their own `step` with NumPy's functions and dual numbers; golden data holds those to PyTorch.
+Layout: u (B, T, gates, D), params (P, D), states (B, T, D) a slot.
+"""
+
+import numpy as np
+
+from mlx_pararnn.cells.activations import Functions
+from mlx_pararnn.cells.dual import Dual, DualFunctions
+
+F = Functions(np)
+DUAL_F = DualFunctions(F)
+
+
+def sequential(cell, params, u, state=None, mask=None):
+    """All states, one array (B, T, D) a slot, straight through time in the inputs' precision."""
+    B, T, _, D = u.shape
+    slots = len(cell.slots)
+    state = tuple(np.zeros((slots, B, D), u.dtype) if state is None else state.swapaxes(0, 1))
+    states = []
+    for t in range(T):
+        new = cell.step(state, _named(cell.gates, np.moveaxis(u[:, t], 1, 0)), _named(cell.params, params), F)
+        if mask is not None:
+            new = tuple(np.where(mask[:, t, None], n, s) for n, s in zip(new, state, strict=True))
+        state = new
+        states.append(state)
+    return tuple(np.stack(slot, axis=1) for slot in zip(*states, strict=True))
+
+
+def step_and_jacobian(cell, params, u, state):
+    """step for all (..., D) at once: values, and J[i][j] = d slot i / d slot j; u (gates, ..., D)."""
+    one, zero = np.ones_like(state[0]), np.zeros_like(state[0])
+    seeds = tuple(
+        Dual(s, tuple(one if i == j else zero for j in range(len(state)))) for i, s in enumerate(state)
+    )
+    gates = {k: Dual(v) for k, v in _named(cell.gates, u).items()}
+    weights = {k: Dual(v) for k, v in _named(cell.params, params).items()}
+    new = cell.step(seeds, gates, weights, DUAL_F)
+    J = [
+        [np.broadcast_to(t, one.shape) for t in s.tangents] if s.tangents else [zero] * len(state)
+        for s in new
+    ]
+    return tuple(s.value for s in new), J
+
+
+def apple_lstm_jacobian(cell, params, u, state, exact):
+    """Apple's linearisation of the LSTM: the h row is taken at the iterate's own c_t, not at step's c'.
+
+    `exact` is the exact Jacobian at the state before; `state` = (c_t, h_{t-1}) of the iterate.
+    """
+    c, h = state
+    a_o, c_o = params[cell.params.index("a_o")], params[cell.params.index("c_o")]
+    output, squash = (getattr(DUAL_F, cell.activations[place]) for place in ("o", "state"))
+    one = np.ones_like(c)
+    o = output(Dual(a_o * h + u[cell.gates.index("o")] + c_o * c, (one,)))
+    s = squash(Dual(c, (one,)))
+    do, ds = np.broadcast_to(o.tangents[0], c.shape), np.broadcast_to(s.tangents[0], c.shape)
+    k = s.value * do * c_o + o.value * ds
+    (Jcc, Jch), _ = exact
+    return [[Jcc, Jch], [k * Jcc, k * Jch + s.value * do * a_o]]
+
+
+def newton_iterates(cell, params, u, iterations, linearisation="exact"):
+    """Newton's method on the whole sequence from step(0, u_t): the hidden states after 1, 2, ... iterations."""
+    slots = len(cell.slots)
+    gates = np.moveaxis(u, 2, 0)
+    zero = np.zeros_like(gates[0])
+    states = cell.step((zero,) * slots, _named(cell.gates, gates), _named(cell.params, params), F)
+    hidden = []
+    for _ in range(iterations):
+        before = tuple(np.concatenate([np.zeros_like(s[:, :1]), s[:, :-1]], axis=1) for s in states)
+        after, J = step_and_jacobian(cell, params, gates, before)
+        if linearisation == "apple" and cell.name == "lstm":
+            J = apple_lstm_jacobian(cell, params, gates, (states[0], before[1]), J)
+        states = _newton_update(states, after, J)
+        hidden.append(states[cell.output_slot])
+    return hidden
+
+
+def chunked_iterates(cell, params, u, chunk, iterations):
+    """Newton's method on the boundaries of chunks: hidden states after exactly `iterations` iterations.
+
+    Chunk by chunk in Python: no scan, no padding, nothing in common with the library's version but the text
+    of `step`.
+    """
+    B, T, _, D = u.shape
+    slots = len(cell.slots)
+    bounds = [(b, min(b + chunk, T)) for b in range(0, T, chunk)]
+    zero = np.zeros((B, D), u.dtype)
+    guesses = [
+        cell.step(
+            (zero,) * slots,
+            _named(cell.gates, np.moveaxis(u[:, b - 1], 1, 0)),
+            _named(cell.params, params),
+            F,
+        )
+        for b, _ in bounds[1:]
+    ]
+    starts = [(zero,) * slots, *guesses]
+    for _ in range(iterations):
+        delta = [zero] * slots
+        new = [starts[0]]
+        for c, (b, e) in enumerate(bounds[:-1]):
+            state = starts[c]
+            P = [[np.ones_like(zero) if i == j else zero for j in range(slots)] for i in range(slots)]
+            for t in range(b, e):
+                state, J = step_and_jacobian(cell, params, np.moveaxis(u[:, t], 1, 0), state)
+                P = [
+                    [sum(J[i][k] * P[k][j] for k in range(slots)) for j in range(slots)] for i in range(slots)
+                ]
+            moved = [state[i] + sum(P[i][j] * delta[j] for j in range(slots)) for i in range(slots)]
+            moved = [np.where(np.isfinite(m), m, s) for m, s in zip(moved, state, strict=True)]
+            delta = [m - s for m, s in zip(moved, starts[c + 1], strict=True)]
+            new.append(tuple(moved))
+        starts = new
+    pieces = [
+        sequential(cell, params, u[:, b:e], np.stack(s, axis=1))[cell.output_slot]
+        for s, (b, e) in zip(starts, bounds, strict=True)
+    ]
+    return np.concatenate(pieces, axis=1)
+
+
+def _newton_update(states, after, J):
+    slots, T = len(states), states[0].shape[1]
+    delta = [np.zeros_like(states[0][:, 0])] * slots
+    new = [np.empty_like(s) for s in states]
+    for t in range(T):
+        delta = [
+            after[i][:, t] - states[i][:, t] + sum(J[i][j][:, t] * delta[j] for j in range(slots))
+            for i in range(slots)
+        ]
+        for i in range(slots):
+            new[i][:, t] = states[i][:, t] + delta[i]
+    return tuple(new)
+
+
+def _named(names, arrays):
+    return dict(zip(names, arrays, strict=True))

@@ -1,0 +1,302 @@
+"""The one door: methods, masks, states, iterates, guarantees, transformations, bad arguments."""
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+from conftest import DATA  # noqa: F401
+
+from mlx_pararnn import Cell, PararnnError, get_cell, register_cell
+from mlx_pararnn.newton import linear_scan
+from mlx_pararnn.recurrence import recurrence
+
+CELLS = ("gru", "lstm", "slstm", "nlru")
+
+
+# The gate that keeps the old state when its input is large (gru: when it is small).
+KEEPING_GATE = {"gru": ("z", -1), "lstm": ("f", 1), "nlru": ("a", 1), "slstm": ("f", 1)}
+
+
+def problem(name, T=40, D=6, B=2, heads=1, scale=0.5, seed=0, state=False, memory=0.0):
+    """cell, params (P, D), u (B, heads, T, gates, D / heads), state (B, slots, D) or None; NumPy float32.
+
+    `memory` shifts the gate that keeps the state: the higher, the further a wrong start is felt.
+    """
+    cell = get_cell(name)
+    rng = np.random.default_rng(seed)
+    params = scale * rng.normal(size=(len(cell.params), D))
+    u = rng.normal(size=(B, heads, T, len(cell.gates), D // heads))
+    if memory:
+        gate, sign = KEEPING_GATE[name]
+        u[:, :, :, cell.gates.index(gate)] += sign * memory
+    initial = 0.3 * rng.normal(size=(B, len(cell.slots), D)) if state else None
+    if state and name == "slstm":
+        initial[:, 1] = 1 + initial[:, 1] ** 2  # n is a sum of exponentials
+    arrays = (params, u) if initial is None else (params, u, initial)
+    params, u, *rest = (a.astype(np.float32) for a in arrays)
+    return cell, params, u, rest[0] if rest else None
+
+
+def merged(u):
+    """(B, heads, T, gates, W) -> the oracle's (B, T, gates, D), float64."""
+    B, heads, T, gates, width = u.shape
+    return u.astype(np.float64).transpose(0, 2, 3, 1, 4).reshape(B, T, gates, heads * width)
+
+
+def solve(cell, params, u, state=None, **options):
+    arrays = recurrence(
+        cell, mx.array(params), mx.array(u), None if state is None else mx.array(state), **options
+    )
+    return [np.array(a) if isinstance(a, mx.array) else a for a in arrays]
+
+
+def expected(cell, params, u, state=None, mask=None):
+    """hidden (B, T, D) and all states (B, T, slots, D), float64."""
+    state = None if state is None else state.astype(np.float64)
+    states = oracle.sequential(cell, params.astype(np.float64), merged(u), state, mask)
+    hidden = states[cell.output_slot]
+    if mask is not None:
+        hidden = np.where(mask[..., None], hidden, 0)
+    return hidden, np.stack(states, axis=2)
+
+
+METHODS = [{"method": "sequential"}, {"method": "newton"}, {"method": "newton", "chunk": 7}]
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("options", METHODS, ids=["sequential", "newton", "newton-7"])
+@pytest.mark.parametrize(("T", "heads"), [(1, 1), (2, 3), (15, 2), (16, 1), (33, 3), (130, 2)])
+def test_against_the_oracle(name, options, T, heads):
+    cell, params, u, state = problem(name, T=T, heads=heads, state=True)
+    hidden, last, every_fifth = solve(cell, params, u, state, return_states=5, **options)
+    y, states = expected(cell, params, u, state)
+    np.testing.assert_allclose(hidden, y, atol=3e-6, rtol=3e-6)
+    np.testing.assert_allclose(last, states[:, -1], atol=3e-6, rtol=3e-6)
+    assert every_fifth.shape == (2, T // 5, len(cell.slots), 6)
+    np.testing.assert_allclose(every_fifth, states[:, 4::5], atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("options", METHODS, ids=["sequential", "newton", "newton-7"])
+def test_masked_steps_pass_the_state_through(name, options):
+    cell, params, u, state = problem(name, T=20, state=True)
+    mask = np.ones((2, 20), bool)
+    mask[0, :6] = False  # left padding
+    mask[1, 13:] = False  # right padding
+    hidden, last = solve(cell, params, u, state, mask=mx.array(mask), **options)
+    y, states = expected(cell, params, u, state, mask)
+    np.testing.assert_allclose(hidden, y, atol=3e-6, rtol=3e-6)
+    np.testing.assert_allclose(last, states[:, -1], atol=3e-6, rtol=3e-6)
+    assert not hidden[~mask].any()
+    for row in range(2):
+        alone, state_alone = solve(
+            cell, params, u[row : row + 1, :, mask[row]], state[row : row + 1], **options
+        )
+        np.testing.assert_allclose(hidden[row, mask[row]], alone[0], atol=3e-6, rtol=3e-6)
+        np.testing.assert_allclose(last[row], state_alone[0], atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("chunk", [4, 16])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_iterates_on_chunk_boundaries(name, chunk, iterations):
+    """After exactly 1 and 2 iterations: Newton repairs wrong Jacobians and scans, and hides them at the end."""
+    cell, params, u, _ = problem(name, T=75, scale=4.0, memory=4.0)
+    hidden, _ = solve(cell, params, u, method="newton", chunk=chunk, tol=0.0, max_iters=iterations)
+    exact = oracle.chunked_iterates(cell, params.astype(np.float64), merged(u), chunk, iterations)
+    rounded = oracle.chunked_iterates(cell, params, merged(u).astype(np.float32), chunk, iterations)
+    tolerance = max(2e-6 * max(1, np.abs(exact).max()), 4 * np.abs(exact - rounded).max())
+    sequential, _ = expected(cell, params, u)
+    assert np.abs(exact - sequential).max() > 4 * tolerance, "converged: the test would see nothing"
+    np.testing.assert_allclose(hidden, exact, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("scale", [4.0, 8.0, 16.0])
+def test_newton_ends_with_the_sequential_answer_whatever_the_weights(name, scale):
+    """Weights for which whole-sequence Newton overflows: the result is the sequential one, bit for bit."""
+    cell, params, u, _ = problem(name, T=400, scale=scale)
+    hidden, last, info = solve(cell, params, u, method="newton", return_info=True, tol=0.0)
+    sequential, sequential_last = solve(cell, params, u, method="sequential")
+    assert info.iterations <= 24
+    assert (hidden == sequential).all()
+    assert (last == sequential_last).all()
+    assert float(info.residual) == 0
+
+
+def test_whole_sequence_newton_does_overflow_where_chunks_do_not():
+    cell, params, u, _ = problem("gru", T=256, D=64, scale=8.0)
+    hidden, _ = solve(cell, params, u, method="newton", chunk=1, tol=0.0, max_iters=3)
+    y, _ = expected(cell, params, u)
+    assert not np.abs(hidden - y).max() < 1  # NaN or far off
+    hidden, _, info = solve(cell, params, u, method="newton", return_info=True)
+    assert np.abs(hidden - y).max() < 1e-5 or info.iterations == 15
+
+
+def test_few_iterations_suffice_on_ordinary_weights():
+    cell, params, u, _ = problem("lstm", T=256, scale=0.3)
+    _, _, info = solve(cell, params, u, method="newton", return_info=True)
+    assert 1 <= info.iterations <= 3
+    assert float(info.residual) < 1e-6
+    _, _, info = solve(cell, params, u, method="sequential", return_info=True)
+    assert info.iterations == 0
+
+
+@pytest.mark.parametrize("options", METHODS, ids=["sequential", "newton", "newton-7"])
+def test_nan_and_infinity_stay_in_their_channel(options):
+    cell, params, u, _ = problem("gru", T=100)
+    clean, _ = solve(cell, params, u, **options)
+    u[0, 0, 10, 0, 1] = np.nan
+    u[0, 0, 20, 2, 3] = np.inf
+    params[0, 5] = np.nan
+    hidden, _ = solve(cell, params, u, **options)
+    assert np.isnan(hidden[0, 10:, 1]).all()
+    assert np.isnan(hidden[:, 1:, 5]).all()
+    np.testing.assert_array_equal(hidden[..., [0, 2, 4]], clean[..., [0, 2, 4]])
+    np.testing.assert_array_equal(hidden[1][:, [1, 3]], clean[1][:, [1, 3]])
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_low_precision_inputs_are_computed_in_float32(dtype):
+    cell, params, u, _ = problem("lstm", T=64)
+    low = mx.array(u).astype(dtype)
+    hidden, last = recurrence(cell, mx.array(params), low)
+    assert hidden.dtype == dtype
+    assert last.dtype == mx.float32
+    full, full_last = recurrence(cell, mx.array(params), low.astype(mx.float32))
+    assert mx.array_equal(last, full_last)
+    assert mx.array_equal(hidden, full.astype(dtype))
+
+
+def test_linear_scan():
+    rng = np.random.default_rng(0)
+    for slots, n in [(1, 1), (1, 7), (2, 16), (4, 33)]:
+        P = rng.normal(size=(slots, slots, 2, n, 3)).astype(np.float32) * 0.5
+        r = rng.normal(size=(slots, 2, n, 3)).astype(np.float32)
+        x = np.array(linear_scan(mx.array(P), mx.array(r)))
+        y = np.zeros((slots, 2, 3))
+        for c in range(n):
+            y = np.einsum("ijbw,jbw->ibw", P[..., c, :].astype(np.float64), y) + r[..., c, :]
+            np.testing.assert_allclose(x[..., c, :], y, atol=2e-5)
+
+
+def loss_of(cell, options, mask=None, return_states=0):
+    """A scalar that depends on everything recurrence returns."""
+
+    def loss(params, u, state):
+        hidden, last, *states = recurrence(
+            cell, params, u, state, mask=mask, return_states=return_states, **options
+        )
+        total = (hidden * mx.cos(mx.arange(hidden.size).reshape(hidden.shape))).sum() + (last * last).sum()
+        return total + sum((s * s * s).sum() for s in states)
+
+    return loss
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("options", METHODS, ids=["sequential", "newton", "newton-7"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_match_finite_differences(name, options, masked):
+    cell, params, u, state = problem(name, T=18, D=4, heads=2, state=True)
+    mask = np.ones((2, 18), bool)
+    mask[0, :3] = mask[1, 12:] = False
+    mask = mx.array(mask) if masked else None
+    arrays = [mx.array(a) for a in (params, u, state)]
+    loss = loss_of(cell, options, mask, return_states=4)
+    gradients = mx.grad(loss, argnums=(0, 1, 2))(*arrays)
+
+    def exact(arrays):  # the same loss through the float64 oracle
+        p, v, s = arrays
+        hidden, states = expected(cell, p, v, s, None if mask is None else np.array(mask))
+        weights = np.cos(np.arange(hidden.size).reshape(hidden.shape))
+        return (hidden * weights).sum() + (states[:, -1] ** 2).sum() + (states[:, 3::4] ** 3).sum()
+
+    rng = np.random.default_rng(3)
+    base = [a.astype(np.float64) for a in (params, u, state)]
+    for which, gradient in enumerate(gradients):
+        gradient = np.array(gradient)
+        assert np.abs(gradient).max() > 1e-3
+        for _ in range(6):
+            index = tuple(rng.integers(0, n) for n in gradient.shape)
+            sides = []
+            for sign in (1, -1):
+                moved = [a.copy() for a in base]
+                moved[which][index] += sign * 1e-5
+                sides.append(exact(moved))
+            difference = (sides[0] - sides[1]) / 2e-5
+            assert gradient[index] == pytest.approx(difference, rel=2e-3, abs=2e-4), (which, index)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("method", ["auto", "sequential", "newton"])
+def test_under_compile(name, method):
+    cell, params, u, state = problem(name, T=33, state=True)
+    arrays = [mx.array(a) for a in (params, u, state)]
+    loss = loss_of(cell, {"method": method}, return_states=8)
+    compiled = mx.compile(mx.value_and_grad(loss, argnums=(0, 1, 2)))
+    value, gradients = compiled(*arrays)
+    plain, plain_gradients = mx.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+    assert value.item() == pytest.approx(plain.item(), rel=1e-5)
+    for a, b in zip(gradients, plain_gradients, strict=True):
+        assert mx.abs(b).max() > 0
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-4)
+
+
+def test_under_vmap():
+    cell, params, u, _ = problem("gru", T=12)
+    stack = mx.stack([mx.array(u), mx.array(u) * 0.5])
+    mapped = mx.vmap(lambda v: recurrence(cell, mx.array(params), v)[0])(stack)
+    for i in range(2):
+        np.testing.assert_allclose(np.array(mapped[i]), solve(cell, params, np.array(stack[i]))[0], atol=1e-6)
+
+
+def test_a_cell_of_ones_own():
+    """The example of the documentation: registered, prefilled by Newton, decoded, differentiated."""
+
+    @register_cell
+    class MinimalGRU(Cell):
+        name = "minimal_gru"
+        gates = ("z", "n")
+        slots = ("h",)
+        output = "h"
+        params = ("a_z",)
+
+        def step(self, state, u, params, F):
+            (h,) = state
+            z = F.sigmoid(params["a_z"] * h + u["z"])
+            return (z * F.tanh(u["n"]) + (1 - z) * h,)
+
+    cell, params, u, _ = problem("minimal_gru", T=50)
+    y, states = expected(cell, params, u)
+    for options in METHODS:
+        hidden, last = solve(cell, params, u, **options)
+        np.testing.assert_allclose(hidden, y, atol=3e-6, rtol=3e-6)
+    state = None
+    for t in range(50):
+        hidden, state = recurrence(cell, mx.array(params), mx.array(u[:, :, t : t + 1]), state)
+    np.testing.assert_allclose(np.array(state), states[:, -1], atol=3e-6, rtol=3e-6)
+    assert mx.abs(mx.grad(loss_of(cell, {}))(mx.array(params), mx.array(u), mx.array(last))).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"u": mx.zeros((2, 1, 5, 2, 6))},
+            "u has shape (2, 1, 5, 2, 6); cell 'gru' needs (batch, heads, T, 3",
+        ),
+        ({"u": mx.zeros((2, 1, 0, 3, 6))}, "none of them 0"),
+        ({"params": mx.zeros((3, 5))}, "params has shape (3, 5)"),
+        ({"state": mx.zeros((2, 6))}, "state has shape (2, 6); with this u, cell 'gru' needs (2, 1, 6)"),
+        ({"mask": mx.ones((2, 4), mx.bool_)}, "mask has shape (2, 4)"),
+        ({"method": "picard"}, "unknown method 'picard'"),
+        ({"backend": "metal"}, "unknown backend 'metal'"),
+        ({"chunk": 0}, "chunk and max_iters must be at least 1"),
+        ({"max_iters": 0}, "chunk and max_iters must be at least 1"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"params": mx.zeros((3, 6)), "u": mx.zeros((2, 1, 5, 3, 6)), **change}
+    with pytest.raises(PararnnError) as error:
+        recurrence(get_cell("gru"), **arguments)
+    assert message in str(error.value)
