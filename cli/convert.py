@@ -41,9 +41,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="DIR|REPO|bytes|none",
-            help="Where the tokenizer is: a folder, a Hugging Face name (EleutherAI/gpt-neox-20b), "
-            "'bytes' for models "
-            "of raw bytes, 'none' for ids only. Default: the files beside the checkpoint.",
+            help="Where the tokenizer is: a folder, a Hugging Face name (EleutherAI/gpt-neox-20b), 'bytes' "
+            "for models of raw bytes, 'none' for ids only. Default: the files beside the checkpoint.",
         ),
     ] = None,
     family: Annotated[
@@ -86,7 +85,7 @@ def convert(
         f"{done.path}: {done.family}, {done.config['cell']}, {done.parameters:,} parameters, "
         f"{' and '.join(done.dtypes)}, {done.nbytes / 1e6:.1f} MB"
     )
-    if done.config["model_type"] == "pararnn":
+    if done.config["model_type"] == "pararnn" and tokenizer != "none":
         typer.echo(f'Try it: mlx-pararnn generate {done.path} -p "..."', err=True)
 
 

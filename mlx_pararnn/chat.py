@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, cast
@@ -117,17 +116,16 @@ class Chat:
             "messages": json.dumps(self.messages),
             "last_token": json.dumps(self._last_token),
         }
-        folder = path.parent
-        if not folder.is_dir():
-            raise PararnnError(f"no such folder: {folder}")
-        handle, partial = tempfile.mkstemp(suffix=".safetensors", prefix=f".{path.stem}-", dir=folder)
-        os.close(handle)
+        if not path.parent.is_dir():
+            raise PararnnError(f"no such folder: {path.parent}")
+        partial = path.with_name(f".{path.stem}-{os.getpid()}.safetensors")
         try:
-            save_prompt_cache(partial, self.cache, metadata)
+            save_prompt_cache(str(partial), self.cache, metadata)
             os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        except RuntimeError as error:  # what MLX raises where a file cannot be written
+            raise PararnnError(f"cannot write {path}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     def load(self, path: str | Path) -> None:

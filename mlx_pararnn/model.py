@@ -8,7 +8,6 @@ Letters in shapes: B sequences, T tokens, D channels (hidden_size), V vocabulary
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -211,7 +210,7 @@ class CausalConv(nn.Module):
         return _conv_silu(self.weight[..., 0].T, self.bias, *taps), new_window
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile
 def _conv_silu(weight: mx.array, bias: mx.array, *taps: mx.array) -> mx.array:
     # Shifted multiply-adds: MLX's depthwise conv1d takes four times as long on a CPU, and here SiLU joins in.
     y = bias

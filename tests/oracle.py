@@ -62,7 +62,7 @@ def apple_lstm_jacobian(cell, params, u, state, exact):
 
 
 def newton_iterates(cell, params, u, iterations, linearisation="exact"):
-    """Newton's method on the whole sequence from step(0, u_t): the hidden states after 1, 2, ... iterations."""
+    """Newton's method on the whole sequence from step(0, u_t): hidden states after 1, 2, ... iterations."""
     slots = len(cell.slots)
     gates = np.moveaxis(u, 2, 0)
     zero = np.zeros_like(gates[0])

@@ -80,7 +80,7 @@ def test_gru_newton_iterates_are_apples(case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
 def test_newton_iterates_of_the_oracle(case):
-    """The oracle gives Apple's iterates, the LSTM's with Apple's linearisation; the library gives the oracle's.
+    """The oracle gives Apple's iterates, the LSTM's by Apple's linearisation; the library gives the oracle's.
 
     Apple linearises the LSTM a little differently from its exact Jacobian, which is what the library uses.
     """

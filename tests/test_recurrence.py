@@ -100,7 +100,7 @@ def test_masked_steps_pass_the_state_through(name, options):
 @pytest.mark.parametrize("chunk", [4, 16])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_iterates_on_chunk_boundaries(name, chunk, iterations):
-    """After exactly 1 and 2 iterations: Newton repairs wrong Jacobians and scans, and hides them at the end."""
+    """After exactly 1 and 2 iterations: at convergence Newton has repaired wrong Jacobians and scans."""
     cell, params, u, _ = problem(name, T=75, scale=4.0, memory=4.0)
     hidden, _ = solve(cell, params, u, method="newton", chunk=chunk, tol=0.0, max_iters=iterations)
     exact = oracle.chunked_iterates(cell, params.astype(np.float64), merged(u), chunk, iterations)

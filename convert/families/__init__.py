@@ -1,0 +1,68 @@
+"""The checkpoint families: one file each, and the list that `convert` goes through.
+
+A family of your own: an object with `name`, `title`, `detect(checkpoint)` and `map(checkpoint, tied)`
+(see base.Family), named by an entry point of the group `mlx_pararnn.families`.
+"""
+
+from importlib.metadata import entry_points
+
+from mlx_pararnn.errors import PararnnError
+
+from ..checkpoint import Checkpoint
+from ..wording import listed, shown
+from .babylm import BabyLM
+from .bare_cell import BareCell
+from .base import Canonical, Family
+from .ml_pararnn import MlPararnn
+from .pararnn_torch import PararnnTorch
+
+ENTRY_POINT_GROUP = "mlx_pararnn.families"
+_BUILT_IN: tuple[Family, ...] = (MlPararnn(), BabyLM(), PararnnTorch(), BareCell())
+
+__all__ = ["Canonical", "Family", "family_names", "find_family"]
+
+
+def find_family(checkpoint: Checkpoint, name: str | None = None) -> Family:
+    """The family called `name`, or the first that recognises the checkpoint; other packages' come after ours.
+
+    Raises:
+        PararnnError: there is none; the message lists tensors and families.
+    """
+    if name is not None:
+        for family in _BUILT_IN:
+            if family.name == name:
+                return family
+        if name not in family_names():
+            raise PararnnError(f"unknown family {shown(name)}; known: {', '.join(family_names())}")
+        return _installed(name)
+    for family in _BUILT_IN:
+        if family.detect(checkpoint):
+            return family
+    for other in _installed_names():
+        if (family := _installed(other)).detect(checkpoint):
+            return family
+    names = list(checkpoint.tensors)
+    raise PararnnError(
+        f"{checkpoint.path}: not a ParaRNN checkpoint of a known family (considered: "
+        f"{', '.join(family_names())}); it holds {len(names)} tensors: {listed(names)}"
+    )
+
+
+def family_names() -> list[str]:
+    return [family.name for family in _BUILT_IN] + _installed_names()
+
+
+def _installed_names() -> list[str]:
+    built_in = {family.name for family in _BUILT_IN}
+    return sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)} - built_in)
+
+
+def _installed(name: str) -> Family:
+    (entry, *_) = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    try:
+        loaded = entry.load()
+        return loaded() if isinstance(loaded, type) else loaded
+    except Exception as error:
+        raise PararnnError(
+            f"the family {name} ({entry.value}) cannot be loaded: {type(error).__name__}: {shown(str(error))}"
+        ) from error

@@ -1,0 +1,162 @@
+"""The zip files that torch.save writes: one pickle that says what is there, one stored record a storage."""
+
+import math
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from mlx_pararnn.errors import PararnnError
+
+from .dtypes import STORED_AS
+from .pickles import MAX_PICKLE_BYTES, TensorRef, load_pickle
+from .tensors import Tensor, file_tensor
+from .wording import shown
+
+_RESAVE = 'load it in PyTorch and save the weights: torch.save(model.state_dict(), "weights.pt")'
+_STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model", "module")
+_CONFIG_KEYS = ("cfg", "config")
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+
+
+def read_torch_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of the model's state dict, by name, and the training configuration where it is plain data.
+
+    A training checkpoint is searched under model_state_dict, state_dict, model and module; what else it
+    holds (optimizer, scheduler) is named by the pickle but its bytes are never read.
+
+    Raises:
+        PararnnError: it is damaged, TorchScript, quantized, or names anything but plain data and tensors.
+    """
+    archive = _Archive(path)
+    content = load_pickle(archive.pickle_bytes(), str(path))
+    state_dict, config = _state_dict(content, path)
+    tensors = {
+        name: archive.tensor(name, value)
+        for name, value in state_dict.items()
+        if isinstance(name, str) and isinstance(value, TensorRef)
+    }
+    return tensors, config
+
+
+class _Archive:
+    """Where each record of the zip file lies; records are stored, not compressed, and read by offset."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self.records = self._directory()
+        pickles = [name for name in self.records if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if any("/code/" in name or name.endswith("/constants.pkl") for name in self.records):
+            raise PararnnError(
+                f"{path}: this is a TorchScript archive, which holds a program; load it with "
+                'torch.jit.load and save its weights: torch.save(model.state_dict(), "weights.pt")'
+            )
+        if len(pickles) != 1:
+            raise PararnnError(
+                f"{path}: this is a zip file, but not a PyTorch checkpoint (no data.pkl inside)"
+            )
+        self.root = pickles[0].removesuffix("data.pkl")
+        byteorder = self.records.get(self.root + "byteorder")
+        if byteorder and self.read(byteorder, limit=16).strip() != b"little":
+            raise PararnnError(
+                f"{path}: it was written on a big-endian machine, which is not supported; {_RESAVE}"
+            )
+
+    def pickle_bytes(self) -> bytes:
+        return self.read(self.records[self.root + "data.pkl"], MAX_PICKLE_BYTES)
+
+    def tensor(self, name: str, ref: TensorRef) -> Tensor:
+        """The tensor called `name`, checked to lie inside its record."""
+        record = self.records.get(f"{self.root}data/{ref.storage.key}")
+        itemsize = STORED_AS[ref.storage.dtype].itemsize
+        if record is None or record.file_size < ref.storage.numel * itemsize:
+            raise PararnnError(
+                f"{self.path}: the data of {shown(name)} is missing or too short; save or download the file "
+                "again"
+            )
+        offset = self.offset(record) + ref.offset * itemsize
+        return file_tensor(self.path, shown(name), ref.storage.dtype, ref.shape, offset, ref.strides)
+
+    def read(self, record: zipfile.ZipInfo, limit: int) -> bytes:
+        if record.file_size > limit:
+            raise self._damaged()
+        with open(self.path, "rb") as file:
+            file.seek(self.offset(record))
+            return file.read(record.file_size)
+
+    def offset(self, record: zipfile.ZipInfo) -> int:
+        """Where the record's bytes begin."""
+        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+            raise PararnnError(
+                f"{self.path}: its records are compressed, which torch.save never does; unzip and re-zip it "
+                f"without compression, or {_RESAVE}"
+            )
+        with open(self.path, "rb") as file:
+            file.seek(record.header_offset)
+            header = file.read(_LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or record.flag_bits & 1:
+            raise self._damaged()
+        signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        start = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if signature != b"PK\x03\x04" or start + record.file_size > self.size:
+            raise self._damaged()
+        return int(start)
+
+    def _directory(self) -> dict[str, zipfile.ZipInfo]:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                records = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
+            raise self._damaged() from error
+        by_name = {record.filename: record for record in records}
+        if len(by_name) != len(records) or any(record.header_offset < 0 for record in records):
+            raise self._damaged()
+        return by_name
+
+    def _damaged(self) -> PararnnError:
+        return PararnnError(
+            f"{self.path}: this PyTorch file is cut short or damaged; save or download it again"
+        )
+
+
+def _state_dict(content: Any, path: Path) -> tuple[dict[Any, Any], dict[str, Any] | None]:
+    config = None
+    # Bounded: a pickle can nest a dict in itself.
+    for _ in range(8):
+        if not isinstance(content, dict):
+            break
+        config = config or next(
+            (plain for key in _CONFIG_KEYS if (plain := _plain_dict(content.get(key)))), None
+        )
+        inner = next((content[key] for key in _STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            if any(isinstance(value, TensorRef) for value in content.values()):
+                return content, config
+            break
+        content = inner
+    raise PararnnError(f"{path}: there is no state dict inside (a dict of names and tensors); {_RESAVE}")
+
+
+def _plain_dict(value: Any) -> dict[str, Any] | None:
+    """`value` where it is a dict of JSON's kinds of value and not very large, else None."""
+    return value if isinstance(value, dict) and _plain_size(value, depth=16) <= 10_000 else None
+
+
+def _plain_size(value: Any, depth: int) -> float:
+    # Not a plain recursion over everything: shared parts can make a small pickle describe a huge tree.
+    if value is None or isinstance(value, (bool, int, str)):
+        return 1
+    if isinstance(value, float):
+        return 1 if math.isfinite(value) else math.inf
+    if not isinstance(value, (dict, list, tuple)) or depth == 0:
+        return math.inf
+    parts = list(value.values()) if isinstance(value, dict) else list(value)
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        return math.inf
+    total = 1.0
+    for part in parts:
+        total += _plain_size(part, depth - 1)
+        if total > 10_000:
+            return math.inf
+    return total

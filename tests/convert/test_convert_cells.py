@@ -1,0 +1,72 @@
+"""Bare cells: converted, and run by the formulas on the converted layout, they give golden's output."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pt_writer import write_pt
+from running import config, weights
+from safetensors.numpy import load_file, save_file
+
+pytest_plugins = ("conversion_fixtures",)
+
+CELLS = Path(__file__).parents[1] / "data" / "cells"
+CASES = [
+    case
+    for case in json.loads((CELLS / "metadata.json").read_text())["cases"]
+    if "_nl_" not in case["name"] and case["seq_len"] <= 128
+]
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def run(folder: Path, x: np.ndarray) -> np.ndarray:
+    """The cell of FACTS.md in float64, read off the canonical layout: x (T, inputs) -> hidden (T, D)."""
+    w = {name: value.astype(np.float64) for name, value in weights(folder).items()}
+    heads, rows, inputs = w["input_proj.weight"].shape
+    per_head = x.reshape(len(x), heads, inputs)
+    pre = np.einsum("thi,hri->thr", per_head, w["input_proj.weight"]) + w["bias"]
+    gates = pre.reshape(len(x), heads, 3, rows // 3).transpose(2, 0, 1, 3).reshape(3, len(x), -1)
+    a, h, c, hidden = w["recurrent_weight"], 0.0, 0.0, []
+    for u in gates.transpose(1, 0, 2):
+        if config(folder)["cell"] == "gru":
+            z, r = sigmoid(a[0] * h + u[0]), sigmoid(a[1] * h + u[1])
+            h = z * np.tanh(a[2] * (h * r) + u[2]) + (1 - z) * h
+        else:
+            f = sigmoid(a[0] * h + u[0] + a[3] * c)
+            c = f * c + (1 - f) * np.tanh(a[2] * h + u[2])
+            h = sigmoid(a[1] * h + u[1] + a[4] * c) * np.tanh(c)
+        hidden.append(h)
+    return np.stack(hidden)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_the_converted_cell_computes_what_the_original_did(case, accepted, tmp_path):
+    golden = load_file(CELLS / case["file"])
+    cell = {name: golden[name] for name in ("A", "B", "C", "b") if name in golden}
+    save_file(cell, tmp_path / "cell.safetensors")
+    folder = accepted(tmp_path / "cell.safetensors")
+    x = golden["x"][None] if golden["x"].ndim == 2 else golden["x"]
+    y = golden["y_seq_f64"].reshape(*x.shape[:2], -1)
+    ours = np.stack([run(folder, row.astype(np.float64)) for row in x])
+    assert np.abs(ours - y).max() <= 2e-6 * max(1, np.abs(y).max())
+    assert config(folder) == {
+        "model_type": "pararnn_cell",
+        "cell": "lstm" if "C" in golden else "gru",
+        "input_size": case["input_dim"],
+        "hidden_size": case["state_dim"],
+        "num_heads": case["num_heads"],
+        "activations": None,
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "cell.", "model.layers.3.rnn."])
+def test_a_bare_cell_may_stand_behind_any_prefix_and_needs_no_tokenizer(prefix, accepted, tmp_path):
+    golden = load_file(CELLS / "lstm_01_d16_h2.safetensors")
+    write_pt(tmp_path / "cell.pt", {prefix + name: golden[name] for name in "ABCb"})
+    folder = accepted(tmp_path / "cell.pt", "--force")
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert weights(folder)["recurrent_weight"].shape == (5, 16)

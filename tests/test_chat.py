@@ -1,0 +1,277 @@
+"""A talk: state kept from turn to turn, stopped, saved, loaded; and the command in a pipe and a terminal."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+
+import mlx_pararnn
+from mlx_pararnn import PararnnError
+from mlx_pararnn.chat import Chat
+from mlx_pararnn.loading import DEMO
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] | trim }}~{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return mlx_pararnn.load()
+
+
+@pytest.fixture(scope="module")
+def templated(tmp_path_factory):
+    """The demo with a chat template; turns end with "~", its end-of-sequence token."""
+    folder = shutil.copytree(DEMO, tmp_path_factory.mktemp("chat") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": ord("~")}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """What the model has read, token by token, in order."""
+    tokens = []
+    call = mlx_pararnn.Model.__call__
+
+    def recording(self, inputs, *args, **kwargs):
+        tokens.extend(inputs[0].tolist())
+        return call(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(mlx_pararnn.Model, "__call__", recording)
+    return tokens
+
+
+def say(talk, text, **kwargs):
+    return "".join(r.text for r in talk.respond(text, **kwargs))
+
+
+def state_of(model, tokens):
+    cache = model.make_cache()
+    model(mx.array([tokens]), cache=cache)
+    return cache
+
+
+def same_state(a, b):
+    return all(
+        mx.allclose(x, y, atol=1e-3)
+        for c, d in zip(a, b, strict=True)
+        for x, y in zip(c.cache, d.cache, strict=True)
+    )
+
+
+def test_without_a_template_the_text_goes_on(demo, read):
+    model, tokenizer = demo
+    talk = Chat(model, tokenizer)
+    first = say(talk, "def main(", max_tokens=5)
+    second = say(talk, "import", max_tokens=6)
+    assert bytes(read).decode() == "def main(" + first + "import" + second
+    assert talk.tokens == len(read)
+    assert same_state(talk.cache, state_of(model, list(read)))
+    assert [m["content"] for m in talk.messages] == ["def main(", first, "import", second]
+
+
+def test_with_a_template_each_turn_is_read_once(templated, read):
+    model, tokenizer = mlx_pararnn.load(templated)
+    talk = Chat(model, tokenizer, system="Be brief.")
+    answers = [say(talk, text, max_tokens=4) for text in ("one", "two", "three")]
+    transcript = bytes(read).decode()
+    expected = "[s]Be brief.~"
+    for text, answer in zip(("one", "two", "three"), answers, strict=True):
+        expected += f"[u]{text}~[a]{answer}~"
+    assert transcript == expected[:-1]  # the last turn is not closed yet
+    assert same_state(talk.cache, state_of(model, list(read)))
+
+
+def test_a_turn_that_the_model_ended_itself_is_not_ended_twice(templated, read):
+    model, tokenizer = mlx_pararnn.load(templated)
+    talk = Chat(model, tokenizer)
+
+    def end_after_two(logprobs, made=[]):  # noqa: B006 - counts its calls
+        made.append(0)
+        return mx.array([ord("~") if len(made) == 3 else ord("x")])
+
+    assert say(talk, "one", sampler=end_after_two) == "xx"
+    say(talk, "two", max_tokens=1)
+    assert bytes(read).decode().startswith("[u]one~[a]xx~[u]two~[a]")
+
+
+def test_stopping_keeps_what_was_said(demo, read):
+    model, tokenizer = demo
+    talk = Chat(model, tokenizer)
+    heard = []
+    for response in talk.respond("def main(", max_tokens=200, interrupted=lambda: len(heard) == 3):
+        heard.append(response.text)
+    assert heard == ["s", "e", "l"]
+    assert talk.messages[-1]["content"] == "sel"
+    assert same_state(talk.cache, state_of(model, list(b"def main(sel")))
+    for response in talk.respond("x", max_tokens=200):
+        if response.generation_tokens == 2:
+            break
+    assert talk.tokens == len(b"def main(sel") + 1 + 2
+
+
+def test_stopping_while_the_prompt_is_read_forgets_the_turn(demo):
+    model, tokenizer = demo
+    talk = Chat(model, tokenizer)
+    say(talk, "def main(", max_tokens=5)
+    before, messages, asked = talk.tokens, list(talk.messages), []
+
+    def interrupted():
+        asked.append(0)
+        return len(asked) > 2
+
+    assert say(talk, "x" * 50, prefill_step_size=8, interrupted=interrupted) == ""
+    assert (talk.tokens, talk.messages) == (before, messages)
+    assert same_state(talk.cache, state_of(model, list(b"def main(self,")))
+
+
+def test_an_error_in_the_middle_leaves_the_state_sound(demo):
+    model, tokenizer = demo
+    talk = Chat(model, tokenizer)
+    say(talk, "def main(", max_tokens=5)
+
+    def broken(logprobs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        say(talk, "more", sampler=broken)
+    assert talk.tokens == 14
+    assert same_state(talk.cache, state_of(model, list(b"def main(self,")))
+
+
+def test_the_state_is_as_large_after_a_long_talk(demo):
+    talk = Chat(*demo)
+    say(talk, "a", max_tokens=1)
+    before = talk.nbytes
+    say(talk, "b" * 3000, max_tokens=100)
+    assert talk.nbytes == before == 3840
+
+
+def test_save_and_load_go_on_as_if_nothing_had_happened(templated, tmp_path):
+    model, tokenizer = mlx_pararnn.load(templated)
+    talk = Chat(model, tokenizer)
+    say(talk, "one", max_tokens=6)
+    file = talk.save(tmp_path / "talk")
+    assert file == tmp_path / "talk.safetensors"
+    assert os.listdir(tmp_path) == ["talk.safetensors"]
+    other = Chat(*mlx_pararnn.load(templated))
+    other.load(tmp_path / "talk")
+    assert other.messages == talk.messages
+    assert say(other, "two", max_tokens=20) == say(talk, "two", max_tokens=20)
+    talk.reset()
+    assert (talk.tokens, talk.messages, talk.nbytes) == (0, [], 0)
+    talk.load(file)
+    assert talk.messages == [{"role": "user", "content": "one"}, other.messages[1]]
+
+
+def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
+    talk = Chat(*demo)
+    say(talk, "def", max_tokens=3)
+    (tmp_path / "noise.safetensors").write_bytes(b"noise")
+    model, _ = mlx_pararnn.load_model(converted("trained/paragru/final.pt"))
+    Chat(model, demo[1]).save(tmp_path / "other")
+    for file, message in (
+        ("nowhere", "no such file"),
+        ("noise", "is not a talk saved by /save"),
+        (DEMO / "model", "is not a talk saved by /save"),
+        ("other", "was saved with another model"),
+    ):
+        with pytest.raises(PararnnError, match=message):
+            talk.load(tmp_path / file)
+    assert talk.tokens == 6
+    with pytest.raises(PararnnError, match="no such folder"):
+        talk.save(tmp_path / "no" / "folder")
+
+
+def test_a_system_prompt_needs_a_template(demo):
+    with pytest.raises(PararnnError, match="no chat template, so it can take no system prompt"):
+        Chat(*demo, system="Be brief.")
+
+
+COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "chat"]
+
+
+def test_in_a_pipe(tmp_path):
+    lines = (
+        "def main(\n/stats\n/save talk\n\n/reset\n/stats\n/load talk\n/load no\n/what\n/save\n/help\n"
+        "import\n/quit\nnever\n"
+    )
+    result = subprocess.run(
+        [*COMMAND, "-m", "5"], input=lines, capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert result.stdout.startswith("self,\n")
+    assert result.stdout.count("\n") >= 2
+    said = result.stderr
+    assert "no chat template: it continues what you type" in said
+    assert "14 tokens so far; state 3,840 bytes; last answer" in said
+    assert "Saved to talk.safetensors." in said
+    assert "0 tokens so far; state 0 bytes" in said
+    assert "Going on after 14 tokens." in said
+    assert "error: no such file: no.safetensors" in said
+    assert "No command /what; /help lists them." in said
+    assert "/save needs a file name." in said
+    assert "/reset       forget the talk" in said
+    assert "Traceback" not in said
+
+
+class Terminal:
+    """The chat command on a pseudo-terminal."""
+
+    def __init__(self, *args):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "dumb"
+            os.execv(COMMAND[0], [*COMMAND, *args])
+        self.seen = ""
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def wait_for(self, pattern, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen)):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.seen[-200:]!r}"
+            if select.select([self.fd], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.fd, 65536).decode(errors="replace")
+                except OSError:  # the program has left
+                    break
+        found = match or re.search(pattern, self.seen)
+        assert found, f"no {pattern!r} in {self.seen[-200:]!r}"
+        self.seen = self.seen[found.end() :]
+        return found.group()
+
+    def exit_code(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_in_a_terminal():
+    """Ctrl-C stops the answer and not the program; at the prompt it drops the line; editing works."""
+    terminal = Terminal("-m", "100000", "--temp", "1.0", "--seed", "0")
+    terminal.wait_for("> ")
+    terminal.type("def main(\n")
+    terminal.wait_for(r"def main\(\r\n[\s\S]{10}")
+    terminal.type("\x03")
+    terminal.wait_for(r"\(stopped\)\r\n")
+    terminal.wait_for("> ")
+    terminal.type("half a line")
+    terminal.wait_for("half a line")
+    terminal.type("\x03")
+    terminal.wait_for("> ")
+    terminal.type("/stas\x1b[Dt\n")  # cursor left, insert
+    assert int(terminal.wait_for(r"\d+ tokens so far").split()[0]) > 9 + 10
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0

@@ -1,0 +1,241 @@
+"""`generate` as a user has it: the command and the function."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx_pararnn.cli.app import app
+from typer.testing import CliRunner
+
+import mlx_pararnn
+from mlx_pararnn import PararnnError
+from mlx_pararnn.loading import DEMO
+
+BABYLM = "pararnn_torch/babylm_paragru"
+
+
+def run(*args, **kwargs):
+    return CliRunner().invoke(app, list(args), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return mlx_pararnn.load()
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(demo):
+    return demo[1]
+
+
+def test_greedy_continuation_of_the_golden_prompt(converted, data):
+    golden = mx.load(str(data / "trained/paragru/golden.safetensors"))
+    folder = converted("trained/paragru/final.pt", tokenizer="bytes")
+    prompt = bytes(golden["prompt_ids"].tolist()).decode()
+    result = run("generate", str(folder), "-p", prompt, "--max-tokens", "96", "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["tokens"] == golden["greedy_ids"].tolist()
+    assert answer["text"] == bytes(golden["greedy_ids"].tolist()).decode()
+    assert answer["finish_reason"] == "length"
+    assert answer["prompt_tokens"] == 49
+    assert answer["generation_tokens"] == 96
+
+
+def test_greedy_tokens_of_pararnn_torch(converted, data):
+    folder = "pararnn_torch/paraslstm_causal_lm_0"
+    golden = mx.load(str(data / folder / "golden.safetensors"))
+    model, _ = mlx_pararnn.load_model(converted(folder))
+    tokens = golden["greedy_prompt"][0].tolist()
+    from mlx_lm.generate import generate_step
+
+    steps = generate_step(mx.array(tokens), model, max_tokens=24)
+    assert tokens + [token for token, _ in steps] == golden["greedy"][0].tolist()
+
+
+def test_the_readme_command():
+    """A subprocess: text to stdout, statistics to stderr."""
+    result = subprocess.run(
+        [sys.executable, "-m", "mlx_pararnn.cli.app", "generate", "-p", "def main(", "-m", "11"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "self, other\n"
+    assert result.stderr.startswith("prompt: 9 tokens, ")
+    assert result.stderr.rstrip().endswith("(length)")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_prompt_may_come_from_stdin():
+    for args in ((), ("-p", "-")):
+        result = run("generate", *args, "-m", "5", input="def main(")
+        assert result.stdout == "self,\n"
+
+
+def test_seeds_repeat_and_sampling_options_matter(converted):
+    folder = str(converted("trained/paragru/final.pt", tokenizer="bytes"))  # in float16 greedy choices tie
+
+    def sample(*args):
+        return run("generate", folder, "-p", "import ", "-m", "30", *args).stdout
+
+    warm = ("--temp", "1.5", "--seed", "7")
+    assert sample(*warm) == sample(*warm)
+    assert sample(*warm) != sample("--temp", "1.5", "--seed", "8")
+    greedy = sample()
+    assert sample(*warm, "--top-k", "1") == greedy
+    assert sample(*warm, "--top-p", "0.000001") == greedy
+    assert sample(*warm, "--min-p", "1.0") == greedy
+    assert sample(*warm, "--top-k", "5000") == sample(*warm)
+    assert sample("--repetition-penalty", "3.0") != greedy
+
+
+@pytest.mark.parametrize("stop", ["other", ", oth", "s", "nowhere"])
+def test_stop_strings(stop):
+    plain = run("generate", "-p", "def main(", "-m", "11", "--json")
+    text = json.loads(plain.stdout)["text"]
+    result = json.loads(run("generate", "-p", "def main(", "-m", "11", "--json", "--stop", stop).stdout)
+    assert result["text"] == text.split(stop)[0]
+    assert result["finish_reason"] == ("stop" if stop in text else "length")
+
+
+def test_of_several_stop_strings_the_first_one_met_ends_the_text(demo):
+    model, tokenizer = demo
+    stop = ["xyz", "ther", ", o"]
+    text = mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=30, stop=stop)
+    assert text == "self"
+
+
+def test_end_of_sequence_tokens_end_the_text(tmp_path):
+    """eos_token_id of config.json: here the comma."""
+    folder = shutil.copytree(DEMO, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": ord(",")}))
+    result = json.loads(run("generate", str(folder), "-p", "def main(", "--json").stdout)
+    assert result["text"] == "self"
+    assert result["finish_reason"] == "stop"
+
+
+def test_utf8_is_not_cut(demo):
+    tokenizer = demo[1]
+    text = "größer 日本 🙂"
+    assert tokenizer.encode(text) == list(text.encode())
+    detokenizer = tokenizer.detokenizer
+    pieces = []
+    for token in tokenizer.encode(text):
+        detokenizer.add_token(token)
+        pieces.append(detokenizer.last_segment)
+    detokenizer.finalize()
+    assert "".join(pieces) + detokenizer.last_segment == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_learned_positions_run_out(converted, bytes_tokenizer, capsys):
+    model, _ = mlx_pararnn.load_model(converted(BABYLM))  # 64 positions
+    for limit in (-1, 1000):
+        responses = list(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 50, max_tokens=limit))
+        assert responses[-1].finish_reason == "length"
+        assert responses[-1].generation_tokens == 14
+        assert capsys.readouterr().err == "stopped: the model's 64 learned positions are used up\n"
+    responses = list(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 50, max_tokens=14))
+    assert capsys.readouterr().err == ""
+    cache = model.make_cache()
+    model(mx.array([[1] * 40]), cache=cache)
+    *_, last = mlx_pararnn.stream_generate(
+        model, bytes_tokenizer, [1] * 20, max_tokens=99, prompt_cache=cache
+    )
+    assert last.generation_tokens == 4
+    with pytest.raises(PararnnError, match="the text so far takes 84 of the model's 64 learned positions"):
+        next(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 20, prompt_cache=cache))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([1, 256], "token id 256, but the model has ids 0 to 255"),
+        ([-1], "token id -1"),
+    ],
+)
+def test_prompts_that_cannot_be(demo, prompt, message):
+    model, tokenizer = demo
+    with pytest.raises(PararnnError) as error:
+        mlx_pararnn.generate(model, tokenizer, prompt)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("no/such/place", "-p", "x"), "error: no such model folder: no/such/place"),
+        ((".", "-p", "x"), "error: no config.json in ."),
+        (("-p", ""), "error: the prompt is empty; give at least one token"),
+        (
+            ("-p", "x", "--temp", "inf"),
+            "error: --temp, --top-p, --min-p and --repetition-penalty must be finite",
+        ),
+        (("-p", "x", "--repetition-penalty", "0"), "error: --temp"),
+        (("-p", "x", "--import", "no_such_module"), "error: --import no_such_module: No module named"),
+    ],
+)
+def test_bad_input_is_one_sentence(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("generate", *args)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("--no-such-option",), ("--temp", "-1"), ("--temp", "nan"), ("-m", "0"), ("--top-p", "2"), ("a", "b")],
+)
+def test_wrong_usage_is_exit_code_2(args):
+    result = run("generate", "-p", "x", *args)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback():
+    result = run("generate", "no/such/place", "-p", "x", "--debug")
+    assert isinstance(result.exception, PararnnError)
+
+
+def test_a_cell_of_ones_own_is_found_again(tmp_path, monkeypatch):
+    """Save a model with a registered cell; a new process finds the cell by --import, or says how."""
+    (tmp_path / "my_cell.py").write_text(
+        "from mlx_pararnn import Cell, register_cell\n"
+        "@register_cell\n"
+        "class Leaky(Cell):\n"
+        "    name, gates, slots, output, params = 'leaky', ('n', 'g'), ('h',), 'h', ('a',)\n"
+        "    def step(self, state, u, params, F):\n"
+        "        g = F.sigmoid(u['g'] + params['a'] * state[0])\n"
+        "        return (g * state[0] + (1 - g) * F.tanh(u['n']),)\n"
+    )
+    make = (
+        "import json, shutil, my_cell, mlx.core as mx\n"
+        "from mlx.utils import tree_flatten\n"
+        "from mlx_pararnn import Model, ModelArgs\n"
+        "from mlx_pararnn.loading import DEMO\n"
+        "shutil.copytree(DEMO, 'model')\n"
+        "fields = dict(cell='leaky', hidden_size=32, num_hidden_layers=2, vocab_size=256,\n"
+        "              intermediate_size=48)\n"
+        "open('model/config.json', 'w').write(json.dumps(dict(model_type='pararnn', **fields)))\n"
+        "model = Model(ModelArgs(**fields))\n"
+        "mx.save_safetensors('model/model.safetensors', dict(tree_flatten(model.parameters())))\n"
+    )
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "mlx_pararnn.cli.app", "generate", "model", "-p", "abc", "-m", "4"]
+    result = subprocess.run(
+        [*command, "--import", "my_cell"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "generated: 4 tokens" in result.stderr
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "unknown cell 'leaky'" in result.stderr
+    assert "--import MODULE" in result.stderr

@@ -1,0 +1,153 @@
+"""Loading model folders: whole, broken, hostile, from the hub's cache; and what importing costs."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+import mlx_pararnn
+from mlx_pararnn import PararnnError
+from mlx_pararnn.loading import DEMO
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(DEMO, tmp_path / "model")
+
+
+def edit_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def run(code, **kwargs):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_importing_is_lazy():
+    code = (
+        "import sys, mlx_pararnn, mlx_pararnn.cli.app\n"
+        "heavy = {'mlx.core', 'mlx_lm', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)\n"
+        "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"
+        "print(heavy, 'openblas' in maps)"
+    )
+    assert run(code).stdout.strip() == "set() False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS brings its own BLAS")
+def test_openblas_is_loaded_before_mlx():
+    from mlx_pararnn.registration import load_openblas
+
+    if load_openblas() is None:
+        pytest.skip("no OpenBLAS on this machine (Debian: libopenblas0-pthread)")
+    code = (
+        "import mlx_pararnn, mlx.core as mx\n"
+        "x = mx.ones((8, 8)); mx.eval(x @ x)\n"
+        "print('openblas' in open('/proc/self/maps').read())"
+    )
+    assert run(code).stdout.strip() == "True"
+
+
+def test_public_names():
+    for name in mlx_pararnn.__all__:
+        assert getattr(mlx_pararnn, name) is not None
+    assert set(dir(mlx_pararnn)) == set(mlx_pararnn.__all__)
+    with pytest.raises(AttributeError):
+        mlx_pararnn.nothing  # noqa: B018
+
+
+def test_registration_works_whichever_is_imported_first():
+    for code in (
+        "import mlx_lm, mlx_pararnn, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
+        "import mlx_pararnn, mlx_lm, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
+        "import mlx_pararnn.cache, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
+        "import mlx_pararnn, mlx_lm.models.pararnn as p; print(p.ModelArgs.__module__)",
+    ):
+        assert run(code).stdout.strip() in ("mlx_pararnn.cache", "mlx_pararnn.model"), code
+
+
+def test_a_model_folder_never_runs_python(folder):
+    (folder / "evil.py").write_text("open('ran', 'w'); Model = ModelArgs = None")
+    edit_config(folder, model_file="evil.py", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
+    code = f"import mlx_pararnn; mlx_pararnn.load({str(folder)!r}); print('loaded')"
+    result = run(code, cwd=folder)
+    assert result.stdout.strip() == "loaded", result.stderr
+    assert not (folder / "ran").exists()
+
+
+def test_a_hub_model_comes_from_the_local_cache(folder, tmp_path, monkeypatch):
+    """The layout that huggingface_hub keeps, with the network switched off."""
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots").mkdir()
+    shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
+    code = (
+        "import mlx_pararnn\n"
+        "model, tokenizer = mlx_pararnn.load('someone/tiny')\n"
+        "print(mlx_pararnn.generate(model, tokenizer, 'def main(', max_tokens=4))\n"
+        "mlx_pararnn.load('someone/else')"
+    )
+    import os
+
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    result = run(code, env=env)
+    assert result.stdout.startswith("self"), result.stderr
+    assert "someone/else is neither a folder here nor a model that the Hugging Face hub gave" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama', not 'pararnn'; convert a PyTorch checkpoint first"),
+        ({"model_type": "pararnn_cell"}, "a single cell is loaded with mlx_pararnn.load_cell"),
+        ({"cell": "gru2"}, "unknown cell 'gru2'"),
+        ({"hidden_size": 64}, "do not fit its config.json"),
+        ({"num_hidden_layers": 4}, "do not fit its config.json"),
+        ({"vocab_size": None}, "vocab_size is None"),
+    ],
+)
+def test_configs_that_do_not_fit(folder, fields, message):
+    edit_config(folder, **fields)
+    with pytest.raises(PararnnError) as error:
+        mlx_pararnn.load(folder)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "no such model folder"),
+        (lambda f: (f / "config.json").unlink(), "no config.json in"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "is not a JSON object"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model*.safetensors in"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"no"), "do not fit its config.json"),
+        (lambda f: [x.unlink() for x in f.glob("tokenizer*")], "no tokenizer in"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot be read"),
+    ],
+)
+def test_broken_folders(folder, break_it, message):
+    break_it(folder)
+    with pytest.raises(PararnnError) as error:
+        mlx_pararnn.load(folder)
+    assert message in str(error.value)
+
+
+def test_a_checkpoint_is_not_a_model_folder(data):
+    with pytest.raises(PararnnError, match="convert it first: mlx-pararnn convert"):
+        mlx_pararnn.load(data / "trained/paragru/final.pt")
+
+
+def test_the_demo_is_what_the_converter_makes(converted):
+    made = converted("trained/paragru/final.pt", dtype="float16", tokenizer="bytes")
+    demo = mx.load(str(DEMO / "model.safetensors"))
+    again = mx.load(str(made / "model.safetensors"))
+    assert demo.keys() == again.keys()
+    assert all(mx.array_equal(demo[k], again[k]) for k in demo)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (DEMO / name).read_bytes() == (made / name).read_bytes()
+    assert sum(f.stat().st_size for f in DEMO.iterdir()) < 2_000_000
