@@ -59,7 +59,8 @@ def model_card(
         card += "\n" + "\n".join(notes) + "\n"
     if is_model:
         card += '\n```sh\nmlx-pararnn generate PATH_OF_THIS_FOLDER -p "Once upon a time"\n```\n'
-    if checkpoint.training_config:
-        text = json.dumps(checkpoint.training_config, indent=2).replace("```", "'''")
-        card += f"\n## Training configuration, as the checkpoint has it\n\n```json\n{text}\n```\n"
+    trained = (checkpoint.training_config or {}).get("model")  # the rest may hold paths and names
+    if trained:
+        text = json.dumps(trained, indent=2).replace("```", "'''")
+        card += f"\n## The model's part of the training configuration\n\n```json\n{text}\n```\n"
     return card

@@ -268,10 +268,11 @@ def test_in_a_terminal():
     terminal.wait_for("> ")
     terminal.type("half a line")
     terminal.wait_for("half a line")
+    time.sleep(0.5)  # readline sees a signal while it waits for a key, as it does for a person
     terminal.type("\x03")
     terminal.wait_for("> ")
     terminal.type("/stas\x1b[Dt\n")  # cursor left, insert
-    assert int(terminal.wait_for(r"\d+ tokens so far").split()[0]) > 9 + 10
+    assert int(terminal.wait_for(r"\d+ tokens so far").split()[0]) > 14
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.exit_code() == 0
