@@ -83,6 +83,7 @@ def newton(
     and exactly min(max_iters, N - 1) iterations are made. Arguments and layout as for `sequential`.
     """
     T = u.shape[2]
+    chunk = min(chunk, T)
     n_chunks = -(-T // chunk)
     padding = n_chunks * chunk - T  # steps past the end: nothing comes after them, so their values are idle
     if padding:
