@@ -7,7 +7,10 @@ import typer
 
 from .chat import chat
 from .convert import convert
+from .doctor import doctor
 from .generate import generate
+from .lm import lm
+from .verify import verify
 
 app = typer.Typer(
     name="mlx-pararnn",
@@ -20,6 +23,15 @@ app = typer.Typer(
 app.command()(convert)
 app.command()(generate)
 app.command()(chat)
+app.command()(verify)
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)(lm)
+app.command()(doctor)
 
 
 def _print_version(value: bool) -> None:

@@ -255,7 +255,7 @@ def test_a_cell_of_ones_own():
 
     @register_cell
     class MinimalGRU(Cell):
-        name = "minimal_gru"
+        name = "minimal_gru_here"
         gates = ("z", "n")
         slots = ("h",)
         output = "h"
@@ -266,7 +266,7 @@ def test_a_cell_of_ones_own():
             z = F.sigmoid(params["a_z"] * h + u["z"])
             return (z * F.tanh(u["n"]) + (1 - z) * h,)
 
-    cell, params, u, _ = problem("minimal_gru", T=50)
+    cell, params, u, _ = problem("minimal_gru_here", T=50)
     y, states = expected(cell, params, u)
     for options in METHODS:
         hidden, last = solve(cell, params, u, **options)

@@ -1,0 +1,224 @@
+"""`verify`, `doctor` and `lm` as a user has them."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_pararnn.cli.app import app
+from typer.testing import CliRunner
+
+import mlx_pararnn
+from mlx_pararnn.loading import DEMO
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def command(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_pararnn.cli.app", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def exported(data, tmp_path):
+    """Golden logits in a file as a user would export it."""
+    golden = mx.load(str(data / "trained/paragru/golden.safetensors"))
+    file = tmp_path / "reference.safetensors"
+    mx.save_safetensors(str(file), {k: golden[k] for k in ("input_ids", "logits")})
+    return file
+
+
+def test_a_good_model_passes(converted, exported):
+    folder = converted("trained/paragru/final.pt", tokenizer="bytes")
+    result = run("verify", folder, "--logits", exported)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip().endswith("Same numbers.")
+    checks = json.loads(run("verify", folder, "--logits", exported, "--json").stdout)
+    assert checks["passed"] is True
+    assert [c["name"] for c in checks["checks"]] == [
+        "Newton against sequential",
+        "token by token against the whole prompt",
+        "logits of reference.safetensors",
+    ]
+    assert all(c["difference"] <= 5e-5 for c in checks["checks"])
+
+
+def test_npz_and_single_sequences_are_taken_too(converted, exported, tmp_path):
+    folder = converted("trained/paragru/final.pt")
+    arrays = {k: np.array(v)[0] for k, v in mx.load(str(exported)).items()}
+    np.savez(tmp_path / "one.npz", **arrays)
+    assert run("verify", folder, "--logits", tmp_path / "one.npz").exit_code == 0
+
+
+@pytest.mark.parametrize("source", ["pararnn_torch/babylm_paralstm", "pararnn_torch/paraslstm_causal_lm_0"])
+def test_models_without_tokenizer_or_with_few_positions(converted, source):
+    result = run("verify", converted(source))
+    assert result.exit_code == 0, result.output
+
+
+def test_a_damaged_model_fails(converted, exported, tmp_path):
+    folder = shutil.copytree(converted("trained/paragru/final.pt"), tmp_path / "damaged")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.layers.1.mixer.cell.recurrent_weight"] *= 1.001
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    result = run("verify", folder, "--logits", exported)
+    assert result.exit_code == 1
+    assert "FAIL" in result.stdout
+    assert result.stdout.rstrip().endswith("The numbers differ by more than rounding.")
+
+
+def test_not_a_number_is_no_pass(converted, tmp_path):
+    folder = shutil.copytree(converted("trained/paragru/final.pt"), tmp_path / "nan")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.norm.weight"] *= float("nan")
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    assert run("verify", folder).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: None, "is no .safetensors or .npz file with input_ids and logits"),
+        (lambda f: f.write_text("x"), "is no .safetensors or .npz file with input_ids and logits"),
+        (lambda f: save(f, logits=mx.zeros((1, 3, 256))), "is no .safetensors or .npz file with input_ids"),
+        (lambda f: save(f, [[1, 2, 3]], mx.zeros((1, 3, 255))), "do not fit; the model gives (1, 3, 256)"),
+        (lambda f: save(f, [[1, 2, 256]], mx.zeros((1, 3, 256))), "beyond the model's vocabulary of 256"),
+    ],
+)
+def test_wrong_logits_files(tmp_path, make, message):
+    file = tmp_path / "x.safetensors"
+    make(file)
+    result = run("verify", "--logits", file)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def save(file, ids=None, logits=None):
+    arrays = {"logits": logits} if ids is None else {"logits": logits, "input_ids": mx.array(ids)}
+    mx.save_safetensors(str(file), arrays)
+
+
+def test_too_short_a_prompt():
+    result = run("verify", "-p", "x")
+    assert result.exit_code == 1
+    assert "at least two tokens" in result.stderr
+
+
+def test_doctor():
+    result = run("doctor")
+    assert result.exit_code == 0
+    for item in (
+        "mlx-pararnn",
+        "device",
+        "BLAS",
+        "matrix product",
+        "TF32",
+        "compiler",
+        "backend metal",
+        "model cache",
+    ):
+        assert item in result.stdout
+    findings = {f["item"]: f for f in json.loads(run("doctor", "--json").stdout)}
+    assert findings["mlx"]["value"] == mx.__version__
+    assert findings["TF32"]["value"] == "off"  # tests/conftest.py
+
+
+def test_doctor_gives_advice(tmp_path):
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    result = command("doctor", env=environment)
+    assert "-> MLX_ENABLE_TF32=0 for float32 parity" in result.stdout
+    if sys.platform == "linux":
+        assert "no g++: MLX cannot fuse elementwise work\n" in result.stdout
+        assert "-> install one, for example: apt install g++" in result.stdout
+
+
+def test_lm_generate():
+    result = command("lm", "generate", "--model", DEMO, "--prompt", "def main(", "--max-tokens", "12")
+    assert result.returncode == 0, result.stderr
+    assert "self, other)" in result.stdout
+
+
+def test_lm_help_is_mlx_lms():
+    result = command("lm", "generate", "--help")
+    assert result.returncode == 0
+    assert "LLM inference script" in result.stdout
+
+
+def test_lm_prompt_caches(tmp_path):
+    cache = tmp_path / "cache.safetensors"
+    made = command(
+        "lm", "cache_prompt", "--model", DEMO, "--prompt", "def main(", "--prompt-cache-file", cache
+    )
+    assert made.returncode == 0, made.stderr
+    used = command(
+        "lm",
+        "generate",
+        "--model",
+        DEMO,
+        "--prompt-cache-file",
+        cache,
+        "--prompt",
+        "self",
+        "--max-tokens",
+        "8",
+    )
+    assert used.returncode == 0, used.stderr
+    assert ", other)" in used.stdout
+
+
+def test_lm_convert(tmp_path):
+    """MLX-LM's own conversion: a new dtype, with the recurrent weights left in float32."""
+    result = command(
+        "lm", "convert", "--hf-path", DEMO, "--mlx-path", tmp_path / "out", "--dtype", "bfloat16"
+    )
+    assert result.returncode == 0, result.stderr
+    weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    for name, weight in weights.items():
+        assert weight.dtype == (mx.float32 if name.endswith("recurrent_weight") else mx.bfloat16), name
+    model, tokenizer = mlx_pararnn.load(tmp_path / "out")
+    assert len(mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=5)) == 5
+
+
+def test_lm_quantizes(tmp_path):
+    out = tmp_path / "out"
+    result = command(
+        "lm", "convert", "--hf-path", DEMO, "--mlx-path", out, "-q", "--q-bits", "8", "--q-group-size", "32"
+    )
+    assert result.returncode == 0, result.stderr
+    names = set(mx.load(str(out / "model.safetensors")))
+    assert "model.layers.0.mixer.cell.input_proj.scales" in names
+    assert "model.layers.0.mixer.conv1d.scales" not in names
+    assert run("verify", out).exit_code == 0
+    model, tokenizer = mlx_pararnn.load(out)
+    assert mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=11) == "self, other"
+
+
+def test_lm_lora(tmp_path):
+    """A few steps of MLX-LM's fine-tuning on local data, where its `train` extra is installed."""
+    pytest.importorskip("datasets", reason="mlx_lm.lora needs the datasets package")
+    for split in ("train", "valid"):
+        lines = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n"}) for i in range(16)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    result = command(
+        "lm", "lora", "--model", DEMO, "--train", "--data", tmp_path, "--iters", "3", "--batch-size", "2",
+        "--num-layers", "2", "--adapter-path", tmp_path / "adapters", "--max-seq-length", "64",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "adapters" / "adapters.safetensors").exists()
+
+
+def test_lm_refuses_what_mlx_lm_does_not_have():
+    result = run("lm", "nothing")
+    assert result.exit_code == 2
+    assert "no MLX-LM command 'nothing'; one of: awq, benchmark" in result.stderr
