@@ -129,6 +129,11 @@ def step_jacobian(
     return _split(_dual_step(cell, params, u, mask, _seeded(state)))
 
 
+def unstack(states: mx.array) -> State:
+    """(slots, ...) -> one array a slot. By index: iterating makes a split, which can break mx.compile."""
+    return tuple(states[i] for i in range(states.shape[0]))
+
+
 def linear_scan(P: mx.array, r: mx.array) -> mx.array:
     """x_c = P_c x_{c-1} + r_c with x_{-1} = 0, for all c at once, in log2(N) rounds (Hillis and Steele).
 
@@ -189,7 +194,7 @@ def _corrected_ends(
     no_padding = [(0, 0)] * (gap.ndim - 2)
     delta = mx.pad(linear_scan(P[..., :-1, :], gap), [*no_padding, (1, 0), (0, 0)])
     correction = _apply(P, delta)
-    return tuple(mx.where(mx.isfinite(correction), end + correction, end))
+    return unstack(mx.where(mx.isfinite(correction), end + correction, end))
 
 
 def _settled(before: State, after: State, tol: float) -> bool:

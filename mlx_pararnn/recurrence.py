@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .cells import Cell
 from .errors import PararnnError
-from .newton import F, Solution, linear_scan, newton, sequential, step_jacobian
+from .newton import F, Solution, linear_scan, newton, sequential, step_jacobian, unstack
 
 METHODS = ("auto", "sequential", "newton")
 BACKENDS = ("ops",)
@@ -192,7 +192,7 @@ def _solve(
     eager: bool,
     want_residual: bool = False,
 ) -> Solution:
-    slots = tuple(state[:, i] for i in range(state.shape[1]))
+    slots = unstack(state.swapaxes(0, 1))
     steps = mask if plan.masked else None
     if plan.method == "sequential":
         return sequential(plan.cell, params, u, slots, steps, eager=eager)
@@ -232,7 +232,7 @@ def _backward(
     """Gradients of params, u, state (and zeros for the mask), given those of all states."""
     params, u, state, mask = primals
     before = mx.concatenate([state.swapaxes(0, 1)[:, :, :, None], states[:, :, :, :-1]], axis=3)
-    slots = tuple(before[i] for i in range(len(before)))
+    slots = unstack(before)
     keep = mask[:, None, :, None] if plan.masked else None
     weights = params[:, :, None]
 
@@ -250,6 +250,6 @@ def _backward(
             return list(after)
         return [mx.where(keep, a, b) for a, b in zip(after, before, strict=True)]
 
-    _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *slots], list(adjoint))
+    _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *slots], [*unstack(adjoint)])
     d_state = mx.stack([d[:, :, 0] for d in d_before], axis=1)
     return d_weights[:, :, 0], d_u, d_state, mx.zeros_like(mask)

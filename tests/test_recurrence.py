@@ -242,6 +242,19 @@ def test_under_compile(name, method):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["sequential", "newton"])
+def test_twice_in_one_compiled_function(method):
+    """MLX merges equal subgraphs; a split among them, as iterating over an array makes, breaks it."""
+    cell, params, u, state = problem("lstm", T=33, state=True)
+    arrays = [mx.array(a) for a in (params, u, state)]
+
+    def twice(*arrays):
+        hidden, last = recurrence(cell, *arrays, method=method)
+        return hidden.sum() + recurrence(cell, *arrays, method=method)[1].sum() + last.sum()
+
+    assert mx.compile(twice)(*arrays).item() == pytest.approx(twice(*arrays).item(), rel=1e-5)
+
+
 def test_under_vmap():
     cell, params, u, _ = problem("gru", T=12)
     stack = mx.stack([mx.array(u), mx.array(u) * 0.5])
