@@ -1,5 +1,6 @@
 """`mlx-pararnn`: the list of commands. Each command imports what it needs when it runs."""
 
+import signal
 from importlib.metadata import version as package_version
 from typing import Annotated
 
@@ -50,7 +51,13 @@ def main_options(
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, _leave)
     app()
+
+
+def _leave(number: int, frame: object) -> None:
+    """SIGTERM ends the program as Ctrl-C does: by way of what cleans up."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -60,14 +60,17 @@ def chat(
         _say("This model's tokenizer has no chat template: it continues what you type, as plain text.")
     last: GenerationResponse | None = None
     for line in _lines():
-        command, _, argument = line.strip().partition(" ")
+        command, *rest = line.split(maxsplit=1) or [""]
+        argument = rest[0].strip().strip("'\"") if rest else ""
         try:
             if command == "/quit":
                 break
             if command.startswith("/"):
-                _run(command, argument.strip(), talk, last)
+                _run(command, argument, talk, last)
             elif line.strip():
                 last = _answer(talk, line, max_tokens=max_tokens, stop=stop or (), **chosen) or last
+        except BrokenPipeError:
+            raise
         except (PararnnError, OSError) as error:
             _say(f"error: {error}")
 
@@ -110,7 +113,8 @@ def _answer(talk: "Chat", line: str, **kwargs: Any) -> "GenerationResponse | Non
 def _lines() -> Iterator[str]:
     """Lines from the terminal, with editing and history, or from a pipe."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        lines = (line.decode("utf-8", errors="surrogateescape") for line in sys.stdin.buffer)
+        yield from (line.rstrip("\r\n") for line in lines)
         return
     with suppress(ImportError):
         import_module("readline")  # gives input() its line editing

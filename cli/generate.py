@@ -43,7 +43,7 @@ def generate(
     Example: mlx-pararnn generate my-model -p "Once upon a time" --temp 0.8 --seed 1
     """
     loaded, tokenizer = options.load(model, modules)
-    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    text = options.read_stdin() if prompt in (None, "-") else prompt
     tokens: str | list[int] = text
     if tokenizer.has_chat_template and not ignore_chat_template:
         tokens = tokenizer.apply_chat_template(

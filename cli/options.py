@@ -1,6 +1,6 @@
 """Options that `generate` and `chat` share, and what they mean to MLX-LM."""
 
-import math
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +13,23 @@ if TYPE_CHECKING:
 
     from mlx_pararnn.model import Model
 
+
+def _above_zero(value: float) -> float:
+    if value == 0:
+        raise typer.BadParameter("it must be above 0 (1 is off)")
+    return value
+
+
+def _none_empty(values: list[str] | None) -> list[str] | None:
+    if values and "" in values:
+        raise typer.BadParameter("an empty string would end every text at once")
+    return values
+
+
 ModelPath = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A folder that `mlx-pararnn convert` wrote, or a Hugging Face repository; "
         "the bundled demo if left out.",
     ),
@@ -25,7 +38,8 @@ MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-m", min=1, help="Generate at most this many tokens.")
 ]
 Temp = Annotated[
-    float, typer.Option("--temp", min=0.0, help="Sampling temperature; 0 takes the likeliest token.")
+    float,
+    typer.Option("--temp", min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest token."),
 ]
 TopP = Annotated[
     float,
@@ -33,6 +47,7 @@ TopP = Annotated[
         "--top-p",
         min=0.0,
         max=1.0,
+        callback=_above_zero,
         help="Sample from the likeliest tokens that add up to this probability; 1 is off.",
     ),
 ]
@@ -49,12 +64,24 @@ MinP = Annotated[
     ),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", min=0.0, help="Make recent tokens less likely; 1 is off.")
+    float,
+    typer.Option(
+        "--repetition-penalty",
+        min=0.0,
+        max=100.0,
+        callback=_above_zero,
+        help="Make recent tokens less likely; 1 is off.",
+    ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Draw the same tokens again.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**64 - 1, help="Draw the same tokens again.")]
 Stop = Annotated[
     list[str] | None,
-    typer.Option("--stop", help="End the text before this string; may be given several times."),
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        callback=_none_empty,
+        help="End the text before this string; may be given several times.",
+    ),
 ]
 Import = Annotated[
     list[str] | None,
@@ -66,15 +93,19 @@ Import = Annotated[
 
 def import_modules(names: list[str] | None) -> None:
     """Import what --import names, from the working directory too."""
-    import sys
-
     if names and "" not in sys.path:
         sys.path.insert(0, "")
     for name in names or []:
         try:
             import_module(name)
-        except ImportError as error:
-            raise PararnnError(f"--import {name}: {error}") from error
+        except Exception as error:  # the module is the user's: it may fail in any way
+            hint = "; give the module's name, without .py" if name.endswith(".py") or "/" in name else ""
+            raise PararnnError(f"--import {name}: {type(error).__name__}: {error}{hint}") from error
+
+
+def read_stdin() -> str:
+    """All of standard input; what is not UTF-8 comes through as surrogates, for the library to refuse."""
+    return sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
 
 
 def load(model: str | None, modules: list[str] | None) -> "tuple[Model, TokenizerWrapper]":
@@ -98,10 +129,6 @@ def sampling(
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-    if not all(map(math.isfinite, (temp, top_p, min_p, repetition_penalty))) or repetition_penalty == 0:
-        raise PararnnError(
-            "--temp, --top-p, --min-p and --repetition-penalty must be finite, the last above 0"
-        )
     if seed is not None:
         mx.random.seed(seed)
     return {

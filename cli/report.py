@@ -1,6 +1,8 @@
 """What a user sees when a command fails: one sentence on stderr, and the exit code."""
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from typing import Annotated, ParamSpec, TypeVar
 
@@ -40,6 +42,9 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
                 raise
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader left, as `head` does: nothing to say, and to no one
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+            raise typer.Exit(1) from None
         except Exception as error:
             if _debug:
                 raise

@@ -5,7 +5,6 @@ it does at import time is register its model and cache with MLX-LM (see `registr
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import registration
@@ -45,11 +44,6 @@ __all__ = [
     "register_cell",
     "stream_generate",
 ]
-
-# In a checkout two of the package's rooms, convert/ and cli/, stand beside this folder and not in it.
-_root = Path(__file__).parents[1]
-if (_root / "pyproject.toml").is_file() and (_root / "convert").is_dir():
-    __path__.append(str(_root))
 
 registration.install()
 

@@ -37,9 +37,14 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
     def size(self) -> int:
         return self.offset
 
+    def open(self, batch_size: int) -> None:
+        """Make an empty cache one of `batch_size` rows; MLX-LM does not say how many when it makes one."""
+        if self.empty() and len(self.offsets) == 1:
+            self.offsets *= batch_size
+
     def spans(self, n: int) -> list[tuple[int, int]] | None:
         """Where the real tokens of the next n stand, (begin, end) a row; None if all are real."""
-        if self.row_padding is None and self.row_lengths is None:
+        if self.finalized:
             return None
         begins = [min(max(p, 0), n) for p in self.row_padding or [0] * self.batch_size]
         ends = [min(max(e, 0), n) for e in self.row_lengths or [n] * self.batch_size]
@@ -65,14 +70,28 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         if self.row_lengths is not None:
             self.row_lengths = [length - N for length in self.row_lengths]
 
-    def prepare(
-        self, lengths: Sequence[int] | None = None, left_padding: Sequence[int] | None = None, **_: Any
-    ) -> None:
-        """Announce padding in the tokens to come: each row's real length, or its padding on the left."""
+    def prepare(self, lengths: Any = None, **padding: Any) -> None:
+        """Announce padding in the tokens to come.
+
+        Args:
+            lengths: each row's real tokens, the rest of the row being padding on its right.
+            padding: `left_padding`, each row's padding on its left; `right_padding`, which MLX-LM gives
+                beside `lengths` and which follows from it.
+
+        Raises:
+            ValueError: `right_padding` without `lengths`.
+        """
+        if lengths is None and padding.get("right_padding") is not None:
+            raise ValueError("right_padding needs lengths")
         if lengths is not None:
-            self.row_lengths = list(lengths)
-        if left_padding is not None:
-            self.row_padding = list(left_padding)
+            self.row_lengths = [int(length) for length in lengths]
+        if padding.get("left_padding") is not None:
+            self.row_padding = [int(n) for n in padding["left_padding"]]
+
+    @property
+    def finalized(self) -> bool:
+        """False while padding is announced for tokens that have not come."""
+        return self.row_padding is None and self.row_lengths is None
 
     def finalize(self) -> None:
         self.row_padding = self.row_lengths = None
@@ -97,13 +116,10 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
             self.row_lengths = [self.row_lengths[r] for r in rows]
 
     def extend(self, other: "RecurrentCache") -> None:
+        if not (self.finalized and other.finalized):
+            raise ValueError("rows can only join between pieces of a prompt, not while padding is pending")
         rows = self.batch_size, other.batch_size
         self.cache = [_concatenate(a, b, *rows) for a, b in zip(self.cache, other.cache, strict=True)]
-        for name in ("row_padding", "row_lengths"):
-            if getattr(self, name) is not None or getattr(other, name) is not None:
-                raise ValueError(
-                    f"rows can only join between pieces of a prompt, not while {name} is pending"
-                )
         self.offsets = self.offsets + other.offsets
 
     def extract(self, idx: int) -> "RecurrentCache":

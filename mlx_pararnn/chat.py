@@ -13,10 +13,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from safetensors import SafetensorError, safe_open
 
 from .cache import RecurrentCache
 from .errors import PararnnError
-from .generation import stream_generate
+from .generation import check_text, stream_generate
 from .model import Model
 
 # Stands for the last answer when the chat template is asked what comes after one.
@@ -110,6 +111,8 @@ class Chat:
     def save(self, path: str | Path) -> Path:
         """Write the talk to one file: MLX-LM's prompt-cache format, .safetensors; returns its path."""
         path = _with_suffix(path)
+        if path.exists() and not _is_talk(path):
+            raise PararnnError(f"{path} exists and is not a saved talk; choose another name")
         mx.eval([c.cache for c in self.cache])
         metadata = {
             "model": _fingerprint(self.model),
@@ -134,22 +137,35 @@ class Chat:
         Raises:
             PararnnError: no such file, not a saved talk, or one of another model. The talk is then unchanged.
         """
-        path = _with_suffix(path)
+        given, path = Path(path).expanduser(), _with_suffix(path)
         if not path.is_file():
-            raise PararnnError(f"no such file: {path}")
+            reason = " (a saved talk's name ends in .safetensors)" if given.is_file() else ""
+            raise PararnnError(f"no such file: {path}{reason}")
         try:
             cache, metadata = load_prompt_cache(str(path), return_metadata=True)
             messages, last_token = json.loads(metadata["messages"]), json.loads(metadata["last_token"])
+            whole = _is_whole(cache, messages, last_token)
         except Exception as error:  # whatever a file that is something else leads the reader to
             raise PararnnError(f"{path} is not a talk saved by /save") from error
-        if metadata.get("model") != _fingerprint(self.model) or not all(
-            isinstance(c, RecurrentCache) for c in cache
-        ):
+        if metadata.get("model") != _fingerprint(self.model):
             raise PararnnError(f"{path} was saved with another model; load that model to go on with it")
+        if not whole or not self._fits(cache):
+            raise PararnnError(f"{path} is damaged: its state is not one that this model makes")
         self.cache, self.messages, self._last_token = cache, messages, last_token
+
+    def _fits(self, cache: list[RecurrentCache]) -> bool:
+        """True if `cache` has the shapes and types of a state of this model, and holds numbers only."""
+        like = self.model.make_cache()
+        self.model(mx.array([[0]]), cache=like)
+        return len(cache) == len(like) and all(
+            _same_form(a, b)
+            for mine, c in zip(like, cache, strict=True)
+            for a, b in zip(mine.cache, c.cache, strict=True)
+        )
 
     def _turn(self, text: str) -> str | list[int]:
         """What the model has to read before it answers `text`: this turn alone."""
+        check_text(text)
         user = {"role": "user", "content": text}
         if not self.tokenizer.has_chat_template:
             return text if self.tokens == 0 else self._encode(text)
@@ -182,8 +198,37 @@ class _Interrupted(Exception):
     """Raised inside MLX-LM's prompt loop, between two pieces, to leave it."""
 
 
+def _is_whole(cache: list[Any], messages: Any, last_token: Any) -> bool:
+    """True if all but the arrays of a saved talk is of the kind that `save` writes."""
+    return (
+        all(isinstance(c, RecurrentCache) and c.finalized and len(c.offsets) == 1 for c in cache)
+        and all(isinstance(c.offset, int) and c.offset >= 0 for c in cache)
+        and isinstance(messages, list)
+        and all(isinstance(m, dict) and all(isinstance(v, str) for v in m.values()) for m in messages)
+        and (last_token is None or isinstance(last_token, int))
+    )
+
+
+def _same_form(a: mx.array | None, b: Any) -> bool:
+    """`b` may be missing: a talk saved before its first word."""
+    if a is None or b is None:
+        return b is None
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(mx.isfinite(b).all().item())
+
+
+def _is_talk(path: Path) -> bool:
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    return any(key.endswith(".last_token") for key in metadata)
+
+
 def _with_suffix(path: str | Path) -> Path:
     path = Path(path).expanduser()
+    if not path.name or path.is_dir():
+        raise PararnnError(f"{path} is a folder; give a file name")
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import GenerationResponse, TextStateMachine
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -20,7 +21,7 @@ def stream_generate(
     prompt: str | mx.array | list[int],
     max_tokens: int = 256,
     *,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text piece by piece: `mlx_lm.stream_generate` for ParaRNN models.
@@ -33,7 +34,7 @@ def stream_generate(
         tokenizer: its tokenizer.
         prompt: text or token ids.
         max_tokens: at most so many tokens; -1 for no limit.
-        stop: strings that end the text; they are not part of it.
+        stop: a string, or several, that end the text; they are not part of it.
         kwargs: mlx_lm's: sampler, logits_processors, prompt_cache, prefill_step_size, ...
 
     Yields:
@@ -52,6 +53,7 @@ def stream_generate(
         model, tokenizer, mx.array(tokens), max_tokens=cast(int, room) if limited else max_tokens, **kwargs
     )
     finish_reason = None
+    stop = [stop] if isinstance(stop, str) else [word for word in stop if word]
     for response in _until(responses, stop) if stop else responses:
         finish_reason = response.finish_reason
         yield response
@@ -67,6 +69,16 @@ def generate(
 ) -> str:
     """The text that `stream_generate` yields, in one piece; same arguments."""
     return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **kwargs))
+
+
+def check_text(text: str) -> None:
+    """Raise PararnnError for a text that holds bytes which were no UTF-8 (lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PararnnError(
+            "the prompt is not UTF-8 text; convert it first, for instance with iconv"
+        ) from None
 
 
 def _until(
@@ -89,9 +101,10 @@ def _until(
 
 def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> list[int]:
     """Token ids of a prompt; a text that starts with the beginning-of-sequence token gets no second one."""
-    if isinstance(prompt, mx.array):
-        prompt = cast(list[int], prompt.tolist())
+    if not isinstance(prompt, str | list):
+        prompt = cast(list[int], np.array(prompt).reshape(-1).tolist())  # an array of MLX or NumPy
     if isinstance(prompt, str):
+        check_text(prompt)
         bos = tokenizer.bos_token
         tokens: list[int] = tokenizer.encode(
             prompt, add_special_tokens=bos is None or not prompt.startswith(bos)

@@ -16,7 +16,16 @@ from .model import Model, ModelArgs, RecurrentLayer
 DEMO = Path(__file__).parent / "demo"
 
 # What is fetched of a repository on the hub: never a Python file.
-MODEL_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt")
+MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt")
+# Any one of these makes a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def load(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, TokenizerWrapper]:
@@ -67,8 +76,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     Raises:
         PararnnError: there is none, or it cannot be read.
     """
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((path / name).exists() for name in names):
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
         raise PararnnError(
             f"no tokenizer in {path}; convert again with --tokenizer DIR, REPO or bytes, or work with token "
             "ids through mlx_pararnn.load_model"
@@ -78,7 +86,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     try:
         return mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises whatever the broken file leads it to
-        raise PararnnError(f"the tokenizer in {path} cannot be read ({_first_line(error)})") from error
+        raise PararnnError(f"the tokenizer in {path} cannot be read ({_in_one_line(error)})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -95,16 +103,18 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
         raise PararnnError(
             f"{path / 'config.json'} has model_type {config.get('model_type')!r}, not 'pararnn_cell'"
         )
-    layer = RecurrentLayer(
-        config["cell"],
-        config["input_size"],
-        config["hidden_size"],
-        config["num_heads"],
-        config.get("activations"),
-    )
     try:
+        layer = RecurrentLayer(
+            config["cell"],
+            config["input_size"],
+            config["hidden_size"],
+            config["num_heads"],
+            config.get("activations"),
+        )
         layer.load_weights(str(path / "model.safetensors"))
-    except (ValueError, RuntimeError) as error:
+    except PararnnError:
+        raise
+    except (ValueError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise _misfit(path, error) from error
     mx.eval(layer.parameters())
     return layer, config
@@ -125,7 +135,10 @@ def find_model(path_or_hf_repo: str | Path) -> Path:
         return path
     name = str(path_or_hf_repo)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise PararnnError(f"no such model folder: {name}")
+        raise PararnnError(
+            f"no such model folder: {name}; give one that mlx-pararnn convert wrote, or owner/name on the "
+            "Hugging Face hub"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
     except (
@@ -133,7 +146,7 @@ def find_model(path_or_hf_repo: str | Path) -> Path:
     ) as error:  # huggingface_hub, its HTTP client and the operating system each have their own
         raise PararnnError(
             f"{name} is neither a folder here nor a model that the Hugging Face hub gave "
-            f"({_first_line(error)})"
+            f"({_in_one_line(error)})"
         ) from error
 
 
@@ -146,7 +159,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"no config.json in {path}: not a model folder; make one with mlx-pararnn convert CKPT -o OUT"
         ) from None
     except (OSError, ValueError) as error:
-        raise PararnnError(f"{file} cannot be read ({_first_line(error)})") from error
+        raise PararnnError(f"{file} cannot be read ({_in_one_line(error)})") from error
     if not isinstance(config, dict):
         raise PararnnError(f"{file} is not a JSON object")
     return config
@@ -154,10 +167,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _misfit(path: Path, error: Exception) -> PararnnError:
     return PararnnError(
-        f"the weights in {path} do not fit its config.json ({_first_line(error)}); convert the checkpoint "
+        f"the weights in {path} do not fit its config.json ({_in_one_line(error)}); convert the checkpoint "
         "again"
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(" .:") or type(error).__name__

@@ -64,11 +64,7 @@ class ModelArgs(BaseModelArgs):
             "num_heads",
             "conv_kernel",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PararnnError(
-                    f"config.json: {name} is {value!r}; it must be a whole number of at least 1"
-                )
+            _check_whole_number(name, getattr(self, name))
         for name, choices in (
             ("mixer", ("gated_conv", "plain")),
             ("norm", ("rms", "layer")),
@@ -78,6 +74,24 @@ class ModelArgs(BaseModelArgs):
                 raise PararnnError(
                     f"config.json: {name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
                 )
+        if self.max_position_embeddings is not None:
+            _check_whole_number("max_position_embeddings", self.max_position_embeddings)
+        for name in ("mlp_bias", "mlp_residual", "residual_scale", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise PararnnError(
+                    f"config.json: {name} is {getattr(self, name)!r}; it must be true or false"
+                )
+        if (
+            isinstance(self.norm_eps, bool)
+            or not isinstance(self.norm_eps, (int, float))
+            or self.norm_eps < 0
+        ):
+            raise PararnnError(
+                f"config.json: norm_eps is {self.norm_eps!r}; it must be a number, not below 0"
+            )
+        if not isinstance(self.activations, dict | None) or not isinstance(self.cell, str):
+            raise PararnnError("config.json: cell must be a name, and activations an object or null")
+        get_cell(self.cell, self.activations)
         if self.hidden_size % self.num_heads:
             raise PararnnError(
                 f"config.json: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
@@ -112,6 +126,11 @@ class ModelArgs(BaseModelArgs):
             intermediate_size=intermediate_size,
             vocab_size=50432,
         )
+
+
+def _check_whole_number(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PararnnError(f"config.json: {name} is {value!r}; it must be a whole number of at least 1")
 
 
 # name -> hidden_size, num_hidden_layers, num_heads, intermediate_size
@@ -302,7 +321,9 @@ class PararnnModel(nn.Module):
         **options: Any,
     ) -> mx.array:
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        T = x.shape[1]
+        B, T, _ = x.shape
+        for c in cache:
+            c.open(B)
         if "embed_positions" in self:
             x = x + self._positions(cache[0], T)
         mask = cache[0].make_mask(T)

@@ -181,14 +181,19 @@ def _after(state: State, ends: State) -> State:
 
 
 def _corrected_ends(
-    cell: Cell, params: mx.array, u: mx.array, mask: list[mx.array] | None, starts: State
+    cell: Cell, params: mx.array, u: mx.array, masks: list[mx.array] | None, starts: State
 ) -> State:
     """One Newton iteration: end_c + P_c delta_c for every chunk c."""
-    state = _seeded(starts)
     params = params[:, :, None]
+    values, tangents = starts, _seeded(starts)
     for j in range(u.shape[3]):
-        state = _dual_step(cell, params, u[:, :, :, j], None if mask is None else mask[j], state)
-    values, P = _split(state)
+        u_j, mask_j = u[:, :, :, j], None if masks is None else masks[j]
+        duals = tuple(Dual(v, t.tangents) for v, t in zip(values, tangents, strict=True))
+        tangents = _dual_step(cell, params, u_j, mask_j, duals)
+        # The values come from the step that `_run` takes: two compilations of one formula may round
+        # differently (fused multiply-add), and then a start that is right would never equal its end.
+        values = _masked_step(cell, params, u_j, mask_j, values)
+    _, P = _split(tangents)
     end, start = mx.stack([*values]), mx.stack([*starts])
     gap = end[..., :-1, :] - start[..., 1:, :]
     no_padding = [(0, 0)] * (gap.ndim - 2)
@@ -210,20 +215,24 @@ def _largest_gap(ends: State, starts: State) -> mx.array:
 
 
 def _run(
-    cell: Cell, params: mx.array, u: mx.array, mask: list[mx.array] | None, state: State, eager: bool
+    cell: Cell, params: mx.array, u: mx.array, masks: list[mx.array] | None, state: State, eager: bool
 ) -> list[State]:
     """All chunks through time: the states (B, heads, N, D/heads) after each of the C steps."""
     params = params[:, :, None]
     states = []
     for j in range(u.shape[3]):
-        new = step(cell, params, u[:, :, :, j], state)
-        if mask is not None:
-            new = tuple(mx.where(mask[j], n, s) for n, s in zip(new, state, strict=True))
-        state = new
+        state = _masked_step(cell, params, u[:, :, :, j], None if masks is None else masks[j], state)
         states.append(state)
         if eager and (j + 1) % _EVAL_EVERY == 0:
             _hand_over(state)
     return states
+
+
+def _masked_step(cell: Cell, params: mx.array, u: mx.array, mask: mx.array | None, state: State) -> State:
+    new = step(cell, params, u, state)
+    if mask is None:
+        return new
+    return tuple(mx.where(mask, n, s) for n, s in zip(new, state, strict=True))
 
 
 def _hand_over(state: State) -> None:

@@ -92,11 +92,13 @@ def recurrence(
     Inside mx.compile and mx.vmap nothing may be evaluated: there "auto" is sequential, and Newton makes
     min(max_iters, T / chunk) iterations.
     """
-    _check(cell, params, u, state, mask, method, backend, chunk, max_iters)
+    _check(cell, params, u, state, mask, method, backend, chunk, max_iters, return_states)
     B, heads, T, _, width = u.shape
     slots = len(cell.slots)
     if state is None:
         state = mx.zeros((B, slots, heads * width))
+    if mask is not None:
+        u = mx.where(mask[:, None, :, None, None], u, 0)  # what stands in padding, NaN too, has no gradient
     eager = T == 1 or not _in_transformation(params, u, state)
     if method == "auto":
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
@@ -129,6 +131,7 @@ def _check(
     backend: str | None,
     chunk: int,
     max_iters: int | None,
+    return_states: int,
 ) -> None:
     gates, slots = len(cell.gates), len(cell.slots)
     if u.ndim != 5 or u.shape[3] != gates or 0 in u.shape:
@@ -154,15 +157,22 @@ def _check(
         raise PararnnError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if chunk < 1 or (max_iters is not None and max_iters < 1):
         raise PararnnError(f"chunk and max_iters must be at least 1 (got {chunk} and {max_iters})")
+    if return_states < 0:
+        raise PararnnError(f"return_states is {return_states}; it must be 0 or a number of steps")
 
 
 def _in_transformation(*arrays: mx.array) -> bool:
-    """True where MLX forbids evaluation: inside mx.compile and mx.vmap (it has no other way to ask)."""
-    try:
-        mx.eval(arrays)
-    except ValueError:
-        return True
-    return False
+    """True where MLX forbids evaluation: inside mx.compile and mx.vmap (it has no other way to ask).
+
+    Under mx.grad alone it allows `eval` but not `async_eval`.
+    """
+    for evaluate in (mx.async_eval, mx.eval):
+        try:
+            evaluate(arrays)
+            return False
+        except ValueError:
+            continue
+    return True
 
 
 @lru_cache(maxsize=256)

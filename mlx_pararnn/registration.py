@@ -1,9 +1,11 @@
-"""What happens when `mlx_pararnn` is imported: three modules are watched for, none is imported.
+"""What happens when `mlx_pararnn` is imported: a few modules are watched for, none is imported.
 
 * `mlx.core`: just before its first import a system OpenBLAS is loaded, on Linux. The BLAS that MLX's Linux
-  wheel brings is the reference one, some 70 times slower in float32 matrix products.
+  wheel brings is the reference one, many times slower in float32 matrix products.
 * `mlx_lm.models.pararnn`: MLX-LM finds a model class by importing a module of that name; it gets `model.py`.
 * `mlx_lm.models.cache`: MLX-LM's saved prompt caches name their class; ours is put there.
+* `mlx_pararnn.convert`, `mlx_pararnn.cli`: in a checkout these two stand beside this folder and not in it, so
+  `import mlx_pararnn` from the repository's root would not find them.
 
 An import hook does this, so that `import mlx_pararnn` costs nothing until MLX is used, and so that
 `mlx_lm.load` works after it.
@@ -16,14 +18,17 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def install() -> None:
     """Register with MLX-LM; called once, by the package's `__init__`."""
     if "mlx_lm.models.cache" in sys.modules:
         _import_cache()
-    sys.meta_path.insert(0, _Watcher())
+    if not any(type(finder).__name__ == _Watcher.__name__ for finder in sys.meta_path):  # a reload
+        sys.meta_path.insert(0, _Watcher())
 
 
 def load_openblas() -> str | None:
@@ -61,7 +66,19 @@ class _Watcher(importlib.abc.MetaPathFinder):
             if spec is not None and spec.loader is not None:
                 spec.loader = _Then(spec.loader, _import_cache)
             return spec
+        elif name in ("mlx_pararnn.convert", "mlx_pararnn.cli"):
+            return _beside_this_folder(name)
         return None
+
+
+def _beside_this_folder(name: str) -> importlib.machinery.ModuleSpec | None:
+    root = Path(__file__).parents[1]
+    folder = root / name.rpartition(".")[2]
+    if not (root / "pyproject.toml").is_file() or not folder.is_dir():
+        return None
+    return importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
 
 
 class _ModelModule(importlib.abc.Loader):
@@ -78,6 +95,9 @@ class _Then(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader, action: Callable[[], None]) -> None:
         self.loader = loader
         self.action = action
+
+    def __getattr__(self, name: str) -> Any:  # get_source, get_data, is_package: as the loader has them
+        return getattr(self.loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

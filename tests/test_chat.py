@@ -195,6 +195,21 @@ def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
         talk.save(tmp_path / "no" / "folder")
 
 
+def test_saving_overwrites_a_saved_talk_and_nothing_else(demo, tmp_path):
+    talk = Chat(*demo)
+    say(talk, "def", max_tokens=3)
+    talk.save(tmp_path / "talk")
+    talk.save(tmp_path / "talk")
+    model = shutil.copy(DEMO / "model.safetensors", tmp_path)
+    for name in ("model.safetensors", "model"):
+        with pytest.raises(PararnnError, match="exists and is not a saved talk; choose another name"):
+            talk.save(tmp_path / name)
+    assert mx.load(str(model)).keys() == mx.load(str(DEMO / "model.safetensors")).keys()
+    for folder in ("/", tmp_path):
+        with pytest.raises(PararnnError, match="is a folder; give a file name"):
+            talk.save(folder)
+
+
 def test_a_system_prompt_needs_a_template(demo):
     with pytest.raises(PararnnError, match="no chat template, so it can take no system prompt"):
         Chat(*demo, system="Be brief.")
@@ -206,14 +221,13 @@ COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "chat"]
 def test_in_a_pipe(tmp_path):
     lines = (
         "def main(\n/stats\n/save talk\n\n/reset\n/stats\n/load talk\n/load no\n/what\n/save\n/help\n"
-        "import\n/quit\nnever\n"
+        "import\n/save /\nBYTES\n/quit\nnever\n"
     )
-    result = subprocess.run(
-        [*COMMAND, "-m", "5"], input=lines, capture_output=True, text=True, cwd=tmp_path, check=True
-    )
-    assert result.stdout.startswith("self,\n")
-    assert result.stdout.count("\n") >= 2
-    said = result.stderr
+    typed = lines.encode().replace(b"BYTES", b"\xff\xfe")
+    result = subprocess.run([*COMMAND, "-m", "5"], input=typed, capture_output=True, cwd=tmp_path, check=True)
+    assert result.stdout.startswith(b"self,\n")
+    assert result.stdout.count(b"\n") >= 2
+    said = result.stderr.decode()
     assert "no chat template: it continues what you type" in said
     assert "14 tokens so far; state 3,840 bytes; last answer" in said
     assert "Saved to talk.safetensors." in said
@@ -223,6 +237,8 @@ def test_in_a_pipe(tmp_path):
     assert "No command /what; /help lists them." in said
     assert "/save needs a file name." in said
     assert "/reset       forget the talk" in said
+    assert "error: / is a folder; give a file name" in said
+    assert "error: the prompt is not UTF-8 text" in said
     assert "Traceback" not in said
 
 

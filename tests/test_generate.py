@@ -173,12 +173,9 @@ def test_prompts_that_cannot_be(demo, prompt, message):
         (("no/such/place", "-p", "x"), "error: no such model folder: no/such/place"),
         ((".", "-p", "x"), "error: no config.json in ."),
         (("-p", ""), "error: the prompt is empty; give at least one token"),
-        (
-            ("-p", "x", "--temp", "inf"),
-            "error: --temp, --top-p, --min-p and --repetition-penalty must be finite",
-        ),
-        (("-p", "x", "--repetition-penalty", "0"), "error: --temp"),
-        (("-p", "x", "--import", "no_such_module"), "error: --import no_such_module: No module named"),
+        (("-p", "a\udcff"), "error: the prompt is not UTF-8 text"),
+        (("-p", "x", "--import", "no_such_module"), "error: --import no_such_module: ModuleNotFoundError"),
+        (("-p", "x", "--import", "./a.py"), "error: --import ./a.py: TypeError"),
     ],
 )
 def test_bad_input_is_one_sentence(args, message, tmp_path, monkeypatch):
@@ -192,12 +189,35 @@ def test_bad_input_is_one_sentence(args, message, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "args",
-    [("--no-such-option",), ("--temp", "-1"), ("--temp", "nan"), ("-m", "0"), ("--top-p", "2"), ("a", "b")],
+    [
+        ("--no-such-option",),
+        *(("--temp", value) for value in ("-1", "nan", "inf")),
+        *(("--top-p", value) for value in ("0", "2", "nan")),
+        ("--repetition-penalty", "0"),
+        ("-m", "0"),
+        ("--seed", "-1"),
+        ("--seed", "99999999999999999999999"),
+        ("--stop", ""),
+        ("a", "b"),
+    ],
 )
 def test_wrong_usage_is_exit_code_2(args):
     result = run("generate", "-p", "x", *args)
     assert result.exit_code == 2
     assert "Traceback" not in result.stderr
+
+
+def test_standard_input_that_is_no_text(tmp_path):
+    result = run("generate", input=b"\xff\xfe\x80")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the prompt is not UTF-8 text")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m mlx_pararnn.cli.app generate -p x -m 5000 | head -c 20"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+    assert len(result.stdout) == 20
 
 
 def test_debug_shows_the_traceback():

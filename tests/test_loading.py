@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -49,6 +50,16 @@ def test_openblas_is_loaded_before_mlx():
         "print('openblas' in open('/proc/self/maps').read())"
     )
     assert run(code).stdout.strip() == "True"
+
+
+def test_a_checkout_finds_its_rooms():
+    """From the repository's root, without an installation: convert/ and cli/ stand beside mlx_pararnn/."""
+    code = (
+        "import mlx_pararnn.cli.app, mlx_pararnn.convert, pkgutil\n"
+        "print(len(list(pkgutil.walk_packages(mlx_pararnn.__path__, 'mlx_pararnn.'))))"
+    )
+    result = run(code, cwd=Path(__file__).parents[1])
+    assert 10 < int(result.stdout) < 60, result.stderr
 
 
 def test_public_names():

@@ -1,5 +1,12 @@
 """The one door: methods, masks, states, iterates, guarantees, transformations, bad arguments."""
 
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import oracle
@@ -122,6 +129,24 @@ def test_newton_ends_with_the_sequential_answer_whatever_the_weights(name, scale
     assert (hidden == sequential).all()
     assert (last == sequential_last).all()
     assert float(info.residual) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac's compiler fuses by itself")
+def test_the_same_where_the_compiler_fuses_multiply_and_add(tmp_path):
+    """As compilers do on arm64: two compilations of one formula then round differently."""
+    real = shutil.which("g++")
+    if real is None or (platform.machine() == "x86_64" and " fma " not in Path("/proc/cpuinfo").read_text()):
+        pytest.skip("needs g++ and a processor with fused multiply-add")
+    flags = "-mfma " if platform.machine() == "x86_64" else ""
+    wrapper = tmp_path / "g++"
+    wrapper.write_text(f'#!/bin/sh\nexec {real} {flags}-ffp-contract=fast "$@"\n')
+    wrapper.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    test = f"{__file__}::test_newton_ends_with_the_sequential_answer_whatever_the_weights"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "12 passed" in result.stdout
 
 
 def test_whole_sequence_newton_does_overflow_where_chunks_do_not():
@@ -306,6 +331,7 @@ def test_a_cell_of_ones_own():
         ({"backend": "metal"}, "unknown backend 'metal'"),
         ({"chunk": 0}, "chunk and max_iters must be at least 1"),
         ({"max_iters": 0}, "chunk and max_iters must be at least 1"),
+        ({"return_states": -1}, "return_states is -1"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -313,3 +339,61 @@ def test_bad_arguments(change, message):
     with pytest.raises(PararnnError) as error:
         recurrence(get_cell("gru"), **arguments)
     assert message in str(error.value)
+
+
+def test_comparisons_and_powers_in_a_step():
+    """Ordinary operators work on the dual numbers too, which Newton and gradients run a step on."""
+
+    @register_cell
+    class Leaky(Cell):
+        name = "leaky_here"
+        gates = ("x", "g")
+        slots = ("h",)
+        output = "h"
+        params = ("a", "b")
+
+        def step(self, state, u, params, F):
+            (h,) = state
+            g = F.sigmoid(u["g"])
+            squashed = h / (1 + h**2)
+            return (g * F.where(h > 0, params["a"] * squashed, params["b"] * h) + (1 - g) * F.tanh(u["x"]),)
+
+    cell, params, u, _ = problem("leaky_here", T=40)
+    y, _ = expected(cell, params, u)
+    hidden, _ = solve(cell, params, u, method="newton")
+    np.testing.assert_allclose(hidden, y, atol=3e-6)
+    duals = oracle.step_and_jacobian(
+        cell, params.astype(np.float64), np.moveaxis(merged(u)[0], 1, 0), (y[0],)
+    )
+    bumped = oracle.step_and_jacobian(
+        cell, params.astype(np.float64), np.moveaxis(merged(u)[0], 1, 0), (y[0] + 1e-7,)
+    )
+    np.testing.assert_allclose(duals[1][0][0], (bumped[0][0] - duals[0][0]) / 1e-7, atol=1e-5)
+
+
+def test_only_the_mask_is_traced():
+    cell, params, u, _ = problem("gru", T=20)
+    arrays, mask = (mx.array(params), mx.array(u)), mx.arange(20)[None] < mx.array([[15], [20]])
+    for method in ("sequential", "newton"):
+
+        def solve_masked(mask, method=method):
+            return recurrence(cell, *arrays, mask=mask, method=method)[0]
+
+        plain = solve_masked(mask)
+        np.testing.assert_allclose(np.array(mx.compile(solve_masked)(mask)), np.array(plain), atol=1e-6)
+        mapped = mx.vmap(solve_masked)(mx.stack([mask, mask]))
+        np.testing.assert_allclose(np.array(mapped[1]), np.array(plain), atol=1e-6)
+
+
+def test_what_stands_in_padding_reaches_no_gradient():
+    cell, params, u, _ = problem("lstm", T=20)
+    u[0, :, 12:] = np.nan
+    mask = mx.arange(20)[None] < mx.array([[12], [20]])
+    for method in ("sequential", "newton"):
+
+        def loss(params, u, method=method):
+            return recurrence(cell, params, u, mask=mask, method=method)[0].sum()
+
+        gradients = mx.grad(loss, argnums=(0, 1))(mx.array(params), mx.array(u))
+        assert all(mx.isfinite(g).all() for g in gradients)
+        assert mx.abs(gradients[1][0, :, 12:]).max() == 0

@@ -72,6 +72,24 @@ class Dual:
     __radd__ = __add__
     __rmul__ = __mul__
 
+    def __pow__(self, exponent: float) -> "Dual":
+        """A constant power; anything else has no derivative by this rule."""
+        return self.chain(self.value**exponent, exponent * self.value ** (exponent - 1))
+
+    # Comparisons look at values alone: they choose a branch, for F.where.
+
+    def __lt__(self, other: Any) -> Any:
+        return self.value < _dual(other).value
+
+    def __le__(self, other: Any) -> Any:
+        return self.value <= _dual(other).value
+
+    def __gt__(self, other: Any) -> Any:
+        return self.value > _dual(other).value
+
+    def __ge__(self, other: Any) -> Any:
+        return self.value >= _dual(other).value
+
 
 class DualFunctions:
     """The op namespace F for duals whose arrays belong to `functions`."""
