@@ -55,10 +55,20 @@ def _package(name: str) -> Finding:
 
 
 def _backends() -> list[Finding]:
-    reason = "not part of this version: the recurrence runs in plain MLX ops"
+    from .kernels import available_backend
+
+    here = available_backend()
+    reasons = {
+        "metal": "needs a Mac with Apple silicon",
+        "cuda": "needs Linux with an NVIDIA card and MLX's CUDA build",
+    }
+    asked = os.environ.get("MLX_PARARNN_BACKEND")
     return [
-        Finding("backend ops", "present"),
-        *(Finding(f"backend {name}", reason) for name in ("metal", "cuda", "cpu")),
+        *(
+            Finding(f"backend {n}", "present" if n == here else f"not here: {why}")
+            for n, why in reasons.items()
+        ),
+        Finding("backend ops", "present" + (f"; MLX_PARARNN_BACKEND={asked}" if asked else "")),
     ]
 
 

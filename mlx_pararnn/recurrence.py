@@ -6,20 +6,22 @@ the gradients of u, state and weights follow from one batched vector-Jacobian pr
 paper, section 3.3). So every method and backend has the same, exact gradient.
 """
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
+from . import kernels
 from .cells import Cell
 from .errors import PararnnError
 from .newton import F, Solution, linear_scan, newton, sequential, step_jacobian, unstack
 
 METHODS = ("auto", "sequential", "newton")
-BACKENDS = ("ops",)
+BACKENDS = ("metal", "cuda", "ops")
 
-CHUNK = 16
+CHUNK = 16  # steps, in ops and in the kernels
 TOLERANCE = 1e-6
 
 
@@ -74,8 +76,10 @@ def recurrence(
         mask: (B, T), bool; where False the state passes through unchanged and hidden is 0.
         return_states: if n > 0, also return the state after every n-th step.
         method: "sequential", "newton", or "auto": sequential, unless on a GPU with more than one step.
-        backend: "ops" (plain MLX) or None, which means the same as long as there is no other.
-        chunk: Newton's chunk length C; 1 is the paper's scheme, Newton on the whole sequence.
+        backend: "metal" or "cuda", the fused kernels; "ops", plain MLX; None takes the device's kernels where
+            the cell has them, else ops. The environment variable MLX_PARARNN_BACKEND goes before None.
+        chunk: Newton's chunk length C; 1 is the paper's scheme, Newton on the whole sequence. Any other than
+            the default runs in ops.
         tol: Newton stops when no chunk start s moved by more than tol * max(1, |s|).
         max_iters: at most so many iterations. Without it the answer is the sequential one whatever the
             weights. With tol=0 it is the number of iterations made, as in the paper (which makes 3).
@@ -89,27 +93,35 @@ def recurrence(
     Raises:
         PararnnError: an argument has the wrong shape or an unknown value.
 
-    Inside mx.compile and mx.vmap nothing may be evaluated: there "auto" is sequential, and Newton makes
-    min(max_iters, T / chunk) iterations.
+    In ops, inside mx.compile and mx.vmap, nothing may be evaluated: there "auto" is sequential, and Newton
+    makes min(max_iters, T / chunk) iterations. The kernels need no evaluation and stop by themselves.
     """
-    _check(cell, params, u, state, mask, method, backend, chunk, max_iters, return_states)
+    _check(cell, params, u, state, mask, method, chunk, max_iters, return_states)
     B, heads, T, _, width = u.shape
     slots = len(cell.slots)
     if state is None:
         state = mx.zeros((B, slots, heads * width))
-    if mask is not None:
-        u = mx.where(mask[:, None, :, None, None], u, 0)  # what stands in padding, NaN too, has no gradient
-    eager = T == 1 or not _in_transformation(params, u, state)
+    backend = _backend(backend, cell, chunk)
+    if backend != "ops":
+        if method == "auto":
+            method = "newton" if T > 1 and slots < 4 else "sequential"
+        plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
+        arrays = (
+            mx.contiguous(params.astype(mx.float32)),
+            u,
+            mx.contiguous(state.astype(mx.float32)),
+            mx.zeros((B, 0)) if mask is None else mx.contiguous(mask),
+        )
+        if return_info:
+            return _launch(plan, backend, return_states, *arrays, info=True)
+        return tuple(_differentiable_kernel(plan, backend, return_states)(*arrays))
+
+    eager = T == 1 or not _in_transformation(params, u, state, *([] if mask is None else [mask]))
     if method == "auto":
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         method = "newton" if eager and on_gpu and T > 1 and slots < 4 else "sequential"
-    arrays = (
-        params.astype(mx.float32).reshape(-1, heads, width),
-        u.astype(mx.float32),
-        state.astype(mx.float32).reshape(B, slots, heads, width),
-        mx.zeros((B, 0)) if mask is None else mask,
-    )
     plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
+    arrays = _laid_out(params, u, state, mask)
     if return_info:
         solution = _solve(plan, *arrays, eager=eager, want_residual=True)
         residual = mx.array(0.0) if solution.residual is None else solution.residual
@@ -121,6 +133,39 @@ def recurrence(
     return (*_outputs(cell, states, mask, return_states, u.dtype), *info)
 
 
+def _backend(backend: str | None, cell: Cell, chunk: int) -> str:
+    """The backend to use; raises PararnnError for one that is not here."""
+    asked = backend or os.environ.get("MLX_PARARNN_BACKEND") or None
+    if asked is not None and asked not in BACKENDS:
+        raise PararnnError(f"unknown backend {asked!r}; choose one of {', '.join(BACKENDS)}")
+    if asked == "ops":
+        return "ops"
+    here = kernels.available_backend()
+    if asked is None:
+        return here if here and chunk == CHUNK and kernels.has_kernel(cell) else "ops"
+    if asked != here:
+        raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
+    if chunk != CHUNK:
+        raise PararnnError(f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}")
+    return asked
+
+
+def _laid_out(
+    params: mx.array, u: mx.array, state: mx.array, mask: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """The arguments in float32 and in the layout of newton.py."""
+    B, heads, _, _, width = u.shape
+    u = u.astype(mx.float32)
+    if mask is not None:
+        u = mx.where(mask[:, None, :, None, None], u, 0)  # what stands in padding, NaN too, has no gradient
+    return (
+        params.astype(mx.float32).reshape(-1, heads, width),
+        u,
+        state.astype(mx.float32).reshape(B, -1, heads, width),
+        mx.zeros((B, 0)) if mask is None else mask,
+    )
+
+
 def _check(
     cell: Cell,
     params: mx.array,
@@ -128,7 +173,6 @@ def _check(
     state: mx.array | None,
     mask: mx.array | None,
     method: str,
-    backend: str | None,
     chunk: int,
     max_iters: int | None,
     return_states: int,
@@ -153,8 +197,6 @@ def _check(
             )
     if method not in METHODS:
         raise PararnnError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    if backend is not None and backend not in BACKENDS:
-        raise PararnnError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if chunk < 1 or (max_iters is not None and max_iters < 1):
         raise PararnnError(f"chunk and max_iters must be at least 1 (got {chunk} and {max_iters})")
     if return_states < 0:
@@ -190,6 +232,73 @@ def _differentiable(plan: _Plan, eager: bool) -> Callable[..., Any]:
         return _backward(plan, primals, cotangent, states)
 
     return solve
+
+
+@lru_cache(maxsize=256)
+def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..., Any]:
+    """(params, u, state, mask) -> hidden, last[, states] by the fused kernel, with gradients and vmap."""
+
+    @mx.custom_function
+    def solve(params: mx.array, u: mx.array, state: mx.array, mask: mx.array) -> list[mx.array]:
+        return [*_launch(plan, backend, every, params, u, state, mask)]
+
+    @solve.vjp
+    def solve_vjp(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], _: Any
+    ) -> tuple[mx.array, ...]:
+        params, u, state, mask = primals
+        B, heads, T, _, width = u.shape
+        # All states, from the kernel again, in the layout of newton.py: (slots, B, heads, T, W).
+        states = _launch(plan, backend, 1, params, u, state, mask)[2]
+        states = states.reshape(B, T, -1, heads, width).transpose(2, 0, 3, 1, 4)
+        steps = mask if plan.masked else None
+        _, (g,) = mx.vjp(lambda s: [*_outputs(plan.cell, s, steps, every, u.dtype)], [states], [*cotangents])
+        laid_out = _laid_out(params, u, state, steps)
+        gradients = _backward(plan, laid_out, g, states)
+        return tuple(d.reshape(p.shape).astype(p.dtype) for d, p in zip(gradients, primals, strict=True))
+
+    @solve.vmap
+    def solve_vmap(inputs: tuple[mx.array, ...], axes: tuple[int | None, ...]) -> Any:
+        size = next(x.shape[a] for x, a in zip(inputs, axes, strict=True) if a is not None)
+        rows = [
+            solve(*(x if a is None else mx.take(x, i, axis=a) for x, a in zip(inputs, axes, strict=True)))
+            for i in range(size)
+        ]
+        outputs = [mx.stack([*column]) for column in zip(*rows, strict=True)]
+        return outputs, [0] * len(outputs)
+
+    return solve
+
+
+def _launch(
+    plan: _Plan,
+    backend: str,
+    every: int,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array,
+    mask: mx.array,
+    *,
+    info: bool = False,
+) -> tuple[Any, ...]:
+    """hidden, last[, states][, info] by the fused kernel."""
+    arrays = {"u": u, "params": params, "initial": state, "mask": mask}
+    cell, masked = plan.cell, plan.masked
+    if plan.method == "sequential":
+        launch = kernels.sequential_launch(cell, u.shape, u.dtype, masked=masked, every=every)
+    else:
+        launch = kernels.newton_launch(cell, u.shape, u.dtype, masked=masked, every=every, info=info)
+        arrays["tol"] = mx.array([plan.tol], mx.float32)
+        arrays["max_iters"] = mx.array([plan.max_iters or 2**31 - 1], mx.int32)
+    outputs = kernels.run(launch, arrays, backend)
+    result: tuple[Any, ...] = (outputs["hidden"], outputs["last"])
+    if every:
+        result += (outputs["states"],)
+    if info:
+        made = outputs["iterations_made"].max().item() if "gap" in outputs else 0
+        gap = outputs["gap"].max() if "gap" in outputs else mx.array(0.0)
+        result += (NewtonInfo(cast(int, made), gap),)
+    return result
 
 
 def _solve(

@@ -66,7 +66,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
             if spec is not None and spec.loader is not None:
                 spec.loader = _Then(spec.loader, _import_cache)
             return spec
-        elif name in ("mlx_pararnn.convert", "mlx_pararnn.cli"):
+        elif name in ("mlx_pararnn.convert", "mlx_pararnn.cli", "mlx_pararnn.metal"):
             return _beside_this_folder(name)
         return None
 

@@ -78,8 +78,8 @@ def newton_iterates(cell, params, u, iterations, linearisation="exact"):
     return hidden
 
 
-def chunked_iterates(cell, params, u, chunk, iterations):
-    """Newton's method on the boundaries of chunks: hidden states after exactly `iterations` iterations.
+def chunked_iterates(cell, params, u, chunk, iterations, state=None, mask=None):
+    """Newton's method on the boundaries of chunks: all states (B, T, D) a slot after exactly `iterations`.
 
     Chunk by chunk in Python: no scan, no padding, nothing in common with the library's version but the text
     of `step`.
@@ -88,6 +88,8 @@ def chunked_iterates(cell, params, u, chunk, iterations):
     slots = len(cell.slots)
     bounds = [(b, min(b + chunk, T)) for b in range(0, T, chunk)]
     zero = np.zeros((B, D), u.dtype)
+    first = (zero,) * slots if state is None else tuple(state.swapaxes(0, 1))
+    keep = np.ones((B, T), bool) if mask is None else mask
     guesses = [
         cell.step(
             (zero,) * slots,
@@ -97,28 +99,42 @@ def chunked_iterates(cell, params, u, chunk, iterations):
         )
         for b, _ in bounds[1:]
     ]
-    starts = [(zero,) * slots, *guesses]
-    for _ in range(iterations):
+    starts = [first, *guesses]
+    for _ in range(min(iterations, len(bounds) - 1)):
         delta = [zero] * slots
         new = [starts[0]]
         for c, (b, e) in enumerate(bounds[:-1]):
-            state = starts[c]
+            end = starts[c]
             P = [[np.ones_like(zero) if i == j else zero for j in range(slots)] for i in range(slots)]
             for t in range(b, e):
-                state, J = step_and_jacobian(cell, params, np.moveaxis(u[:, t], 1, 0), state)
-                P = [
+                stepped, J = step_and_jacobian(cell, params, np.moveaxis(u[:, t], 1, 0), end)
+                here = keep[:, t, None]
+                end = tuple(np.where(here, n, s) for n, s in zip(stepped, end, strict=True))
+                moved = [
                     [sum(J[i][k] * P[k][j] for k in range(slots)) for j in range(slots)] for i in range(slots)
                 ]
-            moved = [state[i] + sum(P[i][j] * delta[j] for j in range(slots)) for i in range(slots)]
-            moved = [np.where(np.isfinite(m), m, s) for m, s in zip(moved, state, strict=True)]
-            delta = [m - s for m, s in zip(moved, starts[c + 1], strict=True)]
-            new.append(tuple(moved))
+                P = [[np.where(here, moved[i][j], P[i][j]) for j in range(slots)] for i in range(slots)]
+            corrected = [end[i] + sum(P[i][j] * delta[j] for j in range(slots)) for i in range(slots)]
+            corrected = [np.where(np.isfinite(m), m, s) for m, s in zip(corrected, end, strict=True)]
+            delta = [m - s for m, s in zip(corrected, starts[c + 1], strict=True)]
+            new.append(tuple(corrected))
         starts = new
     pieces = [
-        sequential(cell, params, u[:, b:e], np.stack(s, axis=1))[cell.output_slot]
+        sequential(cell, params, u[:, b:e], np.stack(s, axis=1), keep[:, b:e])
         for s, (b, e) in zip(starts, bounds, strict=True)
     ]
-    return np.concatenate(pieces, axis=1)
+    return tuple(np.concatenate(slot, axis=1) for slot in zip(*pieces, strict=True))
+
+
+def tiled_iterates(cell, params, u, tile, chunk, iterations, state=None, mask=None):
+    """As `chunked_iterates`, tile after tile of `tile` steps, each starting from the last one's end."""
+    pieces = []
+    for t in range(0, u.shape[1], tile):
+        here = None if mask is None else mask[:, t : t + tile]
+        states = chunked_iterates(cell, params, u[:, t : t + tile], chunk, iterations, state, here)
+        state = np.stack([s[:, -1] for s in states], axis=1)
+        pieces.append(states)
+    return tuple(np.concatenate(slot, axis=1) for slot in zip(*pieces, strict=True))
 
 
 def _newton_update(states, after, J):

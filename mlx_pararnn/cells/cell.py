@@ -22,6 +22,8 @@ class Cell:
         output: the slot that is the layer's hidden state.
         params: the recurrent weight's rows (P, D), one vector of D channels each.
         default_activations: place -> activation, where a checkpoint may name another (`get_cell`).
+        msl: for the fused kernels, the text of a struct pararnn::<class name> with the same step in Metal's
+            language (metal/README.md); None where there is none. The built-in cells' stand in metal/cells.
         activations: those of this instance.
     """
 
@@ -31,6 +33,7 @@ class Cell:
     output: ClassVar[str]
     params: ClassVar[tuple[str, ...]]
     default_activations: ClassVar[Mapping[str, str]] = {}
+    msl: ClassVar[str | None] = None
 
     def __init__(self, activations: Mapping[str, str] | None = None) -> None:
         chosen = dict(activations or {})

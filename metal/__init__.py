@@ -1,0 +1,1 @@
+"""Kernel sources, read as package data: see README.md here and mlx_pararnn/kernels.py."""

@@ -1,0 +1,201 @@
+  // Newton's method on the boundaries of chunks (multiple shooting), one tile of S * 32 / CW chunks after the
+  // other. Threads: CW neighbouring channels x the tile's chunks of C steps. metal/README.md has the picture,
+  // the inputs, outputs and template parameters.
+  constexpr int ROWS = 32 / CW;       // chunks a simdgroup works on
+  constexpr int CHUNKS = S * ROWS;    // chunks of a tile
+  constexpr int TILE = CHUNKS * C;    // steps of a tile
+  constexpr int SLOTS = Cell::SLOTS;
+  constexpr int GATES = Cell::GATES;
+  threadgroup float shared_jacobian[SLOTS * SLOTS * CHUNKS * CW];
+  threadgroup float shared_end[SLOTS * CHUNKS * CW];
+  threadgroup float shared_start[SLOTS * CHUNKS * CW];
+  threadgroup float shared_carry[SLOTS * CW];
+  threadgroup int shared_moved[S];
+
+  const int lane = int(thread_index_in_simdgroup);
+  const int group = int(simdgroup_index_in_threadgroup);
+  const int chunk = group * ROWS + lane / CW;
+  const int column = lane % CW;
+  const int cell = chunk * CW + column;  // where this thread's numbers stand in threadgroup memory
+  constexpr int CELLS = CHUNKS * CW;
+
+  const int b = int(threadgroup_position_in_grid.y);
+  const int T = int(u_shape[2]);
+  const int W = int(u_shape[4]);
+  const int D = int(u_shape[1]) * W;
+  const int channel = int(threadgroup_position_in_grid.x) * CW + column;
+  const bool writes = channel < D;
+  const int d = writes ? channel : D - 1;  // threads past the last channel repeat it and write nothing
+
+  float w[Cell::PARAMS];
+  for (int p = 0; p < Cell::PARAMS; ++p) {
+    w[p] = params[size_t(p) * D + d];
+  }
+  float carry[SLOTS];
+  for (int s = 0; s < SLOTS; ++s) {
+    carry[s] = initial[(size_t(b) * SLOTS + s) * D + d];
+  }
+  const int64_t base = b * u_strides[0] + (d / W) * u_strides[1] + (d % W) * u_strides[4];
+  const int limit = min(int(max_iters[0]), CHUNKS - 1);
+#if INFO
+  int most_iterations = 0;
+  float largest_gap = 0.0f;
+#endif
+
+  for (int t0 = 0; t0 < T; t0 += TILE) {
+    const int begin = t0 + chunk * C;
+    const int steps = max(0, min(C, T - begin));
+    float x[C * GATES];
+    bool keep[C];
+    for (int i = 0; i < C; ++i) {
+      keep[i] = i < steps;
+#if MASKED
+      keep[i] = keep[i] && mask[size_t(b) * T + (i < steps ? begin + i : 0)];
+#endif
+      for (int g = 0; g < GATES; ++g) {
+        x[i * GATES + g] = i < steps ? float(u[base + (begin + i) * u_strides[2] + g * u_strides[3]]) : 0.0f;
+      }
+    }
+
+    // The first chunk starts from what is carried; the others from the guess step(0, u) of the step before.
+    float start[SLOTS];
+    for (int s = 0; s < SLOTS; ++s) {
+      start[s] = chunk == 0 ? carry[s] : 0.0f;
+    }
+    if (chunk > 0 && steps > 0) {
+      float before[GATES];
+      for (int g = 0; g < GATES; ++g) {
+        before[g] = float(u[base + (begin - 1) * u_strides[2] + g * u_strides[3]]);
+      }
+      Cell::step(start, before, w);
+    }
+
+    const int filled = min(CHUNKS, (T - t0 + C - 1) / C);  // chunks of this tile that hold steps
+    const int rounds = min(limit, filled - 1);
+    int iterations = 0;
+    while (iterations < rounds) {
+      // Run the chunk from its start, with its Jacobian.
+      pararnn::Dual<SLOTS> state[SLOTS];
+      for (int s = 0; s < SLOTS; ++s) {
+        state[s] = pararnn::constant_dual<SLOTS>(start[s]);
+        state[s].d[s] = 1.0f;
+      }
+      for (int i = 0; i < C; ++i) {
+        if (keep[i]) {
+          Cell::step(state, x + i * GATES, w);
+        }
+      }
+      for (int s = 0; s < SLOTS; ++s) {
+        shared_end[s * CELLS + cell] = state[s].v;
+        shared_start[s * CELLS + cell] = start[s];
+        for (int j = 0; j < SLOTS; ++j) {
+          shared_jacobian[(s * SLOTS + j) * CELLS + cell] = state[s].d[j];
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      // Each thread scans the chunks before its own: start'_{c+1} = end_c + P_c delta_c, delta = start' - start.
+      float delta[SLOTS];
+      float corrected[SLOTS];
+      for (int s = 0; s < SLOTS; ++s) {
+        delta[s] = 0.0f;
+        corrected[s] = start[s];
+      }
+      for (int c = 0; c < chunk; ++c) {
+        const int from = c * CW + column;
+        for (int s = 0; s < SLOTS; ++s) {
+          const float end = shared_end[s * CELLS + from];
+          float correction = 0.0f;
+          for (int j = 0; j < SLOTS; ++j) {
+            correction += shared_jacobian[(s * SLOTS + j) * CELLS + from] * delta[j];
+          }
+          // what is not finite falls back to the plain sweep, which still makes one more start right
+          corrected[s] = isfinite(correction) ? end + correction : end;
+        }
+        for (int s = 0; s < SLOTS; ++s) {
+          delta[s] = corrected[s] - shared_start[s * CELLS + from + CW];
+        }
+      }
+      bool moved = false;
+      for (int s = 0; s < SLOTS; ++s) {
+        const float size = max(1.0f, fabs(corrected[s]));
+        const bool settled = corrected[s] == start[s] || fabs(corrected[s] - start[s]) <= tol[0] * size ||
+            (isnan(corrected[s]) && isnan(start[s]));
+        moved = moved || !settled;
+        start[s] = corrected[s];
+      }
+      const bool any_moved = simd_any(moved && steps > 0);
+      if (lane == 0) {
+        shared_moved[group] = any_moved ? 1 : 0;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      iterations += 1;
+      int still = 0;
+      for (int g = 0; g < S; ++g) {
+        still += shared_moved[g];
+      }
+      if (still == 0) {  // the same for every thread
+        break;
+      }
+    }
+
+    // Run the chunk once more, and write.
+    float state[SLOTS];
+    for (int s = 0; s < SLOTS; ++s) {
+      state[s] = start[s];
+    }
+    for (int i = 0; i < C; ++i) {
+      if (keep[i]) {
+        Cell::step(state, x + i * GATES, w);
+      }
+      const int t = begin + i;
+      if (i < steps && writes) {
+        hidden[(size_t(b) * T + t) * D + d] = static_cast<OutT>(keep[i] ? state[Cell::OUTPUT] : 0.0f);
+#if EVERY
+        if ((t + 1) % EVERY == 0) {
+          for (int s = 0; s < SLOTS; ++s) {
+            states[((size_t(b) * (T / EVERY) + t / EVERY) * SLOTS + s) * D + d] = state[s];
+          }
+        }
+#endif
+      }
+    }
+    // The tile's last step hands its state on; ends are compared with the starts that follow them.
+    if (chunk == filled - 1) {
+      for (int s = 0; s < SLOTS; ++s) {
+        shared_carry[s * CW + column] = state[s];
+      }
+    }
+#if INFO
+    for (int s = 0; s < SLOTS; ++s) {
+      shared_end[s * CELLS + cell] = state[s];
+    }
+#endif
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int s = 0; s < SLOTS; ++s) {
+      carry[s] = shared_carry[s * CW + column];
+    }
+#if INFO
+    most_iterations = max(most_iterations, iterations);
+    if (chunk > 0 && steps > 0) {
+      for (int s = 0; s < SLOTS; ++s) {
+        largest_gap = max(largest_gap, fabs(shared_end[s * CELLS + cell - CW] - start[s]));
+      }
+    }
+#endif
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // before the next tile writes what was just read
+  }
+
+  if (chunk == 0 && writes) {
+    for (int s = 0; s < SLOTS; ++s) {
+      last[(size_t(b) * SLOTS + s) * D + d] = carry[s];
+    }
+  }
+#if INFO
+  if (writes) {
+    gap[(size_t(b) * CHUNKS + chunk) * D + d] = largest_gap;
+    if (chunk == 0) {
+      iterations_made[size_t(b) * D + d] = most_iterations;
+    }
+  }
+#endif

@@ -1,0 +1,44 @@
+  // The recurrence straight through time, one thread a channel: the baseline, and the exact answer.
+  // Inputs, outputs and template parameters: metal/README.md.
+  const int d = int(thread_position_in_grid.x);
+  const int b = int(thread_position_in_grid.y);
+  const int T = int(u_shape[2]);
+  const int W = int(u_shape[4]);
+  const int D = int(u_shape[1]) * W;
+  if (d >= D) {
+    return;
+  }
+  float w[Cell::PARAMS];
+  for (int p = 0; p < Cell::PARAMS; ++p) {
+    w[p] = params[size_t(p) * D + d];
+  }
+  float state[Cell::SLOTS];
+  for (int s = 0; s < Cell::SLOTS; ++s) {
+    state[s] = initial[(size_t(b) * Cell::SLOTS + s) * D + d];
+  }
+  const int64_t base = b * u_strides[0] + (d / W) * u_strides[1] + (d % W) * u_strides[4];
+  for (int t = 0; t < T; ++t) {
+#if MASKED
+    const bool keep = mask[size_t(b) * T + t];
+#else
+    const bool keep = true;
+#endif
+    if (keep) {
+      float x[Cell::GATES];
+      for (int g = 0; g < Cell::GATES; ++g) {
+        x[g] = float(u[base + t * u_strides[2] + g * u_strides[3]]);
+      }
+      Cell::step(state, x, w);
+    }
+    hidden[(size_t(b) * T + t) * D + d] = static_cast<OutT>(keep ? state[Cell::OUTPUT] : 0.0f);
+#if EVERY
+    if ((t + 1) % EVERY == 0) {
+      for (int s = 0; s < Cell::SLOTS; ++s) {
+        states[((size_t(b) * (T / EVERY) + t / EVERY) * Cell::SLOTS + s) * D + d] = state[s];
+      }
+    }
+#endif
+  }
+  for (int s = 0; s < Cell::SLOTS; ++s) {
+    last[(size_t(b) * Cell::SLOTS + s) * D + d] = state[s];
+  }

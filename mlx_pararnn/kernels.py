@@ -1,0 +1,247 @@
+"""Assembles the kernels of metal/ for one call: text, template parameters, grid, outputs; and launches it.
+
+One text serves a Mac (mx.fast.metal_kernel), an NVIDIA card (mx.fast.cuda_kernel, behind cuda_compat.h) and
+the conformance harness of tests/msl. metal/README.md explains the algorithm.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import mlx.core as mx
+
+from .cells import Cell
+from .errors import PararnnError
+
+# The threadgroup shapes there are: (CW channels a simdgroup, C steps a chunk, S simdgroups a threadgroup).
+# Wide: every load of 32 lanes is one line. The others trade that for more chunks in time, where there are too
+# few channels to fill a GPU. Registers and threadgroup memory are counted in metal/README.md.
+SHAPES = {"wide": (32, 16, 8), "medium": (16, 16, 8), "narrow": (8, 16, 8)}
+# Below this many threadgroups the next narrower shape is taken.
+FULL_GPU = 32
+_SEQUENTIAL_THREADS = 64
+
+_ACTIVATIONS = {
+    "identity": "Identity",
+    "relu": "Relu",
+    "leaky_relu": "LeakyRelu",
+    "elu": "Elu",
+    "selu": "Selu",
+    "gelu": "Gelu",
+    "silu": "Silu",
+    "softplus": "Softplus",
+    "sigmoid": "Sigmoid",
+    "half_sigmoid": "HalfSigmoid",
+    "tanh": "Tanh",
+    "exp": "Exp",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call, without its arrays.
+
+    Attributes:
+        name: unique for the text: cell, activations and kernel.
+        source: the body of the kernel function, a file of metal/.
+        header: what stands before it: dual numbers, activations, the cell.
+        template: name -> int, bool or dtype.
+        grid: threads in x, y, z; a multiple of `threadgroup`.
+        contiguous: whether inputs have to be row contiguous; u is read by strides.
+    """
+
+    name: str
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    source: str
+    header: str
+    template: tuple[tuple[str, Any], ...]
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    output_shapes: tuple[tuple[int, ...], ...]
+    output_dtypes: tuple[mx.Dtype, ...]
+    contiguous: bool = False
+
+
+def available_backend() -> str | None:
+    """ "metal", "cuda", or None where MLX runs on a CPU alone."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def has_kernel(cell: Cell) -> bool:
+    """True for the four built-in cells and for a cell of a user's that brings its step in MSL."""
+    return cell.msl is not None or _built_in(cell)
+
+
+def newton_launch(
+    cell: Cell,
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    *,
+    masked: bool = False,
+    every: int = 0,
+    info: bool = False,
+    tiling: str | None = None,
+) -> Launch:
+    """Newton on chunk boundaries for u of `shape` (B, heads, T, gates, D / heads) and `dtype`.
+
+    Inputs: u, params (P, D), initial (B, slots, D), tol (1,), max_iters (1,), and mask (B, T) if masked.
+    Outputs: hidden (B, T, D) in `dtype`, last (B, slots, D); states (B, T // every, slots, D) if every > 0;
+    gap (B, chunks, D) and iterations_made (B, D) if info.
+    """
+    B, heads, _, _, W = shape
+    D = heads * W
+    CW, C, S = SHAPES[tiling or _tiling(B, D)]
+    outputs = _outputs(cell, shape, dtype, every)
+    if info:
+        outputs["gap"] = ((B, S * 32 // CW, D), mx.float32)
+        outputs["iterations_made"] = ((B, D), mx.int32)
+    template = {"InT": dtype, "OutT": dtype, "CW": CW, "C": C, "S": S}
+    return _launch(
+        cell,
+        "recurrence",
+        ("u", "params", "initial", "tol", "max_iters"),
+        outputs,
+        template,
+        masked,
+        every,
+        grid=(-(-D // CW) * S * 32, B, 1),
+        threads=S * 32,
+    )
+
+
+def sequential_launch(
+    cell: Cell, shape: tuple[int, ...], dtype: mx.Dtype, *, masked: bool = False, every: int = 0
+) -> Launch:
+    """One thread a channel straight through time; inputs u, params, initial (and mask), outputs as above."""
+    B, heads, _, _, W = shape
+    blocks = -(-heads * W // _SEQUENTIAL_THREADS)
+    return _launch(
+        cell,
+        "sequential",
+        ("u", "params", "initial"),
+        _outputs(cell, shape, dtype, every),
+        {"InT": dtype, "OutT": dtype},
+        masked,
+        every,
+        grid=(blocks * _SEQUENTIAL_THREADS, B, 1),
+        threads=_SEQUENTIAL_THREADS,
+    )
+
+
+def run(launch: Launch, arrays: dict[str, mx.array], backend: str) -> dict[str, mx.array]:
+    """Launch on the GPU: `backend` is "metal" or "cuda"; arrays by input name, all but u row contiguous."""
+    kernel = _compiled(
+        backend, launch.name, launch.input_names, launch.output_names, launch.source, launch.header
+    )
+    outputs = kernel(
+        inputs=[arrays[name] for name in launch.input_names],
+        template=[*launch.template],
+        grid=launch.grid,
+        threadgroup=launch.threadgroup,
+        output_shapes=[*launch.output_shapes],
+        output_dtypes=[*launch.output_dtypes],
+    )
+    return dict(zip(launch.output_names, outputs, strict=True))
+
+
+@lru_cache(maxsize=128)
+def _compiled(
+    backend: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str
+) -> Any:
+    names: dict[str, Any] = {"name": name, "input_names": [*inputs], "output_names": [*outputs]}
+    if backend == "metal":
+        return mx.fast.metal_kernel(
+            **names,
+            source=source,
+            header=header,
+            ensure_row_contiguous=False,
+            compile_options={"math_mode": "safe"},
+        )
+    return mx.fast.cuda_kernel(
+        **names,
+        source=cuda_text(source),
+        header=_text("cuda_compat.h") + cuda_text(header),
+        ensure_row_contiguous=False,
+    )
+
+
+def cuda_text(text: str) -> str:
+    """The text without Metal's address spaces, which CUDA's own keywords collide with as macros."""
+    return re.sub(r"(?<![\w])(device|constant|thread) (?=[A-Za-z_])", "", text)
+
+
+def _launch(
+    cell: Cell,
+    kernel: str,
+    inputs: tuple[str, ...],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    template: dict[str, Any],
+    masked: bool,
+    every: int,
+    *,
+    grid: tuple[int, int, int],
+    threads: int,
+) -> Launch:
+    if not has_kernel(cell):
+        raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
+    # What a call does not have must not be named in its text either: the preprocessor cuts it out.
+    flags = {"MASKED": int(masked), "EVERY": every, "INFO": int("gap" in outputs)}
+    cell_text, cell_type = _cell(cell)
+    header = "".join(f"#define {flag} {value}\n" for flag, value in flags.items())
+    header += _text("dual.h") + _text("activations.h") + cell_text + f"\nusing Cell = {cell_type};\n"
+    variant = "".join(f"_{flag.lower()}{value}" for flag, value in flags.items() if value)
+    return Launch(
+        name=f"pararnn_{kernel}_{re.sub(r'[^A-Za-z0-9]+', '_', cell_type).strip('_')}{variant}",
+        input_names=(*inputs, "mask") if masked else inputs,
+        output_names=tuple(outputs),
+        source=_text(f"{kernel}.metal"),
+        header=header,
+        template=tuple(template.items()),
+        grid=grid,
+        threadgroup=(threads, 1, 1),
+        output_shapes=tuple(shape for shape, _ in outputs.values()),
+        output_dtypes=tuple(dtype for _, dtype in outputs.values()),
+    )
+
+
+def _outputs(
+    cell: Cell, shape: tuple[int, ...], dtype: mx.Dtype, every: int
+) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    B, heads, T, _, W = shape
+    D, slots = heads * W, len(cell.slots)
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {
+        "hidden": ((B, T, D), dtype),
+        "last": ((B, slots, D), mx.float32),
+    }
+    if every:
+        outputs["states"] = ((B, T // every, slots, D), mx.float32)
+    return outputs
+
+
+def _tiling(B: int, D: int) -> str:
+    """The widest shape that makes enough threadgroups, else the narrowest."""
+    for name, (channels, _, _) in SHAPES.items():
+        if B * -(-D // channels) >= FULL_GPU:
+            return name
+    return "narrow"
+
+
+def _built_in(cell: Cell) -> bool:
+    return type(cell).__module__.startswith(f"{__package__}.cells.")
+
+
+def _cell(cell: Cell) -> tuple[str, str]:
+    """The text that defines the cell's struct, and the struct's full name with its activations."""
+    text = cell.msl if cell.msl is not None else _text("cells", f"{cell.name}.h")
+    names = [f"pararnn::{_ACTIVATIONS[cell.activations[place]]}" for place in cell.default_activations]
+    return text, f"pararnn::{type(cell).__name__}" + (f"<{', '.join(names)}>" if names else "")
+
+
+@lru_cache(maxsize=32)
+def _text(*path: str) -> str:
+    return files("mlx_pararnn.metal").joinpath(*path).read_text()

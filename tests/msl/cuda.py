@@ -1,0 +1,99 @@
+"""The same body as CUDA: the text MLX's cuda_kernel builds, for nvcc.
+
+Follows mlx/backend/cuda/custom_kernel.cpp of 0.32: MLX's CPU build makes no cuda_kernel, so, unlike Metal's,
+this text cannot be held to MLX's own print here. MLX's own device header is left out (it needs the CUDA
+wheel); the few names of it that a kernel can see are declared instead. Compiling is all that is shown.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from mlx_pararnn.kernels import cuda_text
+
+from .wrap import FACTS, Input, KernelCall, dtype_name
+
+COMPAT = Path(__file__).parents[2] / "metal" / "cuda_compat.h"
+
+CUDA_TYPES = {
+    "bool": "bool",
+    "int8": "int8_t",
+    "int16": "int16_t",
+    "int32": "int32_t",
+    "int64": "int64_t",
+    "uint8": "uint8_t",
+    "uint16": "uint16_t",
+    "uint32": "uint32_t",
+    "uint64": "uint64_t",
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+}
+
+# In place of mlx/backend/cuda/device/utils.cuh.
+MLX_HEADER = """
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda/std/array>
+#include <cuda/std/limits>
+#include <cooperative_groups.h>
+#define inf cuda::std::numeric_limits<float>::infinity()
+namespace mlx::core::cu {
+using Shape = cuda::std::array<int32_t, 10>;
+using Strides = cuda::std::array<int64_t, 10>;
+}
+"""
+
+
+@cache
+def nvcc() -> str:
+    return shutil.which("nvcc") or next((p for p in ["/usr/local/bin/nvcc"] if Path(p).exists()), "")
+
+
+def to_cuda(call: KernelCall, inputs: list[Input], header: str, source: str) -> str:
+    parameters = []
+    for name, given in zip(call.input_names, inputs, strict=True):
+        parameters.append(f"    const {CUDA_TYPES[given.dtype]}* {name}")
+        for fact, kind in zip(FACTS, ("Shape", "Strides", "int"), strict=True):
+            if given.shape and name + fact in source:
+                parameters.append(f"    const __grid_constant__ {kind} {name}{fact}")
+    for name, dtype in zip(call.output_names, call.output_dtypes, strict=True):
+        parameters.append(f"    {CUDA_TYPES[dtype_name(dtype)]}* {name}")
+    constants = ""
+    for name, value in call.template:
+        if isinstance(value, int):
+            kind = "bool" if isinstance(value, bool) else "int"
+            constants += f"  constexpr {kind} {name} = {str(value).lower()};\n"
+        else:
+            constants += f"  using {name} = {CUDA_TYPES[dtype_name(value)]};\n"
+    return (
+        MLX_HEADER
+        + header
+        + "namespace mlx::core::cu {\n\nnamespace cg = cooperative_groups;\n\n"
+        + f"__global__ void custom_kernel_{call.name}(\n"
+        + ",\n".join(parameters)
+        + ") {\n"
+        + constants
+        + f"\n{source}\n}}\n\n}} // namespace mlx::core::cu\n"
+    )
+
+
+def cuda_twin(call: KernelCall, inputs: list[Input]) -> str:
+    """The text for nvcc. NVRTC is told that functions are the device's; nvcc cannot be: they are marked."""
+    header = re.sub(r"(?m)^(\s*)(inline|static) ", r"\1\2 __device__ ", cuda_text(call.header))
+    return to_cuda(call, inputs, COMPAT.read_text() + header, cuda_text(call.source))
+
+
+def compile_ptx(text: str) -> list[str]:
+    """What nvcc objects to; [] if nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cu"
+        path.write_text(text)
+        flags = ["-ptx", "-arch=sm_90", "-std=c++20", "-o", str(path.with_suffix(".ptx"))]
+        done = subprocess.run([nvcc(), *flags, str(path)], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    return errors or ([done.stderr] if done.returncode else [])

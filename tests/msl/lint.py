@@ -1,0 +1,133 @@
+"""What Metal forbids, or this project does, and the compilers here let pass.
+
+Works on words, not on a syntax tree: it can be fooled by macros (so a #define of more than a number is an
+objection too), and knows only what is written here.
+"""
+
+import re
+from collections.abc import Iterator
+
+from .wrap import Wrapped, used_attributes
+
+SPACES = ("device", "threadgroup", "constant", "thread", "threadgroup_imageblock")
+
+# Metal's keywords, and words of MSL that are types or qualifiers there.
+RESERVED = {
+    *SPACES,
+    *("kernel", "vertex", "fragment", "mesh", "object", "visible", "intersection", "stitchable"),
+    *("half", "bfloat", "sampler", "texture1d", "texture2d", "texture3d", "texturecube", "depth2d", "atomic"),
+    *("patch_control_point", "ray_data", "object_data", "access", "packed_float3", "vec", "matrix", "array"),
+}
+# Names MLX's preamble (bf16.h, complex.h, defines.h, logging.h, utils.h of mlx/backend/metal/kernels) takes.
+PREAMBLE = {
+    *("Limits", "elem_to_loc", "elem_to_loc_1", "elem_to_loc_2", "elem_to_loc_3", "elem_to_loc_2_nd"),
+    *("elem_to_loc_3_nd", "LoopedElemToLoc", "ceildiv", "log1p", "complex64_t", "complex_mul"),
+    *("instantiate_kernel", "instantiate_limit", "WorkPerThread", "ConditionalType", "uint64_to_uint2"),
+    *(
+        "uint2_to_uint64",
+        "simd_shuffle_and_fill_up",
+        "simd_shuffle_and_fill_down",
+        "mlx",
+        "os_log",
+        "SIMD_SIZE",
+    ),
+    *("MLX_MTL_CONST", "MLX_MTL_LOOP_UNROLL", "MLX_MTL_PRAGMA_UNROLL", "MAX_REDUCE_SPECIALIZED_DIMS"),
+    *("REDUCE_N_READS", "REDUCE_N_WRITES", "SOFTMAX_N_READS", "RMS_N_READS", "RMS_LOOPED_LIMIT"),
+    *("bfloat16_to_uint16", "uint16_to_bfloat16", "float_to_bfloat_bits"),
+}
+
+FORBIDDEN = {
+    r"\bdouble\b": "double does not exist in Metal",
+    r"\bgoto\b": "goto does not exist in Metal",
+    r"\b(new|delete|throw|try|catch|virtual|dynamic_cast|typeid|thread_local|asm|mutable)\b": "not in Metal",
+    r"\bstd\s*::": "Metal has no std::",
+    r"\[[=&\w, ]*\]\s*\([^)]*\)\s*(->\s*\w+\s*)?\{": "lambdas need Metal 3.2",
+    r"#\s*include": "headers of the system are not there when MLX compiles",
+    # `#define NAME 1`, `#if NAME`, `#else` and `#endif` are the preprocessor the kernels use
+    r"#\s*(?!(define [A-Z_]+ -?\d+|if [A-Z_]+( > 0)?|else|endif)\s*$)": "hides text from this lint",
+    r"\b(printf|malloc|free|memcpy|memset)\s*\(": "no C library in Metal",
+    r"\bfast\s*::": "fast:: is neither accurate nor safe for large arguments",
+    r"\b(long|unsigned)\s+(long|double)\b": "not in Metal",
+    r"\(\s*\*\s*\w+\s*\)\s*\(": "function pointers are not Metal",
+    r"\bstatic\s+(const\s+|constexpr\s+)?\w+\s+\w+\s*(=|;|\[)": "static variables are not Metal",
+}
+FLOAT = re.compile(r"(?<![\w.])(\d+\.\d*|\.\d+|\d+(?=[eE][+-]?\d))([eE][+-]?\d+)?(?![\w.])([fhFH]?)(?!\w)")
+BUILT_IN = r"(?:float|int|uint|bool|half|bfloat|short|ushort|char|uchar|auto|size_t|u?int\d+_t|b?float16_t)"
+OWN = r"[A-Z]\w*(?:<[^<>;]*>)?"
+TYPES = rf"(?:{BUILT_IN}|{OWN})"
+# `float * p` too; but `A * B` of own names is a product, so there only `A* p` and `A *p` count as pointers.
+MARK = rf"(?:{BUILT_IN}(?:\s+const)?\s*[*&]\s*|{OWN}(?:[*&]\s*|\s+[*&]))"
+POINTER = re.compile(
+    rf"(?:^|(?<=[(,;{{]))\s*(?P<before>(?:\w+\s+)*){MARK}(?P<name>[A-Za-z_]\w*)\s*(?=[,;)=])"
+)
+CAST = re.compile(rf"(?:\(|<)\s*(?P<before>(?:const\s+)?){TYPES}\s*[*&]\s*[)>]")
+DECLARED = re.compile(rf"\b{TYPES}[*&]?\s+[*&]?([A-Za-z_]\w*)\s*(?=[=;,()\[{{])")
+GLOBAL = re.compile(rf"^\s*(?:const\s+|constexpr\s+|inline\s+)*{TYPES}\s+\w+\s*(?:=|;|\[)")
+METAL_BUFFERS = 31
+
+
+def lint(wrapped: Wrapped, header: str) -> list[str]:
+    """Objections to a kernel's header and body, each with its line; [] if there are none."""
+    found = list(_words(strip(header), "header")) + list(_words(strip(wrapped.body), "body"))
+    found += _globals(strip(header))
+    found += _arrays(strip(wrapped.body), strip(header))
+    if not used_attributes(strip(wrapped.body)):
+        found.append("body: uses no attribute (mlx 0.32.4 then closes the signature early)")
+    if len(wrapped.parameters) > METAL_BUFFERS:
+        found.append(f"{len(wrapped.parameters)} buffers; Metal has {METAL_BUFFERS}")
+    return found
+
+
+def strip(text: str) -> str:
+    """The text without comments and strings, lines kept."""
+    text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL)
+    return re.sub(r'//[^\n]*|"(?:[^"\\\n]|\\.)*"', "", text)
+
+
+def _words(text: str, place: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        at = f"{place} line {number}: "
+        for pattern, why in FORBIDDEN.items():
+            if re.search(pattern, line):
+                yield at + f"{why}: {line.strip()}"
+        for m in FLOAT.finditer(line):
+            if not m[3]:
+                yield at + f"the literal {m[0]} is a double in C++; write {m[0]}f"
+        for m in POINTER.finditer(line):
+            if not set(m["before"].split()) & set(SPACES):
+                yield at + f"`{m['name']}` has no address space: {line.strip()}"
+        if CAST.search(line):
+            yield at + f"a cast to a pointer without an address space: {line.strip()}"
+        for m in DECLARED.finditer(line):
+            if m[1] in RESERVED:
+                yield at + f"`{m[1]}` is a word of Metal's"
+            if m[1] in PREAMBLE and (
+                m[1].isupper() or not line.startswith(" ")
+            ):  # locals may shadow functions
+                yield at + f"`{m[1]}` is a name of MLX's preamble"
+
+
+def _globals(header: str) -> Iterator[str]:
+    """Variables at program scope must be in constant memory. (Our namespaces are not indented.)"""
+    depth = 0
+    for number, line in enumerate(header.splitlines(), 1):
+        opens_namespace = re.match(r"\s*namespace\b", line)
+        if depth == 0 and GLOBAL.match(line):
+            yield f"header line {number}: a variable at program scope must be constant: {line.strip()}"
+        if (not opens_namespace and not re.match(r"\s*}\s*$", line)) or depth:
+            depth += line.count("{") - line.count("}")
+            depth = max(0, depth)
+
+
+def _arrays(body: str, header: str) -> Iterator[str]:
+    """Threadgroup arrays: `threadgroup T name[n];` alone on a line, at the top of the kernel."""
+    if re.search(r"\bthreadgroup\s+[\w:]+\s+\w+\s*\[", header):
+        yield "header: threadgroup memory can only be declared in a kernel"
+    depth = 0
+    for number, line in enumerate(body.splitlines(), 1):
+        declares = re.match(r"\s*threadgroup\s+\w+\s+\w+[^*&(]*;", line)
+        if declares and depth:
+            yield f"body line {number}: threadgroup memory declared in an inner scope"
+        if declares and not re.fullmatch(r"\s*threadgroup\s+\w+\s+\w+\s*(\[[^\]]+\])+\s*;\s*", line):
+            yield f"body line {number}: write `threadgroup T name[n];` alone on its line"
+        depth += line.count("{") - line.count("}")

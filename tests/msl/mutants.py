@@ -1,0 +1,404 @@
+"""Kernels broken on purpose, and the check of battery.py that has to see each.
+
+A mutation replaces `old` by `new` in one file of metal/, where `old` must stand exactly once.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_pararnn.kernels import Launch
+
+METAL = Path(__file__).parents[2] / "metal"
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+SCAN_BARRIER = f"      {BARRIER}\n\n      // Each thread scans"
+MOVED_BARRIER = f"      {BARRIER}\n      iterations += 1;"
+CARRY_BARRIER = f"    {BARRIER}\n    for (int s = 0; s < SLOTS; ++s) {{\n      carry[s]"
+TILE_BARRIER = f"    {BARRIER}  // before the next tile"
+GRU, LSTM, NLRU, SLSTM = (f"cells/{cell}.h" for cell in ("gru", "lstm", "nlru", "slstm"))
+NEWTON, STRAIGHT, DUAL, ACTIVATIONS = "recurrence.metal", "sequential.metal", "dual.h", "activations.h"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    seen_by: str  # kinds of battery.py, by blanks
+    cell: str = "gru"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def apply(self, launch: Launch) -> Launch:
+        """The launch with this mutation's text; unchanged if it does not contain the file."""
+        text = (METAL / self.file).read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.file} contains {text.count(self.old)} times: {self.old!r}")
+        broken = text.replace(self.old, self.new)
+        return dataclasses.replace(
+            launch, source=launch.source.replace(text, broken), header=launch.header.replace(text, broken)
+        )
+
+
+def without_barrier(place: str, instead: str = "") -> str:
+    return place.replace(BARRIER, instead)
+
+
+MUTANTS = [
+    # barriers and divergence
+    Mutant("no barrier before the scan", NEWTON, SCAN_BARRIER, without_barrier(SCAN_BARRIER), "semantics"),
+    Mutant("no barrier after the scan", NEWTON, MOVED_BARRIER, without_barrier(MOVED_BARRIER), "semantics"),
+    Mutant(
+        "no barrier before the carry is read",
+        NEWTON,
+        CARRY_BARRIER,
+        without_barrier(CARRY_BARRIER),
+        "semantics",
+    ),
+    Mutant(
+        "no barrier before the next tile", NEWTON, TILE_BARRIER, without_barrier(TILE_BARRIER), "semantics"
+    ),
+    Mutant(
+        "barrier without flags",
+        NEWTON,
+        SCAN_BARRIER,
+        without_barrier(SCAN_BARRIER, "threadgroup_barrier(mem_flags::mem_none);"),
+        "semantics",
+    ),
+    Mutant(
+        "barrier of the simdgroup only",
+        NEWTON,
+        SCAN_BARRIER,
+        without_barrier(SCAN_BARRIER, "simdgroup_barrier(mem_flags::mem_threadgroup);"),
+        "semantics",
+    ),
+    Mutant(
+        "barrier for chunks with steps only",
+        NEWTON,
+        SCAN_BARRIER,
+        without_barrier(SCAN_BARRIER, f"if (steps > 0) {BARRIER}"),
+        "semantics",
+    ),
+    Mutant(
+        "early exit by each thread", NEWTON, "if (still == 0) {", "if (still == 0 || !moved) {", "semantics"
+    ),
+    Mutant(
+        "early exit by the simdgroup",
+        NEWTON,
+        "if (still == 0) {",
+        "if (still == 0 || !any_moved) {",
+        "semantics",
+    ),
+    Mutant(
+        "number of rounds by the thread", NEWTON, "min(limit, filled - 1)", "min(limit, chunk)", "semantics"
+    ),
+    Mutant(
+        "idle threads return early",
+        NEWTON,
+        "  float w[Cell::PARAMS];",
+        "  if (!writes) return;\n  float w[Cell::PARAMS];",
+        "semantics",
+    ),
+    Mutant(
+        "the vote is taken by some lanes",
+        NEWTON,
+        "simd_any(moved && steps > 0)",
+        "steps > 0 && simd_any(moved)",
+        "semantics",
+    ),
+    Mutant("all lanes write the flag", NEWTON, "if (lane == 0) {", "if (lane >= 0) {", "semantics"),
+    # memory
+    Mutant("channels past the last are read", NEWTON, "writes ? channel : D - 1", "channel", "semantics"),
+    Mutant(
+        "channels past the last are written",
+        NEWTON,
+        "if (i < steps && writes) {",
+        "if (i < steps) {",
+        "semantics",
+    ),
+    Mutant(
+        "steps past the last are written", NEWTON, "if (i < steps && writes) {", "if (writes) {", "semantics"
+    ),
+    Mutant(
+        "steps past the last are read",
+        NEWTON,
+        "= i < steps ? float(u[",
+        "= i <= steps ? float(u[",
+        "semantics",
+    ),
+    Mutant(
+        "the mask is read past its end",
+        NEWTON,
+        "keep[i] && mask[size_t(b) * T + (i < steps ? begin + i : 0)]",
+        "mask[size_t(b) * T + begin + i] && keep[i]",
+        "semantics",
+    ),
+    Mutant("the last step is not written", NEWTON, "T - begin));", "T - 1 - begin));", "semantics"),
+    Mutant(
+        "threadgroup array too short",
+        NEWTON,
+        "shared_end[SLOTS * CHUNKS * CW]",
+        "shared_end[SLOTS * CHUNKS * CW - 1]",
+        "semantics",
+    ),
+    Mutant("over 32 KB", NEWTON, "shared_carry[SLOTS * CW]", "shared_carry[SLOTS * CW + 7700]", "semantics"),
+    Mutant(
+        "the carry is never written",
+        NEWTON,
+        "if (chunk == filled - 1) {",
+        "if (chunk == filled) {",
+        "semantics",
+    ),
+    Mutant(
+        "the flag of a simdgroup is not written",
+        NEWTON,
+        "shared_moved[group] =",
+        "shared_moved[0] =",
+        "semantics",
+    ),
+    Mutant("start is read one chunk too far", NEWTON, "from + CW]", "from + 2 * CW]", "semantics iterates"),
+    Mutant(
+        "output stored in another layout",
+        NEWTON,
+        "* T + t) * D + d] = static",
+        "* D + d) * T + t] = static",
+        "semantics convergence",
+    ),
+    Mutant(
+        "params by another stride",
+        NEWTON,
+        "params[size_t(p) * D + d]",
+        "params[size_t(d) * Cell::PARAMS + p]",
+        "convergence",
+    ),
+    Mutant(
+        "u by the strides of a copy", NEWTON, "(d / W) * u_strides[1] + (d % W)", "d", "semantics convergence"
+    ),
+    Mutant(
+        "gate and time strides swapped",
+        NEWTON,
+        "(begin + i) * u_strides[2] + g * u_strides[3]",
+        "(begin + i) * u_strides[3] + g * u_strides[2]",
+        "semantics convergence",
+    ),
+    Mutant(
+        "states stored one step late",
+        NEWTON,
+        "if ((t + 1) % EVERY == 0) {",
+        "if (t % EVERY == 0) {",
+        "semantics convergence",
+    ),
+    # types
+    Mutant(
+        "no cast to the output's dtype",
+        NEWTON,
+        "static_cast<OutT>(keep[i] ? state[Cell::OUTPUT] : 0.0f)",
+        "(keep[i] ? state[Cell::OUTPUT] : 0.0f)",
+        "compile language",
+    ),
+    Mutant("mixed types in min", NEWTON, "min(C, T - begin)", "min(C, uint(T - begin))", "compile language"),
+    Mutant("a double literal", NEWTON, "max(1.0f, fabs", "max(1.0, fabs", "language compile"),
+    Mutant("pointer without an address space", GRU, "const thread float* w", "const float* w", "language"),
+    Mutant(
+        "u as a device pointer",
+        NEWTON,
+        "  const int lane =",
+        "  const thread float* us = u;\n  const int lane =",
+        "language compile",
+    ),
+    # the algorithm
+    Mutant("the state is not carried", NEWTON, "chunk == 0 ? carry[s] : 0.0f", "0.0f", "convergence"),
+    Mutant(
+        "the carry is the first chunk's",
+        NEWTON,
+        "if (chunk == filled - 1) {",
+        "if (chunk == 0) {",
+        "convergence",
+    ),
+    Mutant(
+        "the initial state of another row",
+        NEWTON,
+        "initial[(size_t(b) * SLOTS",
+        "initial[(size_t(0) * SLOTS",
+        "convergence",
+    ),
+    Mutant(
+        "masked steps change the state",
+        NEWTON,
+        "      if (keep[i]) {\n        Cell::step(state, x",
+        "      if (i < steps) {\n        Cell::step(state, x",
+        "convergence",
+    ),
+    Mutant(
+        "masked steps are not zero",
+        NEWTON,
+        "keep[i] ? state[Cell::OUTPUT] : 0.0f",
+        "state[Cell::OUTPUT]",
+        "convergence",
+    ),
+    Mutant(
+        "the scan stops one chunk early",
+        NEWTON,
+        "c < chunk; ++c",
+        "c < chunk - 1; ++c",
+        "convergence iterates wild",
+    ),
+    Mutant(
+        "the scan starts one chunk late",
+        NEWTON,
+        "for (int c = 0; c < chunk",
+        "for (int c = 1; c < chunk",
+        "iterates convergence bookkeeping",
+    ),
+    Mutant("the scan forgets the Jacobian", NEWTON, "end + correction : end", "end : end", "iterates"),
+    Mutant(
+        "the scan's delta has the wrong sign",
+        NEWTON,
+        "corrected[s] - shared_start",
+        "-corrected[s] + shared_start",
+        "iterates",
+    ),
+    Mutant("the Jacobian is not reset", NEWTON, "state[s].d[s] = 1.0f;", "state[s].d[s] = 0.0f;", "iterates"),
+    Mutant(
+        "the Jacobian is transposed",
+        NEWTON,
+        "shared_jacobian[(s * SLOTS + j) * CELLS + cell] = state[s].d[j]",
+        "shared_jacobian[(s * SLOTS + j) * CELLS + cell] = state[j].d[s]",
+        "iterates",
+        "lstm",
+    ),
+    Mutant(
+        "the guess takes the chunk's own first step",
+        NEWTON,
+        "u[base + (begin - 1)",
+        "u[base + begin",
+        "iterates",
+    ),
+    Mutant("no guess", NEWTON, "Cell::step(start, before, w);", "", "iterates"),
+    Mutant(
+        "one iteration too few", NEWTON, "min(limit, filled - 1)", "min(limit - 1, filled - 1)", "iterates"
+    ),
+    Mutant(
+        "iterations are not counted", NEWTON, "iterations += 1;", "iterations += 2;", "iterates convergence"
+    ),
+    Mutant(
+        "stops when one simdgroup has settled",
+        NEWTON,
+        "still += shared_moved[g]",
+        "still = shared_moved[0]",
+        "convergence iterates wild",
+    ),
+    Mutant(
+        "settled at once",
+        NEWTON,
+        "moved = moved || !settled",
+        "moved = moved && !settled",
+        "convergence iterates",
+    ),
+    Mutant("never settled", NEWTON, "if (still == 0) {", "if (still < 0) {", "bookkeeping"),
+    Mutant(
+        "what is not finite is kept",
+        NEWTON,
+        "isfinite(correction) ? end + correction : end",
+        "end + correction",
+        "wild",
+    ),
+    Mutant(
+        "one round short of the guarantee",
+        NEWTON,
+        "min(int(max_iters[0]), CHUNKS - 1)",
+        "min(int(max_iters[0]), CHUNKS - 3)",
+        "wild",
+    ),
+    Mutant(
+        "NaN counts as not settled",
+        NEWTON,
+        "(isnan(corrected[s]) && isnan(start[s]))",
+        "false",
+        "bookkeeping contained",
+    ),
+    # cells and dual numbers
+    Mutant(
+        "GRU: z and 1 - z swapped", GRU, "z * n + (1.0f - z) * h", "(1.0f - z) * n + z * h", "convergence"
+    ),
+    Mutant("GRU: reset gate left out", GRU, "w[2] * (h * r)", "w[2] * h", "convergence"),
+    Mutant("LSTM: output gate sees the old c", LSTM, "w[4] * c)", "w[4] * state[0])", "convergence", "lstm"),
+    Mutant(
+        "LSTM: slots swapped", LSTM, "const S h = state[1];", "const S h = state[0];", "convergence", "lstm"
+    ),
+    Mutant(
+        "NLRU: w with the wrong sign",
+        NLRU,
+        "u[1] + w[0] * state[0]",
+        "u[1] - w[0] * state[0]",
+        "convergence",
+        "nlru",
+    ),
+    Mutant(
+        "sLSTM: no stabiliser", SLSTM, "apply<Exp>(forget - m)", "apply<Exp>(forget)", "convergence", "slstm"
+    ),
+    Mutant("dual: product rule half", DUAL, "a.d[i] * b.v + a.v * b.d[i]", "a.d[i] * b.v", "iterates"),
+    Mutant("dual: difference with a plus", DUAL, "a.d[i] - b.d[i];", "a.d[i] + b.d[i];", "iterates", "slstm"),
+    Mutant(
+        "dual: 1 - x with the slope of x - 1",
+        DUAL,
+        "chain(b, a - b.v, -1.0f)",
+        "chain(b, a - b.v, 1.0f)",
+        "iterates",
+    ),
+    Mutant(
+        "dual: quotient rule without the square",
+        DUAL,
+        "(a.d[i] - r.v * b.d[i]) / b.v",
+        "(a.d[i] - r.v * b.d[i])",
+        "iterates",
+        "slstm",
+    ),
+    Mutant(
+        "slope of sigmoid at x",
+        ACTIVATIONS,
+        "float, float y) { return y * (1.0f - y); }",
+        "float y, float) { return y * (1.0f - y); }",
+        "iterates",
+    ),
+    Mutant(
+        "slope of tanh without the square",
+        ACTIVATIONS,
+        "return 1.0f - y * y; }",
+        "return 1.0f - y; }",
+        "iterates",
+    ),
+    # the straight kernel
+    Mutant(
+        "straight: no guard of the last channel",
+        STRAIGHT,
+        "  if (d >= D) {\n    return;\n  }\n",
+        "",
+        "semantics",
+    ),
+    Mutant("straight: one step too many", STRAIGHT, "t < T; ++t", "t <= T; ++t", "semantics"),
+    Mutant(
+        "straight: last state not written",
+        STRAIGHT,
+        "s < Cell::SLOTS; ++s) {\n    last[",
+        "s < Cell::SLOTS - 1; ++s) {\n    last[",
+        "semantics",
+    ),
+    Mutant(
+        "straight: masked steps change the state",
+        STRAIGHT,
+        "    if (keep) {",
+        "    if (keep || t >= 0) {",
+        "convergence",
+    ),
+    Mutant(
+        "straight: heads by the stride of channels",
+        STRAIGHT,
+        "(d / W) * u_strides[1] + (d % W)",
+        "d",
+        "semantics convergence",
+    ),
+]

@@ -1,0 +1,298 @@
+"""Every kernel and cell, executed by the harness, against the NumPy oracle in float64.
+
+Whatever Newton's final answer hides is looked for at exactly 1 and 2 iterations; there the oracle takes the
+same tiles and chunks as the kernel.
+"""
+
+import json
+
+import numpy as np
+import oracle
+import pytest
+from conftest import DATA, cell_cases
+
+from mlx_pararnn import get_cell
+from mlx_pararnn.kernels import SHAPES, newton_launch, sequential_launch
+
+from . import harness
+from .instances import DTYPES
+
+pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=str(harness.missing()))
+
+CELLS = ("gru", "lstm", "slstm", "nlru")
+TIMES = (1, 2, 31, 32, 33, 127, 128, 129, 1000, 4096)
+WIDTHS = (1, 9, 33, 256)
+BATCHES = (1, 3)
+TILINGS = tuple(SHAPES)
+
+
+def rounded(array, dtype):
+    """float32 -> what the kernel is given, and the same numbers in float64."""
+    if dtype == "bfloat16":
+        bits = (array.view(np.uint32) + 0x7FFF + ((array.view(np.uint32) >> 16) & 1)) >> 16
+        return bits.astype(np.uint16), (bits << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+    low = array.astype(dtype)
+    return low, low.astype(np.float64)
+
+
+def widened(array, dtype):
+    return (
+        (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array.astype(np.float64)
+    )
+
+
+class Problem:
+    """Inputs of one call, in the kernel's form and in the oracle's."""
+
+    def __init__(
+        self,
+        name,
+        T,
+        D,
+        B=1,
+        heads=1,
+        dtype="float32",
+        state=False,
+        masked=False,
+        scale=0.5,
+        memory=0.0,
+        seed=0,
+    ):
+        self.cell, self.dtype, self.masked = get_cell(name), dtype, masked
+        rng = np.random.default_rng(seed)
+        self.params = (scale * rng.normal(size=(len(self.cell.params), D))).astype(np.float32)
+        u = rng.normal(size=(B, heads, T, len(self.cell.gates), D // heads)).astype(np.float32)
+        if memory:
+            gate, sign = {"gru": ("z", -1), "lstm": ("f", 1), "nlru": ("a", 1), "slstm": ("f", 1)}[name]
+            u[:, :, :, self.cell.gates.index(gate)] += np.float32(sign * memory)
+        # As the projection leaves it: heads outermost in memory, read by strides.
+        given, exact = rounded(np.ascontiguousarray(u.swapaxes(0, 1)), dtype)
+        self.u, exact = given.swapaxes(0, 1), exact.swapaxes(0, 1)
+        self.exact_u = exact.transpose(0, 2, 3, 1, 4).reshape(B, T, len(self.cell.gates), D)
+        self.initial = np.zeros((B, len(self.cell.slots), D), np.float32)
+        if state:
+            self.initial[:] = 0.3 * rng.normal(size=self.initial.shape)
+            if name == "slstm":
+                self.initial[:, 1] = 1 + self.initial[:, 1] ** 2
+        self.mask = None
+        if masked:
+            self.mask = np.ones((B, T), bool)
+            for row in range(B):  # left padding in even rows, right padding in odd ones
+                n = (T * (row + 1)) // 5
+                self.mask[row, slice(0, n) if row % 2 == 0 else slice(T - n, T)] = False
+
+    def oracle(self, kind=np.float64):
+        """hidden (B, T, D) and all states (B, T, slots, D)."""
+        states = oracle.sequential(
+            self.cell,
+            self.params.astype(kind),
+            self.exact_u.astype(kind),
+            self.initial.astype(kind),
+            self.mask,
+        )
+        return self._hidden(states), np.stack(states, axis=2)
+
+    def iterate(self, tile, chunk, iterations, kind=np.float64):
+        with np.errstate(all="ignore"):
+            states = oracle.tiled_iterates(
+                self.cell,
+                self.params.astype(kind),
+                self.exact_u.astype(kind),
+                tile,
+                chunk,
+                iterations,
+                self.initial.astype(kind),
+                self.mask,
+            )
+        return self._hidden(states)
+
+    def _hidden(self, states):
+        hidden = states[self.cell.output_slot]
+        return hidden if self.mask is None else np.where(self.mask[..., None], hidden, 0)
+
+    def newton(self, *, tol=1e-6, max_iters=2**31 - 1, every=0, tiling="wide", info=True, **options):
+        launch = newton_launch(
+            self.cell,
+            self.u.shape,
+            DTYPES[self.dtype],
+            masked=self.masked,
+            every=every,
+            tiling=tiling,
+            info=info,
+        )
+        extra = {"tol": np.array([tol], np.float32), "max_iters": np.array([max_iters], np.int32)}
+        return self._run(launch, extra, **options)
+
+    def sequential(self, *, every=0, **options):
+        launch = sequential_launch(
+            self.cell, self.u.shape, DTYPES[self.dtype], masked=self.masked, every=every
+        )
+        return self._run(launch, {}, **options)
+
+    def _run(self, launch, extra, **options):
+        inputs = {"u": self.u, "params": self.params, "initial": self.initial, **extra}
+        if self.masked:
+            inputs["mask"] = self.mask
+        out = harness.run(launch, inputs, dtypes={"u": self.dtype}, **options)
+        out["hidden"] = widened(out["hidden"], self.dtype)
+        return out
+
+
+def assert_close(a, b, dtype="float32", tolerance=3e-6):
+    """Absolute up to 1, relative above; hidden states in 16 bits are rounded once."""
+    step = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    np.testing.assert_allclose(a, b, atol=tolerance + step, rtol=tolerance + step)
+
+
+GRID = [(T, D, B) for T in TIMES for D in WIDTHS for B in BATCHES]
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(("T", "D", "B"), GRID)
+def test_against_the_oracle(name, T, D, B):
+    """Sizes crossed in full; dtype, state, mask and tiling take turns. Small grids run with all checks."""
+    turn = GRID.index((T, D, B)) + CELLS.index(name)
+    dtype = tuple(DTYPES)[turn % 3]
+    heads = 3 if D in (9, 33) else 1
+    p = Problem(name, T, D, B, heads, dtype, state=turn % 2 == 1, masked=turn % 4 >= 2, seed=turn)
+    tiling = TILINGS[turn % 3]
+    every = (0, 1, 7)[turn % 3]
+    hidden, states = p.oracle()
+    # sLSTM's exponentials amplify rounding: allowed is four times what float32 in NumPy is off by.
+    tolerance = 3e-6
+    if name == "slstm":
+        gap = np.abs(p.oracle(np.float32)[1] - states) / np.maximum(1, np.abs(states))
+        tolerance = max(tolerance, 4 * gap.max())
+    check = T * D * B <= 5000
+    newton = p.newton(tiling=tiling, every=every, check=check, order=turn % 3)
+    sequential = p.sequential(every=every, check=check, order=turn % 3)
+    for out in (newton, sequential):
+        assert_close(out["hidden"], hidden, dtype, tolerance)
+        assert_close(out["last"], states[:, -1], tolerance=tolerance)
+        if every:
+            assert_close(out["states"], states[:, every - 1 :: every], tolerance=tolerance)
+    channels, _, groups = SHAPES[tiling]
+    assert newton["iterations_made"].max() <= groups * 32 // channels - 1
+    assert newton["gap"].max() <= max(1e-6, tolerance) * max(1, np.abs(states).max())
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_iterates(name, iterations, masked):
+    # sLSTM's iterates grow with the number of chunks until float32 blurs them: its shortest tile alone.
+    for tiling in TILINGS[:1] if name == "slstm" else TILINGS:
+        channels, chunk, groups = SHAPES[tiling]
+        tile = groups * 32 // channels * chunk
+        # Slow to forget and far from converged, yet not so far that float32 itself blurs the iterate.
+        scale, memory = {"slstm": (0.5, 0.0), "nlru": (3.0, 2.5)}.get(name, (4.0, 4.0))
+        p = Problem(name, tile + 75, 5, scale=scale, memory=memory, state=True, masked=masked)
+        out = p.newton(tol=0.0, max_iters=iterations, tiling=tiling)
+        exact = p.iterate(tile, chunk, iterations)
+        noise = np.abs(p.iterate(tile, chunk, iterations, np.float32) - exact).max()
+        tolerance = max(2e-6 * max(1, np.abs(exact).max()), 4 * noise)
+        assert np.abs(p.oracle()[0] - exact).max() > 4 * tolerance, "converged: nothing would be seen"
+        assert np.abs(out["hidden"] - exact).max() <= tolerance
+        assert out["iterations_made"].max() == iterations
+
+
+@pytest.mark.parametrize("case", cell_cases(), ids=lambda c: c["name"])
+def test_golden_cells(case):
+    """PyTorch's own numbers, every activation."""
+    import mlx.core as mx
+    from test_cells import allowed, read
+
+    cell, params, u, golden = read(case)
+    u, params = np.array(u), np.array(params)
+    initial = np.zeros((u.shape[0], len(cell.slots), params.shape[1]), np.float32)
+    inputs = {"u": u, "params": params, "initial": initial}
+    extra = {"tol": np.array([1e-6], np.float32), "max_iters": np.array([1000], np.int32)}
+    newton = harness.run(newton_launch(cell, u.shape, mx.float32, tiling="wide"), {**inputs, **extra})
+    straight = harness.run(sequential_launch(cell, u.shape, mx.float32), inputs)
+    for out in (newton, straight):
+        assert np.abs(out["hidden"] - golden["y_seq"]).max() <= allowed(golden)
+
+
+# golden's table of Newton errors: recurrent weights, and how far the input projection is spread and shifted.
+HARD = {
+    "default_init": (0.1, 1.0, 0.0),
+    "trainedlike: A*5,b+N(0,.5)": (0.5, 1.0, 0.5),
+    "harder: A~N(0,1),B*2,b+N(0,1)": (1.0, 2.0, 1.0),
+    "harder: A~N(0,2),B*2,b+N(0,1)": (2.0, 2.0, 1.0),
+}
+
+
+def test_every_setting_of_newtons_table_is_known():
+    table = json.loads((DATA / "newton_table.json").read_text())
+    assert {row["setting"] for row in table} == set(HARD)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+@pytest.mark.parametrize("setting", HARD)
+@pytest.mark.parametrize("T", [16, 256, 2048])
+def test_the_hard_settings(name, setting, T):
+    scale, spread, shift = HARD[setting]
+    p = Problem(name, T, D=32, scale=scale)
+    bias = shift * np.random.default_rng(1).normal(size=(p.u.shape[3], 32)).astype(np.float32)
+    p.u[...] = spread * p.u + bias
+    p.exact_u = spread * p.exact_u + bias
+    hidden, _ = p.oracle()
+    newton, straight = p.newton()["hidden"], p.sequential()["hidden"]
+    size, gap = np.abs(hidden).max(), np.abs(straight - hidden).max()
+    assert np.abs(newton - straight).max() <= 1e-5 * size
+    assert np.abs(newton - hidden).max() <= max(3e-6 * size, 4 * gap)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("scale", [4.0, 8.0, 16.0])
+def test_weights_that_overflow_newton_on_the_whole_sequence(name, scale):
+    """The sequential kernel's answer, to the bit: after CHUNKS - 1 iterations every start is right."""
+    p = Problem(name, T=400, D=12, scale=scale)
+    for tiling in TILINGS:
+        newton = p.newton(tol=0.0, tiling=tiling)
+        straight = p.sequential()
+        assert (newton["hidden"] == straight["hidden"]).all()
+        assert (newton["last"] == straight["last"]).all()
+        assert newton["gap"].max() == 0
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_nan_and_infinity_stay_in_their_channel_and_never_hang(name):
+    p = Problem(name, T=300, D=40)
+    clean = p.newton()["hidden"]
+    p.u[0, 0, 10, 0, 1] = np.nan
+    p.u[0, 0, 20, 1, 3] = np.inf
+    p.params[0, 35] = np.nan
+    for out in (p.newton(), p.sequential()):
+        others = [d for d in range(40) if d not in (1, 3, 35)]
+        np.testing.assert_array_equal(out["hidden"][..., others], clean[..., others])
+        assert np.isnan(out["hidden"][0, 10:, 1]).all()
+        assert (out["hidden"][0, :10, 1] == clean[0, :10, 1]).all()
+
+
+def test_it_stops_as_soon_as_it_may():
+    p = Problem("gru", T=128, D=32, scale=0.1)
+    assert 1 <= p.newton(tol=1e-3)["iterations_made"].max() <= 2
+    assert p.newton(tol=0.0, max_iters=5)["iterations_made"].max() <= 5
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_metals_own_rounding(name):
+    """exp and tanh off by the ulps that Metal's tables allow, fused multiply-add, no denormals."""
+    p = Problem(name, T=200, D=40, state=True, masked=True)
+    hidden, states = p.oracle()
+    for out in (p.newton(math="metal"), p.sequential(math="metal")):
+        np.testing.assert_allclose(out["hidden"], hidden, atol=1e-5)
+        np.testing.assert_allclose(out["last"], states[:, -1], atol=2e-5, rtol=2e-5)
+
+
+def test_offsets_beyond_32_bits():
+    """A u whose steps stand 2^30 numbers apart: three of them reach past what an int can count."""
+    p = Problem("gru", T=3, D=4, dtype="float16", state=True)
+    far = np.zeros(2 * 2**30 + 64, np.float16)  # only the pages that are touched take memory
+    strides = tuple(2 * n for n in (0, 0, 2**30, 4, 1))
+    view = np.lib.stride_tricks.as_strided(far, p.u.shape, strides)
+    view[...] = p.u
+    near, p.u = p.sequential(), view
+    assert (p.sequential()["hidden"] == near["hidden"]).all()
+    np.testing.assert_allclose(p.newton()["hidden"], near["hidden"], atol=1e-3)
