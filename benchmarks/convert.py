@@ -1,28 +1,23 @@
-"""How fast `mlx-pararnn convert` is against copying the file, and how much memory it takes.
+"""Time `mlx-pararnn convert` on a 2 GB checkpoint, against copying the file, and watch its memory.
 
-python benchmarks/convert.py [--gigabytes 2] [--runs 3] [--scratch DIR]
-
-Prints a table and writes it to benchmarks/results/. Peak memory is RssAnon (Linux only): pages of files that
-are mapped or cached do not count, because the system takes them back when it needs them.
+python benchmarks/convert.py [GIGABYTES]    prints a table and writes benchmarks/results/convert-*.md
 """
 
-import argparse
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "convert"))
+from machine import write_results
 
-from big_checkpoint import peak_anonymous_memory, write_big_checkpoint  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "convert"))
 
+from big_checkpoint import peak_anonymous_memory, write_big_checkpoint
+
+REPEATS = 5
 CASES = {
     "as it is (float32)": [],
     "--dtype float16": ["--dtype", "float16"],
@@ -30,53 +25,11 @@ CASES = {
     "-q (4 bits, groups of 64)": ["-q"],
     "-q --dtype bfloat16": ["-q", "--dtype", "bfloat16"],
 }
+HEADER = ["options", "written MB", "seconds", "MB/s", "copy MB/s", "speed / copy", "peak RssAnon MB"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--scratch", type=Path, help="a folder on the disk to measure; default: the system's")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        text = report(Path(folder), options.gigabytes, options.runs)
-    print(text)
-    machine = f"{platform.system()}-{platform.machine()}".lower()
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"convert-{machine}-{date.today()}.md").write_text(text)
-
-
-def report(folder: Path, gigabytes: float, runs: int) -> str:
-    source = folder / "source.safetensors"
-    nbytes = write_big_checkpoint(source, int(gigabytes * 1e9))
-    rows = []
-    for name, arguments in CASES.items():
-        copies, conversions = [], []
-        for _ in range(runs):  # by turns, so that both see the same state of the disk
-            copies.append(copy(source, folder / "copy"))
-            conversions.append(convert(source, folder / "out", arguments))
-        seconds, peaks, sizes = zip(*conversions, strict=True)
-        took, copying = statistics.median(seconds), statistics.median(copies)
-        rows.append(
-            f"| {name} | {sizes[0] / 1e6:.0f} | {took:.2f} | {nbytes / 1e6 / took:.0f} | "
-            f"{nbytes / 1e6 / copying:.0f} | {copying / took:.2f} | {max(peaks) / 1e6:.0f} |"
-        )
-    return "\n".join([
-        f"# Converting a checkpoint of {nbytes / 1e6:.0f} MB",
-        "",
-        f"{machine()}; {date.today()}; load average at the start {os.getloadavg()[0]:.1f}.",
-        f"Median of {runs} runs of the whole command, start of Python included; the copy is shutil.copyfile of the",
-        "source, run by turns with it. MB/s count bytes of the source. Source: safetensors, float32, ml-pararnn GRU.",
-        "",
-        "| | written MB | seconds | MB/s | copy MB/s | speed / copy | peak RssAnon MB |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-    ])  # fmt: skip
-
-
-def copy(source: Path, target: Path) -> float:
+def copy(source, target):
+    """Seconds."""
     begin = time.perf_counter()
     shutil.copyfile(source, target)
     took = time.perf_counter() - begin
@@ -84,29 +37,53 @@ def copy(source: Path, target: Path) -> float:
     return took
 
 
-def convert(source: Path, out: Path, arguments: list[str]) -> tuple[float, int, int]:
+def convert(source, out, options):
     """Seconds, peak anonymous memory and bytes of weights written."""
-    command = [sys.executable, "-m", "mlx_pararnn.cli.app", "convert", str(source), "-o", str(out)]
+    command = [sys.executable, "-m", "mlx_pararnn.cli.app", "convert", source, "-o", out]
     begin = time.perf_counter()
-    with subprocess.Popen(
-        [*command, "--tokenizer", "none", *arguments], stdout=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen([*command, "--tokenizer", "none", *options], stdout=subprocess.DEVNULL) as process:
         peak = peak_anonymous_memory(process)
     took = time.perf_counter() - begin
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
+        raise SystemExit(f"the conversion with {options} failed")
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out)
     return took, peak, written
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
+def measured(source, nbytes, options):
+    copies, conversions = [], []
+    for _ in range(REPEATS):  # by turns, so that both see the same state of the disk
+        copies.append(copy(source, source.parent / "copy"))
+        conversions.append(convert(source, source.parent / "out", options))
+    seconds = sorted(took for took, _, _ in conversions)[REPEATS // 2]
+    copying = sorted(copies)[REPEATS // 2]
+    return (
+        f"{conversions[0][2] / 1e6:.0f}",
+        f"{seconds:.2f}",
+        f"{nbytes / 1e6 / seconds:.0f}",
+        f"{nbytes / 1e6 / copying:.0f}",
+        f"{copying / seconds:.2f}",
+        f"{max(peak for _, peak, _ in conversions) / 1e6:.0f}",
+    )
+
+
+def main():
+    gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 2
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source.safetensors"
+        nbytes = write_big_checkpoint(source, int(gigabytes * 1e9))
+        rows = [(name, *measured(source, nbytes, options)) for name, options in CASES.items()]
+    for row in rows:
+        print(*row, sep=" | ")
+    caption = (
+        f"A {nbytes / 1e6:.0f} MB ml-pararnn GRU, float32, safetensors. Median of {REPEATS} runs of the "
+        "whole command, Python's start included; the copy is shutil.copyfile of the source, by turns with "
+        "it. MB/s count bytes of the source. RssAnon is memory without a file behind it, the most that was "
+        f"seen. The machine's load average before the first run was {load:.1f}."
+    )
+    write_results("convert", caption, HEADER, rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from .chat import chat
 from .convert import convert
 from .doctor import doctor
 from .generate import generate
+from .inspect import inspect
 from .lm import lm
 from .verify import verify
 
@@ -25,6 +26,7 @@ app.command()(convert)
 app.command()(generate)
 app.command()(chat)
 app.command()(verify)
+app.command()(inspect)
 app.command(
     context_settings={
         "allow_extra_args": True,

@@ -86,7 +86,7 @@ Stop = Annotated[
 Import = Annotated[
     list[str] | None,
     typer.Option(
-        "--import", metavar="MODULE", help="Import a module first, one that registers a cell of your own."
+        "--import", metavar="MODULE", help="Import a module first, one that registers a cell of yours."
     ),
 ]
 

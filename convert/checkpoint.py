@@ -1,23 +1,26 @@
 """Opens a checkpoint, whatever its form: the one place that knows which file to read and what it is."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 
+from .dcp import METADATA
 from .dtypes import FLOATS
-from .safetensors_file import read_safetensors
+from .forms import SUFFIXES, find_weights, read_json_object, read_weights
+from .hub import is_hub_name, snapshot
+from .links import check_link
 from .tensors import Tensor
-from .torch_file import read_torch_file
-from .wording import listed, shown
+from .wording import shown
 
 # What torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into a parameter's path.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Beside packed integers in GPTQ, AWQ, bitsandbytes and MLX files.
 _QUANTIZED_NAMES = (".qweight", ".qzeros", ".scales", ".SCB", ".absmax", ".weight_scale", ".weight_packed")
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# What else is fetched of a repository on the hub; never a Python file.
+_BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")
+_CHOICES = "pass a file or folder with the weights"
 
 
 @dataclass(frozen=True)
@@ -25,114 +28,76 @@ class Checkpoint:
     """A checkpoint's tensors, unread.
 
     Attributes:
-        path: the file.
+        path: the file with the weights, or the one that says where they are.
+        source: the file or folder that was asked for.
+        title: what to call the source where others read it.
         folder: where the user's configuration and tokenizer files are looked for.
         tensors: by name, training wrappers stripped from it; tied names are all present.
         tied: a name -> the name whose bytes it shares, as far as the file says so.
         config: config.json of the folder, or None.
         training_config: what the training loop saved as its configuration, where that is plain data.
+        headers_only: tensors are not to be read; whether two matrices are equal is then taken on trust.
     """
 
     path: Path
+    source: Path
+    title: str
     folder: Path
     tensors: dict[str, Tensor]
     tied: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     training_config: dict[str, Any] | None = None
+    headers_only: bool = False
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a .safetensors, .pt, .pth or .bin file, or a folder with one of them.
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a checkpoint: a file, a folder, or a repository on the Hugging Face hub by its name.
 
     Raises:
         PararnnError: there is nothing there, or not a checkpoint that can be read; the message says which.
     """
-    path = Path(path)
+    path = Path(source)
     if not path.exists():
-        raise PararnnError(f"{path}: no such file or folder")
-    file = _weights_in(path) if path.is_dir() else path
-    if not file.is_file():
-        raise PararnnError(f"{file}: not a regular file")
-    aliases: dict[str, str] = {}
-    training_config = None
-    match _kind(file):
-        case "safetensors":
-            raw, aliases = read_safetensors(file)
-        case _:
-            raw, training_config = read_torch_file(file)
-    tensors = _unwrapped(raw, file)
+        path = _from_hub(str(source))
+    file = find_weights(path)
+    weights = read_weights(file)
+    tensors = _unwrapped(weights.tensors, file)
     if not tensors:
         raise PararnnError(f"{file}: there are no tensors inside")
     _refuse_quantized(tensors, file)
+    folder = path if path.is_dir() else path.parent
+    config = folder / "config.json"
+    check_link(config, folder)
     return Checkpoint(
         path=file,
-        folder=file.parent,
+        source=path,
+        title=_title(str(source), path),
+        folder=folder,
         tensors=tensors,
-        tied=_ties(tensors, aliases),
-        config=read_json_object(file.parent / "config.json"),
-        training_config=training_config,
+        tied=_ties(tensors, weights.aliases),
+        config=read_json_object(config),
+        training_config=weights.training_config,
     )
 
 
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, or None where there is no such file.
-
-    Raises:
-        PararnnError: it cannot be parsed or is not an object.
-    """
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PararnnError(f"{path}: not valid JSON ({shown(str(error))})") from error
-    if not isinstance(value, dict):
-        raise PararnnError(f"{path}: a JSON object was expected")
-    return value
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
-        if (folder / f"{name}.index.json").is_file():
-            raise PararnnError(
-                f"{folder}: the checkpoint is split into several files ({name}.index.json), which is not "
-                "read yet; save it as one file in PyTorch"
-            )
-    if (folder / ".metadata").is_file():
-        raise PararnnError(
-            f"{folder}: this is a torch.distributed.checkpoint folder, which is not read yet; turn it into "
-            f"one file with: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} "
-            "weights.pt"
+def _from_hub(name: str) -> Path:
+    if not is_hub_name(name, with_owner=True) or Path(name).suffix in (*SUFFIXES, ".distcp"):
+        looks_like_path = "/" in name or "." in name
+        other = "" if looks_like_path else ", and not a Hugging Face name (owner/name)"
+        raise PararnnError(f"{shown(name)}: no such file or folder{other}")
+    folder = snapshot(name, (*_BESIDE, "model*.safetensors"), _CHOICES)
+    if not any(folder.glob("model*.safetensors")):
+        folder = snapshot(
+            name, (*_BESIDE, METADATA, *(f"*{suffix}" for suffix in (*SUFFIXES, ".distcp"))), _CHOICES
         )
-    found = sorted(entry for entry in folder.iterdir() if entry.suffix in _SUFFIXES and entry.is_file())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = listed([entry.name for entry in found])
-        raise PararnnError(f"{folder}: there are several checkpoints inside ({names}); pass one of the files")
-    raise PararnnError(f"{folder}: no checkpoint inside (a file ending in {', '.join(_SUFFIXES)})")
+    return folder
 
 
-def _kind(file: Path) -> str:
-    """ "safetensors" or "torch", by the first bytes: a name may say anything."""
-    with open(file, "rb") as opened:
-        start = opened.read(64)
-    if not start:
-        raise PararnnError(f"{file}: the file is empty")
-    if start.startswith(b"PK\x03\x04"):
-        return "torch"
-    if start.startswith(b"version https://git-lfs"):
-        raise PararnnError(f"{file}: this is a Git LFS pointer, not the weights; run: git lfs pull")
-    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise PararnnError(
-            f"{file}: this is a pickle in PyTorch's old format (before 1.6), which is not read; "
-            'load it in PyTorch and save it again: torch.save(model.state_dict(), "weights.pt")'
-        )
-    if file.suffix == ".safetensors" or start[8:9] == b"{":
-        return "safetensors"
-    raise PararnnError(f"{file}: neither a safetensors file nor a PyTorch checkpoint (torch.save)")
+def _title(source: str, path: Path) -> str:
+    """What the model card calls the source: a name of the hub, or the last part of a path."""
+    return (
+        source if is_hub_name(source, with_owner=True) and not Path(source).exists() else path.resolve().name
+    )
 
 
 def _refuse_quantized(tensors: dict[str, Tensor], file: Path) -> None:

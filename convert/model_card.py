@@ -38,7 +38,7 @@ def model_card(
     """The card as Markdown: `notes` are sentences, `options` the command line's, as the user gave them."""
     is_model = config["model_type"] == "pararnn"
     rows = {
-        "Source": f"`{shown(checkpoint.path.name).replace('`', '')}` ({family})",
+        "Source": f"`{shown(checkpoint.title).replace('`', '')}` ({family})",
         "Cell": config["cell"],
         "Parameters": f"{parameters:,}",
         "Weights": ", ".join(dtypes),

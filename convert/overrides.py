@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
 
-from .checkpoint import read_json_object
+from .checkpoint import Checkpoint
+from .forms import read_json_object
 from .wording import listed, shown
 
 # What the tensors alone decide: naming it is allowed, contradicting them is an error.
@@ -15,6 +17,8 @@ _FROM_TENSORS = (
     "mixer", "conv_kernel", "norm", "mlp", "mlp_bias", "residual_scale", "max_position_embeddings",
 )  # fmt: skip
 _FREE = ("norm_eps", "mlp_residual", "tie_word_embeddings", "activations", "eos_token_id", "bos_token_id")
+# Of a source's config.json: the rest are partly placeholders for other tools.
+_FROM_SOURCE = ("hidden_size", "num_hidden_layers", "vocab_size")
 FIELDS = ("model_type", *_FROM_TENSORS, *_FREE)
 
 
@@ -59,7 +63,20 @@ def apply_overrides(
     free = {name: value for name, value in overrides.items() if name in _FREE}
     if model_type == "pararnn_cell":
         free = {name: value for name, value in free.items() if name == "activations"}
+    if free.get("activations"):
+        get_cell(args["cell"], free["activations"])  # raises for what the cell does not know
     return args | free
+
+
+def check_source_config(checkpoint: Checkpoint, args: dict[str, Any]) -> None:
+    """Raise where the source's own config.json contradicts the tensors: one of them is another model's."""
+    for name in _FROM_SOURCE:
+        said = (checkpoint.config or {}).get(name)
+        if type(said) is int and name in args and said != args[name]:
+            raise PararnnError(
+                f"{checkpoint.folder / 'config.json'}: it says {name} is {said}, but the tensors in "
+                f"{checkpoint.path} say {args[name]}; put the model's own config.json there"
+            )
 
 
 def _fits(name: str, value: Any) -> bool:

@@ -2,43 +2,24 @@
 
 Python's own pickle module runs what a file says. Here `pickletools` only splits the bytes into
 instructions, and a small stack machine understands those that plain containers and tensors need. The
-names in `_GLOBALS` stand for functions of this file; every other name or instruction is refused.
+names it may meet are those of pickle_names.py; every other name or instruction is refused.
 """
 
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 
+from .pickle_names import ALLOWED, Name, Record, StorageRef, Unreadable, scalar_key
 from .wording import shown
 
 MAX_PICKLE_BYTES = 256 << 20
 _RESAVE = 'load it in PyTorch and save only the weights: torch.save(model.state_dict(), "weights.pt")'
 
 
-@dataclass(frozen=True)
-class StorageRef:
-    """A run of numbers kept outside the pickle, in the record `data/<key>`."""
-
-    key: str
-    dtype: str
-    numel: int
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A strided view of a storage; offset and strides count elements and stay inside `storage.numel`."""
-
-    storage: StorageRef
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
 def load_pickle(data: bytes, where: str) -> Any:
-    """The value that `data` describes: dicts, lists, tuples, sets, scalars, strings and TensorRefs.
+    """The value that `data` describes: dicts, lists, tuples, sets, scalars, strings, TensorRefs and Records.
 
     Raises:
         PararnnError: it names or does anything else, or is damaged; the message begins with `where`.
@@ -53,20 +34,13 @@ def load_pickle(data: bytes, where: str) -> Any:
             machine.step(opcode.name, argument)
     except PararnnError:
         raise
+    except Unreadable as error:
+        raise PararnnError(f"{where}: {error}") from error
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, RecursionError, MemoryError) as error:
         raise PararnnError(
             f"{where}: the pickle inside is damaged; save or download the file again"
         ) from error
     return machine.result
-
-
-@dataclass(frozen=True)
-class _Global:
-    """An allowed name; `call` is what stands in for calling it, None where it is never called."""
-
-    name: str
-    call: Callable[[tuple[Any, ...]], Any] | None = None
-    dtype: str | None = None
 
 
 class _Mark:
@@ -173,10 +147,10 @@ class _Machine:
 
     def _additems(self, _: Any) -> None:
         items = self._since_mark()
-        _container(self.stack[-1], set).update(_key(item) for item in items)
+        _container(self.stack[-1], set).update(scalar_key(item) for item in items)
 
     def _frozenset(self, _: Any) -> None:
-        self.stack.append({_key(item) for item in self._since_mark()})
+        self.stack.append({scalar_key(item) for item in self._since_mark()})
 
     def _global(self, argument: str) -> None:
         self.stack.append(self._find(*argument.split(" ", 1)))
@@ -187,8 +161,8 @@ class _Machine:
             raise TypeError
         self.stack.append(self._find(module, name))
 
-    def _find(self, module: str, name: str) -> _Global:
-        found = _GLOBALS.get((module, name))
+    def _find(self, module: str, name: str) -> Name:
+        found = ALLOWED.get((module, name))
         if found:
             return found
         full = shown(f"{module}.{name}")
@@ -197,32 +171,37 @@ class _Machine:
                 f"{self.where}: it holds quantized tensors ({full}), which cannot be converted; "
                 'save the unquantized model: torch.save(model.state_dict(), "weights.pt")'
             )
-        if module.startswith("torch.distributed") or name in (
-            "_rebuild_from_type_v2",
-            "_rebuild_wrapper_subclass",
-        ):
+        if module.startswith("torch.distributed"):
             raise PararnnError(
-                f"{self.where}: it holds DTensor values of a distributed run ({full}), which are not read "
-                "yet; gather them in PyTorch with get_model_state_dict(model, "
+                f"{self.where}: it holds values of a distributed run that are not plain DTensors ({full}); "
+                "gather them in PyTorch with get_model_state_dict(model, "
                 "options=StateDictOptions(full_state_dict=True)) and torch.save the result"
             )
         raise self._refusal(f"the pickle inside names {full}")
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Global) or function.call is None or not isinstance(arguments, tuple):
+        if not isinstance(function, Name) or function.call is None or not isinstance(arguments, tuple):
             raise self._refusal("the pickle inside calls something that is not a function it may name")
         self.stack.append(function.call(arguments))
 
+    def _newobj(self, _: Any) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if not isinstance(kind, Name) or not kind.is_record or not isinstance(arguments, tuple):
+            raise self._refusal("the pickle inside makes an object of a class that it may not")
+        self.stack.append(Record(kind.name, arguments))
+
     def _build(self, _: Any) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Record):
+            self.stack[-1].state = state
         # torch gives a state dict's OrderedDict an attribute, `_metadata` (module versions): dropped.
-        self.stack.pop()
-        if not isinstance(self.stack[-1], dict):
+        elif not isinstance(self.stack[-1], dict):
             raise self._refusal("the pickle inside sets the state of an object")
 
     def _binpersid(self, _: Any) -> None:
         match self.stack.pop():
-            case ("storage", _Global(dtype=str() as dtype), str() as key, str(), int() as numel) if (
+            case ("storage", Name(dtype=str() as dtype), str() as key, str(), int() as numel) if (
                 numel >= 0 and not isinstance(numel, bool)
             ):
                 self.stack.append(StorageRef(key, dtype, numel))
@@ -236,85 +215,9 @@ def _container(value: Any, kind: type) -> Any:
     return value
 
 
-def _key(value: Any) -> Any:
-    # Only scalars: hashing nested tuples that share their parts takes exponential time.
-    if value is not None and not isinstance(value, (str, int, float)):
-        raise TypeError("not a scalar key")
-    return value
-
-
 def _set_items(target: Any, items: list[Any]) -> None:
     _container(target, dict)
     if len(items) % 2:
         raise ValueError("odd number of items")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        target[_key(key)] = value
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or len(value) > 32:
-        raise TypeError("not a shape")
-    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in value):
-        raise ValueError("not a size")
-    return tuple(value)
-
-
-def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRef:
-    storage = arguments[0]
-    (offset,) = _sizes(arguments[1:2])
-    shape, strides = _sizes(arguments[2]), _sizes(arguments[3])
-    if not isinstance(storage, StorageRef) or len(shape) != len(strides):
-        raise TypeError("not a tensor")
-    numel, last = 1, offset
-    for n, stride in zip(shape, strides, strict=True):
-        numel *= n
-        last += (n - 1) * stride
-    # A view with more elements than its storage overlaps itself: no model has one, and it can be of any size.
-    if numel > storage.numel or (numel and last >= storage.numel):
-        raise ValueError("a tensor outside its storage")
-    return TensorRef(storage, offset, shape, strides)
-
-
-def _rebuild_parameter(arguments: tuple[Any, ...]) -> TensorRef:
-    if not isinstance(arguments[0], TensorRef):
-        raise TypeError("not a parameter")
-    return arguments[0]
-
-
-def _empty_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    if arguments:
-        raise TypeError("an OrderedDict with arguments")
-    return {}
-
-
-def _set(arguments: tuple[Any, ...]) -> set[Any]:
-    return {_key(item) for item in _container(arguments[0], list)}
-
-
-_STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL",
-}  # fmt: skip
-_DTYPE_NAMES = (
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
-)  # fmt: skip
-
-
-def _allowed() -> dict[tuple[str, str], _Global]:
-    entries = [
-        ("collections", _Global("OrderedDict", _empty_dict)),
-        ("torch._utils", _Global("_rebuild_tensor_v2", _rebuild_tensor)),
-        ("torch._utils", _Global("_rebuild_parameter", _rebuild_parameter)),
-        ("torch._utils", _Global("_rebuild_parameter_with_state", _rebuild_parameter)),
-        ("torch", _Global("Size", lambda arguments: _sizes(arguments[0]))),
-        ("torch", _Global("device", lambda arguments: ":".join(str(_key(part)) for part in arguments))),
-        # Protocol 2, which torch writes, spells builtins as Python 2 did.
-        *((module, _Global("set", _set)) for module in ("builtins", "__builtin__")),
-        *(("torch", _Global(name, dtype=tag)) for name, tag in _STORAGES.items()),
-        *(("torch", _Global(name)) for name in _DTYPE_NAMES),
-    ]
-    return {(module, entry.name): entry for module, entry in entries}
-
-
-_GLOBALS = _allowed()
+        target[key if isinstance(key, Record) else scalar_key(key)] = value

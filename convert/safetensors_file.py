@@ -1,39 +1,21 @@
-"""The safetensors format: its header read and checked, and a file written piece by piece.
+"""The safetensors format: its header, read and checked.
 
 Format: 8 bytes of header length, a JSON header, then the tensors' bytes without gaps
-(https://huggingface.co/docs/safetensors/index#format). Nothing larger than a piece is held in memory.
+(https://huggingface.co/docs/safetensors/index#format).
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_pararnn.errors import PararnnError
 
-from .dtypes import STORED_AS, Array
+from .dtypes import STORED_AS
 from .tensors import Tensor, file_tensor
 from .wording import shown
 
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written: `pieces` yields its numbers in C order, in as many arrays as it likes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    pieces: Callable[[], Iterable[Array]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * STORED_AS[self.dtype].itemsize
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,43 +35,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise PararnnError(f"{path}: the safetensors header claims {length} bytes; the file is damaged")
         raw = file.read(length)
     header = _parse(raw, path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null where it has none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its metadata is not text")
     tensors = {name: _tensor(path, name, value, 8 + length) for name, value in header.items()}
     _check_layout(path, header, size - 8 - length)
     return tensors, metadata
-
-
-def write_safetensors(
-    path: Path, entries: Sequence[Entry], metadata: dict[str, str], written: Callable[[int], None]
-) -> None:
-    """Write `entries` to `path`; `written(n)` is called after every n bytes of tensor data."""
-    # The widest numbers first, as the reference implementation orders them: every tensor is then aligned.
-    ordered = sorted(entries, key=lambda entry: (-STORED_AS[entry.dtype].itemsize, entry.name))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    position = 0
-    for entry in ordered:
-        end = position + entry.nbytes
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for entry in ordered:
-            for count in _write_entry(file.write, entry):
-                written(count)
-
-
-def _write_entry(write: Callable[[Any], int], entry: Entry) -> Iterator[int]:
-    total = 0
-    for piece in entry.pieces():
-        array = np.ascontiguousarray(piece, STORED_AS[entry.dtype])
-        total += write(array.reshape(-1).data)
-        yield array.nbytes
-    if total != entry.nbytes:
-        raise ValueError(f"{entry.name}: {total} bytes written, {entry.nbytes} announced")
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:

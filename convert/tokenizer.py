@@ -1,7 +1,6 @@
 """The tokenizer files of a model folder: found, checked against the vocabulary, copied or made."""
 
 import json
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +9,19 @@ from typing import Any
 from mlx_pararnn.errors import PararnnError
 
 from .byte_tokenizer import BYTE_COUNT, byte_tokenizer_files
-from .checkpoint import read_json_object
+from .forms import read_json_object
+from .hub import is_hub_name, snapshot
+from .links import check_link
 from .overrides import is_token_ids
 from .wording import shown
 
 # Anything else (Python files above all) is never copied.
-_COPIED = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _GENERATION = "generation_config.json"
 _CHOICES = "pass --tokenizer with a folder, a Hugging Face name, bytes (byte-level models) or none (ids only)"
 
@@ -72,7 +72,8 @@ def prepare_tokenizer(
                 raise PararnnError(f"{choice}: no tokenizer files there ({', '.join(_VOCABULARIES)})")
     own_generation = beside / _GENERATION
     if own_generation.is_file():
-        files.copies[_GENERATION] = _real_file(own_generation, beside)
+        check_link(own_generation, beside)
+        files.copies[_GENERATION] = own_generation
     _check_size(files.copies, vocab_size, choice or beside)
     files.token_ids = _token_ids(files.copies, beside, given_ids, vocab_size)
     if files.token_ids and _GENERATION not in files.copies:
@@ -81,24 +82,14 @@ def prepare_tokenizer(
 
 
 def _from_folder(folder: Path) -> TokenizerFiles:
-    copies = {name: _real_file(folder / name, folder) for name in _COPIED if (folder / name).is_file()}
+    copies = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    for path in copies.values():
+        check_link(path, folder)
     return TokenizerFiles(copies=copies)
 
 
 def _has_vocabulary(files: TokenizerFiles) -> bool:
     return any(name in files.copies for name in _VOCABULARIES)
-
-
-def _real_file(path: Path, folder: Path) -> Path:
-    """`path`, resolved; a link out of the folder is followed only within a Hugging Face cache."""
-    real, home = path.resolve(), folder.resolve()
-    # models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
-    in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
-    if not real.is_relative_to(home) and not in_cache:
-        raise PararnnError(
-            f"{path}: is a link out of its folder, which is not followed; copy the file itself there"
-        )
-    return real
 
 
 def _folder_of(choice: str | Path) -> Path:
@@ -109,30 +100,9 @@ def _folder_of(choice: str | Path) -> Path:
         raise PararnnError(
             f"{choice}: --tokenizer takes the folder that holds the tokenizer files, not a file"
         )
-    if not isinstance(choice, str) or not _HUB_NAME.fullmatch(choice):
+    if not isinstance(choice, str) or not is_hub_name(choice):
         raise PararnnError(f"{choice}: no such folder; {_CHOICES}")
-    return _downloaded(choice)
-
-
-def _downloaded(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_COPIED)))
-    except GatedRepoError as error:
-        raise PararnnError(
-            f"{name}: this Hugging Face repository asks for a login; run: hf auth login"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise PararnnError(
-            f"{name}: neither a folder here nor a repository on Hugging Face; {_CHOICES}"
-        ) from error
-    except Exception as error:  # the hub client lets its HTTP library's own exceptions through
-        raise PararnnError(
-            f"{name}: not a folder here, and Hugging Face could not be reached ({type(error).__name__}); "
-            "check the name and the network, or pass a folder"
-        ) from error
+    return snapshot(choice, TOKENIZER_FILES, _CHOICES)
 
 
 def _check_size(copies: dict[str, Path], vocab_size: int, where: str | Path) -> None:

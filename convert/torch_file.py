@@ -1,15 +1,18 @@
 """The zip files that torch.save writes: one pickle that says what is there, one stored record a storage."""
 
+import io
 import math
+import os
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlx_pararnn.errors import PararnnError
 
 from .dtypes import STORED_AS
-from .pickles import MAX_PICKLE_BYTES, TensorRef, load_pickle
+from .pickle_names import TensorRef
+from .pickles import MAX_PICKLE_BYTES, load_pickle
 from .tensors import Tensor, file_tensor
 from .wording import shown
 
@@ -39,12 +42,29 @@ def read_torch_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
     return tensors, config
 
 
-class _Archive:
-    """Where each record of the zip file lies; records are stored, not compressed, and read by offset."""
+def read_torch_slice(path: Path, start: int, length: int, name: str) -> Tensor:
+    """The single tensor that `torch.save` wrote to `length` bytes of the file, from byte `start`.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        PararnnError: those bytes are not such a file.
+    """
+    archive = _Archive(path, start, length)
+    content = load_pickle(archive.pickle_bytes(), str(path))
+    if not isinstance(content, TensorRef):
+        raise PararnnError(f"{path}: where {shown(name)} should be is no tensor; save or copy the file again")
+    return archive.tensor(name, content)
+
+
+class _Archive:
+    """Where each record of a zip file lies; records are stored, not compressed, and read by offset.
+
+    The archive may be a part of the file: `length` bytes from byte `start`.
+    """
+
+    def __init__(self, path: Path, start: int = 0, length: int | None = None) -> None:
         self.path = path
-        self.size = path.stat().st_size
+        self.start = start
+        self.size = path.stat().st_size if length is None else length
         self.records = self._directory()
         pickles = [name for name in self.records if name.count("/") == 1 and name.endswith("/data.pkl")]
         if any("/code/" in name or name.endswith("/constants.pkl") for name in self.records):
@@ -86,14 +106,14 @@ class _Archive:
             return file.read(record.file_size)
 
     def offset(self, record: zipfile.ZipInfo) -> int:
-        """Where the record's bytes begin."""
+        """Where in the file the record's bytes begin."""
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
             raise PararnnError(
                 f"{self.path}: its records are compressed, which torch.save never does; unzip and re-zip it "
                 f"without compression, or {_RESAVE}"
             )
         with open(self.path, "rb") as file:
-            file.seek(record.header_offset)
+            file.seek(self.start + record.header_offset)
             header = file.read(_LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or record.flag_bits & 1:
             raise self._damaged()
@@ -101,11 +121,14 @@ class _Archive:
         start = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if signature != b"PK\x03\x04" or start + record.file_size > self.size:
             raise self._damaged()
-        return int(start)
+        return self.start + int(start)
 
     def _directory(self) -> dict[str, zipfile.ZipInfo]:
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with (
+                open(self.path, "rb") as file,
+                zipfile.ZipFile(_Window(file, self.start, self.size)) as archive,
+            ):
                 records = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
             raise self._damaged() from error
@@ -118,6 +141,37 @@ class _Archive:
         return PararnnError(
             f"{self.path}: this PyTorch file is cut short or damaged; save or download it again"
         )
+
+
+class _Window(io.RawIOBase):
+    """`length` bytes of a file from byte `start`, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self.file, self.start, self.length = file, start, length
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        if origin + offset < 0:
+            raise ValueError("before the beginning")
+        self.position = origin + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.position)
+        data = self.file.read(max(0, min(len(buffer), self.length - self.position)))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
 
 
 def _state_dict(content: Any, path: Path) -> tuple[dict[Any, Any], dict[str, Any] | None]:

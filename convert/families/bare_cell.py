@@ -23,7 +23,11 @@ class BareCell:
             "num_heads": sizes.num_heads,
             "activations": None,
         }
-        return Canonical(args, outputs, model_type="pararnn_cell")
+        note = (
+            "A state dict does not say which activations the cell had: unless `activations` in config.json "
+            "says otherwise, they are taken to be the cell's defaults."
+        )
+        return Canonical(args, outputs, [note], model_type="pararnn_cell")
 
 
 def _prefix(checkpoint: Checkpoint) -> str:

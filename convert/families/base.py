@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,22 +11,22 @@ import numpy as np
 from mlx_pararnn.errors import PararnnError
 
 from ..checkpoint import Checkpoint
-from ..dtypes import FLOATS, Array, cast, widened
-from ..tensors import Tensor
+from ..dtypes import FLOATS, STORED_AS, Array, cast, transposed, widened
+from ..tensors import Box, Piece, Tensor, boxes
 from ..wording import listed, shape_text, shown
 
 Shape = tuple[int, ...]
-Load = Callable[[], Iterable[Array]]
+Pieces = Callable[[], Iterable[Piece]]
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the MLX model: `pieces` yields its numbers in C order, in format `dtype`."""
+    """One tensor of the MLX model: what `pieces` yields read its numbers in C order, in format `dtype`."""
 
     name: str
     shape: Shape
     dtype: str
-    pieces: Load = field(repr=False)
+    pieces: Pieces = field(repr=False)
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Source:
         else:
             return tensor
         return Tensor(
-            name, shape, "F32", lambda start, stop: np.zeros((stop - start, *shape[1:]), np.float32)
+            name, shape, "F32", lambda box: np.zeros([stop - start for start, stop in box], np.float32)
         )
 
     def misfit(self, name: str, found: str, expected: str) -> None:
@@ -164,21 +165,21 @@ def copied(name: str, tensor: Tensor) -> Output:
 def computed(
     name: str, shape: Shape, tensors: Sequence[Tensor], compute: Callable[..., Array], widen: bool = False
 ) -> Output:
-    """What `compute` makes of whole tensors; with `widen` it sees float32 instead of stored bits.
+    """What `compute` makes of small tensors; with `widen` it sees float32 instead of stored bits.
 
     Formats that differ are brought to F32 first.
     """
     kinds = {tensor.dtype for tensor in tensors}
     dtype = kinds.pop() if len(kinds) == 1 else "F32"
 
-    def pieces() -> Iterable[Array]:
+    def whole() -> Array:
         arrays = [cast(tensor.read(), tensor.dtype, dtype) for tensor in tensors]
         if not widen:
-            return [compute(*arrays).reshape(shape)]
+            return compute(*arrays).reshape(shape)
         wide = compute(*(widened(array, dtype) for array in arrays)).reshape(shape)
-        return [cast(wide, "F64" if dtype == "F64" else "F32", dtype)]
+        return cast(wide, "F64" if dtype == "F64" else "F32", dtype)
 
-    return Output(name, shape, dtype, pieces)
+    return Output(name, shape, dtype, lambda: [whole])
 
 
 def head_outputs(
@@ -226,22 +227,25 @@ def _same_values(source: Source, first: str, second: str, a: Tensor, b: Tensor) 
         return True
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return all(np.array_equal(_bits(x), _bits(y)) for x, y in zip(a.pieces(), b.pieces(), strict=True))
+    if source.checkpoint.headers_only:
+        return True
+    return all(np.array_equal(_bits(x()), _bits(y())) for x, y in zip(a.pieces(), b.pieces(), strict=True))
 
 
 def _bits(array: Array) -> Array:
     return array.view(f"<u{array.dtype.itemsize}")
 
 
-def swapped_conv(name: str, tensor: Tensor) -> Output:
-    """A depthwise convolution (d, 1, K) as MLX keeps it, (d, K, 1); tap K-1 is the current token's."""
-    d, one, taps = tensor.shape
-    return Output(
-        name,
-        (d, taps, one),
-        tensor.dtype,
-        lambda: (np.ascontiguousarray(np.swapaxes(piece, 1, 2)) for piece in tensor.pieces()),
-    )
+def permuted(name: str, tensor: Tensor, axes: tuple[int, ...], shape: Shape) -> Output:
+    """`tensor` with its axes in another order, then seen as `shape`; read and turned a box at a time."""
+    moved = tuple(tensor.shape[axis] for axis in axes)
+
+    def piece(box: Box) -> Array:
+        before = dict(zip(axes, box, strict=True))
+        return transposed(tensor.load(tuple(before[axis] for axis in range(len(axes)))), axes)
+
+    itemsize = STORED_AS[tensor.dtype].itemsize
+    return Output(name, shape, tensor.dtype, lambda: (partial(piece, box) for box in boxes(moved, itemsize)))
 
 
 def element_count(outputs: Iterable[Output]) -> int:

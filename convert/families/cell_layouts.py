@@ -5,12 +5,13 @@ D = heads*do channels. Gates: GRU z, r, h; LSTM f, o, c; NLRU a, n; sLSTM i, f, 
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from ..dtypes import Array
 from ..tensors import Tensor
-from .base import Output, Source, computed, copied
+from .base import Output, Source, computed, copied, permuted
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,7 @@ def apple_cell(source: Source, prefix: str, target: str) -> tuple[CellSizes, lis
     if lstm:
         diagonal.append(source.take(f"{prefix}C", (2, width)))
     outputs = [
-        computed(
-            f"{target}input_proj.weight",
-            (heads, gates * head_out, head_in),
-            [projection],
-            lambda b: np.transpose(b, (0, 2, 3, 1)),
-        ),
+        permuted(f"{target}input_proj.weight", projection, (0, 2, 3, 1), (heads, gates * head_out, head_in)),
         computed(
             f"{target}bias",
             (heads, gates * head_out),
@@ -97,13 +93,16 @@ def torch_cell(
     rows = [source.take(f"{prefix}{row}", row_shape) for row in layout.rows]
 
     def ordered(array: Array) -> Array:
-        return array.reshape(gates, width, *array.shape[1:])[list(layout.gate_order)]
+        return array.reshape(gates, width)[list(layout.gate_order)]
 
-    in_order = layout.gate_order == tuple(range(gates))
+    in_our_order = [weight.rows(gate * width, (gate + 1) * width) for gate in layout.gate_order]
     return [
-        Output(f"{target}input_proj.weight", (1, gates * width, width), weight.dtype, weight.pieces)
-        if in_order
-        else computed(f"{target}input_proj.weight", (1, gates * width, width), [weight], ordered),
+        Output(
+            f"{target}input_proj.weight",
+            (1, gates * width, width),
+            weight.dtype,
+            lambda: chain.from_iterable(block.pieces() for block in in_our_order),
+        ),
         computed(f"{target}bias", (1, gates * width), [bias], ordered),
         _rows(f"{target}recurrent_weight", rows, width, cap),
     ]

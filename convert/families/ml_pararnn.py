@@ -4,7 +4,7 @@ Blocks come in pairs: `blocks.{2i}` is recurrent, `blocks.{2i+1}` is RMSNorm and
 """
 
 from ..checkpoint import Checkpoint
-from .base import Canonical, Output, Source, copied, head_outputs, swapped_conv
+from .base import Canonical, Output, Source, copied, head_outputs, permuted
 from .cell_layouts import CellSizes, apple_cell
 from .prefixes import outer_prefix
 
@@ -70,7 +70,12 @@ def _recurrent_block(source: Source, layer: int, d: int, taps: int) -> tuple[Cel
         copied(f"{new}norm.weight", source.take(f"{old}norm.weight", (d,))),
         copied(f"{new}residual_scale", source.take(f"{old}residual_scale", (1,))),
         copied(f"{new}mixer.in_proj.weight", source.take(f"{old}in_proj.weight", (2 * d, d))),
-        swapped_conv(f"{new}mixer.conv1d.weight", source.take(f"{old}conv.conv.weight", (d, 1, taps))),
+        permuted(
+            f"{new}mixer.conv1d.weight",
+            source.take(f"{old}conv.conv.weight", (d, 1, taps)),
+            (0, 2, 1),  # MLX keeps (d, taps, 1); the last tap is the current token's in both
+            (d, taps, 1),
+        ),
         copied(f"{new}mixer.conv1d.bias", source.take(f"{old}conv.conv.bias", (d,))),
         copied(f"{new}mixer.norm.weight", source.take(f"{old}gate_norm.weight", (d,))),
         copied(f"{new}mixer.out_proj.weight", source.take(f"{old}out_proj.weight", (d, d))),

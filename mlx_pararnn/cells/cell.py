@@ -41,8 +41,8 @@ class Cell:
             if place not in self.default_activations:
                 places = ", ".join(self.default_activations) or "none"
                 raise PararnnError(
-                    f"cell {self.name!r} has no activation called {place!r} (it has: {places}); correct the "
-                    "'activations' of config.json"
+                    f"cell {self.name!r} has no activation called {place!r} (it has: {places}); correct its "
+                    "'activations'"
                 )
             if function not in ACTIVATIONS:
                 raise PararnnError(

@@ -1,10 +1,28 @@
 """Fixtures of the converter's tests; a plugin, since a second conftest.py would hide that of tests/."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from running import convert
+
+
+@pytest.fixture(scope="session")
+def golden_form(data, tmp_path_factory) -> Callable[[str], Path]:
+    """A function that gives a form of a golden model ("lm/paragru_s64/dcp_flat"), unpacked if need be."""
+    unpacked: list[Path] = []
+
+    def find(name: str) -> Path:
+        if (data / name).exists():
+            return data / name
+        if not unpacked:
+            unpacked.append(tmp_path_factory.mktemp("golden"))
+            with tarfile.open(data / "lm/forms.tar.xz") as archive:
+                archive.extractall(unpacked[0] / "lm", filter="data")
+        return unpacked[0] / name
+
+    return find
 
 
 @pytest.fixture

@@ -22,6 +22,23 @@ class Call:
 
 
 @dataclass
+class Named:
+    """A class or function that the pickle only names."""
+
+    module: str
+    name: str
+
+
+@dataclass
+class Made:
+    """NEWOBJ and BUILD: an object of a class, and its state."""
+
+    module: str
+    name: str
+    state: Any
+
+
+@dataclass
 class Raw:
     """Instructions put into the pickle as they are."""
 
@@ -82,9 +99,14 @@ def _encode(value: Any, records: list[np.ndarray]) -> bytes:
             return b"](" + b"".join(_encode(v, records) for v in value) + b"e"
         case tuple():
             return b"(" + b"".join(_encode(v, records) for v in value) + b"t"
+        case Named():
+            return f"c{value.module}\n{value.name}\n".encode()
         case Call():
-            name = f"c{value.module}\n{value.name}\n".encode()
-            return name + _encode(value.arguments, records) + b"R"
+            function = _encode(Named(value.module, value.name), records)
+            return function + _encode(value.arguments, records) + b"R"
+        case Made():
+            kind = _encode(Named(value.module, value.name), records)
+            return kind + b")\x81" + _encode(value.state, records) + b"b"
         case np.ndarray():
             strides = tuple(s // value.itemsize for s in value.strides)
             return _encode(View(np.ascontiguousarray(value), 0, value.shape, strides), records)

@@ -1,5 +1,6 @@
 """Whatever happens to a file's bytes: it converts, or one PararnnError says why not; nothing else."""
 
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,6 +57,23 @@ def test_changed_bytes(suffix, originals, tmp_path, data):
     survives(bytes(content), suffix, tmp_path)
 
 
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "__1_0.distcp"])
+@settings(FUZZ, max_examples=100)
+@given(st.data())
+def test_changed_bytes_of_a_distributed_checkpoint(name, tmp_path, data):
+    folder = tmp_path / "dcp"
+    original = Path(__file__).parents[1] / "data/lm/two_ranks/dcp"
+    shutil.copytree(original, folder, dirs_exist_ok=True)
+    content = bytearray((original / name).read_bytes())
+    changes = st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255))
+    for position, byte in data.draw(st.lists(changes, min_size=1, max_size=4)):
+        content[position] = byte
+    (folder / name).write_bytes(bytes(content[: data.draw(st.sampled_from([len(content), 5000]))]))
+    with suppress(PararnnError):
+        convert_to_mlx(folder, tmp_path / "out", tokenizer="none", force=True, allow_nonfinite=True)
+    assert {path.name for path in tmp_path.iterdir()} <= {"dcp", "out"}
+
+
 @FUZZ
 @given(st.binary(max_size=60))
 def test_any_bytes_as_a_pickle(content):
@@ -73,6 +91,9 @@ ALLOWED = (
     "torch\nFloatStorage",
     "collections\nOrderedDict",
     "torch._utils\n_rebuild_tensor_v2",
+    "torch._utils\n_rebuild_wrapper_subclass",
+    "torch._tensor\n_rebuild_from_type_v2",
+    "torch.distributed.checkpoint.metadata\nMetadata",
 )
 INSTRUCTIONS = [
     *(bytes([byte]) for byte in OPCODES),

@@ -1,6 +1,7 @@
 """Every file form of the golden models gives the weights it must."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,12 +10,23 @@ from running import config, weights
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-GRU = "lm/paragru_s64"
+pytest_plugins = ("conversion_fixtures",)
+
+GRU, LSTM = "lm/paragru_s64", "lm/paralstm_s96"
 FLOAT32_FORMS = [
-    "ckpt.pt", "state_dict.pt", "model.safetensors", "model_save_model.safetensors", "prefixed_compile.pt",
-    "prefixed_ddp_ac_compiled_blocks.pt", "prefixed_fsdp1_nested.pt", "prefixed_module.pt",
-    "ckpt_prefixed_orig_mod.pt",
+    *(f"{GRU}/{form}" for form in (
+        "ckpt.pt", "state_dict.pt", "model.safetensors", "model_save_model.safetensors",
+        "prefixed_compile.pt", "prefixed_ddp_ac_compiled_blocks.pt", "prefixed_fsdp1_nested.pt",
+        "prefixed_module.pt", "ckpt_prefixed_orig_mod.pt", "state_dict_fsdp2_dtensor.pt", "dcp_flat",
+        "dcp_model",
+    )),
+    *(f"{LSTM}/{form}" for form in ("ckpt.pt", "state_dict.pt", "model.safetensors")),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
 
 
 def canonical_apple(source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -69,37 +81,38 @@ def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 @pytest.mark.parametrize("form", FLOAT32_FORMS)
-def test_every_float32_form_gives_the_same_bits(form, converted, data):
-    expected = canonical_apple(load_file(data / GRU / "model.safetensors"))
-    assert same_bits(weights(converted(f"{GRU}/{form}")), expected)
-    assert config(converted(f"{GRU}/{form}")) == {
-        "model_type": "pararnn", "cell": "gru", "hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 256,
-        "num_heads": 4, "intermediate_size": 256, "mixer": "gated_conv", "conv_kernel": 4, "norm": "rms",
+def test_every_float32_form_gives_the_same_bits(form, converted, golden_form):
+    plain = golden_form(f"{form.rpartition('/')[0]}/model.safetensors")
+    folder = converted(golden_form(form))
+    assert same_bits(weights(folder), canonical_apple(load_file(plain)))
+    sizes = {
+        GRU: {"cell": "gru", "hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 256, "num_heads": 4,
+              "intermediate_size": 256},
+        LSTM: {"cell": "lstm", "hidden_size": 96, "num_hidden_layers": 2, "vocab_size": 1000, "num_heads": 2,
+               "intermediate_size": 256},
+    }  # fmt: skip
+    assert config(folder) == sizes[form.rpartition("/")[0]] | {
+        "model_type": "pararnn", "mixer": "gated_conv", "conv_kernel": 4, "norm": "rms",
         "norm_eps": 1e-6, "mlp": "swiglu", "mlp_bias": False, "mlp_residual": False, "residual_scale": True,
         "max_position_embeddings": None, "tie_word_embeddings": True, "activations": None,
     }  # fmt: skip
 
 
-def test_both_bfloat16_forms_give_the_same_bits_and_keep_the_format(converted, data):
-    folders = [converted(f"{GRU}/ckpt_bf16.pt"), converted(f"{GRU}/model_bf16.safetensors")]
+@pytest.mark.parametrize("model", [GRU, LSTM])
+def test_both_bfloat16_forms_give_the_same_bits_and_keep_the_format(model, converted, golden_form):
+    forms = [golden_form(f"{model}/{name}") for name in ("ckpt_bf16.pt", "model_bf16.safetensors")]
+    folders = [converted(form) for form in forms]
     files = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert files[0] == files[1]
     with safe_open(folders[0] / "model.safetensors", "np") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
-    stored = open_checkpoint(data / GRU / "model_bf16.safetensors").tensors
+    stored = open_checkpoint(forms[1]).tensors
     ours = open_checkpoint(folders[0] / "model.safetensors").tensors
     rows = ours["model.layers.1.mixer.cell.recurrent_weight"]
-    assert np.array_equal(stored["blocks.2.rnn_cell.A"].read(), rows.read())
-
-
-def test_lstm_peepholes_follow_the_diagonal_rows(converted, data):
-    folder = converted("lm/paralstm_s96/state_dict.pt")
-    source = {
-        name: t.read() for name, t in open_checkpoint(data / "lm/paralstm_s96/state_dict.pt").tensors.items()
-    }
-    assert same_bits(weights(folder), canonical_apple(source))
-    assert config(folder)["cell"] == "lstm"
-    assert config(folder)["vocab_size"] == 1000
+    parts = [name for name in ("A", "C") if f"blocks.2.rnn_cell.{name}" in stored]
+    assert np.array_equal(
+        np.concatenate([stored[f"blocks.2.rnn_cell.{name}"].read() for name in parts]), rows.read()
+    )
 
 
 def test_a_training_checkpoint_keeps_its_configuration_for_the_card_and_nothing_of_the_optimizer(
@@ -181,7 +194,6 @@ def test_save_pretrained_folders(name, tied, converted):
 
 def test_everything_is_converted_without_torch_and_without_mlx(data, tmp_path):
     import subprocess
-    import sys
 
     code = (
         "import sys; sys.modules['torch'] = sys.modules['mlx'] = None\n"

@@ -78,3 +78,17 @@ def test_quantized_tensors_are_refused(refused, tmp_path):
     quantized = torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8)
     torch.save(state_dict() | {"blocks.0.out_proj.weight": quantized}, tmp_path / "m.pt")
     assert "quantized" in refused(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("place", ["", "model", "model_state_dict"])
+def test_what_torch_distributed_checkpoint_saves_is_read(place, expected, accepted, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    plain = state_dict()
+    optimizer = {"state": {"embedding.weight": {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    content = {place: plain, "optimizer": optimizer, "optimizer_state_dict": optimizer, "step": 7,
+               "scheduler": {"last_epoch": 3}, "cfg": {"lr": 0.1}} if place else plain  # fmt: skip
+    dcp.save(content, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    ours = weights(accepted(tmp_path / "dcp"))
+    assert ours.keys() == expected.keys()
+    assert all(np.array_equal(ours[tensor], expected[tensor]) for tensor in expected)

@@ -1,0 +1,54 @@
+"""`mlx-pararnn inspect`: what a checkpoint or model is."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from . import options
+from .report import Debug, reports_errors
+
+
+@reports_errors
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="A checkpoint in any form that convert takes, or a model folder."
+        ),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object instead of the table.")
+    ] = False,
+    modules: options.Import = None,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint or model is, without reading its weights.
+
+    Example: mlx-pararnn inspect final.pt
+    """
+    options.import_modules(modules)
+    from mlx_pararnn.convert.inspection import inspect as look
+
+    found = look(path)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    rows = {"kind": f"checkpoint of {found.family}" if found.family else "converted model"}
+    rows |= {
+        k.replace("_", " "): str(v) for k, v in found.config.items() if v is not None and k != "model_type"
+    }
+    rows["parameters"] = f"{found.parameters:,}"
+    rows["stored as"] = ", ".join(f"{name} ({count:,})" for name, count in found.dtypes.items())
+    rows["state"] = f"{found.state_bytes:,} bytes a sequence, however long"
+    rows["memory"] = ", ".join(f"{name} {_size(size)}" for name, size in found.memory.items())
+    if found.kind == "checkpoint":
+        rows["convert writes"] = f"{found.config['model_type']}, {found.parameters:,} parameters, types kept"
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

@@ -1,0 +1,89 @@
+"""A converted model against the checkpoint it came from, tensor by tensor: `mlx-pararnn verify --against`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.verification import Check
+
+from .checkpoint import open_checkpoint
+from .dtypes import Array, cast
+from .families import find_family
+from .families.base import Output
+from .forms import find_weights, read_json_object, read_weights
+from .quantize import Quantization
+from .tensors import Tensor
+
+
+def compare_with_source(model: Path, source: str | Path) -> Iterator[Check]:
+    """Every tensor of the model folder `model` against what the checkpoint `source` says it is.
+
+    All must be the source's to the bit: as it is, cast, or quantized again here. One check for each kind.
+
+    Raises:
+        PararnnError: the checkpoint cannot be read, or is not one of this model's shape.
+    """
+    config = read_json_object(model / "config.json") or {}
+    tensors = read_weights(find_weights(model)).tensors
+    checkpoint = open_checkpoint(source)
+    canonical = find_family(checkpoint).map(checkpoint, config.get("tie_word_embeddings"))
+    names = {output.name for output in canonical.outputs}
+    packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".scales", ".biases"))}
+    extra = [n for n in tensors if n not in names and n.rpartition(".")[0] not in packed]
+    missing = [name for name in names if name not in tensors]
+    if extra or missing:
+        raise PararnnError(
+            f"{source} is not what {model} was converted from: {(extra + missing)[0]} is in one of them only"
+        )
+    differing: dict[str, tuple[int, float]] = {}
+    for output in canonical.outputs:
+        stored = tensors[output.name]
+        if f"{output.name.removesuffix('.weight')}.scales" in tensors:
+            kind, difference = "quantized", _packed_that_differ(output, tensors, config)
+        elif stored.dtype == output.dtype:
+            kind, difference = "unchanged", _bits_that_differ(output, stored)
+        else:
+            kind, difference = "cast", _bits_that_differ(output, stored)
+        count, total = differing.get(kind, (0, 0.0))
+        differing[kind] = count + 1, total + difference
+    for kind, (count, total) in differing.items():
+        yield Check(f"numbers of {kind} tensors that differ from the source", total, 0.0, f"{count} tensors")
+
+
+def _bits_that_differ(output: Output, stored: Tensor) -> float:
+    """How many numbers are not the source's, cast to the stored type."""
+    if stored.shape != output.shape:
+        raise PararnnError(
+            f"{output.name} is {stored.shape} in the model and {output.shape} in the checkpoint"
+        )
+    expected = cast(_whole(output), output.dtype, stored.dtype)
+    return float((_raw(expected) != _raw(stored.read().reshape(-1))).sum())
+
+
+def _packed_that_differ(output: Output, tensors: dict[str, Tensor], config: dict[str, Any]) -> float:
+    """How many packed integers, scales and biases are not those of quantizing the source again."""
+    path = output.name.removesuffix(".weight")
+    settings = config["quantization"]
+    chosen = settings[path] if isinstance(settings.get(path), dict) else settings
+    how = Quantization(chosen["group_size"], chosen["bits"], chosen.get("mode", "affine"))
+    names = [
+        name for name in (f"{path}.{part}" for part in ("weight", "scales", "biases")) if name in tensors
+    ]
+    tag = tensors["model.norm.weight"].dtype  # what all but the recurrent weights were cast to
+    rows = cast(_whole(output), output.dtype, tag).reshape(-1, output.shape[-1])
+    differing = 0
+    for name, expected in zip(names, how.quantized(rows, tag), strict=True):
+        stored = tensors[name].read()
+        differing += int((_raw(expected.reshape(-1)) != _raw(stored.reshape(-1))).sum())
+    return float(differing)
+
+
+def _whole(output: Output) -> Array:
+    return np.concatenate([np.asarray(piece()).reshape(-1) for piece in output.pieces()])
+
+
+def _raw(array: Array) -> Array:
+    return array.view(f"<u{array.dtype.itemsize}")

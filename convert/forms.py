@@ -1,0 +1,170 @@
+"""The forms that weights come in: one file, several with an index, a distributed checkpoint's folder."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_pararnn.errors import PararnnError
+
+from .dcp import METADATA, read_dcp
+from .links import check_link
+from .safetensors_file import read_safetensors
+from .tensors import Tensor
+from .torch_file import read_torch_file
+from .wording import listed, shown
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_INDEX = ".index.json"
+_SHARD = re.compile(r"(.+)-\d+-of-\d+(\.safetensors|\.bin)")
+
+
+@dataclass
+class Weights:
+    """Tensors by name as the files spell them, unread; names whose bytes another has; the training's cfg."""
+
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str] = field(default_factory=dict)
+    training_config: dict[str, Any] | None = None
+
+
+def find_weights(path: Path) -> Path:
+    """The file to begin with: `path`, or in a folder the weights, their index or a distributed .metadata.
+
+    Raises:
+        PararnnError: there is none, several, or only a part of one.
+    """
+    if path.is_dir():
+        file = _in_folder(path)
+        check_link(file, path)
+        return file
+    if path.suffix == ".distcp":
+        raise PararnnError(
+            f"{path}: this is one rank's part of a torch.distributed.checkpoint folder; pass the folder"
+        )
+    if (match := _SHARD.fullmatch(path.name)) and (path.parent / f"{match[1]}{match[2]}{_INDEX}").is_file():
+        raise PararnnError(f"{path}: this is one of several files that belong together; pass their folder")
+    if not path.is_file():
+        raise PararnnError(f"{path}: not a regular file")
+    return path
+
+
+def read_weights(file: Path) -> Weights:
+    """What `file` (from `find_weights`) and those that belong to it hold; only headers are read.
+
+    Raises:
+        PararnnError: it is not a checkpoint, is damaged, or a part of it is missing.
+    """
+    if file.name.endswith(_INDEX):
+        return _read_sharded(file)
+    if file.name == METADATA:
+        return Weights(read_dcp(file.parent))
+    if _kind(file) == "safetensors":
+        return Weights(*read_safetensors(file))
+    tensors, training_config = read_torch_file(file)
+    return Weights(tensors, training_config=training_config)
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None where there is no such file.
+
+    Raises:
+        PararnnError: it cannot be parsed or is not an object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PararnnError(f"{path}: not valid JSON ({shown(str(error))})") from error
+    if not isinstance(value, dict):
+        raise PararnnError(f"{path}: a JSON object was expected")
+    return value
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for found in (folder / name, folder / f"{name}{_INDEX}"):
+            if found.is_file():
+                return found
+    if (folder / METADATA).is_file():
+        return folder / METADATA
+    files = sorted(entry for entry in folder.iterdir() if entry.suffix in SUFFIXES and entry.is_file())
+    names = listed([file.name for file in files])
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            raise PararnnError(
+                f"{folder}: the weights are split into several files ({names}) and their index "
+                f"{match[1]}{match[2]}{_INDEX} is missing; download or copy it too"
+            )
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise PararnnError(f"{folder}: there are several checkpoints inside ({names}); pass one of the files")
+    raise PararnnError(f"{folder}: no checkpoint inside (a file ending in {', '.join(SUFFIXES)})")
+
+
+def _read_sharded(index: Path) -> Weights:
+    folder = index.parent
+    weight_map = (read_json_object(index) or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and name == Path(name).name for name in weight_map.values()
+    ):
+        raise PararnnError(
+            f"{index}: it does not say which file holds which tensor (weight_map); download it again"
+        )
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise PararnnError(
+            f"{index}: {len(missing)} of the {len(names)} files it names are not there: {listed(missing)}; "
+            "download or copy them beside it"
+        )
+    stem = index.name.removesuffix(_INDEX).partition(".")[0]
+    beside = [
+        entry.name for entry in folder.iterdir() if (m := _SHARD.fullmatch(entry.name)) and m[1] == stem
+    ]
+    surplus = sorted(set(beside) - set(names))
+    if surplus:
+        raise PararnnError(
+            f"{index}: it does not name {listed(surplus)}, which stand beside it; if they are left over from "
+            "another download, delete them"
+        )
+    whole = Weights({})
+    for name in names:
+        check_link(folder / name, folder)
+        part = read_weights(folder / name)
+        said = {tensor for tensor, file in weight_map.items() if file == name}
+        for difference, verb in (
+            (said - part.tensors.keys(), "lacks"),
+            (part.tensors.keys() - said, "holds"),
+        ):
+            if difference:
+                raise PararnnError(
+                    f"{folder / name}: it {verb} {listed(sorted(difference))}, and {index.name} says "
+                    "otherwise; download both again"
+                )
+        whole.tensors |= part.tensors
+        whole.aliases |= part.aliases
+    return whole
+
+
+def _kind(file: Path) -> str:
+    """ "safetensors" or "torch", by the first bytes: a name may say anything."""
+    with open(file, "rb") as opened:
+        start = opened.read(64)
+    if not start:
+        raise PararnnError(f"{file}: the file is empty")
+    if start.startswith(b"PK\x03\x04"):
+        return "torch"
+    if start.startswith(b"version https://git-lfs"):
+        raise PararnnError(f"{file}: this is a Git LFS pointer, not the weights; run: git lfs pull")
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        raise PararnnError(
+            f"{file}: this is a pickle in PyTorch's old format (before 1.6), which is not read; "
+            'load it in PyTorch and save it again: torch.save(model.state_dict(), "weights.pt")'
+        )
+    if file.suffix == ".safetensors" or start[8:9] == b"{":
+        return "safetensors"
+    raise PararnnError(f"{file}: neither a safetensors file nor a PyTorch checkpoint (torch.save)")

@@ -1,0 +1,204 @@
+"""The names that a checkpoint's pickle may use, and what stands in for each: data, never the thing itself."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StorageRef:
+    """A run of numbers kept outside the pickle, in the record `data/<key>`."""
+
+    key: str
+    dtype: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A strided view of a storage; offset and strides count elements and stay inside `storage.numel`."""
+
+    storage: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Record:
+    """An object that is only described: its class's name, what it was made from, the state it was given."""
+
+    kind: str
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def get(self, field: str) -> Any:
+        """A field of a state that is a dict; None where there is none."""
+        return self.state.get(field) if isinstance(self.state, dict) else None
+
+
+@dataclass(frozen=True)
+class Name:
+    """An allowed name.
+
+    Attributes:
+        call: what stands in for calling it; None where it is never called.
+        dtype: safetensors' tag, where it names a storage type.
+        is_record: whether objects of it become a Record.
+    """
+
+    name: str
+    call: Callable[[tuple[Any, ...]], Any] | None = None
+    dtype: str | None = None
+    is_record: bool = False
+
+
+class Unreadable(Exception):
+    """A value that is well formed but cannot be had from this file; the message says why and what to do."""
+
+
+def scalar_key(value: Any) -> Any:
+    """`value`, for use as a key; hashing nested tuples that share their parts would take exponential time."""
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise TypeError("not a scalar key")
+    return value
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) > 32:
+        raise TypeError("not a shape")
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in value):
+        raise ValueError("not a size")
+    return tuple(value)
+
+
+def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRef:
+    storage = arguments[0]
+    (offset,) = _sizes(arguments[1:2])
+    shape, strides = _sizes(arguments[2]), _sizes(arguments[3])
+    if not isinstance(storage, StorageRef) or len(shape) != len(strides):
+        raise TypeError("not a tensor")
+    numel, last = 1, offset
+    for n, stride in zip(shape, strides, strict=True):
+        numel *= n
+        last += (n - 1) * stride
+    # A view with more elements than its storage overlaps itself: no model has one, and it can be of any size.
+    if numel > storage.numel or (numel and last >= storage.numel):
+        raise ValueError("a tensor outside its storage")
+    return TensorRef(storage, offset, shape, strides)
+
+
+def _rebuild_parameter(arguments: tuple[Any, ...]) -> TensorRef:
+    if not isinstance(arguments[0], TensorRef):
+        raise TypeError("not a parameter")
+    return arguments[0]
+
+
+def _rebuild_dtensor(arguments: tuple[Any, ...]) -> TensorRef:
+    """The local part of a DTensor, where it is all there is: on a mesh of one device.
+
+    `arguments` are those of torch._tensor._rebuild_from_type_v2: function, class, its arguments, state.
+    """
+    function, kind, (_, _, size, *_), state = arguments
+    if not (isinstance(function, Name) and function.name == "_rebuild_wrapper_subclass") or not (
+        isinstance(kind, Name) and kind.name == "DTensor"
+    ):
+        raise Unreadable(
+            "it holds tensors of a class of its own, which are not read; save plain tensors: "
+            'torch.save({name: value.data for name, value in model.state_dict().items()}, "weights.pt")'
+        )
+    local, spec = state[1]["_local_tensor"], state[1]["_spec"]
+    mesh = spec.get("mesh") if isinstance(spec, Record) else None
+    # The ranks of the mesh: a tensor called `mesh` until torch 2.8, `_rank_map` since.
+    ranks = (mesh.get("_rank_map") or mesh.get("mesh")) if isinstance(mesh, Record) else None
+    devices = math.prod(ranks.shape) if isinstance(ranks, TensorRef) else 0
+    if not isinstance(local, TensorRef):
+        raise TypeError("not a DTensor")
+    if devices != 1 or local.shape != _sizes(size):
+        raise Unreadable(
+            f"it holds DTensor values of a run on {devices or 'several'} devices, so this file has one "
+            "rank's part of the weights only; gather them in PyTorch with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) and torch.save the result"
+        )
+    return local
+
+
+def _path(arguments: tuple[Any, ...]) -> str:
+    return "/".join(str(scalar_key(part)) for part in arguments)
+
+
+def _empty_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    if arguments:
+        raise TypeError("an OrderedDict with arguments")
+    return {}
+
+
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError("not a list")
+    return value
+
+
+def _set(arguments: tuple[Any, ...]) -> set[Any]:
+    return {scalar_key(item) for item in _list(arguments[0])}
+
+
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL",
+}  # fmt: skip
+_DTYPE_NAMES = (
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+)  # fmt: skip
+
+_DISTRIBUTED = "torch.distributed"
+# Objects of these are read as Records: what .metadata of torch.distributed.checkpoint and DTensors are made
+# of, under every module that has been their home since torch 2.2.
+_RECORDS = {
+    f"{_DISTRIBUTED}.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+        "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+    ),
+    f"{_DISTRIBUTED}.checkpoint.filesystem": ("_StorageInfo",),
+    f"{_DISTRIBUTED}.device_mesh": ("DeviceMesh",),
+    f"{_DISTRIBUTED}._mesh_layout": ("_MeshLayout", "_FlatLayout"),
+    **dict.fromkeys(
+        (f"{_DISTRIBUTED}._tensor.placement_types", f"{_DISTRIBUTED}.tensor.placement_types",
+         f"{_DISTRIBUTED}.tensor._dtensor_spec"),
+        ("DTensorSpec", "TensorMeta", "ShardOrderEntry", "Shard", "Replicate", "Partial", "_Partial",
+         "_StridedShard"),
+    ),
+}  # fmt: skip
+
+
+def _allowed() -> dict[tuple[str, str], Name]:
+    entries = [
+        ("collections", Name("OrderedDict", _empty_dict)),
+        ("torch._utils", Name("_rebuild_tensor_v2", _rebuild_tensor)),
+        ("torch._utils", Name("_rebuild_parameter", _rebuild_parameter)),
+        ("torch._utils", Name("_rebuild_parameter_with_state", _rebuild_parameter)),
+        ("torch", Name("Size", lambda arguments: _sizes(arguments[0]))),
+        ("torch", Name("device", lambda arguments: ":".join(str(scalar_key(part)) for part in arguments))),
+        ("torch._tensor", Name("_rebuild_from_type_v2", _rebuild_dtensor)),
+        ("torch._utils", Name("_rebuild_wrapper_subclass")),
+        *((f"{_DISTRIBUTED}.{module}", Name("DTensor")) for module in ("tensor", "_tensor", "_tensor.api")),
+        *((module, Name(name, is_record=True)) for module, names in _RECORDS.items() for name in names),
+        # Enumerations and paths: their value is all that is kept of them, and not looked at.
+        ("torch.serialization", Name("_get_layout", _path)),
+        (f"{_DISTRIBUTED}.checkpoint.metadata", Name("_MEM_FORMAT_ENCODING", _path)),
+        *(
+            (module, Name(f"{system}Path", _path))
+            for module in ("pathlib", "pathlib._local")
+            for system in ("Posix", "Windows")
+        ),
+        # Protocol 2, which torch writes, spells builtins as Python 2 did.
+        *((module, Name("set", _set)) for module in ("builtins", "__builtin__")),
+        *(("torch", Name(name, dtype=tag)) for name, tag in _STORAGES.items()),
+        *(("torch", Name(name)) for name in _DTYPE_NAMES),
+    ]
+    return {(module, entry.name): entry for module, entry in entries}
+
+
+ALLOWED = _allowed()

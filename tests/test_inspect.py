@@ -1,0 +1,149 @@
+"""`inspect`, `verify --against` and `convert --model-file`, as a user has them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx_pararnn.cli.app import app
+from typer.testing import CliRunner
+
+import mlx_pararnn
+from mlx_pararnn.loading import DEMO
+
+FINAL = "trained/paragru/final.pt"
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def found(path):
+    result = run("inspect", path, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_a_checkpoint_and_what_becomes_of_it_are_the_same_model(converted, data):
+    checkpoint = found(data / FINAL)
+    assert checkpoint["kind"] == "checkpoint"
+    assert checkpoint["family"] == "Apple's ml-pararnn language model"
+    model = found(converted(FINAL))
+    assert model["kind"] == "model"
+    for field in ("parameters", "dtypes", "state_bytes", "memory"):
+        assert model[field] == checkpoint[field], field
+    assert checkpoint["config"].items() <= model["config"].items()
+    assert model["parameters"] == 812_419
+    assert model["dtypes"] == {"float32": 812_419}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["lm/paragru_s64/model.safetensors", "lm/paralstm_s96/state_dict.pt", "pararnn_torch/babylm_paraslstm"],
+)
+def test_the_state_is_as_large_as_it_says(converted, data, source):
+    model, _ = mlx_pararnn.load_model(converted(source))
+    cache = model.make_cache()
+    model(mx.array([[1, 2, 3]]), cache=cache)
+    assert found(data / source)["state_bytes"] == sum(c.nbytes for c in cache)
+
+
+def test_a_quantized_model(converted):
+    model = found(converted(FINAL, quantize=True, q_bits=8, q_group_size=32))
+    assert model["parameters"] == 812_419
+    assert model["dtypes"]["8-bit"] > 800_000
+    assert model["memory"]["4-bit"] < model["memory"]["8-bit"] < model["memory"]["float16"]
+
+
+def test_a_table_for_people(data):
+    result = run("inspect", data / FINAL)
+    assert result.exit_code == 0
+    for line in ("checkpoint of Apple's ml-pararnn", "812,419", "6,144 bytes a sequence", "convert writes"):
+        assert line in result.stdout
+
+
+def test_headers_alone_are_read(data, tmp_path, monkeypatch):
+    """Every byte of the weights may be wrong, as long as the headers are right."""
+    file = shutil.copy(data / "lm/paragru_s64/model.safetensors", tmp_path)
+    size = os.path.getsize(file)
+    with open(file, "r+b") as opened:
+        begin = 8 + int.from_bytes(opened.read(8), "little")
+        opened.seek(begin)
+        opened.write(os.urandom(size - begin))
+    assert found(file)["parameters"] == found(data / "lm/paragru_s64/model.safetensors")["parameters"]
+
+
+@pytest.mark.parametrize("path", ["nowhere.pt", "."])
+def test_what_is_neither(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"quantize": True, "q_group_size": 32},
+        {"quantize": True, "q_mode": "mxfp4", "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_every_tensor_is_its_sources(converted, data, options):
+    folder = converted(FINAL, **options)
+    result = run("verify", folder, "--against", data / FINAL, "--json")
+    assert result.exit_code == 0, result.output
+    checks = {c["name"]: c for c in json.loads(result.stdout)["checks"]}
+    kinds = [name.split()[2] for name in checks if name.startswith("numbers of")]
+    assert kinds
+    assert ("quantized" in kinds) == ("quantize" in options)
+    assert ("cast" in kinds) == ("dtype" in options)
+
+
+def test_one_changed_number_is_seen(converted, data, tmp_path):
+    folder = shutil.copytree(converted(FINAL), tmp_path / "changed")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.layers.2.mlp.up_proj.weight"][3, 5] += 1e-6
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    result = run("verify", folder, "--against", data / FINAL)
+    assert result.exit_code == 1
+    assert "FAIL" in result.stdout
+
+
+def test_another_models_checkpoint(converted, data):
+    result = run("verify", converted(FINAL), "--against", data / "lm/paragru_s64/state_dict.pt")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+
+
+def mlx_lm(*args):
+    command = [sys.executable, "-m", "mlx_lm", "generate", *map(str, args), "-m", "12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_model_file_makes_bare_mlx_lm_work(converted):
+    folder = converted(FINAL, tokenizer="bytes", model_file=True)
+    result = mlx_lm("--model", folder, "--prompt", "def main(", "--trust-remote-code")
+    assert result.returncode == 0, result.stderr
+    assert "self, other)" in result.stdout
+    refused = mlx_lm("--model", folder, "--prompt", "def main(")
+    assert refused.returncode != 0
+    assert "trust_remote_code" in refused.stderr
+
+
+def test_our_own_loading_does_not_run_a_model_file(converted, tmp_path):
+    folder = shutil.copytree(converted(FINAL, tokenizer="bytes", model_file=True), tmp_path / "model")
+    (folder / "pararnn.py").write_text("raise SystemExit('it ran')")
+    assert run("generate", folder, "-p", "def main(", "-m", "4").stdout == "self\n"
+    assert run("verify", folder).exit_code == 0
+
+
+def test_the_demo_is_inspected(tmp_path):
+    assert found(DEMO)["dtypes"] == {"float16": 811_267, "float32": 1_152}
