@@ -42,7 +42,7 @@ struct LeakyRelu {
 // exp(x) - 1 without cancellation near 0: there its series, elsewhere the difference.
 inline float exp_minus_one(float x) {
   const float series = x * (1.0f + x * (0.5f + x * (1.6666667e-1f + x * (4.1666668e-2f + x * 8.3333338e-3f))));
-  return metal::precise::fabs(x) < 0.125f ? series : metal::precise::exp(x) - 1.0f;
+  return metal::fabs(x) < 0.125f ? series : metal::precise::exp(x) - 1.0f;
 }
 
 struct Elu {
@@ -74,7 +74,7 @@ struct Silu {
 
 struct Softplus {
   static float value(float x) {
-    const float e = metal::precise::exp(-metal::precise::fabs(x));
+    const float e = metal::precise::exp(-metal::fabs(x));
     // log(1 + e), with the series where 1 + e would round e away
     const float log1p = e < 1e-4f ? e * (1.0f - 0.5f * e) : metal::precise::log(1.0f + e);
     return (x > 0.0f ? x : 0.0f) + log1p;

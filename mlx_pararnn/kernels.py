@@ -4,6 +4,7 @@ One text serves a Mac (mx.fast.metal_kernel), an NVIDIA card (mx.fast.cuda_kerne
 the conformance harness of tests/msl. metal/README.md explains the algorithm.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,10 +18,14 @@ from .errors import PararnnError
 
 # The threadgroup shapes there are: (CW channels a simdgroup, C steps a chunk, S simdgroups a threadgroup).
 # Wide: every load of 32 lanes is one line. The others trade that for more chunks in time, where there are too
-# few channels to fill a GPU. Registers and threadgroup memory are counted in metal/README.md.
+# few channels to fill a GPU. Threadgroup memory is counted in metal/README.md.
 SHAPES = {"wide": (32, 16, 8), "medium": (16, 16, 8), "narrow": (8, 16, 8)}
-# Below this many threadgroups the next narrower shape is taken.
+# Below this many threadgroups the next narrower shape is taken; a guess until a GPU has been timed.
 FULL_GPU = 32
+# Bytes of threadgroup memory that every Apple GPU has.
+THREADGROUP_MEMORY = 32768
+# What u and hidden may be.
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 _SEQUENTIAL_THREADS = 64
 
 _ACTIVATIONS = {
@@ -96,6 +101,13 @@ def newton_launch(
     B, heads, _, _, W = shape
     D = heads * W
     CW, C, S = SHAPES[tiling or _tiling(B, D)]
+    slots = len(cell.slots)
+    memory = 4 * ((slots + 2) * slots * S * 32 + slots * CW + S)
+    if memory > THREADGROUP_MEMORY:
+        raise PararnnError(
+            f"cell {cell.name!r} has {slots} slots, whose Jacobians take {memory} bytes of threadgroup "
+            f"memory where {THREADGROUP_MEMORY} are there; take method='sequential' or backend='ops'"
+        )
     outputs = _outputs(cell, shape, dtype, every)
     if info:
         outputs["gap"] = ((B, S * 32 // CW, D), mx.float32)
@@ -194,12 +206,18 @@ def _launch(
     cell_text, cell_type = _cell(cell)
     header = "".join(f"#define {flag} {value}\n" for flag, value in flags.items())
     header += _text("dual.h") + _text("activations.h") + cell_text + f"\nusing Cell = {cell_type};\n"
-    variant = "".join(f"_{flag.lower()}{value}" for flag, value in flags.items() if value)
+    counts = {"SLOTS": cell.slots, "GATES": cell.gates, "PARAMS": cell.params}
+    agreed = [f"Cell::{count} == {len(names)}" for count, names in counts.items()]
+    agreed.append(f"Cell::OUTPUT == {cell.output_slot}")
+    header += f'static_assert({" && ".join(agreed)}, "the Metal text is not the Python class\'s");\n'
+    source = _text(f"{kernel}.metal")
+    # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
+    digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
     return Launch(
-        name=f"pararnn_{kernel}_{re.sub(r'[^A-Za-z0-9]+', '_', cell_type).strip('_')}{variant}",
+        name=f"pararnn_{kernel}_{cell.name}_{digest}",
         input_names=(*inputs, "mask") if masked else inputs,
         output_names=tuple(outputs),
-        source=_text(f"{kernel}.metal"),
+        source=source,
         header=header,
         template=tuple(template.items()),
         grid=grid,

@@ -7,6 +7,7 @@ paper, section 3.3). So every method and backend has the same, exact gradient.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -93,6 +94,9 @@ def recurrence(
     Raises:
         PararnnError: an argument has the wrong shape or an unknown value.
 
+    The kernels differentiate once and compile; for mx.vmap and higher derivatives take backend="ops", and ask
+    for `return_info` outside of transformations.
+
     In ops, inside mx.compile and mx.vmap, nothing may be evaluated: there "auto" is sequential, and Newton
     makes min(max_iters, T / chunk) iterations. The kernels need no evaluation and stop by themselves.
     """
@@ -108,9 +112,9 @@ def recurrence(
         plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
         arrays = (
             mx.contiguous(params.astype(mx.float32)),
-            u,
+            u if u.dtype in kernels.DTYPES else u.astype(mx.float32),
             mx.contiguous(state.astype(mx.float32)),
-            mx.zeros((B, 0)) if mask is None else mx.contiguous(mask),
+            mx.zeros((B, 0)) if mask is None else mx.contiguous(mask.astype(mx.bool_)),
         )
         if return_info:
             return _launch(plan, backend, return_states, *arrays, info=True)
@@ -142,12 +146,41 @@ def _backend(backend: str | None, cell: Cell, chunk: int) -> str:
         return "ops"
     here = kernels.available_backend()
     if asked is None:
-        return here if here and chunk == CHUNK and kernels.has_kernel(cell) else "ops"
+        fits = here and chunk == CHUNK and kernels.has_kernel(cell)
+        return here if here and fits and _kernels_agree(cell, here) else "ops"
     if asked != here:
         raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
     if chunk != CHUNK:
         raise PararnnError(f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}")
     return asked
+
+
+@lru_cache(maxsize=64)
+def _kernels_agree(cell: Cell, backend: str) -> bool:
+    """Try the kernels on a small problem, once a cell and process; if they fail or differ from ops, warn.
+
+    Nobody has run them on every device there is: where one does not take them, ops still give the answer.
+    """
+    width, T = 40, 150
+    params = 0.3 * mx.cos(mx.arange(len(cell.params) * width)).reshape(-1, width)
+    u = mx.sin(mx.arange(2 * T * len(cell.gates) * width)).reshape(2, 1, T, len(cell.gates), width)
+    try:
+        wanted = recurrence(cell, params, u, method="sequential", backend="ops")
+        for method in ("sequential", "newton"):
+            given = recurrence(cell, params, u, method=method, backend=backend)
+            if not all(
+                mx.allclose(a, b, rtol=1e-4, atol=1e-4).item() for a, b in zip(given, wanted, strict=True)
+            ):
+                raise RuntimeError(f"the {method} kernel of {cell.name!r} gives other numbers")
+    except Exception as error:
+        warnings.warn(
+            f"the {backend} kernels do not work here ({error}); the recurrence runs in plain MLX ops, which "
+            "is slower; please report this",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _laid_out(
@@ -236,7 +269,7 @@ def _differentiable(plan: _Plan, eager: bool) -> Callable[..., Any]:
 
 @lru_cache(maxsize=256)
 def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..., Any]:
-    """(params, u, state, mask) -> hidden, last[, states] by the fused kernel, with gradients and vmap."""
+    """(params, u, state, mask) -> hidden, last[, states] by the fused kernel, with gradients."""
 
     @mx.custom_function
     def solve(params: mx.array, u: mx.array, state: mx.array, mask: mx.array) -> list[mx.array]:
@@ -256,16 +289,6 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
         laid_out = _laid_out(params, u, state, steps)
         gradients = _backward(plan, laid_out, g, states)
         return tuple(d.reshape(p.shape).astype(p.dtype) for d, p in zip(gradients, primals, strict=True))
-
-    @solve.vmap
-    def solve_vmap(inputs: tuple[mx.array, ...], axes: tuple[int | None, ...]) -> Any:
-        size = next(x.shape[a] for x, a in zip(inputs, axes, strict=True) if a is not None)
-        rows = [
-            solve(*(x if a is None else mx.take(x, i, axis=a) for x, a in zip(inputs, axes, strict=True)))
-            for i in range(size)
-        ]
-        outputs = [mx.stack([*column]) for column in zip(*rows, strict=True)]
-        return outputs, [0] * len(outputs)
 
     return solve
 

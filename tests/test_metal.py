@@ -1,62 +1,94 @@
-"""On an Apple GPU: every instantiation of the kernels against the oracle, and under MLX's transformations."""
+"""On a GPU: every instantiation of the kernels against the oracle, and MLX's transformations.
+
+The problems are those of tests/msl/test_numbers.py; here they run on the card and not in the harness.
+"""
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_recurrence import expected, loss_of, problem, solve
+from conftest import cell_cases
+from msl.instances import DTYPES
+from msl.test_numbers import Problem, assert_close
+from test_cells import allowed, read
+from test_recurrence import loss_of, problem
 
 from mlx_pararnn import kernels
 from mlx_pararnn.recurrence import recurrence
 
-pytestmark = [
-    pytest.mark.metal,
-    pytest.mark.skipif(kernels.available_backend() is None, reason="needs a GPU that MLX can use"),
-]
-
 BACKEND = kernels.available_backend()
 
+pytestmark = [
+    pytest.mark.metal,
+    pytest.mark.skipif(BACKEND is None, reason="needs a GPU that MLX can use"),
+]
 
-@pytest.mark.parametrize("name", ["gru", "lstm", "slstm", "nlru"])
-@pytest.mark.parametrize("method", ["sequential", "newton"])
-@pytest.mark.parametrize(("T", "D"), [(1, 9), (33, 33), (129, 256), (1000, 40), (4096, 1030)])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_against_the_oracle(name, method, T, D, dtype):
-    cell, params, u, state = problem(name, T=T, D=D, state=True)
-    u = np.array(mx.array(u).astype(dtype).astype(mx.float32))
-    mask = np.ones((2, T), bool)
-    mask[0, : T // 4] = mask[1, T - T // 3 :] = False
-    for masked in (None, mx.array(mask)):
-        hidden, last, every = recurrence(
-            cell,
-            mx.array(params),
-            mx.array(u).astype(dtype),
-            mx.array(state),
-            mask=masked,
-            method=method,
-            backend=BACKEND,
-            return_states=7,
-        )
-        y, states = expected(cell, params, u, state, None if masked is None else mask)
-        rounding = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[dtype]
-        slack = 1e-5 if name != "slstm" else 1e-3
-        np.testing.assert_allclose(np.array(hidden.astype(mx.float32)), y, atol=slack + rounding)
-        np.testing.assert_allclose(np.array(last), states[:, -1], atol=slack, rtol=slack)
-        np.testing.assert_allclose(np.array(every), states[:, 6::7], atol=slack, rtol=slack)
+CELLS = ("gru", "lstm", "slstm", "nlru")
 
 
-@pytest.mark.parametrize("name", ["gru", "lstm", "nlru", "slstm"])
+class OnGpu(Problem):
+    def _run(self, launch, extra, **_):
+        u = mx.array(np.ascontiguousarray(self.u.swapaxes(0, 1)))
+        if self.dtype == "bfloat16":
+            u = u.view(mx.bfloat16)
+        arrays = {"u": u.swapaxes(0, 1), "params": mx.array(self.params), "initial": mx.array(self.initial)}
+        arrays |= {name: mx.array(array) for name, array in extra.items()}
+        if self.masked:
+            arrays["mask"] = mx.array(self.mask)
+        out = kernels.run(launch, arrays, BACKEND)
+        return {n: np.array(a.astype(mx.float32) if n == "hidden" else a) for n, a in out.items()}
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("every", [0, 7])
 @pytest.mark.parametrize("tiling", kernels.SHAPES)
-def test_iterations_end_and_the_answer_is_the_sequential_one(name, tiling, monkeypatch):
-    monkeypatch.setattr(kernels, "_tiling", lambda B, D: tiling)
-    for scale in (0.5, 8.0):
-        cell, params, u, _ = problem(name, T=700, D=50, scale=scale)
-        newton, _ = solve(cell, params, u, method="newton", backend=BACKEND, tol=0.0)
-        straight, _ = solve(cell, params, u, method="sequential", backend=BACKEND)
-        np.testing.assert_allclose(newton, straight, atol=1e-5 * max(1, np.abs(straight).max()))
+def test_every_instantiation(name, dtype, masked, every, tiling):
+    for T, D, B, heads in ((1, 1, 1, 1), (33, 9, 3, 3), (700, 40, 2, 2)):
+        p = OnGpu(name, T, D, B, heads, dtype, state=True, masked=masked)
+        hidden, states = p.oracle()
+        newton = [p.newton(tiling=tiling, every=every, info=info) for info in (False, True)]
+        for out in (*newton, p.sequential(every=every)):
+            tolerance = 1e-3 if name == "slstm" else 2e-5
+            assert_close(out["hidden"], hidden, dtype, tolerance)
+            assert_close(out["last"], states[:, -1], tolerance=tolerance)
+            if every:
+                assert_close(out["states"], states[:, every - 1 :: every], tolerance=tolerance)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "nlru"])
+@pytest.mark.parametrize("tiling", kernels.SHAPES)
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_iterates(name, tiling, iterations):
+    channels, chunk, groups = kernels.SHAPES[tiling]
+    tile = groups * 32 // channels * chunk
+    p = OnGpu(name, tile + 75, 5, scale=3.0, memory=2.5, state=True)
+    exact = p.iterate(tile, chunk, iterations)
+    noise = np.abs(p.iterate(tile, chunk, iterations, np.float32) - exact).max()
+    out = p.newton(tol=0.0, max_iters=iterations, tiling=tiling)
+    tolerance = max(1e-5 * max(1, np.abs(exact).max()), 16 * noise)
+    assert np.abs(out["hidden"] - exact).max() <= tolerance
+
+
+@pytest.mark.parametrize("case", cell_cases(), ids=lambda c: c["name"])
+@pytest.mark.parametrize("method", ["sequential", "newton"])
+def test_golden_cells(case, method):
+    """Every activation, against PyTorch's own numbers."""
+    cell, params, u, golden = read(case)
+    hidden, _ = recurrence(cell, params, u, method=method, backend=BACKEND)
+    assert np.abs(np.array(hidden) - golden["y_seq"]).max() <= 4 * allowed(golden)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_long_and_wide(name):
+    p = OnGpu(name, T=4096, D=1030)
+    hidden, _ = p.oracle()
+    for tiling in kernels.SHAPES:
+        assert_close(p.newton(tiling=tiling)["hidden"], hidden, tolerance=1e-3 if name == "slstm" else 2e-5)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
-def test_transformations(name):
+def test_gradients_and_compile(name):
     cell, params, u, state = problem(name, T=60, state=True)
     arrays = [mx.array(a) for a in (params, u, state)]
     loss, ops = loss_of(cell, {"backend": BACKEND}), loss_of(cell, {"backend": "ops"})
@@ -64,7 +96,3 @@ def test_transformations(name):
     for gradients in (mx.grad(loss, argnums=(0, 1, 2)), mx.compile(mx.grad(loss, argnums=(0, 1, 2)))):
         for a, b in zip(gradients(*arrays), wanted, strict=True):
             np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-3, atol=2e-4)
-    stack = mx.stack([arrays[1], 0.5 * arrays[1]])
-    mapped = mx.vmap(lambda v: recurrence(cell, arrays[0], v, backend=BACKEND)[0])(stack)
-    one = recurrence(cell, arrays[0], stack[1], backend="ops")[0]
-    np.testing.assert_allclose(np.array(mapped[1]), np.array(one), atol=1e-5)

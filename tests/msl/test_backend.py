@@ -1,5 +1,7 @@
 """recurrence() by way of the kernels, as on a Mac, with the harness in the GPU's place."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from test_recurrence import loss_of, problem, solve
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError, get_cell, kernels
-from mlx_pararnn.recurrence import recurrence
+from mlx_pararnn.recurrence import _kernels_agree, recurrence
 
 from . import harness
 
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=str(harness.miss
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def mac(monkeypatch):
     """Pretend to be a Mac; gives the names of the kernels that were launched."""
     names = []
 
@@ -34,7 +36,73 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
     monkeypatch.setattr(kernels, "run", run)
-    return names
+    _kernels_agree.cache_clear()
+    yield names
+    _kernels_agree.cache_clear()
+
+
+@pytest.fixture
+def launched(mac, monkeypatch):
+    """As `mac`, with the trial at first use behind it."""
+    monkeypatch.setattr("mlx_pararnn.recurrence._kernels_agree", lambda cell, backend: True)
+    return mac
+
+
+def test_kernels_are_tried_once_and_then_used(mac):
+    cell, params, u, _ = problem("lstm", T=30)
+    solve(cell, params, u)
+    solve(cell, params, u)
+    assert len(mac) == 2 + 2
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong numbers"])
+def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):
+    working = kernels.run
+
+    def broken(launch, arrays, backend):
+        if fault == "raises":
+            raise RuntimeError("Unable to build metal library")
+        return {name: array + 1 for name, array in working(launch, arrays, backend).items()}
+
+    monkeypatch.setattr(kernels, "run", broken)
+    cell, params, u, _ = problem("gru", T=30)
+    with pytest.warns(RuntimeWarning, match="the metal kernels do not work here"):
+        hidden, _ = solve(cell, params, u)
+    np.testing.assert_allclose(hidden, solve(cell, params, u, backend="ops")[0], atol=2e-6)
+
+
+def test_a_text_that_is_not_the_classs_is_refused():
+    """SLOTS, GATES, PARAMS and OUTPUT of the Metal text are held against the Python class."""
+    cell = get_cell("gru")
+    launch = kernels.sequential_launch(cell, (1, 1, 4, 3, 32), mx.float32)
+    wrong = replace(launch, header=launch.header.replace("SLOTS = 1", "SLOTS = 2"))
+    arrays = {
+        "u": np.zeros((1, 1, 4, 3, 32), np.float32),
+        "params": np.zeros((3, 32), np.float32),
+        "initial": np.zeros((1, 1, 32), np.float32),
+    }
+    with pytest.raises(Exception, match="not the Python class"):
+        harness.run(wrong, arrays)
+
+
+def test_names_tell_texts_apart():
+    """MLX's CUDA side keeps compiled kernels by name."""
+    gru, relu = get_cell("gru"), get_cell("gru", {"state": "relu"})
+    names = {
+        kernels.newton_launch(cell, (1, 1, 9, 3, 32), mx.float32, masked=masked, every=every).name
+        for cell in (gru, relu)
+        for masked in (False, True)
+        for every in (0, 1, 2)
+    }
+    assert len(names) == 12
+
+
+def test_other_dtypes_are_cast(launched):
+    cell, params, u, _ = problem("gru", T=20)
+    whole = mx.round(mx.array(u) * 3)
+    hidden, _ = recurrence(cell, mx.array(params), whole.astype(mx.int32), mask=mx.ones((2, 20), mx.int32))
+    wanted, _ = recurrence(cell, mx.array(params), whole, backend="ops")
+    assert mx.abs(hidden - wanted).max() < 3e-6
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm", "slstm", "nlru"])

@@ -155,8 +155,8 @@ def test_against_the_oracle(name, T, D, B):
     dtype = tuple(DTYPES)[turn % 3]
     heads = 3 if D in (9, 33) else 1
     p = Problem(name, T, D, B, heads, dtype, state=turn % 2 == 1, masked=turn % 4 >= 2, seed=turn)
-    tiling = TILINGS[turn % 3]
-    every = (0, 1, 7)[turn % 3]
+    tiling = TILINGS[turn // 3 % 3]
+    every = (0, 1, 7)[turn // 9 % 3]
     hidden, states = p.oracle()
     # sLSTM's exponentials amplify rounding: allowed is four times what float32 in NumPy is off by.
     tolerance = 3e-6
@@ -270,6 +270,38 @@ def test_nan_and_infinity_stay_in_their_channel_and_never_hang(name):
         assert (out["hidden"][0, :10, 1] == clean[0, :10, 1]).all()
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_rows_masks_states_and_gaps_together(name):
+    """Rows of different masks and states, every slot's gap: what a row mixed up with another would break."""
+    for tiling in TILINGS:
+        p = Problem(name, T=150, D=40, B=3, heads=2, state=True, masked=True, scale=1.0)
+        hidden, states = p.oracle()
+        out = p.newton(tiling=tiling, every=4, check=True)
+        assert_close(out["hidden"], hidden, tolerance=1e-5)
+        assert_close(out["states"], states[:, 3::4], tolerance=2e-5)
+        assert_close(out["last"], states[:, -1], tolerance=2e-5)
+
+
+def test_the_gap_is_that_of_all_slots():
+    p = Problem("lstm", T=128, D=32, scale=2.0, memory=3.0)
+    out = p.newton(tol=0.0, max_iters=1, tiling="wide")
+    starts_differ = p.newton(tol=0.0, max_iters=1, tiling="wide", every=16)["states"]
+    exact = p.oracle()[1][:, 15::16]
+    assert out["gap"].max() > 0.3 * np.abs(starts_differ - exact).max() / 8
+
+
+def test_the_tolerance_is_relative_above_one():
+    """States of thousands (a GRU with identity activation) settle by their size, not to 1e-4 absolute."""
+    cell = get_cell("gru", {"state": "identity"})
+    p = Problem("gru", T=128, D=32, scale=0.3, memory=2.0)
+    p.cell = cell
+    p.u[:, :, :, 2] *= np.float32(1e5)
+    p.exact_u[:, :, 2] *= 1e5
+    assert np.abs(p.oracle()[0]).max() > 1e4
+    tight = p.newton(tol=1e-4)["iterations_made"].max()
+    assert tight < p.newton(tol=0.0)["iterations_made"].max()
+
+
 def test_it_stops_as_soon_as_it_may():
     p = Problem("gru", T=128, D=32, scale=0.1)
     assert 1 <= p.newton(tol=1e-3)["iterations_made"].max() <= 2
@@ -287,12 +319,17 @@ def test_metals_own_rounding(name):
 
 
 def test_offsets_beyond_32_bits():
-    """A u whose steps stand 2^30 numbers apart: three of them reach past what an int can count."""
-    p = Problem("gru", T=3, D=4, dtype="float16", state=True)
-    far = np.zeros(2 * 2**30 + 64, np.float16)  # only the pages that are touched take memory
-    strides = tuple(2 * n for n in (0, 0, 2**30, 4, 1))
-    view = np.lib.stride_tricks.as_strided(far, p.u.shape, strides)
-    view[...] = p.u
-    near, p.u = p.sequential(), view
-    assert (p.sequential()["hidden"] == near["hidden"]).all()
-    np.testing.assert_allclose(p.newton()["hidden"], near["hidden"], atol=1e-3)
+    """A u whose steps, rows or heads stand 2^30 numbers apart: three of them are more than an int counts."""
+    far = np.zeros(2 * 2**30 + 4096, np.float16)  # only the pages that are touched take memory
+    for axis in (0, 1, 2):
+        shape = [1, 1, 1]
+        shape[axis] = 3
+        B, heads, T = shape
+        p = Problem("gru", T, 4 * heads, B, heads, dtype="float16", state=True)
+        strides = [0, 0, 0, 4, 1]
+        strides[axis] = 2**30
+        view = np.lib.stride_tricks.as_strided(far, p.u.shape, tuple(2 * n for n in strides))
+        view[...] = p.u
+        near, p.u = p.sequential(), view
+        assert (p.sequential()["hidden"] == near["hidden"]).all()
+        np.testing.assert_allclose(p.newton()["hidden"], near["hidden"], atol=1e-3)
