@@ -1,5 +1,6 @@
 """`mlx-pararnn lm`: MLX-LM's own commands, with this package's model and cache registered."""
 
+import signal
 import sys
 from typing import Annotated
 
@@ -24,5 +25,6 @@ def lm(
         raise typer.BadParameter(f"no MLX-LM command {command!r}; one of: {', '.join(COMMANDS)}")
     from mlx_lm.cli import main
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a server's threads would outlive ours
     sys.argv = ["mlx_lm", command, *context.args]
     main()

@@ -1,6 +1,7 @@
 """`generate` as a user has it: the command and the function."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -259,3 +260,14 @@ def test_a_cell_of_ones_own_is_found_again(tmp_path, monkeypatch):
     assert result.returncode == 1
     assert "unknown cell 'leaky'" in result.stderr
     assert "--import MODULE" in result.stderr
+
+    # an installed package's entry point
+    info = tmp_path / "my_cell-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-cell\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[mlx_pararnn.cells]\nleaky = my_cell\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr

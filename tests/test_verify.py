@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import mlx.core as mx
 import numpy as np
@@ -155,6 +158,51 @@ def test_lm_help_is_mlx_lms():
     assert "LLM inference script" in result.stdout
 
 
+def test_lm_chat():
+    result = command("lm", "chat", "--model", DEMO, "--max-tokens", "11", input="q\n")
+    assert result.returncode == 0, result.stderr
+
+
+def test_lm_server():
+    """MLX-LM's server answers a completion, and the same as `generate` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "mlx_pararnn.cli.app",
+            "lm",
+            "server",
+            "--model",
+            str(DEMO),
+            "--port",
+            str(port),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        body = json.dumps({"prompt": "def main(", "max_tokens": 11, "temperature": 0}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        for _ in range(120):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    text = json.load(answer)["choices"][0]["text"]
+                break
+            except OSError:
+                assert server.poll() is None, server.stderr.read()
+                time.sleep(0.5)
+        assert text == "self, other"
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
 def test_lm_prompt_caches(tmp_path):
     cache = tmp_path / "cache.safetensors"
     made = command(
@@ -205,13 +253,16 @@ def test_lm_quantizes(tmp_path):
 
 
 def test_lm_lora(tmp_path):
-    """A few steps of MLX-LM's fine-tuning on local data, where its `train` extra is installed."""
+    """A few steps of MLX-LM's fine-tuning on local data; it wants a tokenizer with an end-of-text token."""
     pytest.importorskip("datasets", reason="mlx_lm.lora needs the datasets package")
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "~"}))
     for split in ("train", "valid"):
         lines = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n"}) for i in range(16)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     result = command(
-        "lm", "lora", "--model", DEMO, "--train", "--data", tmp_path, "--iters", "3", "--batch-size", "2",
+        "lm", "lora", "--model", model, "--train", "--data", tmp_path, "--iters", "3", "--batch-size", "2",
         "--num-layers", "2", "--adapter-path", tmp_path / "adapters", "--max-seq-length", "64",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
