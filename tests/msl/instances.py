@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pararnn.cells import Cell, get_cell
+from mlx_pararnn.cells.activations import ACTIVATIONS
 from mlx_pararnn.kernels import SHAPES, Launch, newton_launch, sequential_launch
 
 from .wrap import Input
@@ -19,20 +20,6 @@ CELLS = {
     "nlru": get_cell("nlru"),
 }
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-ACTIVATIONS = [
-    "identity",
-    "relu",
-    "leaky_relu",
-    "elu",
-    "selu",
-    "gelu",
-    "silu",
-    "softplus",
-    "sigmoid",
-    "half_sigmoid",
-    "tanh",
-    "exp",
-]
 
 
 @dataclass(frozen=True)
