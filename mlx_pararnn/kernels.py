@@ -199,22 +199,9 @@ def _launch(
     grid: tuple[int, int, int],
     threads: int,
 ) -> Launch:
-    if not has_kernel(cell):
-        raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
-    # What a call does not have must not be named in its text either: the preprocessor cuts it out.
-    flags = {"MASKED": int(masked), "EVERY": every, "INFO": int("gap" in outputs)}
-    cell_text, cell_type = _cell(cell)
-    header = "".join(f"#define {flag} {value}\n" for flag, value in flags.items())
-    header += _text("dual.h") + _text("activations.h") + cell_text + f"\nusing Cell = {cell_type};\n"
-    counts = {"SLOTS": cell.slots, "GATES": cell.gates, "PARAMS": cell.params}
-    agreed = [f"Cell::{count} == {len(names)}" for count, names in counts.items()]
-    agreed.append(f"Cell::OUTPUT == {cell.output_slot}")
-    header += f'static_assert({" && ".join(agreed)}, "the Metal text is not the Python class\'s");\n'
-    source = _text(f"{kernel}.metal")
-    # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
-    digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
+    name, source, header = _texts(cell, kernel, masked, every, "gap" in outputs)
     return Launch(
-        name=f"pararnn_{kernel}_{cell.name}_{digest}",
+        name=name,
         input_names=(*inputs, "mask") if masked else inputs,
         output_names=tuple(outputs),
         source=source,
@@ -225,6 +212,26 @@ def _launch(
         output_shapes=tuple(shape for shape, _ in outputs.values()),
         output_dtypes=tuple(dtype for _, dtype in outputs.values()),
     )
+
+
+@lru_cache(maxsize=256)
+def _texts(cell: Cell, kernel: str, masked: bool, every: int, info: bool) -> tuple[str, str, str]:
+    """Name, body and header of a kernel; kept, since every layer asks for them at every token."""
+    if not has_kernel(cell):
+        raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
+    # What a call does not have must not be named in its text either: the preprocessor cuts it out.
+    flags = {"MASKED": int(masked), "EVERY": every, "INFO": int(info)}
+    cell_text, cell_type = _cell(cell)
+    header = "".join(f"#define {flag} {value}\n" for flag, value in flags.items())
+    header += _text("dual.h") + _text("activations.h") + cell_text + f"\nusing Cell = {cell_type};\n"
+    counts = {"SLOTS": cell.slots, "GATES": cell.gates, "PARAMS": cell.params}
+    agreed = [f"Cell::{count} == {len(names)}" for count, names in counts.items()]
+    agreed.append(f"Cell::OUTPUT == {cell.output_slot}")
+    header += f'static_assert({" && ".join(agreed)}, "the Metal text is not the Python class\'s");\n'
+    source = _text(f"{kernel}.metal")
+    # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
+    digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
+    return f"pararnn_{kernel}_{cell.name}_{digest}", source, header
 
 
 def _outputs(

@@ -122,11 +122,17 @@ def step(cell: Cell, params: mx.array, u: mx.array, state: State) -> State:
     return _compiled_step(cell)(params, u, *state)
 
 
-def step_jacobian(
-    cell: Cell, params: mx.array, u: mx.array, mask: mx.array | None, state: State
-) -> tuple[State, mx.array]:
-    """One step of every chunk, and its Jacobian (slots, slots, ...) in the layout of `state`."""
-    return _split(_dual_step(cell, params, u, mask, _seeded(state)))
+def masked_step(cell: Cell, params: mx.array, u: mx.array, mask: mx.array | None, state: State) -> State:
+    """One time step where `mask` is True; the state as it was elsewhere."""
+    new = step(cell, params, u, state)
+    if mask is None:
+        return new
+    return tuple(mx.where(mask, n, s) for n, s in zip(new, state, strict=True))
+
+
+def step_jacobian(cell: Cell, params: mx.array, u: mx.array, mask: mx.array | None, state: State) -> mx.array:
+    """The Jacobian of `masked_step`, (slots, slots, ...) in the layout of `state`."""
+    return _jacobian(_dual_step(cell, params, u, mask, _seeded(state)))
 
 
 def unstack(states: mx.array) -> State:
@@ -192,8 +198,8 @@ def _corrected_ends(
         tangents = _dual_step(cell, params, u_j, mask_j, duals)
         # The values come from the step that `_run` takes: two compilations of one formula may round
         # differently (fused multiply-add), and then a start that is right would never equal its end.
-        values = _masked_step(cell, params, u_j, mask_j, values)
-    _, P = _split(tangents)
+        values = masked_step(cell, params, u_j, mask_j, values)
+    P = _jacobian(tangents)
     end, start = mx.stack([*values]), mx.stack([*starts])
     gap = end[..., :-1, :] - start[..., 1:, :]
     no_padding = [(0, 0)] * (gap.ndim - 2)
@@ -221,18 +227,11 @@ def _run(
     params = params[:, :, None]
     states = []
     for j in range(u.shape[3]):
-        state = _masked_step(cell, params, u[:, :, :, j], None if masks is None else masks[j], state)
+        state = masked_step(cell, params, u[:, :, :, j], None if masks is None else masks[j], state)
         states.append(state)
         if eager and (j + 1) % _EVAL_EVERY == 0:
             _hand_over(state)
     return states
-
-
-def _masked_step(cell: Cell, params: mx.array, u: mx.array, mask: mx.array | None, state: State) -> State:
-    new = step(cell, params, u, state)
-    if mask is None:
-        return new
-    return tuple(mx.where(mask, n, s) for n, s in zip(new, state, strict=True))
 
 
 def _hand_over(state: State) -> None:
@@ -278,11 +277,10 @@ def _seeded(state: State) -> tuple[Dual, ...]:
     )
 
 
-def _split(state: tuple[Dual, ...]) -> tuple[State, mx.array]:
-    values = tuple(s.value for s in state)
-    zero = mx.zeros_like(values[0])
+def _jacobian(state: tuple[Dual, ...]) -> mx.array:
+    zero = mx.zeros_like(state[0].value)
     rows = [s.tangents or (zero,) * len(state) for s in state]  # a slot may not depend on the state at all
-    return values, mx.stack([mx.stack([*row]) for row in rows])
+    return mx.stack([mx.stack([*row]) for row in rows])
 
 
 @lru_cache(maxsize=64)

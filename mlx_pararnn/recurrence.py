@@ -17,7 +17,7 @@ import mlx.core as mx
 from . import kernels
 from .cells import Cell
 from .errors import PararnnError
-from .newton import F, Solution, linear_scan, newton, sequential, step_jacobian, unstack
+from .newton import Solution, linear_scan, masked_step, newton, sequential, step_jacobian, unstack
 
 METHODS = ("auto", "sequential", "newton")
 BACKENDS = ("metal", "cuda", "ops")
@@ -379,18 +379,12 @@ def _backward(
     weights = params[:, :, None]
 
     # lambda_t = g_t + J_{t+1}^T lambda_{t+1}: a scan over reversed time
-    _, J = step_jacobian(plan.cell, weights, u, keep, slots)
-    JT = J.swapaxes(0, 1)
+    JT = step_jacobian(plan.cell, weights, u, keep, slots).swapaxes(0, 1)
     later = mx.concatenate([JT[..., 1:, :], mx.zeros_like(JT[..., :1, :])], axis=-2)
     adjoint = linear_scan(later[..., ::-1, :], cotangent[..., ::-1, :])[..., ::-1, :]
 
     def all_steps(weights: mx.array, u: mx.array, *before: mx.array) -> list[mx.array]:
-        gates = {gate: u[..., i, :] for i, gate in enumerate(plan.cell.gates)}
-        named = {name: weights[i] for i, name in enumerate(plan.cell.params)}
-        after = plan.cell.step(before, gates, named, F)
-        if keep is None:
-            return list(after)
-        return [mx.where(keep, a, b) for a, b in zip(after, before, strict=True)]
+        return [*masked_step(plan.cell, weights, u, keep, before)]
 
     _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *slots], [*unstack(adjoint)])
     d_state = mx.stack([d[:, :, 0] for d in d_before], axis=1)
