@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 import mlx_pararnn  # noqa: F401 - loads OpenBLAS before a test imports MLX
+from mlx_pararnn import cells
 
 DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def registry_as_it_was(monkeypatch):
+    """A cell that a test registers is gone after it."""
+    monkeypatch.setattr(cells, "_REGISTRY", dict(cells._REGISTRY))
 
 
 @pytest.fixture(scope="session")

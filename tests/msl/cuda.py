@@ -14,24 +14,11 @@ from pathlib import Path
 
 from mlx_pararnn.kernels import cuda_text
 
-from .wrap import FACTS, Input, KernelCall, dtype_name
+from .wrap import FACTS, METAL_TYPES, Input, KernelCall, dtype_name
 
 COMPAT = Path(__file__).parents[2] / "metal" / "cuda_compat.h"
 
-CUDA_TYPES = {
-    "bool": "bool",
-    "int8": "int8_t",
-    "int16": "int16_t",
-    "int32": "int32_t",
-    "int64": "int64_t",
-    "uint8": "uint8_t",
-    "uint16": "uint16_t",
-    "uint32": "uint32_t",
-    "uint64": "uint64_t",
-    "float16": "__half",
-    "bfloat16": "__nv_bfloat16",
-    "float32": "float",
-}
+CUDA_TYPES = {**METAL_TYPES, "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 # In place of mlx/backend/cuda/device/utils.cuh.
 MLX_HEADER = """
