@@ -11,6 +11,9 @@
 #define METAL_FUNC METAL_COMPAT_DEVICE inline
 #define threadgroup __shared__
 
+// MLX gives NVRTC no -fmad=false: see dual.h.
+#define FUSES 1
+
 using uint = unsigned int;
 using ushort = unsigned short;
 using uchar = unsigned char;
@@ -23,6 +26,11 @@ METAL_FUNC void simdgroup_barrier(mem_flags) { __syncwarp(); }
 
 METAL_FUNC bool simd_any(bool v) { return __any_sync(0xffffffffu, v); }
 METAL_FUNC bool simd_all(bool v) { return __all_sync(0xffffffffu, v); }
+
+METAL_FUNC float simd_sum(float v) {
+  for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(0xffffffffu, v, distance);
+  return v;
+}
 
 template <typename T>
 METAL_FUNC T simd_shuffle(T v, ushort lane) {

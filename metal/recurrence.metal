@@ -37,6 +37,10 @@
   }
   const int64_t base = b * u_strides[0] + (d / W) * u_strides[1] + (d % W) * u_strides[4];
   const int limit = min(int(max_iters[0]), CHUNKS - 1);
+  float growth[SLOTS];  // the most that a difference of starts has grown so far, at least 1
+  for (int s = 0; s < SLOTS; ++s) {
+    growth[s] = 1.0f;
+  }
 #if INFO
   int most_iterations = 0;
   float largest_gap = 0.0f;
@@ -97,29 +101,43 @@
       // Each thread scans the chunks before its own: start'_{c+1} = end_c + P_c delta_c, delta = start' - start.
       float delta[SLOTS];
       float corrected[SLOTS];
+      float factor[SLOTS];  // how far a difference of starts has grown when it arrives here, at least 1
       for (int s = 0; s < SLOTS; ++s) {
         delta[s] = 0.0f;
         corrected[s] = start[s];
+        factor[s] = 1.0f;
       }
       for (int c = 0; c < chunk; ++c) {
         const int from = c * CW + column;
+        float grown[SLOTS];
         for (int s = 0; s < SLOTS; ++s) {
           const float end = shared_end[s * CELLS + from];
           float correction = 0.0f;
+          grown[s] = 0.0f;
           for (int j = 0; j < SLOTS; ++j) {
-            correction += shared_jacobian[(s * SLOTS + j) * CELLS + from] * delta[j];
+            const float slope = shared_jacobian[(s * SLOTS + j) * CELLS + from];
+            correction += slope * delta[j];
+            grown[s] += fabs(slope) * factor[j];
           }
           // what is not finite falls back to the plain sweep, which still makes one more start right
           corrected[s] = isfinite(correction) ? end + correction : end;
         }
         for (int s = 0; s < SLOTS; ++s) {
           delta[s] = corrected[s] - shared_start[s * CELLS + from + CW];
+          factor[s] = max(1.0f, grown[s]);
         }
       }
+      // Where differences grow, the rounding of a start grows with them: there a start has settled only when it
+      // moves by so much less, which in chaotic channels is not at all.
       bool moved = false;
       for (int s = 0; s < SLOTS; ++s) {
-        const float size = max(1.0f, fabs(corrected[s]));
-        const bool settled = corrected[s] == start[s] || fabs(corrected[s] - start[s]) <= tol[0] * size ||
+        float grown = 0.0f;
+        for (int j = 0; j < SLOTS; ++j) {
+          grown += fabs(state[s].d[j]) * factor[j];
+        }
+        growth[s] = max(growth[s], grown);
+        const float movement = fabs(corrected[s] - start[s]) * growth[s];
+        const bool settled = corrected[s] == start[s] || movement <= tol[0] * max(1.0f, fabs(corrected[s])) ||
             (isnan(corrected[s]) && isnan(start[s]));
         moved = moved || !settled;
         start[s] = corrected[s];
@@ -140,9 +158,9 @@
     }
 
     // Run the chunk once more, and write.
-    float state[SLOTS];
+    pararnn::Dual<0> state[SLOTS];
     for (int s = 0; s < SLOTS; ++s) {
-      state[s] = start[s];
+      state[s].v = start[s];
     }
     for (int i = 0; i < C; ++i) {
       if (keep[i]) {
@@ -150,11 +168,11 @@
       }
       const int t = begin + i;
       if (i < steps && writes) {
-        hidden[(size_t(b) * T + t) * D + d] = static_cast<OutT>(keep[i] ? state[Cell::OUTPUT] : 0.0f);
+        hidden[(size_t(b) * T + t) * D + d] = static_cast<OutT>(keep[i] ? state[Cell::OUTPUT].v : 0.0f);
 #if EVERY
         if ((t + 1) % EVERY == 0) {
           for (int s = 0; s < SLOTS; ++s) {
-            states[((size_t(b) * (T / EVERY) + t / EVERY) * SLOTS + s) * D + d] = state[s];
+            states[((size_t(b) * (T / EVERY) + t / EVERY) * SLOTS + s) * D + d] = state[s].v;
           }
         }
 #endif
@@ -163,12 +181,12 @@
     // The tile's last step hands its state on; ends are compared with the starts that follow them.
     if (chunk == filled - 1) {
       for (int s = 0; s < SLOTS; ++s) {
-        shared_carry[s * CW + column] = state[s];
+        shared_carry[s * CW + column] = state[s].v;
       }
     }
 #if INFO
     for (int s = 0; s < SLOTS; ++s) {
-      shared_end[s * CELLS + cell] = state[s];
+      shared_end[s * CELLS + cell] = state[s].v;
     }
 #endif
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -12,9 +12,9 @@
   for (int p = 0; p < Cell::PARAMS; ++p) {
     w[p] = params[size_t(p) * D + d];
   }
-  float state[Cell::SLOTS];
+  pararnn::Dual<0> state[Cell::SLOTS];
   for (int s = 0; s < Cell::SLOTS; ++s) {
-    state[s] = initial[(size_t(b) * Cell::SLOTS + s) * D + d];
+    state[s].v = initial[(size_t(b) * Cell::SLOTS + s) * D + d];
   }
   const int64_t base = b * u_strides[0] + (d / W) * u_strides[1] + (d % W) * u_strides[4];
   for (int t = 0; t < T; ++t) {
@@ -30,15 +30,15 @@
       }
       Cell::step(state, x, w);
     }
-    hidden[(size_t(b) * T + t) * D + d] = static_cast<OutT>(keep ? state[Cell::OUTPUT] : 0.0f);
+    hidden[(size_t(b) * T + t) * D + d] = static_cast<OutT>(keep ? state[Cell::OUTPUT].v : 0.0f);
 #if EVERY
     if ((t + 1) % EVERY == 0) {
       for (int s = 0; s < Cell::SLOTS; ++s) {
-        states[((size_t(b) * (T / EVERY) + t / EVERY) * Cell::SLOTS + s) * D + d] = state[s];
+        states[((size_t(b) * (T / EVERY) + t / EVERY) * Cell::SLOTS + s) * D + d] = state[s].v;
       }
     }
 #endif
   }
   for (int s = 0; s < Cell::SLOTS; ++s) {
-    last[(size_t(b) * Cell::SLOTS + s) * D + d] = state[s];
+    last[(size_t(b) * Cell::SLOTS + s) * D + d] = state[s].v;
   }

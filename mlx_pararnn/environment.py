@@ -43,6 +43,7 @@ def examine() -> list[Finding]:
         _tf32(),
         _compiler(),
         Finding("model cache", _model_cache()),
+        Finding("compiled kernels", _compiled_kernels()),
     ]
     return findings
 
@@ -68,8 +69,25 @@ def _backends() -> list[Finding]:
             Finding(f"backend {n}", "present" if n == here else f"not here: {why}")
             for n, why in reasons.items()
         ),
+        _cpu_backend(here),
         Finding("backend ops", "present" + (f"; MLX_PARARNN_BACKEND={asked}" if asked else "")),
     ]
+
+
+def _cpu_backend(gpu: str | None) -> Finding:
+    from . import host
+    from .cells import get_cell
+
+    name = "backend cpu"
+    if gpu:
+        return Finding(name, f"not used: the device is a GPU ({gpu})")
+    try:
+        begin = time.perf_counter()
+        host.load(get_cell("gru"))
+    except host.BuildError as error:
+        return Finding(name, "cannot be built: plain MLX ops take its place", str(error))
+    seconds = time.perf_counter() - begin
+    return Finding(name, f"present: {host.compiler()}, {host.threads()} threads, loaded in {seconds:.1f} s")
 
 
 def _blas(loaded: str | None) -> Finding:
@@ -125,3 +143,9 @@ def _model_cache() -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return HF_HUB_CACHE
+
+
+def _compiled_kernels() -> str:
+    from .host import cache_folder
+
+    return str(cache_folder())

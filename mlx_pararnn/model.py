@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.mla import MultiLinear
 
+from . import fused
 from .cache import RecurrentCache
 from .cells import get_cell
 from .errors import PararnnError
@@ -182,12 +183,35 @@ class RecurrentLayer(nn.Module):
             state: (B, slots, D) or None for zeros.
             mask: (B, T), False at padding; or None.
         """
+        u = self._project(x, self.bias[:, None])
+        return recurrence(self._cell, self.recurrent_weight, u, state, mask=mask, **options)
+
+    def backend(self, **options: Any) -> str:
+        """The backend that `recurrence` takes with these options."""
+        return fused.backend_for(self._cell, **options)
+
+    def decode(
+        self, x: mx.array, state: mx.array | None, backend: str, *gated_norm: Any
+    ) -> tuple[mx.array, mx.array]:
+        """`__call__` for one token; `gated_norm`, if given, is the gate, weight and eps of `fused.decode`."""
+        if state is None:
+            state = mx.zeros((x.shape[0], len(self._cell.slots), self.recurrent_weight.shape[1]))
+        u = self._project(x)
+        return fused.decode(
+            self._cell, self.recurrent_weight, u, self.bias, state, *gated_norm, backend=backend
+        )
+
+    def _project(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
+        """u (B, heads, T, gates, D / heads), a strided view."""
         B, T, _ = x.shape
         # One matrix product a head over all B * T rows; the result is read by strides, not transposed back.
-        rows = x.reshape(B * T, self.num_heads, -1).swapaxes(0, 1)
-        u = self.input_proj(rows) + self.bias[:, None]
-        u = u.reshape(self.num_heads, B, T, len(self._cell.gates), -1).swapaxes(0, 1)
-        return recurrence(self._cell, self.recurrent_weight, u, state, mask=mask, **options)
+        if B * T == 1:  # MLX would copy the strided view of a single row
+            rows = x.reshape(self.num_heads, 1, -1)
+        else:
+            rows = x.reshape(B * T, self.num_heads, -1).swapaxes(0, 1)
+        u = self.input_proj(rows)
+        u = u if bias is None else u + bias
+        return u.reshape(self.num_heads, B, T, len(self._cell.gates), -1).swapaxes(0, 1)
 
 
 class CausalConv(nn.Module):
@@ -203,39 +227,16 @@ class CausalConv(nn.Module):
         self.bias = mx.zeros(dims)
 
     def __call__(
-        self, x: mx.array, window: mx.array | None, spans: list[tuple[int, int]] | None
+        self,
+        x: mx.array,
+        window: mx.array | None,
+        spans: list[tuple[int, int]] | None,
+        backend: str = "ops",
     ) -> tuple[mx.array, mx.array]:
-        """Convolve x (B, T, D) behind its last K - 1 inputs, `window`; returns y (B, T, D), the new window.
-
-        `spans` says where each row's real tokens stand (`RecurrentCache.spans`); padding leaves the window
-        unchanged.
-        """
-        B, T, D = x.shape
-        K = self.weight.shape[1]
+        """`fused.conv_silu` of x (B, T, D) behind its last K - 1 inputs, `window`; None for zeros."""
         if window is None:
-            window = mx.zeros((B, K - 1, D), x.dtype)
-        inputs = mx.concatenate([window, x], axis=1)
-        if spans is None:
-            new_window = inputs[:, T:]
-        else:
-            begin, end = (mx.array(side)[:, None] for side in zip(*spans, strict=True))
-            # the window moves up to the row's first real token
-            place = mx.arange(T + K - 1)
-            source = mx.where(place < begin + K - 1, mx.maximum(place - begin, 0), place)
-            inputs = mx.take_along_axis(inputs, source[..., None], axis=1)
-            last = end + mx.arange(K - 1)
-            new_window = mx.take_along_axis(inputs, last[..., None], axis=1)
-        taps = [inputs[:, k : k + T] for k in range(K)]
-        return _conv_silu(self.weight[..., 0].T, self.bias, *taps), new_window
-
-
-@mx.compile
-def _conv_silu(weight: mx.array, bias: mx.array, *taps: mx.array) -> mx.array:
-    # Shifted multiply-adds: MLX's depthwise conv1d takes four times as long on a CPU, and here SiLU joins in.
-    y = bias
-    for k, tap in enumerate(taps):
-        y = y + weight[k] * tap
-    return y * mx.sigmoid(y)
+            window = mx.zeros((x.shape[0], self.weight.shape[1] - 1, x.shape[2]), x.dtype)
+        return fused.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=backend)
 
 
 class GatedConvMixer(nn.Module):
@@ -248,11 +249,23 @@ class GatedConvMixer(nn.Module):
         self.norm = nn.RMSNorm(D, eps=args.norm_eps)
         self.out_proj = nn.Linear(D, D, bias=False)
 
-    def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, **options: Any) -> mx.array:
-        x, gate = mx.split(self.in_proj(x), 2, axis=-1)
-        x, cache[1] = self.conv1d(x, cache[1], cache.spans(x.shape[1]))
-        hidden, cache[0] = self.cell(x, cache[0], mask, **options)
-        return self.out_proj(self.norm(hidden) * nn.silu(gate))
+    def __call__(
+        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, behind: str, **options: Any
+    ) -> mx.array:
+        T = x.shape[1]
+        backend = self.cell.backend(**options)
+        main, gate = mx.split(self.in_proj(x), 2, axis=-1)
+        window = cache[1]
+        x, cache[1] = self.conv1d(main, window, cache.spans(T), backend)
+        norm = gate, self.norm.weight, self.norm.eps
+        if fused.decodes(backend, T, mask, options):
+            y, cache[0] = self.cell.decode(x, cache[0], backend, *norm)
+        else:
+            every = cache.stride(T)
+            hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
+            cache.keep(states, T, window, main)
+            y = fused.gated_norm(hidden, *norm, backend=behind)
+        return self.out_proj(y)
 
 
 class PlainMixer(nn.Module):
@@ -262,8 +275,17 @@ class PlainMixer(nn.Module):
             args.cell, args.hidden_size, args.hidden_size, args.num_heads, args.activations
         )
 
-    def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, **options: Any) -> mx.array:
-        hidden, cache[0] = self.cell(x, cache[0], mask, **options)
+    def __call__(
+        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, behind: str, **options: Any
+    ) -> mx.array:
+        T = x.shape[1]
+        backend = self.cell.backend(**options)
+        if fused.decodes(backend, T, mask, options):
+            hidden, cache[0] = self.cell.decode(x, cache[0], backend)
+        else:
+            every = cache.stride(T)
+            hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
+            cache.keep(states, T)
         return hidden
 
 
@@ -276,14 +298,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=args.mlp_bias)
         self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, backend: str = "ops") -> mx.array:
         if "gate_proj" in self:
-            return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(fused.swiglu(self.gate_proj(x), self.up_proj(x), backend=backend))
         return self.down_proj(nn.gelu(self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, last: bool) -> None:
         super().__init__()
         norm = nn.RMSNorm if args.norm == "rms" else nn.LayerNorm
         self.norm = norm(args.hidden_size, eps=args.norm_eps)
@@ -293,11 +315,17 @@ class Layer(nn.Module):
         if args.residual_scale:
             self.residual_scale = mx.ones(1)
         self._mlp_residual = args.mlp_residual
+        self._last = last
 
     def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, **options: Any) -> mx.array:
-        mixed = self.mixer(self.norm(x), cache, mask, **options)
+        # The CPU backend works at once. Who reads a prompt for its state alone, as generate_step does, never asks
+        # for what stands behind the last recurrence, so that stays lazy.
+        behind = self.mixer.cell.backend(**options)
+        if self._last and behind == "cpu":
+            behind = "ops"
+        mixed = self.mixer(self.norm(x), cache, mask, behind, **options)
         x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
-        y = self.mlp(self.mlp_norm(x))
+        y = self.mlp(self.mlp_norm(x), behind)
         return x + y if self._mlp_residual else y
 
 
@@ -309,7 +337,8 @@ class PararnnModel(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         if args.max_position_embeddings is not None:
             self.embed_positions = nn.Embedding(args.max_position_embeddings, args.hidden_size)
-        self.layers = [Layer(args) for _ in range(args.num_hidden_layers)]
+        count = args.num_hidden_layers
+        self.layers = [Layer(args, last=i == count - 1) for i in range(count)]
         norm = nn.RMSNorm if args.norm == "rms" else nn.LayerNorm
         self.norm = norm(args.hidden_size, eps=args.norm_eps)
 
@@ -350,7 +379,14 @@ class Model(nn.Module):
     """The language model.
 
     Raises PararnnError, when called, if a sequence outgrows the learned positions of a model that has them.
+
+    Attributes:
+        recent_steps, snapshot_spacing: what new caches remember (`RecurrentCache.remember`), nothing by
+            default. MLX-LM's speculative decoding makes its own caches and needs recent_steps in both models.
     """
+
+    recent_steps = 0
+    snapshot_spacing = 0
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -387,7 +423,11 @@ class Model(nn.Module):
         return self.model.layers
 
     def make_cache(self, batch_size: int = 1) -> list[RecurrentCache]:
-        return [RecurrentCache(batch_size) for _ in self.layers]
+        """An empty state; it remembers what `recent_steps` and `snapshot_spacing` say."""
+        caches = [RecurrentCache(batch_size) for _ in self.layers]
+        for cache in caches:
+            cache.remember(self.recent_steps, self.snapshot_spacing)
+        return caches
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Drop a tied head that a file repeats."""

@@ -7,20 +7,20 @@ paper, section 3.3). So every method and backend has the same, exact gradient.
 """
 
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from . import kernels
+from . import host, kernels
 from .cells import Cell
 from .errors import PararnnError
+from .host import in_transformation
 from .newton import Solution, linear_scan, masked_step, newton, sequential, step_jacobian, unstack
 
 METHODS = ("auto", "sequential", "newton")
-BACKENDS = ("metal", "cuda", "ops")
+BACKENDS = ("metal", "cuda", "cpu", "ops")
 
 CHUNK = 16  # steps, in ops and in the kernels
 TOLERANCE = 1e-6
@@ -77,8 +77,9 @@ def recurrence(
         mask: (B, T), bool; where False the state passes through unchanged and hidden is 0.
         return_states: if n > 0, also return the state after every n-th step.
         method: "sequential", "newton", or "auto": sequential, unless on a GPU with more than one step.
-        backend: "metal" or "cuda", the fused kernels; "ops", plain MLX; None takes the device's kernels where
-            the cell has them, else ops. The environment variable MLX_PARARNN_BACKEND goes before None.
+        backend: "metal" or "cuda", the fused kernels; "cpu", the cell compiled for the machine's vector unit,
+            sequential; "ops", plain MLX; None takes the device's own where the cell has it, else ops. The
+            environment variable MLX_PARARNN_BACKEND goes before None.
         chunk: Newton's chunk length C; 1 is the paper's scheme, Newton on the whole sequence. Any other than
             the default runs in ops.
         tol: Newton stops when no chunk start s moved by more than tol * max(1, |s|).
@@ -97,18 +98,19 @@ def recurrence(
     The kernels differentiate once and compile; for mx.vmap and higher derivatives take backend="ops", and ask
     for `return_info` outside of transformations.
 
-    In ops, inside mx.compile and mx.vmap, nothing may be evaluated: there "auto" is sequential, and Newton
-    makes min(max_iters, T / chunk) iterations. The kernels need no evaluation and stop by themselves.
+    Inside mx.compile and mx.vmap nothing may be evaluated: there a CPU runs ops, "auto" is sequential, and
+    Newton makes min(max_iters, T / chunk) iterations. GPU kernels need no evaluation and stop by themselves.
     """
     _check(cell, params, u, state, mask, method, chunk, max_iters, return_states)
     B, heads, T, _, width = u.shape
     slots = len(cell.slots)
     if state is None:
         state = mx.zeros((B, slots, heads * width))
-    backend = _backend(backend, cell, chunk)
+    arguments = [params, u, state, *([] if mask is None else [mask])]
+    backend = choose_backend(backend, cell, method, chunk, arguments)
     if backend != "ops":
         if method == "auto":
-            method = "newton" if T > 1 and slots < 4 else "sequential"
+            method = "newton" if T > 1 and slots < 4 and backend != "cpu" else "sequential"
         plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
         arrays = (
             mx.contiguous(params.astype(mx.float32)),
@@ -120,7 +122,7 @@ def recurrence(
             return _launch(plan, backend, return_states, *arrays, info=True)
         return tuple(_differentiable_kernel(plan, backend, return_states)(*arrays))
 
-    eager = T == 1 or not _in_transformation(params, u, state, *([] if mask is None else [mask]))
+    eager = T == 1 or not in_transformation(*arguments)
     if method == "auto":
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         method = "newton" if eager and on_gpu and T > 1 and slots < 4 else "sequential"
@@ -137,50 +139,52 @@ def recurrence(
     return (*_outputs(cell, states, mask, return_states, u.dtype), *info)
 
 
-def _backend(backend: str | None, cell: Cell, chunk: int) -> str:
+def choose_backend(
+    backend: str | None, cell: Cell, method: str, chunk: int, arguments: list[mx.array]
+) -> str:
     """The backend to use; raises PararnnError for one that is not here."""
     asked = backend or os.environ.get("MLX_PARARNN_BACKEND") or None
     if asked is not None and asked not in BACKENDS:
         raise PararnnError(f"unknown backend {asked!r}; choose one of {', '.join(BACKENDS)}")
     if asked == "ops":
         return "ops"
-    here = kernels.available_backend()
+    here = kernels.available_backend() or "cpu"
     if asked is None:
-        fits = here and chunk == CHUNK and kernels.has_kernel(cell)
-        return here if here and fits and _kernels_agree(cell, here) else "ops"
+        if here == "cpu":
+            # Straight through time, at once: no Newton, nothing inside mx.compile, and not one token, which MLX
+            # computes as a whole without waiting in the middle.
+            one_token = bool(arguments) and arguments[1].shape[2] == 1 and not host.is_large(arguments[1])
+            fits = method != "newton" and not one_token and not in_transformation(*arguments)
+        else:
+            fits = chunk == CHUNK
+        return here if fits and kernels.has_kernel(cell) and _kernels_agree(cell, here) else "ops"
     if asked != here:
         raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
-    if chunk != CHUNK:
+    if here == "cpu":
+        if method == "newton":
+            raise PararnnError("backend 'cpu' goes straight through time; choose 'ops' for method='newton'")
+        if in_transformation(*arguments):
+            raise PararnnError(
+                "backend 'cpu' runs at once, not inside mx.compile or mx.vmap; choose 'ops' there"
+            )
+    elif chunk != CHUNK:
         raise PararnnError(f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}")
     return asked
 
 
 @lru_cache(maxsize=64)
 def _kernels_agree(cell: Cell, backend: str) -> bool:
-    """Try the kernels on a small problem, once a cell and process; if they fail or differ from ops, warn.
-
-    Nobody has run them on every device there is: where one does not take them, ops still give the answer.
-    """
+    """Try the backend on a small problem, once a cell and process: `kernels.works_here`."""
     width, T = 40, 150
     params = 0.3 * mx.cos(mx.arange(len(cell.params) * width)).reshape(-1, width)
     u = mx.sin(mx.arange(2 * T * len(cell.gates) * width)).reshape(2, 1, T, len(cell.gates), width)
-    try:
+
+    def outcomes() -> Iterator[tuple[tuple[mx.array, ...], tuple[mx.array, ...]]]:
         wanted = recurrence(cell, params, u, method="sequential", backend="ops")
-        for method in ("sequential", "newton"):
-            given = recurrence(cell, params, u, method=method, backend=backend)
-            if not all(
-                mx.allclose(a, b, rtol=1e-4, atol=1e-4).item() for a, b in zip(given, wanted, strict=True)
-            ):
-                raise RuntimeError(f"the {method} kernel of {cell.name!r} gives other numbers")
-    except Exception as error:
-        warnings.warn(
-            f"the {backend} kernels do not work here ({error}); the recurrence runs in plain MLX ops, which "
-            "is slower; please report this",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+        for method in ("sequential",) if backend == "cpu" else ("sequential", "newton"):
+            yield recurrence(cell, params, u, method=method, backend=backend), wanted
+
+    return kernels.works_here(f"the recurrence of {cell.name!r}", backend, outcomes)
 
 
 def _laid_out(
@@ -234,20 +238,6 @@ def _check(
         raise PararnnError(f"chunk and max_iters must be at least 1 (got {chunk} and {max_iters})")
     if return_states < 0:
         raise PararnnError(f"return_states is {return_states}; it must be 0 or a number of steps")
-
-
-def _in_transformation(*arrays: mx.array) -> bool:
-    """True where MLX forbids evaluation: inside mx.compile and mx.vmap (it has no other way to ask).
-
-    Under mx.grad alone it allows `eval` but not `async_eval`.
-    """
-    for evaluate in (mx.async_eval, mx.eval):
-        try:
-            evaluate(arrays)
-            return False
-        except ValueError:
-            continue
-    return True
 
 
 @lru_cache(maxsize=256)
@@ -304,7 +294,10 @@ def _launch(
     *,
     info: bool = False,
 ) -> tuple[Any, ...]:
-    """hidden, last[, states][, info] by the fused kernel."""
+    """hidden, last[, states][, info] by the fused kernel, or by the CPU's."""
+    if backend == "cpu":
+        solved = host.solve(plan.cell, params, u, state, mask if plan.masked else None, every)
+        return (*solved, NewtonInfo(0, mx.array(0.0))) if info else solved
     arrays = {"u": u, "params": params, "initial": state, "mask": mask}
     cell, masked = plan.cell, plan.masked
     if plan.method == "sequential":

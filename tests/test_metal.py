@@ -1,18 +1,19 @@
 """On a GPU: every instantiation of the kernels against the oracle, and MLX's transformations.
 
-The problems are those of tests/msl/test_numbers.py; here they run on the card and not in the harness.
+The problems are those of tests/msl (test_numbers.py, fused.py), on the card and not in the harness.
 """
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import cell_cases
-from msl.instances import DTYPES
+from msl.fused import all_calls, conv, decode
+from msl.instances import CELLS, DTYPES
 from msl.test_numbers import Problem, assert_close
 from test_cells import allowed, read
 from test_recurrence import loss_of, problem
 
-from mlx_pararnn import kernels
+from mlx_pararnn import fused, get_cell, kernels
 from mlx_pararnn.recurrence import recurrence
 
 BACKEND = kernels.available_backend()
@@ -21,8 +22,6 @@ pytestmark = [
     pytest.mark.metal,
     pytest.mark.skipif(BACKEND is None, reason="needs a GPU that MLX can use"),
 ]
-
-CELLS = ("gru", "lstm", "slstm", "nlru")
 
 
 class OnGpu(Problem):
@@ -38,22 +37,24 @@ class OnGpu(Problem):
         return {n: np.array(a.astype(mx.float32) if n == "hidden" else a) for n, a in out.items()}
 
 
+ROWS = [(kernel, row) for kernel in ("recurrence", "sequential") for row in kernels.options(kernel)]
+
+
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("every", [0, 7])
-@pytest.mark.parametrize("tiling", kernels.SHAPES)
-def test_every_instantiation(name, dtype, masked, every, tiling):
+@pytest.mark.parametrize(("kernel", "row"), ROWS, ids=str)
+def test_every_instantiation(name, dtype, kernel, row):
+    masked, every = row["masked"], row["every"]
+    options = {key: value for key, value in row.items() if key != "masked"}
     for T, D, B, heads in ((1, 1, 1, 1), (33, 9, 3, 3), (700, 40, 2, 2)):
         p = OnGpu(name, T, D, B, heads, dtype, state=True, masked=masked)
         hidden, states = p.oracle()
-        newton = [p.newton(tiling=tiling, every=every, info=info) for info in (False, True)]
-        for out in (*newton, p.sequential(every=every)):
-            tolerance = 1e-3 if name == "slstm" else 2e-5
-            assert_close(out["hidden"], hidden, dtype, tolerance)
-            assert_close(out["last"], states[:, -1], tolerance=tolerance)
-            if every:
-                assert_close(out["states"], states[:, every - 1 :: every], tolerance=tolerance)
+        out = p.newton(**options) if kernel == "recurrence" else p.sequential(**options)
+        tolerance = 1e-3 if name == "slstm" else 2e-5
+        assert_close(out["hidden"], hidden, dtype, tolerance)
+        assert_close(out["last"], states[:, -1], tolerance=tolerance)
+        if every:
+            assert_close(out["states"], states[:, every - 1 :: every], tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm", "nlru"])
@@ -68,6 +69,18 @@ def test_iterates(name, tiling, iterations):
     out = p.newton(tol=0.0, max_iters=iterations, tiling=tiling)
     tolerance = max(1e-5 * max(1, np.abs(exact).max()), 16 * noise)
     assert np.abs(out["hidden"] - exact).max() <= tolerance
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("scale", [4.0, 16.0])
+def test_weights_that_overflow_newton_on_the_whole_sequence(name, scale):
+    """To the bit, as in tests/msl: the compiler may round the plain step no other way than the dual one."""
+    p = OnGpu(name, T=400, D=40, scale=scale)
+    straight = p.sequential()
+    for tiling in kernels.SHAPES:
+        newton = p.newton(tol=0.0, tiling=tiling)
+        for output in ("hidden", "last"):
+            np.testing.assert_array_equal(newton[output], straight[output])
 
 
 @pytest.mark.parametrize("case", cell_cases(), ids=lambda c: c["name"])
@@ -95,4 +108,53 @@ def test_gradients_and_compile(name):
     wanted = mx.grad(ops, argnums=(0, 1, 2))(*arrays)
     for gradients in (mx.grad(loss, argnums=(0, 1, 2)), mx.compile(mx.grad(loss, argnums=(0, 1, 2)))):
         for a, b in zip(gradients(*arrays), wanted, strict=True):
+            np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-3, atol=2e-4)
+
+
+LARGE = [conv(3, 1000, 2050), conv(2, 1, 4096, dtype="bfloat16"), decode("gru", 8, 1024, 4)]
+LARGE += [decode("lstm", 3, 4096, 4, "float16"), decode("slstm", 1, 5000, gated=False)]
+
+
+@pytest.mark.parametrize("call", [*all_calls(), *LARGE], ids=str)
+def test_convolution_and_decoding(call):
+    arrays = {
+        n: mx.array(a).view(mx.bfloat16) if call.dtypes[n] == "bfloat16" else mx.array(a)
+        for n, a in call.given.items()
+    }
+    out = kernels.run(call.launch, arrays, BACKEND)
+    got = {n: np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for n, a in out.items()}
+    assert call.compare(got, tolerance=2e-5) == ""
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("T", [1, 50])
+def test_around_the_recurrence_with_views_gradients_and_compile(name, T):
+    """As the model calls them: halves of a projection, heads outermost; the kernels are in use."""
+    assert fused._conv_works(BACKEND)
+    assert fused._decode_works(get_cell(name), BACKEND)
+    cell, B, D, heads = get_cell(name), 2, 48, 2
+    gates = len(cell.gates)
+
+    def loss(backend):
+        def total(both, window, weight, bias, u, u_bias, params, state):
+            x, gate = mx.split(both, 2, axis=-1)
+            y, new_window = fused.conv_silu(x, window, weight, bias, backend=backend)
+            z, last = fused.decode(
+                cell, params, u.swapaxes(0, 1), u_bias, state, gate[:, :1], bias, 1e-6, backend=backend
+            )
+            return (y**2).sum() + (new_window**3).sum() + (z**2).sum() + (last**2).sum()
+
+        return total
+
+    shapes = [(B, T, 2 * D), (B, 3, D), (D, 4), (D,), (heads, B, 1, gates, D // heads)]
+    shapes += [(heads, gates * D // heads), (len(cell.params), D), (B, len(cell.slots), D)]
+    rng = np.random.default_rng(0)
+    arrays = [mx.array(rng.uniform(0.1, 0.7, shape).astype(np.float32)) for shape in shapes]
+    every = list(range(len(arrays)))
+    wanted, slopes = mx.value_and_grad(loss("ops"), argnums=every)(*arrays)
+    function = mx.value_and_grad(loss(BACKEND), argnums=every)
+    for run in (function, mx.compile(function)):
+        value, gradients = run(*arrays)
+        np.testing.assert_allclose(value, wanted, rtol=1e-4)
+        for a, b in zip(gradients, slopes, strict=True):
             np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-3, atol=2e-4)

@@ -15,6 +15,7 @@ from mlx_pararnn.cli.app import app
 from typer.testing import CliRunner
 
 import mlx_pararnn
+from mlx_pararnn import kernels
 from mlx_pararnn.loading import DEMO
 
 
@@ -50,6 +51,7 @@ def test_a_good_model_passes(converted, exported):
     assert checks["passed"] is True
     assert [c["name"] for c in checks["checks"]] == [
         "Newton against sequential",
+        f"{kernels.available_backend() or 'cpu'} against ops",
         "token by token against the whole prompt",
         "logits of reference.safetensors",
     ]

@@ -9,6 +9,7 @@ In this order, the first objection counts:
                or Jacobian still converges to the right answer, but on another way
   bookkeeping  the iterations counted, and the gap left between chunks
   wild         weights for which the Jacobian overflows: bit for bit the sequential kernel's answer
+  chaotic      single channels whose differences grow a million times: within 1e-5 of the sequential answer
   contained    NaN and inf in one channel change no other, and end
 """
 
@@ -29,6 +30,7 @@ from .wrap import wrap
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # of hidden; states are float32 always
 FORGET = {"gru": (0, -2.0), "lstm": (0, 2.0), "nlru": (0, 2.0), "slstm": (1, 2.0)}  # gate, bias: long memory
+CHAOTIC = {"gru": [(8.0, "wide", 6)], "lstm": [(8.0, "wide", 7), (4.0, "narrow", 2)]}  # scale, shape, seed
 ALL = 1000  # iterations: more than there are chunks
 
 Objection = tuple[str, str]  # kind, message
@@ -201,6 +203,25 @@ def _wild(case: Case, change: Change) -> Iterator[str]:
             yield f"{name} is not the sequential kernel's"
 
 
+def _chaotic(case: Case, change: Change) -> Iterator[str]:
+    if case.tiling != "wide":
+        return
+    name = case.made.cell.name
+    for scale, tiling, seed in CHAOTIC.get(name, []):
+        shape = (1, 1, 1100, 1)
+        one = Case(instance(name, "float32", tiling, info=True, shape=shape), tiling)
+        straight = Case(instance(name, "float32", None, shape=shape), None)
+        rng = np.random.default_rng(seed)
+        params = (scale * rng.normal(size=one.params.shape)).astype(np.float32)
+        u = rng.normal(size=one.u.shape).astype(np.float32)
+        for each in (one, straight):
+            each.params, each.u, each.initial = params, u, np.zeros_like(each.initial)
+        got = one.run(change, check=False)["hidden"]
+        want = straight.run(lambda launch: launch, check=False)["hidden"]
+        if not np.max(np.abs(got - want)) <= 1e-5:
+            yield f"hidden is off by {np.max(np.abs(got - want)):.1e}"
+
+
 def _contained(case: Case, change: Change) -> Iterator[str]:
     if not case.tiling or case.made.dtype != "float32":
         return
@@ -227,5 +248,6 @@ CHECKS: dict[str, Callable[[Case, Change], Iterator[str]]] = {
     "iterates": _iterates,
     "bookkeeping": _bookkeeping,
     "wild": _wild,
+    "chaotic": _chaotic,
     "contained": _contained,
 }

@@ -26,12 +26,20 @@ CHECKED += [
     "-fsanitize=signed-integer-overflow,integer-divide-by-zero,shift,bounds-strict,float-cast-overflow,return"
 ]
 UNCHECKED = ["-O2"]
+CONTRACTION = ["-ffp-contract=fast", "-mfma"]
 MATH = {
     "ieee": [],
-    # what Metal's tables allow: 4 ulps on exp and the like, contraction (denormals are flushed at launch)
-    "metal": ["-DMSL_LOOSE_MATH=4", "-ffp-contract=fast", "-mfma"],
+    # what Metal's tables allow: 4 ulps on exp and the like (denormals are flushed at launch), and contraction
+    # where the text does not turn it off (g++ does not know the pragma)
+    "metal": ["-DMSL_LOOSE_MATH=4"],
+    # the same, and multiplications fused with additions wherever g++ sees them, as CUDA's compiler does
+    "fused": ["-DMSL_LOOSE_MATH=4", *CONTRACTION, "-DFUSES=1"],
+    # the same, but within an expression only: Metal's safe mode, by a compiler that does not know the pragma
+    "expressions": ["-DMSL_LOOSE_MATH=4", "-ffp-contract=on", "-mfma"],
     "fast": ["-DMSL_FAST_MATH"],
 }
+CLANG = {"expressions"}  # compiled by clang: g++ fuses across statements or not at all
+NO_CONTRACTION = "#pragma METAL fp contract(off)\n"
 
 POSITION = {  # an attribute, from MslPosition
     "thread_position_in_grid": "thread_in_grid",
@@ -69,6 +77,22 @@ def missing() -> str:
         return "no g++ (apt-get install g++)"
     version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
     return "" if int(version.split(".")[0]) >= 12 else f"g++ 12 or newer needed, not {version.strip()}"
+
+
+@cache
+def clang() -> str:
+    """The newest clang of at least 19, or ""."""
+    for name in ("clang-21", "clang-20", "clang-19", "clang"):
+        path = shutil.which(name)
+        if path:
+            version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True).stdout
+            if int(version.split(".")[0] or 0) >= 19 and "Apple" not in _about(path):
+                return path
+    return ""
+
+
+def _about(path: str) -> str:
+    return subprocess.run([path, "--version"], capture_output=True, text=True).stdout
 
 
 def without_instantiation(text: str) -> str:
@@ -144,6 +168,8 @@ def build(wrapped: Wrapped, inputs: dict[str, Input], *, check: bool, math: str)
     """The shared library of a kernel, compiled at most once for a text and its flags."""
     source = to_cpp(wrapped, inputs)
     flags = COMMON + (CHECKED if check else UNCHECKED) + MATH[math]
+    if math == "metal" and NO_CONTRACTION not in source:
+        flags += CONTRACTION
     key = hashlib.sha256("\0".join([shim_digest(), *flags, source]).encode()).hexdigest()[:24]
     target = cache_folder() / f"{key}.so"
     if target.exists():
@@ -151,7 +177,8 @@ def build(wrapped: Wrapped, inputs: dict[str, Input], *, check: bool, math: str)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         cpp, compiled, linked = (str(Path(folder) / n) for n in ("kernel.cpp", "kernel.o", "kernel.so"))
         Path(cpp).write_text(source)
-        run_compiler(["g++", *flags, "-I", str(SHIM), "-c", cpp, "-o", compiled])
+        compiler = clang() if math in CLANG else "g++"
+        run_compiler([compiler, *flags, "-I", str(SHIM), "-c", cpp, "-o", compiled])
         link = ["g++", "-shared", "-Wl,-Bsymbolic", compiled, *map(str, runtime()), "-o", linked]
         run_compiler(link)
         publish(linked, target)

@@ -77,10 +77,25 @@ def cuda_twin(call: KernelCall, inputs: list[Input]) -> str:
 
 def compile_ptx(text: str) -> list[str]:
     """What nvcc objects to; [] if nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cu"
-        path.write_text(text)
-        flags = ["-ptx", "-arch=sm_90", "-std=c++20", "-o", str(path.with_suffix(".ptx"))]
-        done = subprocess.run([nvcc(), *flags, str(path)], capture_output=True, text=True)
+    done, _ = _nvcc(text)
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     return errors or ([done.stderr] if done.returncode else [])
+
+
+def ptx(text: str) -> str:
+    return _nvcc(text)[1]
+
+
+def spilled(text: str, registers: int) -> int:
+    """Bytes that a thread of at most so many registers stores and loads for the lack of more."""
+    done, _ = _nvcc(text, "-cubin", "-Xptxas", "-v", f"-maxrregcount={registers}")
+    return sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+
+
+def _nvcc(text: str, *flags: str) -> tuple["subprocess.CompletedProcess[str]", str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path, made = Path(folder) / "kernel.cu", Path(folder) / "kernel.out"
+        path.write_text(text)
+        command = [nvcc(), *(flags or ["-ptx"]), "-arch=sm_90", "-std=c++20", "-o", str(made), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done, made.read_text() if made.exists() and not flags else ""

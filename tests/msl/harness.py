@@ -79,7 +79,7 @@ def run(
     """Outputs by name; bfloat16 ones as uint16, and inputs that `dtypes` calls bfloat16 too.
 
     order: 0 forward, 1 backward, others the seed of a shuffle, of lanes, simdgroups and threadgroups.
-    check=False: only values, several times faster. math: "ieee", "metal" or "fast".
+    check=False: only values, several times faster. math: a key of build.MATH.
     An input that is a strided view is copied first if `launch.contiguous`, as MLX does; otherwise the kernel
     gets the view's own memory, and may touch nothing before its first or after its last element.
     """

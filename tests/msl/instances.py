@@ -9,17 +9,14 @@ import numpy as np
 
 from mlx_pararnn.cells import Cell, get_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS
-from mlx_pararnn.kernels import SHAPES, Launch, newton_launch, sequential_launch
+from mlx_pararnn.kernels import CELLS as NAMES
+from mlx_pararnn.kernels import DTYPES as MLX_DTYPES
+from mlx_pararnn.kernels import SHAPES, Launch, newton_launch, options, sequential_launch
 
-from .wrap import Input
+from .wrap import Input, dtype_name
 
-CELLS = {
-    "gru": get_cell("gru"),
-    "lstm": get_cell("lstm"),
-    "slstm": get_cell("slstm"),
-    "nlru": get_cell("nlru"),
-}
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+CELLS = {name: get_cell(name) for name in NAMES}
+DTYPES = {dtype_name(dtype): dtype for dtype in MLX_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -79,11 +76,12 @@ def instance(
 
 
 def all_instances() -> Iterator[Instance]:
-    """Cells x dtypes x tilings x options; then every activation, in each cell's first place."""
-    for cell, dtype, masked, every in itertools.product(CELLS, DTYPES, (False, True), (0, 3)):
-        for tiling, info in itertools.product(SHAPES, (False, True)):
-            yield instance(cell, dtype, tiling, masked=masked, every=every, info=info)
-        yield instance(cell, dtype, None, masked=masked, every=every)
+    """Those of the recurrence in kernels.INSTANTIATIONS; every activation in each cell's first place."""
+    for cell, dtype in itertools.product(CELLS, DTYPES):
+        for row in options("recurrence"):
+            yield instance(cell, dtype, **row)
+        for row in options("sequential"):
+            yield instance(cell, dtype, tiling=None, **row)
     for cell, activation in itertools.product(("gru", "lstm"), ACTIVATIONS):
         place = next(iter(CELLS[cell].default_activations))
         yield instance(cell, activations={place: activation})

@@ -9,13 +9,11 @@ that is not in our list would show on a Mac only.
 """
 
 import re
-import shutil
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 
-from .build import MARK, without_instantiation
+from .build import MARK, clang, without_instantiation
 from .wrap import METAL_TYPES, KernelCall, Wrapped, dtype_name
 
 # OpenCL's generic address space stays on: without it no struct can be copied. So clang takes a pointer that
@@ -34,26 +32,10 @@ CLANG += ["-Wno-unused-const-variable", "-Wno-unused-local-typedef"]
 APT = "apt-get install -y clang-19"
 
 
-@cache
-def clang() -> str:
-    """The newest clang of at least 19, or ""."""
-    for name in ("clang-21", "clang-20", "clang-19", "clang"):
-        path = shutil.which(name)
-        if path:
-            version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True).stdout
-            if int(version.split(".")[0] or 0) >= 19 and "Apple" not in _about(path):
-                return path
-    return ""
-
-
-def _about(path: str) -> str:
-    return subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-
-
 def to_opencl(call: KernelCall, wrapped: Wrapped) -> str:
     """The text as C++ for OpenCL: no kernel templates there, so their arguments become constants and types;
     and no references to constant memory as parameters, so they become pointers."""
-    text = without_instantiation(wrapped.text)
+    text = without_instantiation(wrapped.text).replace("#pragma METAL fp", "#pragma clang fp")
     head, mark, kernel = text.partition("[[kernel]] void ")
     assert mark
     if call.template:

@@ -1,5 +1,7 @@
 """What Metal forbids, or this project does, and the compilers here let pass.
 
+Among them offsets in 32 bits: B T G D may pass 2^31, and no test here could store so much.
+
 Works on words, not on a syntax tree: it can be fooled by macros (so a #define of more than a number is an
 objection too), and knows only what is written here.
 """
@@ -44,7 +46,9 @@ FORBIDDEN = {
     r"\[[=&\w, ]*\]\s*\([^)]*\)\s*(->\s*\w+\s*)?\{": "lambdas need Metal 3.2",
     r"#\s*include": "headers of the system are not there when MLX compiles",
     # `#define NAME 1`, `#if NAME`, `#else` and `#endif` are the preprocessor the kernels use
-    r"#\s*(?!(define [A-Z_]+ -?\d+|if [A-Z_]+( > 0)?|else|endif)\s*$)": "hides text from this lint",
+    r"#(?!\s*(define [A-Z_]+ -?\d+|if [A-Z_]+( > 0)?|else|endif|pragma METAL fp contract\(off\))\s*$)": (
+        "hides text from this lint"
+    ),
     r"\b(printf|malloc|free|memcpy|memset)\s*\(": "no C library in Metal",
     r"\bfast\s*::": "fast:: is neither accurate nor safe for large arguments",
     r"\b(long|unsigned)\s+(long|double)\b": "not in Metal",
@@ -71,6 +75,7 @@ def lint(wrapped: Wrapped, header: str) -> list[str]:
     found = list(_words(strip(header), "header")) + list(_words(strip(wrapped.body), "body"))
     found += _globals(strip(header))
     found += _arrays(strip(wrapped.body), strip(header))
+    found += _offsets(wrapped)
     if not used_attributes(strip(wrapped.body)):
         found.append("body: uses no attribute (mlx 0.32.4 then closes the signature early)")
     if len(wrapped.parameters) > METAL_BUFFERS:
@@ -131,3 +136,114 @@ def _arrays(body: str, header: str) -> Iterator[str]:
         if declares and not re.fullmatch(r"\s*threadgroup\s+\w+\s+\w+\s*(\[[^\]]+\])+\s*;\s*", line):
             yield f"body line {number}: write `threadgroup T name[n];` alone on its line"
         depth += line.count("{") - line.count("}")
+
+
+INTEGERS = r"(?:int|uint|short|ushort|u?int(?:8|16|32)_t)"
+WIDE = {"size_t", "int64_t", "uint64_t"}
+DECLARED_INTEGER = re.compile(rf"\b({INTEGERS}|size_t|u?int64_t)\s+(\w+)\s*=\s*([^;]+);")
+TOKEN = re.compile(r"\s*([A-Za-z_]\w*(?:::\w+)*|\d\w*|[<>=!]=|&&|\|\||[-+*/%()\[\].,?:<>])")
+
+
+class _Expression:
+    """Tells the width of an integer expression, as C++ has it, and which products are made in 32 bits."""
+
+    def __init__(self, text: str, wide_names: set[str]) -> None:
+        self.tokens = TOKEN.findall(text)
+        self.whole = "".join(self.tokens) == re.sub(r"\s", "", text)
+        self.wide_names, self.narrow_product = wide_names, False
+
+    def is_wide(self) -> bool:
+        """Raises ValueError for what is more than a simple expression."""
+        wide = self._binary(0)
+        if self.tokens or not self.whole:
+            raise ValueError(self.tokens)
+        return wide
+
+    def _next(self, *wanted: str) -> str:
+        if self.tokens and (not wanted or self.tokens[0] in wanted):
+            return self.tokens.pop(0)
+        return ""
+
+    def _expect(self, token: str) -> None:
+        if not self._next(token):
+            raise ValueError(token)
+
+    def _binary(self, level: int) -> bool:
+        levels = (("?",), ("&&", "||", "<", ">", "<=", ">=", "==", "!="), ("+", "-"), ("*", "/", "%"))
+        if level == len(levels):
+            return self._primary()
+        wide = self._binary(level + 1)
+        while operator := self._next(*levels[level]):
+            if operator == "?":  # the condition's width is no matter
+                wide = self._binary(0)
+                self._expect(":")
+                wide = self._binary(0) or wide
+                continue
+            right = self._binary(level + 1)
+            self.narrow_product |= operator == "*" and not wide and not right
+            wide = level != 1 and (wide or right)
+        return wide
+
+    def _primary(self) -> bool:
+        if self._next("-"):
+            return self._primary()
+        if self._next("("):
+            wide = self._binary(0)
+            self._expect(")")
+            return wide
+        name = self._next()
+        if not re.match(r"\w", name):
+            raise ValueError(name)
+        wide = name in self.wide_names
+        while opening := self._next("(", "[", "."):
+            if opening == ".":
+                self._next()
+                continue
+            inner = self._binary(0)
+            while self._next(","):
+                inner = self._binary(0) or inner
+            self._expect(")" if opening == "(" else "]")
+            if opening == "[":
+                wide = name.endswith("_strides")
+            else:  # a cast, or a function, which is as wide as its arguments
+                wide = name in WIDE or (inner and not re.fullmatch(INTEGERS, name))
+        return wide
+
+
+def _offsets(wrapped: Wrapped) -> Iterator[str]:
+    """Device memory is indexed by 64-bit arithmetic throughout, by `[]` alone."""
+    body = strip(wrapped.body)
+    wide_names = set(re.findall(r"\b(?:size_t|u?int64_t)\s+(\w+)\s*=", body))
+    for m in DECLARED_INTEGER.finditer(body):
+        expression = _Expression(m[3], wide_names)
+        try:
+            wide = expression.is_wide()
+        except ValueError:
+            continue  # (not an expression of integers)
+        if wide and m[1] not in WIDE:
+            yield f"body: `{m[2]}` keeps 64 bits in 32: {m[0]}"
+        if expression.narrow_product and m[1] in WIDE:
+            yield f"body: a product of 32 bits, widened too late: {m[0]}"
+    buffers = [p.name for p in wrapped.parameters if not p.fact and not p.declaration.endswith("&")]
+    for m in re.finditer(rf"(?<![.\w])({'|'.join(buffers)})\b", body):
+        if body[m.end() : m.end() + 1] != "[":
+            yield f"body: `{m[1]}` without an index: write {m[1]}[...]"
+            continue
+        index = _bracketed(body, m.end())
+        try:
+            expression = _Expression(index, wide_names)
+            expression.is_wide()
+        except ValueError:
+            yield f"body: the index of {m[1]}[{index}] is more than this lint can read"
+            continue
+        if expression.narrow_product:
+            yield f"body: a product of 32 bits in the offset {m[1]}[{index}]"
+
+
+def _bracketed(text: str, opening: int) -> str:
+    depth = 0
+    for end in range(opening, len(text)):
+        depth += {"[": 1, "]": -1}.get(text[end], 0)
+        if not depth:
+            return text[opening + 1 : end]
+    return text[opening + 1 :]

@@ -18,6 +18,7 @@ CARRY_BARRIER = f"    {BARRIER}\n    for (int s = 0; s < SLOTS; ++s) {{\n      c
 TILE_BARRIER = f"    {BARRIER}  // before the next tile"
 GRU, LSTM, NLRU, SLSTM = (f"cells/{cell}.h" for cell in ("gru", "lstm", "nlru", "slstm"))
 NEWTON, STRAIGHT, DUAL, ACTIVATIONS = "recurrence.metal", "sequential.metal", "dual.h", "activations.h"
+CONV, DECODE = "conv.metal", "decode.metal"
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,37 @@ MUTANTS = [
         "if (t % EVERY == 0) {",
         "semantics convergence",
     ),
+    # offsets of 32 bits
+    Mutant(
+        "hidden by 32 bits",
+        NEWTON,
+        "hidden[(size_t(b) * T + t) * D + d]",
+        "hidden[(b * T + t) * D + d]",
+        "language",
+    ),
+    Mutant(
+        "hidden widened too late",
+        NEWTON,
+        "hidden[(size_t(b) * T + t)",
+        "hidden[size_t(b * T + t)",
+        "language",
+    ),
+    Mutant("last by 32 bits", NEWTON, "last[(size_t(b) * SLOTS", "last[(b * SLOTS", "language"),
+    Mutant("states by 32 bits", NEWTON, "states[((size_t(b) * (T", "states[((b * (T", "language"),
+    Mutant("gap by 32 bits", NEWTON, "gap[(size_t(b) * CHUNKS", "gap[(b * CHUNKS", "language"),
+    Mutant(
+        "iterations by 32 bits", NEWTON, "iterations_made[size_t(b) * D", "iterations_made[b * D", "language"
+    ),
+    Mutant("initial by 32 bits", NEWTON, "initial[(size_t(b)", "initial[(b", "language"),
+    Mutant("params by 32 bits", NEWTON, "params[size_t(p)", "params[p", "language"),
+    Mutant("the mask by 32 bits", NEWTON, "mask[size_t(b) * T", "mask[b * T", "language"),
+    Mutant("u by 32 bits", NEWTON, "const int64_t base", "const int base", "language"),
     # types
     Mutant(
         "no cast to the output's dtype",
         NEWTON,
-        "static_cast<OutT>(keep[i] ? state[Cell::OUTPUT] : 0.0f)",
-        "(keep[i] ? state[Cell::OUTPUT] : 0.0f)",
+        "static_cast<OutT>(keep[i] ? state[Cell::OUTPUT].v : 0.0f)",
+        "(keep[i] ? state[Cell::OUTPUT].v : 0.0f)",
         "compile language",
     ),
     Mutant("mixed types in min", NEWTON, "min(C, T - begin)", "min(C, uint(T - begin))", "compile language"),
@@ -235,8 +261,8 @@ MUTANTS = [
     Mutant(
         "masked steps are not zero",
         NEWTON,
-        "keep[i] ? state[Cell::OUTPUT] : 0.0f",
-        "state[Cell::OUTPUT]",
+        "keep[i] ? state[Cell::OUTPUT].v : 0.0f",
+        "state[Cell::OUTPUT].v",
         "convergence",
     ),
     Mutant(
@@ -314,6 +340,29 @@ MUTANTS = [
         "wild",
     ),
     Mutant(
+        "growth of differences is ignored",
+        NEWTON,
+        "fabs(corrected[s] - start[s]) * growth[s]",
+        "fabs(corrected[s] - start[s])",
+        "chaotic",
+    ),
+    Mutant(
+        "growth by a chunk's own Jacobian is ignored",
+        NEWTON,
+        "growth[s] = max(growth[s], grown);",
+        "growth[s] = max(growth[s], grown < 0.0f ? grown : factor[s]);",
+        "chaotic",
+        "lstm",
+    ),
+    Mutant(
+        "growth before the chunk is ignored",
+        NEWTON,
+        "factor[s] = max(1.0f, grown[s]);",
+        "factor[s] = 1.0f;",
+        "chaotic",
+        "lstm",
+    ),
+    Mutant(
         "NaN counts as not settled",
         NEWTON,
         "(isnan(corrected[s]) && isnan(start[s]))",
@@ -345,8 +394,8 @@ MUTANTS = [
     Mutant(
         "dual: 1 - x with the slope of x - 1",
         DUAL,
-        "chain(b, a - b.v, -1.0f)",
-        "chain(b, a - b.v, 1.0f)",
+        "chain(b, sum(a, -b.v), -1.0f)",
+        "chain(b, sum(a, -b.v), 1.0f)",
         "iterates",
     ),
     Mutant(
@@ -401,4 +450,176 @@ MUTANTS = [
         "d",
         "semantics convergence",
     ),
+    Mutant(
+        "straight: hidden by 32 bits",
+        STRAIGHT,
+        "hidden[(size_t(b) * T",
+        "hidden[(b * T",
+        "language",
+    ),
+    Mutant("straight: last by 32 bits", STRAIGHT, "    last[(size_t(b)", "    last[(b", "language"),
+    Mutant("straight: states by 32 bits", STRAIGHT, "states[((size_t(b)", "states[((b", "language"),
+    Mutant("straight: u by 32 bits", STRAIGHT, "const int64_t base", "const int base", "language"),
+    # the convolution and decoding
+    Mutant(
+        "conv: no guard of the last channel", CONV, "  if (d >= D) {\n    return;\n  }\n", "", "semantics"
+    ),
+    Mutant("conv: steps past the last", CONV, "min(begin + STEPS, T)", "begin + STEPS", "semantics"),
+    Mutant(
+        "conv: the window by one",
+        CONV,
+        "(t + K - 1) * window_strides[1]",
+        "(t + K - 2) * window_strides[1]",
+        "semantics convergence",
+    ),
+    Mutant(
+        "conv: the window by the strides of a copy",
+        CONV,
+        "b * window_strides[0] + d * window_strides[2]",
+        "int64_t(b) * (K - 1) * D + d",
+        "semantics convergence",
+    ),
+    Mutant(
+        "conv: x by the strides of a copy",
+        CONV,
+        "b * x_strides[0] + d * x_strides[2]",
+        "size_t(b) * T * D + d",
+        "semantics convergence",
+    ),
+    Mutant(
+        "conv: every run of steps starts behind the window",
+        CONV,
+        "const int t = begin + k - (K - 1);",
+        "const int t = k - (K - 1);",
+        "convergence",
+    ),
+    Mutant("conv: taps are not moved", CONV, "tap[k] = tap[k + 1];", "tap[k] = tap[k];", "convergence"),
+    Mutant(
+        "conv: taps the other way round",
+        CONV,
+        "k * weight_strides[1]",
+        "(K - 1 - k) * weight_strides[1]",
+        "convergence",
+    ),
+    Mutant("conv: no bias", CONV, "float(bias[d * bias_strides[0]])", "0.0f", "convergence"),
+    Mutant("conv: no SiLU", CONV, "pararnn::Silu::value(sum)", "sum", "convergence"),
+    Mutant(
+        "conv: every run of steps writes the window", CONV, "if (end == T) {", "if (end <= T) {", "semantics"
+    ),
+    Mutant("conv: the window is not written", CONV, "if (end == T) {", "if (end > T) {", "semantics"),
+    Mutant(
+        "conv: the window holds what comes after it",
+        CONV,
+        "static_cast<OutT>(tap[k]);",
+        "static_cast<OutT>(tap[k + 1]);",
+        "semantics convergence",
+    ),
+    Mutant("conv: no cast", CONV, "static_cast<OutT>(tap[k])", "tap[k]", "compile language"),
+    Mutant("decode: no barrier", DECODE, BARRIER, "", "semantics"),
+    Mutant(
+        "decode: barrier of the simdgroup only",
+        DECODE,
+        BARRIER,
+        "simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "semantics",
+    ),
+    Mutant(
+        "decode: idle threads return early",
+        DECODE,
+        "  const int W = int(u_shape[4]);",
+        "  const int W = int(u_shape[4]);\n  if (first >= int(u_shape[1]) * W) return;",
+        "semantics",
+    ),
+    Mutant(
+        "decode: all lanes write the sum",
+        DECODE,
+        "thread_index_in_simdgroup == 0",
+        "thread_index_in_simdgroup >= 0",
+        "semantics",
+    ),
+    Mutant(
+        "decode: one lane's squares",
+        DECODE,
+        "squares = simd_sum(squares);",
+        "simd_sum(squares);",
+        "convergence",
+    ),
+    Mutant(
+        "decode: one simdgroup too few", DECODE, "g < threads / 32;", "g < threads / 32 - 1;", "convergence"
+    ),
+    Mutant("decode: one simdgroup too many", DECODE, "g < threads / 32;", "g <= threads / 32;", "semantics"),
+    Mutant(
+        "decode: mean over the threads", DECODE, "total / float(D)", "total / float(threads)", "convergence"
+    ),
+    Mutant("decode: no epsilon", DECODE, " + eps[0]", "", "convergence"),
+    Mutant(
+        "decode: squares of another slot",
+        DECODE,
+        "state[Cell::OUTPUT].v * state[Cell::OUTPUT].v",
+        "state[0].v * state[0].v",
+        "convergence",
+        "lstm",
+    ),
+    Mutant(
+        "decode: output of another slot",
+        DECODE,
+        "+ Cell::OUTPUT) * D + d]",
+        "+ 0) * D + d]",
+        "convergence",
+        "lstm",
+    ),
+    Mutant(
+        "decode: gate of another row",
+        DECODE,
+        "gate[b * gate_strides[0]",
+        "gate[0 * gate_strides[0]",
+        "convergence",
+    ),
+    Mutant(
+        "decode: sigmoid for SiLU", DECODE, "pararnn::Silu::value", "pararnn::Sigmoid::value", "convergence"
+    ),
+    Mutant("decode: no weight", DECODE, " * float(weight[d * weight_strides[0]])", "", "convergence"),
+    Mutant(
+        "decode: bias of another head",
+        DECODE,
+        "head * bias_strides[0] + (int64_t(g)",
+        "(int64_t(g)",
+        "convergence",
+    ),
+    Mutant(
+        "decode: bias by channels, then gates",
+        DECODE,
+        "(int64_t(g) * W + column) * bias_strides[1]",
+        "(int64_t(column) * Cell::GATES + g) * bias_strides[1]",
+        "convergence",
+    ),
+    Mutant(
+        "decode: heads by the stride of channels",
+        DECODE,
+        "head * u_strides[1] + column * u_strides[4]",
+        "d * u_strides[4]",
+        "semantics convergence",
+    ),
+    Mutant(
+        "decode: state of another row",
+        DECODE,
+        "initial[b * initial_strides[0]",
+        "initial[0 * initial_strides[0]",
+        "convergence",
+    ),
+    Mutant(
+        "decode: params by the strides of a copy",
+        DECODE,
+        "p * params_strides[0] + d * params_strides[1]",
+        "int64_t(p) * D + d",
+        "semantics convergence",
+    ),
+    Mutant(
+        "decode: threads of one threadgroup alone",
+        DECODE,
+        "threads_per_threadgroup.x * threadgroups_per_grid.x",
+        "threads_per_threadgroup.x",
+        "semantics",
+    ),
+    Mutant("decode: a double literal", DECODE, "1.0f / metal", "1.0 / metal", "language compile"),
 ]

@@ -8,7 +8,7 @@ import pytest
 from test_recurrence import loss_of, problem, solve
 
 import mlx_pararnn
-from mlx_pararnn import PararnnError, get_cell, kernels
+from mlx_pararnn import PararnnError, fused, get_cell, kernels
 from mlx_pararnn.recurrence import _kernels_agree, recurrence
 
 from . import harness
@@ -36,15 +36,19 @@ def mac(monkeypatch):
 
     monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
     monkeypatch.setattr(kernels, "run", run)
-    _kernels_agree.cache_clear()
+    trials = _kernels_agree, fused._conv_works, fused._decode_works
+    for trial in trials:
+        trial.cache_clear()
     yield names
-    _kernels_agree.cache_clear()
+    for trial in trials:
+        trial.cache_clear()
 
 
 @pytest.fixture
 def launched(mac, monkeypatch):
     """As `mac`, with the trial at first use behind it."""
-    monkeypatch.setattr("mlx_pararnn.recurrence._kernels_agree", lambda cell, backend: True)
+    for trial in ("recurrence._kernels_agree", "fused._conv_works", "fused._decode_works"):
+        monkeypatch.setattr(f"mlx_pararnn.{trial}", lambda *_: True)
     return mac
 
 
@@ -66,7 +70,7 @@ def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):
 
     monkeypatch.setattr(kernels, "run", broken)
     cell, params, u, _ = problem("gru", T=30)
-    with pytest.warns(RuntimeWarning, match="the metal kernels do not work here"):
+    with pytest.warns(RuntimeWarning, match="the metal backend does not work here"):
         hidden, _ = solve(cell, params, u)
     np.testing.assert_allclose(hidden, solve(cell, params, u, backend="ops")[0], atol=2e-6)
 
@@ -146,6 +150,56 @@ def test_gradients(launched, name):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-4)
 
 
+GRAPHS = {
+    "as it is": (lambda call, _: call, ["recurrence"]),
+    "mx.compile": (lambda call, _: mx.compile(call), ["recurrence"]),
+    "mx.grad": (lambda _, loss: mx.grad(loss, argnums=(0, 1, 2)), ["recurrence", "recurrence"]),
+    "mx.compile and mx.grad": (
+        lambda _, loss: mx.compile(mx.grad(loss, argnums=(0, 1, 2))),
+        ["recurrence", "recurrence"],
+    ),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_recorded_by_mlx_itself(graph, monkeypatch, tmp_path):
+    """By MLX's own kernel call and not the harness: MLX records it anywhere, while a function is exported."""
+    made, shapes = [], []
+
+    def run(launch, arrays, backend):
+        made.append(launch.name.split("_")[1])
+        return recorded(launch, arrays, backend)
+
+    recorded = kernels.run
+    monkeypatch.setattr(kernels, "run", run)
+    monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
+    monkeypatch.setattr("mlx_pararnn.recurrence._kernels_agree", lambda *_: True)
+    cell, params, u, state = problem("lstm", T=60, state=True)
+    mask = mx.arange(60)[None] < mx.array([[60], [41]])
+
+    def call(*arrays):
+        return list(recurrence(cell, *arrays, mask=mask, return_states=7))
+
+    transform, kernels_of_it = GRAPHS[graph]
+    function = transform(call, loss_of(cell, {}, mask, 7))
+
+    def noted(*arrays):
+        outputs = function(*arrays)
+        shapes.extend(output.shape for output in outputs)
+        return outputs
+
+    arrays = [mx.array(a) for a in (params, u, state)]
+    # An evaluation would have raised before; that MLX cannot store all of the graph does not matter.
+    with pytest.raises(ValueError, match="Unable to serialize"):
+        mx.export_function(str(tmp_path / "graph.mlxfn"), noted, *arrays)
+    B, D = state.shape[0], state.shape[-1]
+    assert made == kernels_of_it
+    if "grad" in graph:
+        assert shapes == [array.shape for array in arrays]
+    else:
+        assert shapes == [(B, 60, D), state.shape, (B, 60 // 7, *state.shape[1:])]
+
+
 def test_info_and_batches(launched):
     cell, params, u, _ = problem("gru", T=200, D=40)
     *_, info = recurrence(cell, mx.array(params), mx.array(u), return_info=True)
@@ -161,11 +215,11 @@ def test_a_model(launched):
     tokens = mx.array([list(b"def main(self, other)"), list(b"import os, sys, time,")])
     cache, ops_cache = model.make_cache(2), model.make_cache(2)
     logits = model(tokens, cache=cache)
-    assert len(launched) == 3
+    assert [name.split("_")[1] for name in launched] == ["conv", "recurrence"] * 3
     reference = model(tokens, cache=ops_cache, backend="ops")
     assert mx.abs(logits - reference).max() < 0.05  # float16 logits of up to 20
     after = model(mx.array([[1], [2]]), cache=cache)
-    assert "sequential" in launched[-1]
+    assert [name.split("_")[1] for name in launched[6:]] == ["conv", "decode"] * 3
     assert mx.abs(after - model(mx.array([[1], [2]]), cache=ops_cache, backend="ops")).max() < 0.05
 
 

@@ -1,18 +1,25 @@
 """The two definitions of every cell, in Python and in Metal's language, against each other."""
 
+import importlib
+import os
+import re
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
 
 from mlx_pararnn import Cell, get_cell, register_cell
-from mlx_pararnn.kernels import Launch, newton_launch
+from mlx_pararnn.kernels import Launch, newton_launch, sequential_launch
 
-from . import harness
+from . import harness, language
 from .instances import ACTIVATIONS
+from .lint import lint
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=str(harness.missing()))
 
+README = Path(__file__).parents[2] / "metal" / "README.md"
 D = 128
 BODY = """
   const int d = int(thread_position_in_grid.x);
@@ -21,17 +28,17 @@ BODY = """
   for (int p = 0; p < Cell::PARAMS; ++p) w[p] = params[p * D + d];
   float x[Cell::GATES];
   for (int g = 0; g < Cell::GATES; ++g) x[g] = u[g * D + d];
-  float plain[SLOTS];
+  pararnn::Dual<0> plain[SLOTS];
   pararnn::Dual<SLOTS> dual[SLOTS];
   for (int s = 0; s < SLOTS; ++s) {
-    plain[s] = state[s * D + d];
-    dual[s] = pararnn::constant_dual<SLOTS>(plain[s]);
+    plain[s].v = state[s * D + d];
+    dual[s] = pararnn::constant_dual<SLOTS>(plain[s].v);
     dual[s].d[s] = 1.0f;
   }
   Cell::step(plain, x, w);
   Cell::step(dual, x, w);
   for (int s = 0; s < SLOTS; ++s) {
-    values[s * D + d] = plain[s];
+    values[s * D + d] = plain[s].v;
     dual_values[s * D + d] = dual[s].v;
     for (int j = 0; j < SLOTS; ++j) jacobian[(s * SLOTS + j) * D + d] = dual[s].d[j];
   }
@@ -89,27 +96,15 @@ def test_activations(activation):
 
 
 @register_cell
-class MslMinimalGRU(Cell):
-    """A user's own cell: metal/README.md's example."""
+class MinimalGRU(Cell):
+    """A user's own cell, with the text of metal/README.md's example."""
 
-    name = "msl_minimal_gru"
+    name = "readmes_minimal_gru"
     gates = ("z", "n")
     slots = ("h",)
     output = "h"
     params = ("a_z",)
-    msl = """
-namespace pararnn {
-struct MslMinimalGRU {
-  enum { SLOTS = 1, GATES = 2, PARAMS = 1, OUTPUT = 0 };
-  template <typename S>
-  static void step(thread S* state, const thread float* u, const thread float* w) {
-    const S h = state[0];
-    const S z = apply<Sigmoid>(w[0] * h + u[0]);
-    state[0] = z * apply<Tanh>(u[1]) + (1.0f - z) * h;
-  }
-};
-}
-"""
+    msl = re.search(r"```cpp\n(.*?)```", README.read_text(), re.DOTALL)[1]
 
     def step(self, state, u, params, F):
         (h,) = state
@@ -117,5 +112,32 @@ struct MslMinimalGRU {
         return (z * F.tanh(u["n"]) + (1 - z) * h,)
 
 
-def test_a_cell_of_ones_own():
-    agree(get_cell("msl_minimal_gru"))
+def own_cells() -> list[str]:
+    """README's cell, and those of the module that MLX_PARARNN_CELLS names as `module:cell,cell`."""
+    module, _, names = os.environ.get("MLX_PARARNN_CELLS", "").partition(":")
+    if module:
+        importlib.import_module(module)
+    return [MinimalGRU.name, *filter(None, names.split(","))]
+
+
+@pytest.mark.parametrize("name", own_cells())
+def test_a_cell_of_ones_own(name):
+    cell = get_cell(name)
+    agree(cell)
+    shape = (2, 1, 150, len(cell.gates), 40)
+    arrays = {
+        "u": np.random.default_rng(0).normal(size=shape).astype(np.float32),
+        "params": np.random.default_rng(1).normal(size=(len(cell.params), 40)).astype(np.float32),
+        "initial": np.zeros((2, len(cell.slots), 40), np.float32),
+        "tol": np.zeros(1, np.float32),
+        "max_iters": np.full(1, 1000, np.int32),
+    }
+    answers = []
+    for launch in (newton_launch(cell, shape, mx.float32), sequential_launch(cell, shape, mx.float32)):
+        given = {name: arrays[name] for name in launch.input_names}
+        wrapped = harness.text_of(launch, given)
+        assert lint(wrapped, launch.header) == []
+        if language.clang():
+            assert language.address_spaces(launch, wrapped) == []
+        answers.append(harness.run(launch, given))
+    np.testing.assert_array_equal(answers[0]["hidden"], answers[1]["hidden"])

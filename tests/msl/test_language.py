@@ -110,6 +110,17 @@ FORBIDDEN = {
         "",
         "lint",
     ),
+    "product of 32 bits in an offset": ("", "float q = params[int(max_iters[0]) * int(u_shape[2])];", "lint"),
+    "product of 32 bits beside a wide one": (
+        "",
+        "const int q = int(u_shape[2]); float r = params[size_t(q) * q + q * q];",
+        "lint",
+    ),
+    "product of 32 bits, widened too late": ("", "const int q = 1; const size_t r = q * q;", "lint"),
+    "product of 32 bits in a cast": ("", "const int q = 1; float r = params[size_t(q * q)];", "lint"),
+    "64 bits kept in 32": ("", "const int q = 2 * u_strides[2];", "lint"),
+    "pointer arithmetic": ("", "float q = *(params + u_shape[2] * u_shape[2]);", "lint"),
+    "an offset too complicated to read": ("", "float q = params[u_shape[2] << 3];", "lint"),
     "fast math": ("", "float q = metal::fast::exp(1.0f);", "lint"),
 }
 
@@ -148,6 +159,12 @@ CONTROLS = {
     "words in comments": ("// double, std::vector<float*>, goto, 1.0\n", "// new static lambda [](x) {}"),
     "literals": ("", "const float q = 1e-4f + .5f + 2.f + 1.0e+3f; const int r = 0x1f + 10;"),
     "constant at program scope": ("constant float q = 1.0f;\n", ""),
+    "offsets": (
+        "",
+        "const int one = int(u_shape[2]); const int64_t two = one * u_strides[2];\n"
+        " const float r = params[size_t(one) * one] + float(u[two + (one > 1 ? one - 1 : 0)]);",
+    ),
+    "contraction": ("#pragma METAL fp contract(off)\n", ""),
     "flags": ("#define FLAG 1\n", "\n#if FLAG\n const int q = 1;\n#endif\n"),
 }
 
@@ -166,6 +183,27 @@ def test_too_many_buffers():
     launch = dataclasses.replace(made.launch, input_names=(*made.launch.input_names, *names))
     wrapped = wrap(launch, [*made.inputs, *[made.inputs[1]] * 30])
     assert any("buffers" in objection for objection in lint(wrapped, launch.header))
+
+
+@needs_nvcc
+def test_nvcc_fuses_no_value():
+    """See dual.h. Without exp and tanh, which fuse by themselves, a plain step has no fused operation."""
+    cell = {"update": "relu", "reset": "identity", "state": "relu"}
+    made = instance("gru", tiling=None, activations=cell)
+    text = cuda.cuda_twin(made.launch, made.inputs)
+    assert "fma.rn.f32" not in cuda.ptx(text)
+    assert "fma.rn.f32" in cuda.ptx(text.replace("__fadd_rn(a, b)", "a + b"))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("cell", ["gru", "lstm", "nlru"])
+def test_registers(cell):
+    """128 are what a thread of an M1 has. (nvcc is not Apple's compiler: a stand-in, see metal/README.md.)"""
+    made = instance(cell, tiling="wide", shape=(2, 1, 400, 64))
+    text = cuda.cuda_twin(made.launch, made.inputs)
+    assert cuda.spilled(text, 128) == 0
+    if cell == "nlru":
+        assert cuda.spilled(text, 48) > 0
 
 
 @needs_nvcc

@@ -4,35 +4,38 @@ import pytest
 
 from . import language
 from .battery import newton_cases, objection, sequential_cases
+from .fused import conv_cases, decode_cases
 from .harness import missing
 from .instances import CELLS
-from .mutants import MUTANTS, STRAIGHT, Mutant
+from .mutants import CONV, DECODE, MUTANTS, NEWTON, STRAIGHT, Mutant
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+CASES = {STRAIGHT: sequential_cases, CONV: conv_cases, DECODE: decode_cases}  # of other files: newton_cases
 
 
 @pytest.fixture(scope="module")
 def cases_for():
-    """The battery's cases by (kernel, cell); they keep what the oracle says."""
+    """The battery's cases by (file, cell); they keep what the oracle says."""
     made = {}
 
-    def cases(straight: bool, cell: str):
-        if (straight, cell) not in made:
-            made[straight, cell] = (sequential_cases if straight else newton_cases)(cell)
-        return made[straight, cell]
+    def cases(file: str, cell: str):
+        if (file, cell) not in made:
+            made[file, cell] = CASES.get(file, newton_cases)(cell)
+        return made[file, cell]
 
     return cases
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("straight", [False, True], ids=["newton", "sequential"])
-def test_the_kernels_pass(straight, cell, cases_for):
-    assert objection(cases_for(straight, cell), lambda launch: launch) is None
+@pytest.mark.parametrize("file", [NEWTON, *CASES])
+def test_the_kernels_pass(file, cell, cases_for):
+    assert objection(cases_for(file, cell), lambda launch: launch) is None
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_seen(mutant: Mutant, cases_for):
-    seen = objection(cases_for(mutant.file == STRAIGHT, mutant.cell), mutant.apply)
+    seen = objection(cases_for(mutant.file, mutant.cell), mutant.apply)
     if seen is None and mutant.seen_by == "language" and not language.clang():
         pytest.skip(f"only clang sees this ({language.APT})")
     assert seen is not None, "nothing sees this mutant"

@@ -6,9 +6,12 @@ exactly this text, after its preamble, is MLX's word (metal/custom_kernel.cpp) a
 
 import dataclasses
 import re
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
+
+from mlx_pararnn import kernels
 
 from .instances import all_instances
 from .sample import Sample
@@ -130,6 +133,12 @@ def test_mlx_still_breaks_a_body_without_attributes(tmp_path, capfd):
     with pytest.raises(ValueError, match="attribute"):
         wrap(call, [Input((64,), "float32")])
     assert wrap(dataclasses.replace(call, source=BODY), [Input((64,), "float32")])
+
+
+def test_the_table_of_instantiations_is_complete():
+    metal = Path(__file__).parents[2] / "metal"
+    assert {path.stem for path in metal.glob("*.metal")} == set(kernels.INSTANTIATIONS)
+    assert {path.stem for path in (metal / "cells").iterdir()} == set(kernels.CELLS)
 
 
 @pytest.mark.parametrize("made", list(all_instances()), ids=str)

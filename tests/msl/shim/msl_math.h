@@ -114,3 +114,11 @@ inline bool isinf(float x) { return __builtin_isinf(x); }
 inline bool isfinite(float x) { return __builtin_isfinite(x); }
 
 }  // namespace metal
+
+#if FUSES  // CUDA's addition that no compiler fuses: a multiplication does not pass through the empty asm
+inline float __fadd_rn(float a, float b) {
+  asm("" : "+x"(a));
+  asm("" : "+x"(b));
+  return a + b;
+}
+#endif

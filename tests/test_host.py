@@ -1,0 +1,373 @@
+"""The CPU backend: its numbers, and how its libraries are built and kept."""
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import cell_cases
+from msl.instances import DTYPES
+from msl.test_numbers import Problem, assert_close
+from test_cells import allowed, read
+from test_recurrence import loss_of, problem
+
+from mlx_pararnn import PararnnError, fused, get_cell, host, load_model, register_cell
+from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
+from mlx_pararnn.recurrence import _kernels_agree, recurrence
+
+CELLS = ("gru", "lstm", "slstm", "nlru")
+
+try:
+    host.compiler()
+except host.BuildError as error:
+    pytestmark = pytest.mark.skip(reason=str(error))
+
+
+def close(given, exact, single, dtype="float32"):
+    """DESIGN's "equal", where the case's own gap is float32's: `single` is the oracle in float32."""
+    gap = 4 * np.abs(single - exact).max()
+    assert_close(given, exact, dtype, tolerance=max(2e-6, gap))
+
+
+class OnHost(Problem):
+    def solve(self, every=0):
+        u = mx.array(np.ascontiguousarray(self.u.swapaxes(0, 1)))
+        if self.dtype == "bfloat16":
+            u = u.view(mx.bfloat16)
+        mask = mx.array(self.mask) if self.masked else None
+        arrays = mx.array(self.params), u.swapaxes(0, 1), mx.array(self.initial)
+        out = recurrence(self.cell, *arrays, mask=mask, return_states=every, backend="cpu")
+        assert out[0].dtype == DTYPES[self.dtype]
+        return [np.array(a.astype(mx.float32)) for a in out]
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_numbers(name, dtype, masked):
+    for T, D, B, heads in ((1, 1, 1, 1), (33, 9, 3, 3), (70, 40, 2, 2), (129, 256, 3, 1), (1000, 83, 1, 1)):
+        p = OnHost(name, T, D, B, heads, dtype, state=True, masked=masked)
+        exact, states = p.oracle()
+        single, single_states = p.oracle(np.float32)
+        hidden, last, every = p.solve(every=7)
+        close(hidden, exact, single, dtype)
+        close(last, states[:, -1], single_states[:, -1])
+        if T >= 7:
+            close(every, states[:, 6::7], single_states[:, 6::7])
+
+
+@pytest.mark.parametrize("case", cell_cases(), ids=lambda c: c["name"])
+def test_golden_cells(case):
+    """Every activation, against PyTorch's own numbers."""
+    cell, params, u, golden = read(case)
+    hidden, _ = recurrence(cell, params, u, backend="cpu")
+    assert np.all(np.abs(np.array(hidden) - golden["y_seq"]) <= allowed(golden))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_at_all_sizes(activation):
+    """z = 1 (its input is large), so hidden is the activation of the input itself."""
+    x = np.concatenate([np.linspace(-12, 12, 997), np.logspace(-8, 1.9, 101), -np.logspace(-8, 1.9, 101)])
+    x = np.append(x, [0.0, 100.0, -100.0, 1e30, -1e30]).astype(np.float32)
+    u = np.stack([np.full_like(x, 1e4), np.zeros_like(x), x])[None, None, None]
+    cell = get_cell("gru", {"state": activation})
+    params = mx.zeros((3, x.size))
+    with np.errstate(over="ignore", invalid="ignore"):
+        given = np.array(recurrence(cell, params, mx.array(u), backend="cpu")[0])[0, 0]
+        wanted = getattr(Functions(np), activation)(x.astype(np.float64)).astype(np.float32)
+    np.testing.assert_allclose(given, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_not_finite_stays_in_its_channel():
+    cell, params, u, _ = problem("lstm", T=20, D=40, B=1)
+    clean = np.array(recurrence(cell, mx.array(params), mx.array(u), backend="cpu")[0])
+    u[0, 0, 5, :, 3], u[0, 0, 7, 0, 18] = np.nan, np.inf
+    hidden = np.array(recurrence(cell, mx.array(params), mx.array(u), backend="cpu")[0])
+    assert np.isnan(hidden[0, 5:, 3]).all()
+    others = np.delete(np.arange(40), [3, 18])
+    np.testing.assert_array_equal(hidden[..., others], clean[..., others])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_rounding_depends_on_neither_batch_nor_length(name):
+    """A row alone, a row in a batch, a prompt in pieces: the same bits."""
+    cell, params, u, state = problem(name, T=50, D=75, B=3, state=True)
+    params, u, state = mx.array(params), mx.array(u), mx.array(state)
+    hidden, last = recurrence(cell, params, u, state, backend="cpu")
+    alone, last_alone = recurrence(cell, params, u[1:2], state[1:2], backend="cpu")
+    assert mx.array_equal(alone, hidden[1:2])
+    assert mx.array_equal(last_alone, last[1:2])
+    first, between = recurrence(cell, params, u[:, :, :17], state, backend="cpu")
+    second, end = recurrence(cell, params, u[:, :, 17:], between, backend="cpu")
+    assert mx.array_equal(mx.concatenate([first, second], axis=1), hidden)
+    assert mx.array_equal(end, last)
+
+
+def test_many_threads(monkeypatch):
+    cell, params, u, _ = problem("gru", T=300, D=1030, B=2)
+    params, u = mx.array(params), mx.array(u)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one = recurrence(cell, params, u, backend="cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    several = recurrence(cell, params, u, backend="cpu")
+    assert all(mx.array_equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+def test_views_are_read_where_they_lie():
+    cell, params, u, _ = problem("gru", T=12, D=24, B=2, heads=2)
+    wanted = recurrence(cell, mx.array(params), mx.array(u), backend="cpu")[0]
+    backwards = mx.array(np.ascontiguousarray(u[..., ::-1]))[..., ::-1]  # the channels' stride is not 1
+    wide = mx.array(np.pad(u, [(0, 0)] * 4 + [(0, 5)]))[..., :12]
+    for view in (backwards, wide):
+        assert mx.array_equal(recurrence(cell, mx.array(params), view, backend="cpu")[0], wanted)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_gradients(name):
+    cell, params, u, state = problem(name, T=60, state=True)
+    arrays = [mx.array(a) for a in (params, u, state)]
+    wanted = mx.grad(loss_of(cell, {"backend": "ops"}), argnums=(0, 1, 2))(*arrays)
+    given = mx.grad(loss_of(cell, {"backend": "cpu"}), argnums=(0, 1, 2))(*arrays)
+    for a, b in zip(given, wanted, strict=True):
+        assert mx.abs(a).max().item() > 0
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5)
+
+
+def test_inside_a_transformation_ops_take_over():
+    cell, params, u, _ = problem("gru", T=20)
+    params, u = mx.array(params), mx.array(u)
+    compiled = mx.compile(lambda p, u: recurrence(cell, p, u)[0])(params, u)
+    np.testing.assert_allclose(np.array(compiled), np.array(recurrence(cell, params, u)[0]), atol=2e-6)
+    with pytest.raises(PararnnError, match=r"not inside mx\.compile"):
+        mx.compile(lambda p, u: recurrence(cell, p, u, backend="cpu")[0])(params, u)
+    with pytest.raises(PararnnError, match="straight through time"):
+        recurrence(cell, params, u, backend="cpu", method="newton")
+
+
+@pytest.fixture
+def however_small(monkeypatch):
+    """The CPU backend takes the elementwise work of small arrays too."""
+    monkeypatch.setattr(host, "_LARGE", 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 37), (3, 40, 64), (1, 33, 1030)])
+def test_elementwise(dtype, shape, however_small):
+    B, T, D = shape
+    rng = np.random.default_rng(0)
+    both = mx.array(rng.normal(size=(B, T, 2 * D))).astype(dtype)
+    x, gate = mx.split(both, 2, axis=-1)  # as the input projection leaves them
+    weight = mx.array(rng.normal(size=D)).astype(dtype)
+    exact = {
+        n: np.array(a.astype(mx.float32), np.float64) for n, a in {"x": x, "g": gate, "w": weight}.items()
+    }
+    silu = exact["g"] / (1 + np.exp(-exact["g"]))
+    name = {v: k for k, v in DTYPES.items()}[dtype]
+
+    given = fused.swiglu(gate, x, backend="cpu")
+    assert given.dtype == dtype
+    assert_close(given.astype(mx.float32), silu * exact["x"], name)
+
+    given = fused.gated_norm(x, gate, weight, 1e-3, backend="cpu")
+    norm = exact["x"] / np.sqrt((exact["x"] ** 2).mean(-1, keepdims=True) + 1e-3) * exact["w"]
+    assert_close(given.astype(mx.float32), norm * silu, name)
+
+    for K in (2, 4, 7):
+        window = mx.array(rng.normal(size=(B, K - 1, D))).astype(dtype)
+        taps = mx.array(rng.normal(size=(D, K))).astype(dtype)
+        y, new = fused.conv_silu(x, window, taps, weight, backend="cpu")
+        inputs = np.concatenate([np.array(window.astype(mx.float32), np.float64), exact["x"]], axis=1)
+        k = np.array(taps.astype(mx.float32), np.float64)
+        z = exact["w"] + sum(k[:, i] * inputs[:, i : i + T] for i in range(K))
+        assert_close(y.astype(mx.float32), z / (1 + np.exp(-z)), name)
+        np.testing.assert_array_equal(np.array(new.astype(mx.float32)), inputs[:, T:].astype(np.float32))
+
+
+def test_elementwise_work_has_gradients_and_compiles(however_small):
+    rng = np.random.default_rng(0)
+    x, gate, window, taps, weight = (
+        mx.array(rng.normal(size=shape).astype(np.float32))
+        for shape in ((2, 9, 20), (2, 9, 20), (2, 3, 20), (20, 4), (20,))
+    )
+
+    def loss(backend):
+        def of(x, gate, window, taps, weight):
+            y, new = fused.conv_silu(x, window, taps, weight, backend=backend)
+            y = fused.gated_norm(y, gate, weight, 1e-6, backend=backend)
+            return (fused.swiglu(y, x, backend=backend) ** 2).sum() + (new**2).sum()
+
+        return mx.grad(of, argnums=(0, 1, 2, 3, 4))
+
+    arrays = x, gate, window, taps, weight
+    wanted = loss("ops")(*arrays)
+    for given in (loss("cpu")(*arrays), mx.compile(loss("cpu"))(*arrays)):
+        for a, b in zip(given, wanted, strict=True):
+            assert mx.abs(a).max().item() > 0
+            np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["trained/paragru/final.pt", "lm/paralstm_s96/state_dict.pt"])
+def test_a_models_logits(source, converted, however_small):
+    """All of the CPU backend in a model: the same as plain ops, prompt and tokens."""
+    model, _ = load_model(converted(source))
+    tokens = mx.array(np.random.default_rng(0).integers(0, model.args.vocab_size, (2, 70)))
+    wanted = model(tokens, backend="ops")
+    assert mx.allclose(model(tokens), wanted, atol=5e-5, rtol=0)
+    cache = model.make_cache(2)
+    pieces = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 2), (2, 40), (40, 41), (41, 70))]
+    assert mx.allclose(mx.concatenate(pieces, axis=1), wanted, atol=5e-5, rtol=0)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"]], ids=["4 lanes", "8 lanes"])
+@pytest.mark.parametrize("name", CELLS)
+def test_other_vector_units(name, flags, monkeypatch, tmp_path):
+    """Four lanes are what arm64 has; here they run on x86-64's oldest unit."""
+    if flags[0] == "-march=x86-64-v3" and "avx2" not in host._machine():
+        pytest.skip("this CPU has no AVX2")
+    monkeypatch.setattr(host, "_flags", lambda: ["-std=c++17", "-O1", *flags, "-shared", "-fPIC", "-pthread"])
+    with fresh_cache(monkeypatch, tmp_path):
+        p = OnHost(name, 65, 41, 2, 1, "float32", state=True)
+        close(p.solve()[0], p.oracle()[0], p.oracle(np.float32)[0])
+
+
+@pytest.mark.parametrize("cxx", ["g++", "clang++", "clang++-19"])
+def test_compilers(cxx, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", cxx)
+    host.compiler.cache_clear()
+    found = host.compiler()
+    host.compiler.cache_clear()
+    if not found.endswith(cxx):
+        pytest.skip(f"no {cxx}")
+    with fresh_cache(monkeypatch, tmp_path):
+        for dtype in DTYPES:
+            p = OnHost("lstm", 33, 41, 2, 1, dtype, state=True)
+            close(p.solve()[0], p.oracle()[0], p.oracle(np.float32)[0], dtype)
+
+
+class fresh_cache:
+    """No library is built or loaded yet; the cache folder is inside `folder`."""
+
+    def __init__(self, monkeypatch, folder):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        monkeypatch.setattr(sys, "platform", "linux")
+
+    def __enter__(self):
+        for cached in (host.compiler, host._machine, host.load, _kernels_agree):
+            cached.cache_clear()
+
+    __exit__ = staticmethod(lambda *_: fresh_cache.__enter__(None))
+
+
+def test_a_library_is_built_once_and_kept(monkeypatch, tmp_path):
+    cell, params, u, _ = problem("nlru", T=5)
+    arrays = mx.array(params), mx.array(u)
+    with fresh_cache(monkeypatch, tmp_path):
+        wanted = recurrence(cell, *arrays, backend="cpu")[0]
+    (library,) = (tmp_path / "mlx-pararnn").iterdir()
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **k: pytest.fail("built again") if "-o" in a[0] else run(*a, **k)
+    )
+    with fresh_cache(monkeypatch, tmp_path):
+        assert mx.array_equal(recurrence(cell, *arrays, backend="cpu")[0], wanted)
+    monkeypatch.undo()
+    library.unlink()  # it is still mapped: another file takes its name
+    library.write_bytes(b"damaged")
+    with fresh_cache(monkeypatch, tmp_path):
+        assert mx.array_equal(recurrence(cell, *arrays, backend="cpu")[0], wanted)
+
+
+run = subprocess.run
+
+
+def test_other_flags_are_another_library(monkeypatch, tmp_path):
+    cell, params, u, _ = problem("nlru", T=5)
+    for flags in (["-O0"], ["-O1"]):
+        monkeypatch.setattr(
+            host, "_flags", lambda f=flags: ["-std=c++17", *f, "-shared", "-fPIC", "-pthread"]
+        )
+        with fresh_cache(monkeypatch, tmp_path):
+            recurrence(cell, mx.array(params), mx.array(u), backend="cpu")
+    assert len([*(tmp_path / "mlx-pararnn").iterdir()]) == 2
+
+
+SOLVE = """
+import mlx_pararnn, mlx.core as mx
+from mlx_pararnn.recurrence import recurrence
+cell = mlx_pararnn.get_cell("nlru")
+u = mx.ones((1, 1, 4, 2, 8))
+print(recurrence(cell, mx.zeros((1, 8)), u, backend="cpu")[0].sum().item())
+"""
+
+
+def test_processes_and_threads_build_at_once(monkeypatch, tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", SOLVE], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    printed = {process.communicate()[0] for process in started}
+    assert len(printed) == 1
+    assert all(process.returncode == 0 for process in started)
+
+    cell, params, u, _ = problem("gru", T=5)
+    params, u = mx.array(params), mx.array(u)
+    mx.eval(params, u)
+    answers = []
+    with fresh_cache(monkeypatch, tmp_path):
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(host.solve(cell, params, u, mx.zeros((2, 1, 6)), None, 0))
+            )
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(answers) == 4
+    names = sorted(path.name.split("-")[1] for path in (tmp_path / "mlx-pararnn").iterdir())
+    assert names == ["gru", "nlru"]  # and nothing half-built beside them
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "text rejected", "folder not writable"])
+def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_path):
+    cell, params, u, _ = problem("gru", T=20)
+    arrays = mx.array(params), mx.array(u)
+    wanted = np.array(recurrence(cell, *arrays, backend="ops")[0])
+    if fault == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+        said = "no C\\+\\+ compiler; install one"
+    elif fault == "text rejected":
+        monkeypatch.setattr(host, "host_text", lambda text: text + "not C++;")
+        said = "rejects recurrence-gru"
+    else:
+        (tmp_path / "mlx-pararnn").write_text("a file where the folder should be")
+        said = "cannot be written"
+    with fresh_cache(monkeypatch, tmp_path):
+        with pytest.warns(RuntimeWarning, match=said) as warned:
+            hidden, again = (np.array(recurrence(cell, *arrays)[0]) for _ in range(2))
+        assert len(warned) == 1
+        np.testing.assert_allclose(hidden, wanted, atol=2e-6)
+        np.testing.assert_array_equal(hidden, again)
+        with pytest.raises(PararnnError, match=said):
+            recurrence(cell, *arrays, backend="cpu")
+
+
+def test_a_cell_without_msl_runs_in_ops():
+    @register_cell
+    class Leaky(type(get_cell("nlru"))):
+        name = "host_test_leaky"
+        msl = None
+
+    cell = get_cell("host_test_leaky")
+    u = mx.ones((1, 1, 4, 2, 8))
+    hidden, _ = recurrence(cell, mx.zeros((1, 8)), u)
+    assert mx.allclose(hidden, recurrence(get_cell("nlru"), mx.zeros((1, 8)), u)[0], atol=1e-6)
+    with pytest.raises(PararnnError, match="brings no MSL"):
+        recurrence(cell, mx.zeros((1, 8)), u, backend="cpu")
