@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 HELP = """\
 /help        this list
+/undo        take back the last question and its answer
+/regenerate  answer the last question again
+/branch NAME remember this point of the talk; without NAME, list what is remembered
+/goto NAME   go back to such a point
 /reset       forget the talk
 /save FILE   write the talk's whole memory to FILE
 /load FILE   go on from what /save wrote
@@ -54,11 +58,12 @@ def chat(
 
     from mlx_pararnn.chat import Chat
 
-    talk = Chat(loaded, tokenizer, system)
+    session = _Session(
+        Chat(loaded, tokenizer, system), {"max_tokens": max_tokens, "stop": stop or (), **chosen}
+    )
     _say("/help lists the commands.")
     if not tokenizer.has_chat_template:
         _say("This model's tokenizer has no chat template: it continues what you type, as plain text.")
-    last: GenerationResponse | None = None
     for line in _lines():
         command, *rest = line.split(maxsplit=1) or [""]
         argument = rest[0].strip().strip("'\"") if rest else ""
@@ -66,48 +71,75 @@ def chat(
             if command == "/quit":
                 break
             if command.startswith("/"):
-                _run(command, argument, talk, last)
+                session.run(command, argument)
             elif line.strip():
-                last = _answer(talk, line, max_tokens=max_tokens, stop=stop or (), **chosen) or last
+                session.stream(session.talk.respond, line)
         except BrokenPipeError:
             raise
         except (PararnnError, OSError) as error:
             _say(f"error: {error}")
 
 
-def _run(command: str, argument: str, talk: "Chat", last: "GenerationResponse | None") -> None:
-    if command == "/help":
-        _say(HELP)
-    elif command == "/reset":
-        talk.reset()
-        _say("The talk is forgotten.")
-    elif command in ("/save", "/load") and not argument:
-        _say(f"{command} needs a file name.")
-    elif command == "/save":
-        _say(f"Saved to {talk.save(argument)}.")
-    elif command == "/load":
-        talk.load(argument)
-        _say(f"Going on after {talk.tokens} tokens.")
-    elif command == "/stats":
-        speed = f"; last answer {last.generation_tps:.1f} tokens/s" if last else ""
-        _say(f"{talk.tokens} tokens so far; state {talk.nbytes:,} bytes{speed}")
-    else:
-        _say(f"No command {command}; /help lists them.")
+class _Session:
+    """The talk, the points of it that have a name, and how answers are made."""
 
+    def __init__(self, talk: "Chat", options: dict[str, Any]) -> None:
+        self.talk = talk
+        self.options = options
+        self.branches: dict[str, Chat] = {}
+        self.last: GenerationResponse | None = None
 
-def _answer(talk: "Chat", line: str, **kwargs: Any) -> "GenerationResponse | None":
-    from .progress import PromptProgress
+    def run(self, command: str, argument: str) -> None:
+        """A line that begins with a slash."""
+        talk = self.talk
+        if command == "/help":
+            _say(HELP)
+        elif command == "/reset":
+            talk.reset()
+            _say("The talk is forgotten.")
+        elif command == "/undo":
+            _say(f"Taken back: {talk.undo()}")
+        elif command == "/regenerate":
+            self.stream(talk.regenerate)
+        elif command == "/branch" and not argument:
+            _say(f"Points to go to: {', '.join(self.branches) or 'none'}")
+        elif command == "/branch":
+            self.branches[argument] = talk.branch()
+            _say(f"/goto {argument} comes back to this point.")
+        elif command == "/goto" and argument not in self.branches:
+            _say(f"No point {argument!r}; /branch lists them.")
+        elif command == "/goto":
+            self.talk = self.branches[argument].branch()
+            _say(f"Going on after {self.talk.tokens} tokens.")
+        elif command in ("/save", "/load") and not argument:
+            _say(f"{command} needs a file name.")
+        elif command == "/save":
+            _say(f"Saved to {talk.save(argument)}.")
+        elif command == "/load":
+            talk.load(argument)
+            _say(f"Going on after {talk.tokens} tokens.")
+        elif command == "/stats":
+            speed = f"; last answer {self.last.generation_tps:.1f} tokens/s" if self.last else ""
+            _say(f"{talk.tokens} tokens so far; state {talk.nbytes:,} bytes{speed}; {talk.undoable} to /undo")
+        else:
+            _say(f"No command {command}; /help lists them.")
 
-    response = None
-    with _ctrl_c() as pressed, PromptProgress() as progress:
-        for response in talk.respond(
-            line, interrupted=lambda: bool(pressed), prompt_progress_callback=progress, **kwargs
-        ):
-            print(response.text, end="", flush=True)
-    print()
-    if pressed:
-        _say("(stopped)")
-    return response
+    def stream(self, answer: "Callable[..., Iterator[GenerationResponse]]", *texts: str) -> None:
+        """Print what `talk.respond` or `talk.regenerate` gives."""
+        from .progress import PromptProgress
+
+        with _ctrl_c() as pressed, PromptProgress() as progress:
+            for response in answer(
+                *texts,
+                interrupted=lambda: bool(pressed),
+                prompt_progress_callback=progress,
+                **self.options,
+            ):
+                self.last = response
+                print(response.text, end="", flush=True)
+        print()
+        if pressed:
+            _say("(stopped)")
 
 
 def _lines() -> Iterator[str]:

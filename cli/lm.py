@@ -1,5 +1,6 @@
 """`mlx-pararnn lm`: MLX-LM's own commands, with this package's model and cache registered."""
 
+import argparse
 import signal
 import sys
 from typing import Annotated
@@ -25,6 +26,36 @@ def lm(
         raise typer.BadParameter(f"no MLX-LM command {command!r}; one of: {', '.join(COMMANDS)}")
     from mlx_lm.cli import main
 
+    if command == "generate":
+        _remember_for_draft(context.args)
+    if command in ("dwq", "lora", "perplexity"):
+        _read_texts_without_an_end()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a server's threads would outlive ours
     sys.argv = ["mlx_lm", command, *context.args]
     main()
+
+
+def _remember_for_draft(args: list[str]) -> None:
+    """MLX-LM makes the caches for --draft-model itself: let them remember as many steps as it guesses."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--draft-model")
+    parser.add_argument("--num-draft-tokens", type=int, default=0)
+    known, _ = parser.parse_known_args(args)
+    if known.draft_model is not None:
+        from mlx_pararnn.cache import RECENT_STEPS
+        from mlx_pararnn.model import Model
+
+        Model.recent_steps = max(RECENT_STEPS, known.num_draft_tokens)
+
+
+def _read_texts_without_an_end() -> None:
+    """MLX-LM ends every text of a data set with the tokenizer's end-of-text token, None where it has none."""
+    from mlx_lm.tuner.datasets import TextDataset
+
+    process = TextDataset.process
+
+    def without_none(self: TextDataset, text: dict[str, str]) -> tuple[list[int], int]:
+        tokens, offset = process(self, text)
+        return [token for token in tokens if token is not None], offset
+
+    TextDataset.process = without_none  # type: ignore[method-assign]

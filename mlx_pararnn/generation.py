@@ -1,4 +1,4 @@
-"""MLX-LM's generator, with what its command lines lack: stop strings, and the end of learned positions."""
+"""MLX-LM's generator, with what it lacks: stop strings, the end of learned positions, drafts that rewind."""
 
 import sys
 from collections.abc import Generator, Sequence
@@ -11,6 +11,7 @@ from mlx_lm.generate import GenerationResponse, TextStateMachine
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .cache import RECENT_STEPS
 from .errors import PararnnError
 from .model import Model
 
@@ -22,6 +23,7 @@ def stream_generate(
     max_tokens: int = 256,
     *,
     stop: str | Sequence[str] = (),
+    draft_model: Model | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text piece by piece: `mlx_lm.stream_generate` for ParaRNN models.
@@ -35,6 +37,8 @@ def stream_generate(
         prompt: text or token ids.
         max_tokens: at most so many tokens; -1 for no limit.
         stop: a string, or several, that end the text; they are not part of it.
+        draft_model: a smaller model with the same tokens, whose guesses the model checks several at a time
+            (`num_draft_tokens`, 2 if not given). The tokens are those that the model gives without it.
         kwargs: mlx_lm's: sampler, logits_processors, prompt_cache, prefill_step_size, ...
 
     Yields:
@@ -43,11 +47,17 @@ def stream_generate(
 
     Raises:
         PararnnError: the prompt is empty, holds a token id that the model does not have, or leaves no
-            position to generate at.
+            position to generate at; the draft has another vocabulary.
     """
-    tokens = _encode(tokenizer, prompt)
-    _check_tokens(tokens, model.args.vocab_size)
-    room = _room(model, tokens, kwargs.get("prompt_cache"))
+    tokens = encode(tokenizer, prompt)
+    check_tokens(tokens, model.args.vocab_size)
+    cache = kwargs.get("prompt_cache")
+    taken = len(tokens) + (cache[0].offset if cache else 0)
+    room = find_room(model, taken)
+    if draft_model is not None:
+        kwargs.update(_for_draft(model, draft_model, cache, kwargs.get("num_draft_tokens")))
+        rooms = [r for r in (room, find_room(draft_model, taken)) if r is not None]
+        room = min(rooms, default=None)
     limited = room is not None and not 0 <= max_tokens <= room
     responses = mlx_lm_stream_generate(
         model, tokenizer, mx.array(tokens), max_tokens=cast(int, room) if limited else max_tokens, **kwargs
@@ -99,7 +109,23 @@ def _until(
         yield replace(response, text=text)
 
 
-def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> list[int]:
+def _for_draft(
+    model: Model, draft: Model, cache: list[Any] | None, num_draft_tokens: int | None
+) -> dict[str, Any]:
+    """MLX-LM's arguments for speculative decoding, with states that remember as many steps as are guessed."""
+    if draft.args.vocab_size != model.args.vocab_size:
+        raise PararnnError(
+            f"the draft has a vocabulary of {draft.args.vocab_size} tokens and the model one of "
+            f"{model.args.vocab_size}; both need the same tokenizer"
+        )
+    if cache is None:
+        cache = [*model.make_cache(), *draft.make_cache()]
+        for c in cache:
+            c.remember(max(RECENT_STEPS, num_draft_tokens or 0), c.spacing)
+    return {"draft_model": draft, "prompt_cache": cache}
+
+
+def encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> list[int]:
     """Token ids of a prompt; a text that starts with the beginning-of-sequence token gets no second one."""
     if not isinstance(prompt, str | list):
         prompt = cast(list[int], np.array(prompt).reshape(-1).tolist())  # an array of MLX or NumPy
@@ -113,7 +139,8 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> 
     return list(prompt)
 
 
-def _check_tokens(tokens: list[int], vocab_size: int) -> None:
+def check_tokens(tokens: list[int], vocab_size: int) -> None:
+    """Raise PararnnError for a prompt that is empty or holds ids that the model does not have."""
     if not tokens:
         raise PararnnError("the prompt is empty; give at least one token")
     for token in tokens:
@@ -124,12 +151,11 @@ def _check_tokens(tokens: list[int], vocab_size: int) -> None:
             )
 
 
-def _room(model: Model, tokens: list[int], cache: list[Any] | None) -> int | None:
-    """How many tokens can follow the prompt; None if there is no end."""
+def find_room(model: Model, taken: int) -> int | None:
+    """How many tokens can follow `taken` ones; None if there is no end. Raises PararnnError if none can."""
     positions = model.args.max_position_embeddings
     if positions is None:
         return None
-    taken = len(tokens) + (cache[0].offset if cache else 0)
     if taken >= positions:
         raise PararnnError(
             f"no room to generate: the text so far takes {taken} of the model's {positions} learned "

@@ -26,7 +26,14 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def demo():
-    return mlx_pararnn.load()
+    return load_in_float32(DEMO)
+
+
+def load_in_float32(folder):
+    """Whether states are the same is asked of a model without float16's rounding."""
+    model, tokenizer = mlx_pararnn.load(folder)
+    model.set_dtype(mx.float32)
+    return model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +90,7 @@ def test_without_a_template_the_text_goes_on(demo, read):
 
 
 def test_with_a_template_each_turn_is_read_once(templated, read):
-    model, tokenizer = mlx_pararnn.load(templated)
+    model, tokenizer = load_in_float32(templated)
     talk = Chat(model, tokenizer, system="Be brief.")
     answers = [say(talk, text, max_tokens=4) for text in ("one", "two", "three")]
     transcript = bytes(read).decode()
@@ -151,12 +158,101 @@ def test_an_error_in_the_middle_leaves_the_state_sound(demo):
     assert same_state(talk.cache, state_of(model, list(b"def main(self,")))
 
 
-def test_the_state_is_as_large_after_a_long_talk(demo):
-    talk = Chat(*demo)
+def test_the_state_is_as_large_after_a_long_talk():
+    talk = Chat(*mlx_pararnn.load())
     say(talk, "a", max_tokens=1)
     before = talk.nbytes
     say(talk, "b" * 3000, max_tokens=100)
     assert talk.nbytes == before == 3840
+
+
+def test_undo_regenerate_and_branch_read_nothing_again(templated, read):
+    model, tokenizer = load_in_float32(templated)
+    talk = Chat(model, tokenizer, system="Be brief.")
+    first = say(talk, "one", max_tokens=4)
+    at_one = state_of_copy(talk)
+    second = say(talk, "two", max_tokens=4)
+    read.clear()
+
+    assert talk.undo() == "two"
+    assert not read
+    assert same_state(talk.cache, at_one)
+    assert [m["content"] for m in talk.messages] == ["Be brief.", "one", first]
+    assert say(talk, "two", max_tokens=4) == second
+    read.clear()
+
+    again = "".join(r.text for r in talk.regenerate(max_tokens=9))
+    assert again.startswith(second)
+    assert bytes(read).decode() == "]" + again  # the last token of the question is where an answer begins
+    assert [m["content"] for m in talk.messages[2:]] == [first, "two", again]
+    once_more = "".join(r.text for r in talk.regenerate(max_tokens=4))
+    assert once_more == second
+    read.clear()
+
+    other = talk.branch()
+    assert not read
+    said = [say(t, text, max_tokens=5) for t, text in ((talk, "left"), (other, "right"), (talk, "more"))]
+    assert other.messages[-2:] == [
+        {"role": "user", "content": "right"},
+        {"role": "assistant", "content": said[1]},
+    ]
+    assert len(talk.messages) == len(other.messages) + 2
+    straight = Chat(model, tokenizer, system="Be brief.")
+    for text, tokens in (("one", 4), ("two", 4), ("right", 5)):
+        say(straight, text, max_tokens=tokens)
+    assert straight.messages == other.messages
+    assert same_state(straight.cache, other.cache)
+
+    for text in ("right", "two", "one"):
+        assert other.undo() == text
+    assert (other.tokens, other.undoable) == (0, 0)
+    for nothing in (other.undo, lambda: list(other.regenerate())):
+        with pytest.raises(PararnnError, match="no answer to go back from"):
+            nothing()
+
+
+def state_of_copy(talk):
+    return talk.branch().cache
+
+
+def test_a_new_answer_that_is_stopped_early(demo):
+    """Before it has begun the old one stays; after that it is the answer."""
+    model, tokenizer = demo
+    talk = Chat(model, tokenizer)
+    old = say(talk, "def main(", max_tokens=5)
+    before = state_of_copy(talk)
+    assert list(talk.regenerate(interrupted=lambda: True)) == []
+    assert talk.messages[-1]["content"] == old
+    assert same_state(talk.cache, before)
+
+    def broken(logprobs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.regenerate(sampler=broken))
+    assert same_state(talk.cache, before)
+    answer = talk.regenerate(max_tokens=100)
+    heard = next(answer).text + next(answer).text
+    answer.close()
+    assert talk.messages == [
+        {"role": "user", "content": "def main("},
+        {"role": "assistant", "content": heard},
+    ]
+    assert talk.tokens == 11
+    assert talk.undo() == "def main("
+    assert talk.tokens == 0
+
+
+def test_so_many_answers_can_be_undone(demo, monkeypatch):
+    monkeypatch.setattr("mlx_pararnn.chat.UNDO_LIMIT", 3)
+    talk = Chat(*demo)
+    for _ in range(5):
+        say(talk, "a", max_tokens=1)
+    assert talk.undoable == 3
+    for _ in range(3):
+        talk.undo()
+    assert talk.tokens == 4
+    assert talk.nbytes == 6144
 
 
 def test_save_and_load_go_on_as_if_nothing_had_happened(templated, tmp_path):
@@ -184,7 +280,7 @@ def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
     Chat(model, demo[1]).save(tmp_path / "other")
     for file, message in (
         ("nowhere", "no such file"),
-        ("noise", "is not a talk saved by /save"),
+        ("noise", "is not a talk saved by /save, nor a prompt cache that MLX-LM wrote for this model"),
         (DEMO / "model", "is not a talk saved by /save"),
         ("other", "was saved with another model"),
     ):
@@ -221,7 +317,8 @@ COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "chat"]
 def test_in_a_pipe(tmp_path):
     lines = (
         "def main(\n/stats\n/save talk\n\n/reset\n/stats\n/load talk\n/load no\n/what\n/save\n/help\n"
-        "import\n/save /\nBYTES\n/quit\nnever\n"
+        "import\n/undo\n/stats\n/branch here\n/branch\nmore\n/goto there\n/goto here\n/stats\n"
+        "/save /\nBYTES\n/reset\n/undo\n/regenerate\ndef main(\n/regenerate\n/quit\nnever\n"
     )
     typed = lines.encode().replace(b"BYTES", b"\xff\xfe")
     result = subprocess.run([*COMMAND, "-m", "5"], input=typed, capture_output=True, cwd=tmp_path, check=True)
@@ -237,6 +334,13 @@ def test_in_a_pipe(tmp_path):
     assert "No command /what; /help lists them." in said
     assert "/save needs a file name." in said
     assert "/reset       forget the talk" in said
+    assert "Taken back: import" in said
+    assert "14 tokens so far; state 3,840 bytes" in said.partition("Taken back: import")[2]
+    assert "/goto here comes back to this point." in said
+    assert "Points to go to: here" in said
+    assert "No point 'there'; /branch lists them." in said
+    assert "error: there is no answer to go back from" in said
+    assert result.stdout.endswith(b"self,\nself,\n")
     assert "error: / is a folder; give a file name" in said
     assert "error: the prompt is not UTF-8 text" in said
     assert "Traceback" not in said

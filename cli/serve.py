@@ -1,0 +1,62 @@
+"""`mlx-pararnn serve`: OpenAI's protocol and a chat page, over HTTP."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from . import options
+from .report import Debug, reports_errors
+
+
+@reports_errors
+def serve(
+    model: options.ModelPath = None,
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Listen here; other machines can come in only with --api-key."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="MLX_PARARNN_API_KEY",
+            help="What every request must carry: as a bearer token, or as the password a browser asks for.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=1, help="The most that one answer may have.")
+    ] = 4096,
+    temp: options.Temp = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    prompt_cache_mb: Annotated[
+        int, typer.Option("--prompt-cache-mb", min=0, help="Memory for the states of earlier requests.")
+    ] = 1024,
+    modules: options.Import = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a model: OpenAI's chat and completions under /v1, a chat page under /. Ctrl-C stops it.
+
+    Example: mlx-pararnn serve my-model --port 8080
+    """
+    options.import_modules(modules)
+    from mlx_pararnn.loading import DEMO
+    from mlx_pararnn.server import Settings
+    from mlx_pararnn.server import serve as run
+
+    settings = Settings(
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_tokens=max_tokens,
+        temperature=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        prompt_cache_bytes=prompt_cache_mb * 2**20,
+    )
+    run(model or DEMO, settings, ready=lambda url: print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr))
+    print("Stopped.", file=sys.stderr)

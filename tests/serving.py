@@ -1,0 +1,86 @@
+"""The serve command in a process of its own, and models for it, for the tests of server and page."""
+
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.utils import save_config, save_model
+
+import mlx_pararnn
+from mlx_pararnn.loading import DEMO
+
+COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "serve"]
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}~{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+def folder_of(path, model, tokenizer=DEMO, **config):
+    """A model folder: weights, config, and the tokenizer files of another."""
+    path.mkdir()
+    for file in Path(tokenizer).glob("tokenizer*"):
+        shutil.copy(file, path)
+    save_model(path, model)
+    save_config({**asdict(model.args), **config}, path / "config.json")
+    return path
+
+
+def demo_in_float32(path):
+    """The bundled model without float16's rounding, by which a row differs from the same row in a batch."""
+    model, _ = mlx_pararnn.load()
+    model.set_dtype(mx.float32)
+    return folder_of(path, model)
+
+
+class Server:
+    """`mlx-pararnn serve` on a free port."""
+
+    def __init__(self, *args):
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, args), "--port", "0"],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self.said = ""
+        self.url = self.wait_for(r"Serving at (http://\S+)").group(1)
+
+    def wait_for(self, pattern, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.said)):
+            assert time.monotonic() < deadline, self.said
+            if select.select([self.process.stderr], [], [], 0.5)[0]:
+                more = os.read(self.process.stderr.fileno(), 65536)
+                assert more, f"the server has left: {self.said}"
+                self.said += more.decode()
+        return match
+
+    def stop(self, number=signal.SIGINT):
+        """Exit code and the last words."""
+        self.process.send_signal(number)
+        _, rest = self.process.communicate(timeout=60)
+        self.said += rest.decode()
+        return self.process.returncode, self.said
+
+
+@contextmanager
+def running(*args):
+    server = Server(*args)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+        server.process.stderr.close()
