@@ -80,8 +80,9 @@ def main():
     caption = (
         f"A {nbytes / 1e6:.0f} MB ml-pararnn GRU, float32, safetensors. Median of {REPEATS} runs of the "
         "whole command, Python's start included; the copy is shutil.copyfile of the source, by turns with "
-        "it. MB/s count bytes of the source. RssAnon is memory without a file behind it, the most that was "
-        f"seen. The machine's load average before the first run was {load:.1f}."
+        "it. Neither waits for the disk (no fsync). MB/s count bytes of the source. RssAnon is memory "
+        "without a file behind it, the most that was seen. The machine's load average before the first run "
+        f"was {load:.1f}."
     )
     write_results("convert", caption, HEADER, rows)
 

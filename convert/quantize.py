@@ -5,11 +5,9 @@ are quantized and what config.json says of them is as `mlx_lm.convert -q` does i
 whose rows the group size does not divide takes a smaller group size instead of staying float.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -59,14 +57,13 @@ class Quantization:
         """Numbers of those entries for whole rows (n, width) of format `dtype`."""
         import mlx.core as mx
 
-        streams = _streams()
-        blocks = []
-        for block, stream in zip(np.array_split(rows, len(streams)), streams, strict=True):
-            matrix = mx.array(block).view(mx.bfloat16) if dtype == "BF16" else mx.array(block)
-            if len(block):
-                blocks.append(mx.quantize(matrix, self.group_size, self.bits, mode=self.mode, stream=stream))
-        mx.eval(blocks)
-        return [np.concatenate([_numbers(part) for part in parts]) for parts in zip(*blocks, strict=True)]
+        # On the CPU everywhere: there each thread has a stream, and a core, of its own.
+        matrix = mx.array(rows)
+        if dtype == "BF16":
+            matrix = matrix.view(mx.bfloat16, stream=mx.cpu)
+        parts = mx.quantize(matrix, self.group_size, self.bits, mode=self.mode, stream=mx.cpu)
+        mx.eval(parts)  # unlike what numpy would do, without Python's lock
+        return [_numbers(part) for part in parts]
 
 
 def quantization(bits: int | None, group_size: int | None, mode: str) -> Quantization:
@@ -127,20 +124,10 @@ class Plan:
         return [f"{phrase} ({count})" for phrase, count in counts.items()]
 
 
-@cache
-def _streams() -> list[Any]:
-    """MLX works through a stream with one CPU core: one stream a core, or the GPU's only one."""
-    import mlx.core as mx
-
-    if mx.default_device() == mx.gpu:
-        return [mx.default_stream(mx.gpu)]
-    return [mx.new_stream(mx.cpu) for _ in range(min(8, os.cpu_count() or 1))]
-
-
 def _numbers(part: Any) -> Array:
     import mlx.core as mx
 
-    return np.array(part.view(mx.uint16) if part.dtype == mx.bfloat16 else part)
+    return np.asarray(part.view(mx.uint16, stream=mx.cpu) if part.dtype == mx.bfloat16 else part)
 
 
 def is_matrix(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Writes a model's weights as safetensors, piece by piece: one file, or several with an index as MLX-LM does.
 
 The libraries' writers hold everything they write. Here every header is known from shapes, and each piece goes
-to its place in the file as it comes; other threads read the next pieces meanwhile.
+to its place in the file as it comes; other threads make the next pieces meanwhile.
 """
 
 import json
@@ -19,10 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .dtypes import STORED_AS, Array
-from .tensors import Piece
 
 # More gain little: the pieces are written one after another.
-_READERS = min(4, os.cpu_count() or 1)
+_WORKERS = min(8, os.cpu_count() or 1)
 MAX_SHARD_BYTES = 5 << 30  # as MLX-LM's
 _FILE = "model.safetensors"
 _METADATA = {"format": "mlx"}
@@ -45,13 +44,11 @@ class Entry:
 class Job:
     """Tensors that are made together from one source.
 
-    What `pieces` yields read the source, in C order; they are called on other threads. `make` turns what one
-    of them gave into the next numbers of each entry, on the caller's thread.
+    What `pieces` yields gives the next numbers of each entry, in C order; it is called on other threads.
     """
 
     entries: tuple[Entry, ...]
-    pieces: Callable[[], Iterable[Piece]]
-    make: Callable[[Array], Sequence[Array]]
+    pieces: Callable[[], Iterable[Callable[[], Sequence[Array]]]]
 
     @property
     def nbytes(self) -> int:
@@ -124,9 +121,9 @@ def _write_file(path: Path, jobs: list[Job], written: Callable[[int], None]) -> 
     cursors = {entry.name: start + ends[entry.name] - entry.nbytes for entry in entries}
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        with closing(_read_ahead(jobs)) as pieces:
+        with closing(_made_ahead(jobs)) as pieces:
             for job, piece in pieces:
-                for entry, numbers in zip(job.entries, job.make(piece), strict=True):
+                for entry, numbers in zip(job.entries, piece, strict=True):
                     count = _put(file, cursors[entry.name], np.asarray(numbers, STORED_AS[entry.dtype]))
                     cursors[entry.name] += count
                     written(count)
@@ -141,19 +138,19 @@ def _put(file: BinaryIO, position: int, numbers: Array) -> int:
     return file.write(np.ascontiguousarray(numbers).reshape(-1).data.cast("B"))
 
 
-def _read_ahead(jobs: Iterable[Job]) -> Generator[tuple[Job, Array], None, None]:
-    """What every piece of every job reads, in order; while one is worked on, threads read the next ones."""
+def _made_ahead(jobs: Iterable[Job]) -> Generator[tuple[Job, Sequence[Array]], None, None]:
+    """What every piece of every job gives, in order; while one is written, threads make the next ones."""
     pieces = ((job, piece) for job in jobs for piece in job.pieces())
-    with ThreadPoolExecutor(_READERS, "reading weights") as readers:
-        ahead: deque[tuple[Job, Future[Array]]] = deque()
+    with ThreadPoolExecutor(_WORKERS, "making weights") as workers:
+        ahead: deque[tuple[Job, Future[Sequence[Array]]]] = deque()
         try:
             while True:
                 ahead.extend(
-                    (job, readers.submit(piece)) for job, piece in islice(pieces, 1 + _READERS - len(ahead))
+                    (job, workers.submit(piece)) for job, piece in islice(pieces, 1 + _WORKERS - len(ahead))
                 )
                 if not ahead:
                     return
                 job, piece = ahead.popleft()
                 yield job, piece.result()
         finally:
-            readers.shutdown(cancel_futures=True)
+            workers.shutdown(cancel_futures=True)

@@ -1,6 +1,6 @@
 """From a family's outputs to what is written: checked for NaN, cast to the chosen format, quantized."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,17 +59,20 @@ def weight_job(output: Output, dtype: str | None, plan: Plan, path: Path) -> Job
             )
         return result
 
-    def pieces() -> Iterator[Piece]:
-        return (partial(fitted, piece) for piece in output.pieces())
+    def made(load: Piece) -> Sequence[Array]:
+        numbers = fitted(load)
+        if quantization is None:
+            return [numbers]
+        return quantization.quantized(numbers.reshape(-1, output.shape[-1]), target)
+
+    def pieces() -> Iterator[Callable[[], Sequence[Array]]]:
+        return (partial(made, piece) for piece in output.pieces())
 
     if quantization is None:
-        return Job((Entry(output.name, output.shape, target),), pieces, lambda numbers: [numbers])
-    chosen = quantization
-
-    def quantized(numbers: Array) -> Sequence[Array]:
-        return chosen.quantized(numbers.reshape(-1, output.shape[-1]), target)
-
-    return Job(quantization.entries(output.name, output.shape, target), pieces, quantized)
+        entries: tuple[Entry, ...] = (Entry(output.name, output.shape, target),)
+    else:
+        entries = quantization.entries(output.name, output.shape, target)
+    return Job(entries, pieces)
 
 
 def formats(jobs: Iterable[Job]) -> tuple[str, ...]:

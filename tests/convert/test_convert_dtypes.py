@@ -104,6 +104,21 @@ def test_bfloat16_is_the_nearest_and_even_of_two(values):
             assert y == (low if below % 2 == 0 else high)
 
 
+def test_float16_is_numpys_bit_for_bit():
+    """Every float16, its float32 neighbours, the midpoints and theirs; and any bits at all, NaN too."""
+    exact = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+    steps = (0, 1, -1, 0x0FFF, 0x1000, 0x1001, 0x1FFF, -0x1000)
+    near = [(exact + np.uint32(step & 0xFFFFFFFF)).view(np.float32) for step in steps]
+    tiny = np.geomspace(1e-46, 1e-4, 100_000).astype(np.float32)
+    anything = np.random.default_rng(0).integers(0, 1 << 32, 1 << 20, np.uint32).view(np.float32)
+    normal = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
+    normal[[0, 70_000, -1]] = 65519.99, -65520, np.inf  # the second is the smallest that overflows
+    for values in (*near, tiny, -tiny, anything, normal, normal[1:69_999], normal[:0]):
+        with np.errstate(over="ignore"):
+            expected = values.astype(np.float16)
+        assert np.array_equal(cast(values, "F32", "F16").view(np.uint16), expected.view(np.uint16))
+
+
 def test_the_config_does_not_depend_on_the_dtype(converted):
     plain, narrow = (converted("lm/paragru_s64/ckpt.pt", **o) for o in ({}, {"dtype": "float16"}))
     assert config(plain) == config(narrow)
