@@ -4,12 +4,16 @@ Importing this package is cheap: it neither imports MLX nor loads anything until
 it does at import time is register its model and cache with MLX-LM (see `registration.py`).
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from . import registration
 
+TYPE_CHECKING = False  # typing's, which is slow to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from .cells import Cell, get_cell, register_cell
     from .errors import PararnnError
     from .generation import generate, stream_generate

@@ -8,19 +8,23 @@
   `import mlx_pararnn` from the repository's root would not find them.
 
 An import hook does this, so that `import mlx_pararnn` costs nothing until MLX is used, and so that
-`mlx_lm.load` works after it.
+`mlx_lm.load` works after it. Every import of this file's own is paid by all who import the package: ctypes
+waits until it is needed; pathlib, typing and `importlib.abc`, with its base classes, are done without.
 """
 
-import ctypes
-import importlib.abc
-import importlib.machinery
-import importlib.util
+from __future__ import annotations
+
+import os
 import sys
-from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from importlib.machinery import ModuleSpec, PathFinder
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.abc import Loader
+    from types import ModuleType
+    from typing import Any
 
 
 def install() -> None:
@@ -40,6 +44,8 @@ def load_openblas() -> str | None:
     """
     if sys.platform != "linux":
         return None
+    import ctypes
+
     for name in ("libopenblas.so.0", "libopenblas.so"):
         try:
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
@@ -53,53 +59,58 @@ def _import_cache() -> None:
     import_module(f"{__package__}.cache")  # puts its class into MLX-LM's module at its end
 
 
-class _Watcher(importlib.abc.MetaPathFinder):
+class _Watcher:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    ) -> ModuleSpec | None:
         if name == "mlx.core":
             load_openblas()
         elif name == "mlx_lm.models.pararnn":
-            return importlib.util.spec_from_loader(name, _ModelModule())
+            return ModuleSpec(name, _ModelModule())  # type: ignore[arg-type]
         elif name == "mlx_lm.models.cache":
-            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            spec = PathFinder.find_spec(name, path)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Then(spec.loader, _import_cache)
+                spec.loader = _Then(spec.loader, _import_cache)  # type: ignore[assignment]
             return spec
         elif name in ("mlx_pararnn.convert", "mlx_pararnn.cli", "mlx_pararnn.metal"):
             return _beside_this_folder(name)
         return None
 
 
-def _beside_this_folder(name: str) -> importlib.machinery.ModuleSpec | None:
-    root = Path(__file__).parents[1]
-    folder = root / name.rpartition(".")[2]
-    if not (root / "pyproject.toml").is_file() or not folder.is_dir():
+def _beside_this_folder(name: str) -> ModuleSpec | None:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    folder = os.path.join(root, name.rpartition(".")[2])
+    if not (os.path.isfile(os.path.join(root, "pyproject.toml")) and os.path.isdir(folder)):
         return None
-    return importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    from importlib.util import spec_from_file_location
+
+    return spec_from_file_location(
+        name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
     )
 
 
-class _ModelModule(importlib.abc.Loader):
+class _ModelModule:
     """`mlx_lm.models.pararnn`: the names MLX-LM asks a model's module for."""
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """None: the import system makes the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         model = import_module(f"{__package__}.model")
         vars(module).update(Model=model.Model, ModelArgs=model.ModelArgs)
 
 
-class _Then(importlib.abc.Loader):
+class _Then:
     """Load a module as usual, then call `action`."""
 
-    def __init__(self, loader: importlib.abc.Loader, action: Callable[[], None]) -> None:
+    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
         self.loader = loader
         self.action = action
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_data, is_package: as the loader has them
         return getattr(self.loader, name)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:

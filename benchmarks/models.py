@@ -1,0 +1,75 @@
+"""The models that are compared: ours, and MLX-LM's llama and mamba2 with as many parameters."""
+
+import mlx_pararnn  # before mlx.core: it loads OpenBLAS
+
+# isort: split
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama as mlx_llama
+from mlx_lm.models import mamba2 as mlx_mamba2
+
+D, LAYERS, VOCABULARY, INTERMEDIATE, HEADS = 1024, 4, 32000, 2816, 4
+
+
+def pararnn(cell="gru", layers=LAYERS):
+    """The 400m preset's blocks, of which there are 24, four times."""
+    mx.random.seed(0)
+    model = mlx_pararnn.Model(
+        mlx_pararnn.ModelArgs(
+            cell=cell,
+            hidden_size=D,
+            num_hidden_layers=layers,
+            num_heads=HEADS,
+            intermediate_size=INTERMEDIATE,
+            vocab_size=VOCABULARY,
+        )
+    )
+    return _ready(model)
+
+
+def llama():
+    """Multi-head attention, 16 heads of 64, no grouping; the MLP makes up the number of parameters."""
+    args = mlx_llama.ModelArgs(
+        model_type="llama",
+        hidden_size=D,
+        num_hidden_layers=LAYERS,
+        intermediate_size=2704,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        rms_norm_eps=1e-6,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
+    )
+    return _ready(mlx_llama.Model(args))
+
+
+def mamba2():
+    """Mamba2 has no MLP: eight of its layers (state 128, heads of 64) have the size of our four."""
+    args = mlx_mamba2.ModelArgs(
+        model_type="mamba2",
+        num_heads=30,
+        head_dim=64,
+        vocab_size=VOCABULARY,
+        hidden_size=D,
+        intermediate_size=1920,
+        state_size=128,
+        num_hidden_layers=2 * LAYERS,
+        layer_norm_epsilon=1e-6,
+        conv_kernel=4,
+        n_groups=1,
+        use_bias=False,
+        use_conv_bias=True,
+        tie_word_embeddings=False,
+        time_step_limit=(0.0, float("inf")),
+        time_step_rank="auto",
+    )
+    return _ready(mlx_mamba2.Model(args))
+
+
+def _ready(model):
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def parameters(model):
+    return sum(array.size for _, array in tree_flatten(model.parameters()))
