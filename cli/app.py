@@ -1,17 +1,18 @@
 """`mlx-pararnn`: the list of commands. Each command imports what it needs when it runs."""
 
 import signal
-from importlib.metadata import version as package_version
 from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .chat import chat
 from .convert import convert
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
 from .lm import lm
+from .serve import serve
 from .verify import verify
 
 app = typer.Typer(
@@ -25,8 +26,10 @@ app = typer.Typer(
 app.command()(convert)
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command()(verify)
 app.command()(inspect)
+app.command()(bench)
 app.command(
     context_settings={
         "allow_extra_args": True,
@@ -39,6 +42,8 @@ app.command()(doctor)
 
 def _print_version(value: bool) -> None:
     if value:
+        from importlib.metadata import version as package_version  # slow to import
+
         typer.echo(f"mlx-pararnn {package_version('mlx-pararnn')}")
         raise typer.Exit
 

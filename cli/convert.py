@@ -1,11 +1,13 @@
-"""`mlx-pararnn convert`: a PyTorch checkpoint to an MLX model folder."""
+"""`mlx-pararnn convert`: a PyTorch checkpoint to an MLX model folder, or either to a Core ML package."""
 
+import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -41,6 +43,20 @@ class Mode(StrEnum):
     mxfp8 = "mxfp8"
 
 
+class Target(StrEnum):
+    mlx = "mlx"
+    coreml = "coreml"
+
+
+class State(StrEnum):
+    graph = "graph"
+    io = "io"
+
+
+class Palette(StrEnum):
+    four = "4"
+
+
 @reports_errors
 def convert(
     checkpoint: Annotated[
@@ -48,7 +64,7 @@ def convert(
         typer.Argument(
             metavar="CKPT",
             help="A .pt, .pth, .bin or .safetensors file; a folder that holds one, several with an index, or "
-            "a torch.distributed.checkpoint; or a Hugging Face name.",
+            "a torch.distributed.checkpoint; or a Hugging Face name. For Core ML an MLX model folder, too.",
             show_default=False,
         ),
     ],
@@ -56,6 +72,7 @@ def convert(
         Path,
         typer.Option("--output", "-o", metavar="OUT", help="The model folder to make.", show_default=False),
     ],
+    to: Annotated[Target, typer.Option(help="What to make: an MLX model or a Core ML package.")] = Target.mlx,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
@@ -101,6 +118,29 @@ def convert(
             help="Add a file by which bare mlx_lm --trust-remote-code finds the model's class.",
         ),
     ] = False,
+    state: Annotated[
+        State | None,
+        typer.Option(
+            help="Core ML: keep the state inside, in float16 (graph), or pass it in and out in float32 (io). "
+            "Default: graph."
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Core ML: tokens of a prompt that are read at once. Default: 64.")
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            help="Core ML: Newton iterations in reading a prompt. Default: as many as this model needs."
+        ),
+    ] = None,
+    argmax: Annotated[
+        bool, typer.Option("--argmax", help="Core ML: give the likeliest token instead of the logits.")
+    ] = False,
+    palettize: Annotated[
+        Palette | None,
+        typer.Option(help="Core ML: store the matrices as indices of so many bits into 16 numbers."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a model folder.")] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Convert weights that hold NaN or infinity.")
@@ -108,16 +148,56 @@ def convert(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Convert a PyTorch checkpoint to an MLX model folder.
+    """Convert a PyTorch checkpoint to an MLX model folder, or to a Core ML package.
 
     Nothing in the checkpoint is executed, and PyTorch is not needed.
 
     Example: mlx-pararnn convert final.pt -o my-model --tokenizer bytes
     """
+    for_mlx = {
+        "--dtype": dtype,
+        "--q-group-size": q_group_size,
+        "--q-mode": q_mode,
+        "--model-file": model_file,
+    }
+    for_coreml = {
+        "--state": state,
+        "--chunk": chunk,
+        "--iterations": iterations,
+        "--argmax": argmax,
+        "--palettize": palettize,
+    }
+    for name, value in (for_mlx if to == Target.coreml else for_coreml).items():
+        if value not in (None, False):
+            _usage_error(f"{name} needs --to {'mlx' if to == Target.coreml else 'coreml'}")
+    if to == Target.coreml:
+        if quantize and palettize:
+            _usage_error("--quantize and --palettize are two ways to store the matrices; choose one")
+        if q_bits not in (None, Bits.four, Bits.eight):
+            _usage_error(f"--q-bits {q_bits.value}: Core ML packages have 8 or 4")
     if not quantize and (q_bits or q_group_size or q_mode):
-        typer.echo("error: --q-bits, --q-group-size and --q-mode need --quantize", err=True)
-        raise typer.Exit(2)
+        _usage_error("--q-bits, --q-group-size and --q-mode need --quantize")
     options.import_modules(modules)
+    if to == Target.coreml:
+        _to_coreml(
+            checkpoint,
+            output,
+            state=(state or State.graph).value,
+            chunk=chunk,
+            iterations=iterations,
+            argmax=argmax,
+            weights="palette4"
+            if palettize
+            else f"int{q_bits.value if q_bits else 8}"
+            if quantize
+            else "float16",
+            tokenizer=tokenizer,
+            family=family,
+            config=config,
+            force=force,
+            allow_nonfinite=allow_nonfinite,
+        )
+        return
     from mlx_pararnn.convert.to_mlx import convert_to_mlx
 
     with _progress_bar() as progress:
@@ -154,17 +234,68 @@ def convert(
         typer.echo(f'Try it: mlx-pararnn generate {shlex.quote(str(done.path))} -p "..."', err=True)
 
 
+def _to_coreml(source: str, output: Path, **how: Any) -> None:
+    os.environ.setdefault(
+        "MLX_ENABLE_TF32", "0"
+    )  # before MLX's first matrix product: the reference is float32
+    from mlx_pararnn.convert.to_coreml import convert_to_coreml
+
+    with _stages() as progress:
+        done = convert_to_coreml(source, output, **how, progress=progress)
+    made = done.settings
+    typer.echo(
+        f"{done.path}: Core ML, {made['cell']}, {made['parameters']:,} parameters, {made['weights']}, "
+        f"{_size(done.nbytes)}"
+    )
+    typer.echo(
+        f"stored weights against float32: logits differ by {done.error:.1e} (relative), {done.agreeing} of "
+        f"{done.sample} likeliest tokens are the same" + "".join(f"; {phrase}" for phrase in done.exceptions)
+    )
+    if made["chunk"]:
+        typer.echo(
+            f"decode reads one token, prefill {made['chunk']} with {made['iterations']} Newton iterations; "
+            f"state {made['state']}"
+        )
+    else:
+        typer.echo(
+            "warning: this model's prompts need more than 8 Newton iterations at once (6 in float16), so the package "
+            "has decode only and prompts are read token by token (--iterations N forces a prefill)",
+            err=True,
+        )
+    typer.echo(f"Check it on a Mac: mlx-pararnn verify {shlex.quote(str(done.path))}", err=True)
+
+
+def _usage_error(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
 
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+    if not sys.stderr.isatty():  # importing rich takes as long as converting 100 MB
+        yield lambda done, total: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("converting", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, float], None]]:
+    """A bar for work of several stages: called with what is being done and the share of it that is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)

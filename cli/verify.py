@@ -4,12 +4,15 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options
 from .report import Debug, reports_errors
+
+if TYPE_CHECKING:
+    from mlx_pararnn.verification import Check
 
 SAMPLE = "The quick brown fox jumps over the lazy dog; 0123456789 times, import this and return None."
 
@@ -38,17 +41,27 @@ def verify(
 ) -> None:
     """Check a model's numbers: Newton and decoding against the sequential run, its source, PyTorch's logits.
 
+    A Core ML package is run on this Mac's CPU, GPU and Neural Engine, against what MLX gave at its export.
+
     Example: mlx-pararnn verify my-model --against final.pt --logits reference.safetensors
 
     Exits with code 1 if anything differs by more than rounding.
     """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX's first matrix product
     options.import_modules(modules)
+    from mlx_pararnn.convert.coreml.verification import is_package, verify_package
+
     from mlx_pararnn.errors import PararnnError
     from mlx_pararnn.loading import DEMO, find_model, load_model, load_tokenizer
-    from mlx_pararnn.verification import Check, verify_logits, verify_methods
+    from mlx_pararnn.verification import verify_logits, verify_methods
 
     path = find_model(model or DEMO)
+    if is_package(path):
+        if logits or against:
+            typer.echo("error: --against and --logits are for MLX models, not Core ML packages", err=True)
+            raise typer.Exit(2)
+        _report(list(verify_package(path)), as_json)
+        return
     loaded, config = load_model(path)
     try:
         tokens = load_tokenizer(path, config).encode(prompt)
@@ -57,13 +70,18 @@ def verify(
     tokens = tokens[: loaded.args.max_position_embeddings]
     if len(tokens) < 2:
         raise PararnnError("the prompt is too short to compare anything; give at least two tokens")
-    checks: list[Check] = list(verify_methods(loaded, tokens))
+    checks = list(verify_methods(loaded, tokens))
     if logits:
         checks.append(verify_logits(loaded, logits))
     if against:
         from mlx_pararnn.convert.comparison import compare_with_source
 
         checks += compare_with_source(path, against)
+    _report(checks, as_json)
+
+
+def _report(checks: "list[Check]", as_json: bool) -> None:
+    """Print the checks; exit with code 1 unless all passed."""
     passed = all(check.passed for check in checks)
     if as_json:
         typer.echo(

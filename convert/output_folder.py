@@ -15,6 +15,9 @@ from .tokenizer import TOKENIZER_FILES
 from .wording import shown
 
 MODEL_FILE = "pararnn.py"
+COREML_PACKAGE = "model.mlpackage"
+COREML_FILE = "pararnn.json"
+COREML_REFERENCE = "reference.safetensors"
 # What a conversion may write.
 _OURS = (
     "config.json",
@@ -25,6 +28,7 @@ _OURS = (
     MODEL_FILE,
     *TOKENIZER_FILES,
 )
+_OURS_IN_COREML = (COREML_PACKAGE, COREML_FILE, COREML_REFERENCE, *TOKENIZER_FILES)
 
 
 @contextmanager
@@ -89,11 +93,16 @@ def check_output(out: Path, force: bool, keep: Path) -> None:
 
 def _foreign(out: Path) -> str | None:
     """The name of something in `out` that is not part of a converted model; None if there is nothing."""
-    config = read_json_object(out / "config.json") or {}
-    if config.get("model_type") not in ("pararnn", "pararnn_cell"):
-        return "config.json of another kind" if config else next(out.iterdir()).name
+    ours: tuple[str, ...] = _OURS
+    if (read_json_object(out / COREML_FILE) or {}).get("format") == "pararnn-coreml":
+        ours = _OURS_IN_COREML
+    else:
+        config = read_json_object(out / "config.json") or {}
+        if config.get("model_type") not in ("pararnn", "pararnn_cell"):
+            return "config.json of another kind" if config else next(out.iterdir()).name
     for entry in sorted(out.iterdir()):
-        if entry.is_dir() or not any(fnmatch(entry.name, pattern) for pattern in _OURS):
+        is_folder = entry.is_dir() and entry.name != COREML_PACKAGE
+        if is_folder or not any(fnmatch(entry.name, pattern) for pattern in ours):
             return entry.name
     return None
 

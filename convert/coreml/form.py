@@ -1,0 +1,42 @@
+"""What a package's functions look like from outside."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_pararnn.cells import get_cell
+from mlx_pararnn.model import ModelArgs
+
+LANES = 32  # the Neural Engine refuses states whose innermost axis is not a multiple of this
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the functions are to be, whatever the model.
+
+    Attributes:
+        graph_state: states inside Core ML, in float16; else inputs and outputs, the recurrence in float32.
+        argmax: give the likeliest token instead of the logits.
+    """
+
+    graph_state: bool = True
+    argmax: bool = False
+
+    @property
+    def recurrence_dtype(self) -> Any:
+        return np.float16 if self.graph_state else np.float32
+
+
+def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:
+    """Name -> shape of the states, one row a layer. (`state` alone is a word of MIL and can be no name.)"""
+    padded = -(-args.hidden_size // LANES) * LANES
+    slots = len(get_cell(args.cell, args.activations).slots)
+    shapes = {"cell_state": (args.num_hidden_layers, slots, padded)}
+    if args.mixer == "gated_conv" and args.conv_kernel > 1:
+        shapes["conv"] = (args.num_hidden_layers, args.conv_kernel - 1, padded)
+    return shapes
+
+
+def state_dtypes(form: Form) -> dict[str, Any]:
+    return {"cell_state": form.recurrence_dtype, "conv": np.float16}

@@ -1,0 +1,64 @@
+"""Writes the .mlpackage: both functions in one program, each weight once."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import coremltools as ct
+from coremltools.converters.mil.mil import Program
+from coremltools.converters.mil.mil.passes import pass_pipeline
+from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+
+from .tools import quiet
+
+# Of coremltools' hundred passes those that a program built as it is meant to be needs: the others look for
+# what frameworks write clumsily, and take minutes over the operations of a deep model's prefill.
+_PASSES = [
+    "common::const_elimination",
+    "common::const_deduplication",
+    "common::dead_code_elimination",
+    "common::dedup_op_and_var_names",
+]
+
+
+def write_package(
+    path: Path,
+    functions: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    progress: Callable[[str, float], None],
+) -> None:
+    """Write MIL `functions` by name, the first of them the default, to the folder `path`.
+
+    Args:
+        metadata: "user" (a dict of strings), and MLModel's author, license, short_description, version.
+        progress: called with what is being done and the share of it that is.
+    """
+    program = Program()
+    for name, function in functions.items():
+        program.add_function(name, function)
+    program.default_function_name = next(iter(functions))
+    program.export_as_multifunction = True
+    # What coremltools' own save_multifunction does to share weights, without two packages in between.
+    PASS_REGISTRY["common::const_deduplication"]._deduplicate_const_across_functions(program)
+
+    def passes(items: Iterable[Any], **_: Any) -> Iterator[Any]:
+        """In the place of coremltools' own progress bar."""
+        items = list(items)
+        for done, item in enumerate(items):
+            progress("writing the package", done / len(items))
+            yield item
+
+    with quiet(), mock.patch.object(pass_pipeline, "tqdm", passes):
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.precision.FLOAT32,  # leave the types as they were built
+            pass_pipeline=ct.PassPipeline(_PASSES),
+            skip_model_load=True,
+        )
+        model.user_defined_metadata.update(metadata["user"])
+        for field in ("author", "license", "short_description", "version"):
+            setattr(model, field, metadata[field])
+        model.save(str(path))

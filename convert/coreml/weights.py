@@ -1,0 +1,138 @@
+"""How a package stores its matrices: float16, integers with scales, or indices into a palette."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+BLOCK = 32  # weights that share a scale in 4 bits
+_ROUNDS = 25  # of k-means
+_SAMPLE = 1 << 18  # numbers of a matrix that its palette is made from
+
+
+class Stored(Protocol):
+    """A matrix as the package holds it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def emit(self) -> Any:
+        """Add it to the function being built; the MIL variable of its float16 numbers."""
+
+    def values(self) -> Array:
+        """Its numbers, in float32."""
+
+
+class Half(NamedTuple):
+    numbers: Array  # float16
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes
+
+    def emit(self) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        return mb.const(val=self.numbers)
+
+    def values(self) -> Array:
+        return self.numbers.astype(np.float32)
+
+
+class Linear(NamedTuple):
+    """numbers = scale * integers; `scale` has one number for each block of the last axis."""
+
+    integers: Array  # int8
+    scale: Array  # float16, as many axes
+    bits: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.integers.size * self.bits // 8 + self.scale.nbytes
+
+    def emit(self) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+        from coremltools.converters.mil.mil import types
+
+        kind = types.nptype_from_builtin(types.int4 if self.bits == 4 else types.int8)
+        return mb.constexpr_blockwise_shift_scale(data=self.integers.astype(kind), scale=self.scale)
+
+    def values(self) -> Array:
+        # As coremltools unpacks it: a product of two float16 numbers, rounded to float16.
+        block = self.integers.shape[-1] // self.scale.shape[-1]
+        return (np.repeat(self.scale, block, -1) * self.integers.astype(np.float16)).astype(np.float32)
+
+
+class Palette(NamedTuple):
+    """numbers = table[indices]."""
+
+    indices: Array  # uint8, below 16
+    table: Array  # float16, (16,)
+
+    @property
+    def nbytes(self) -> int:
+        return self.indices.size // 2 + self.table.nbytes
+
+    def emit(self) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+        from coremltools.converters.mil.mil import types
+
+        kind = types.nptype_from_builtin(types.uint4)
+        lut = self.table.reshape(*(1,) * self.indices.ndim, -1, 1)
+        return mb.constexpr_lut_to_dense(indices=self.indices.astype(kind), lut=lut)
+
+    def values(self) -> Array:
+        return self.table[self.indices].astype(np.float32)
+
+
+def stored(matrix: Array, how: str) -> Stored:
+    """`matrix` (float32) stored as "float16", "int8", "int4" or "palette4"; float16 where that does not fit.
+
+    int8 has a scale for each row (output channel), int4 one for each `BLOCK` weights of a row, both symmetric
+    about zero. What is left float16: rows that `BLOCK` does not divide in int4, and an odd number of weights
+    in 4 bits.
+    """
+    if how == "int8":
+        return _linear(matrix, matrix.shape[-1], 8)
+    if how == "int4" and matrix.shape[-1] % BLOCK == 0:
+        return _linear(matrix, BLOCK, 4)
+    if how == "palette4" and matrix.size % 2 == 0:
+        return _palette(matrix)
+    return Half(matrix.astype(np.float16))
+
+
+def _linear(matrix: Array, block: int, bits: int) -> Linear:
+    limit = 2 ** (bits - 1) - 1
+    grouped = matrix.reshape(*matrix.shape[:-1], -1, block)
+    scale = (np.abs(grouped).max(-1) / limit).astype(np.float16)
+    # A block too small for float16's normal numbers would lose its scale; it is zero to float16 anyway.
+    safe = np.where(scale < np.finfo(np.float16).tiny, np.float16(1), scale)
+    integers = np.rint(grouped / safe[..., None].astype(np.float32)).clip(-limit, limit)
+    return Linear(integers.astype(np.int8).reshape(matrix.shape), safe, bits)
+
+
+def _palette(matrix: Array) -> Palette:
+    """Sixteen numbers by k-means (Lloyd), which in one dimension is a search in sorted numbers."""
+    flat = matrix.reshape(-1)
+    sample = np.sort(flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
+    sums = np.concatenate([[0.0], np.cumsum(sample)])
+    centres = np.quantile(sample, (np.arange(16) + 0.5) / 16)
+    for _ in range(_ROUNDS):
+        edges = np.concatenate([[0], np.searchsorted(sample, _middles(centres)), [sample.size]])
+        counts = np.diff(edges)
+        means = np.diff(sums[edges]) / np.maximum(counts, 1)
+        centres = np.where(counts > 0, means, centres)
+    table = centres.astype(np.float16)
+    indices = np.searchsorted(_middles(table.astype(np.float32)), flat).astype(np.uint8)
+    return Palette(indices.reshape(matrix.shape), table)
+
+
+def _middles(centres: Array) -> Array:
+    return (centres[1:] + centres[:-1]) / 2
+
+
+def total_bytes(weights: Iterable[Stored]) -> int:
+    return sum(w.nbytes for w in weights)

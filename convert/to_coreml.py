@@ -1,0 +1,308 @@
+"""Writes a Core ML package from a PyTorch checkpoint or an MLX model folder.
+
+A checkpoint is converted to an MLX model folder first, beside the output. The model runs in MLX, in float32:
+for what the stored weights cost against the original ones, for the Newton iterations its prefill needs, and
+for the reference that `verify` compares with. The package itself is built from the weights (coreml/).
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten
+from safetensors.numpy import save
+
+from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.loading import load_model, load_tokenizer
+from mlx_pararnn.model import Model, ModelArgs
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .coreml.form import Form, state_dtypes, state_shapes
+from .coreml.iterations import iterations_needed
+from .coreml.memory import check_memory
+from .coreml.tools import require_coremltools
+from .coreml.weights import Half, Stored, stored, total_bytes
+from .inspection import inspect
+from .output_folder import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE, check_output, whole_or_nothing
+from .quantize import is_matrix
+from .to_mlx import convert_to_mlx
+from .tokenizer import TOKENIZER_FILES, prepare_tokenizer
+from .wording import shown
+
+# (what is being done, share done from 0 to 1)
+Progress = Callable[[str, float], None]
+Array = npt.NDArray[Any]
+
+FORMAT = "pararnn-coreml"
+WEIGHTS = ("float16", "int8", "int4", "palette4")
+CHUNK = 64
+MAX_CHUNK = 128  # a product of more Jacobians than that leaves float16's range too easily
+_TAIL = 8  # tokens of the reference that are decoded one by one
+_SAMPLE = (
+    "Language models read a text from left to right and guess what comes next. def tokens(text): return "
+    "text.split() # one word after another. In 1997 the long short-term memory was 1 of 2 ways to remember. "
+)
+
+
+@dataclass(frozen=True)
+class Exported(os.PathLike[str]):
+    """What an export wrote; usable as the path of the folder.
+
+    Attributes:
+        settings: pararnn.json.
+        nbytes: size of the matrices and vectors as stored.
+        error: ||logits - logits of the original weights|| / ||the latter|| over a sample, both in float32.
+        agreeing: of how many sample tokens the likeliest next token is the same; `sample` is how many.
+        exceptions: a phrase for each kind of matrix that is not stored as asked.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    nbytes: int
+    error: float
+    agreeing: int
+    sample: int
+    exceptions: tuple[str, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def convert_to_coreml(
+    source: str | Path,
+    out: str | Path,
+    *,
+    state: str = "graph",
+    chunk: int | None = None,
+    iterations: int | None = None,
+    argmax: bool = False,
+    weights: str = "float16",
+    tokenizer: str | Path | None = None,
+    family: str | None = None,
+    config: str | Path | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Export `source` (an MLX model folder, or anything `convert_to_mlx` takes) to the folder `out`.
+
+    docs/coreml.md says what `out` then holds.
+
+    Args:
+        state: "graph", Core ML's own states in float16; "io", inputs and outputs, the recurrence in float32.
+        chunk: tokens that `prefill` reads at once, 2 to 128; 64 by default.
+        iterations: of Newton's method in `prefill`; None measures how many this model needs.
+        argmax: give the likeliest token instead of the logits.
+        weights: how matrices are stored: "float16", "int8", "int4" or "palette4".
+        tokenizer, family, config, force, allow_nonfinite: as for `convert_to_mlx`.
+        progress: called with what is being done and the share of it that is.
+
+    Raises:
+        PararnnError: anything wrong with the input, with `out` or with this machine; nothing is left behind.
+    """
+    out = Path(out)
+    say = progress or (lambda what, share: None)
+    check_options(state, chunk, iterations, weights)
+    require_coremltools()
+    from .coreml.package import write_package
+    from .coreml.program import Form, build_function
+
+    checkpoint = open_checkpoint(source)
+    check_output(out, force, checkpoint.source)
+    is_mlx, parameters, vocab_size = _measured(checkpoint, source)
+    check_memory(parameters)
+    with whole_or_nothing(out, force, checkpoint.source, 4 * parameters) as folder:
+        if is_mlx:
+            if family or config:
+                raise PararnnError(f"{source}: an MLX model already; leave out --family and --config")
+            model_folder = checkpoint.folder
+            prepare_tokenizer(tokenizer, model_folder, vocab_size, {}).write(folder)
+        else:
+            model_folder = folder / "mlx"
+            convert_to_mlx(
+                source,
+                model_folder,
+                tokenizer=tokenizer,
+                family=family,
+                config=config,
+                allow_nonfinite=allow_nonfinite,
+                progress=lambda done, total: say("reading the checkpoint", done / total),
+            )
+            prepare_tokenizer(_found(model_folder), model_folder, vocab_size, {}).write(folder)
+        model, model_config = load_model(model_folder)
+        model.set_dtype(mx.float32)
+        args: ModelArgs = model.args
+        length = _chunk_for(args, chunk)
+        tokens = _sample_tokens(folder, model_config, args, max(2 * length, length + _TAIL))
+        say("running the model", 0.0)
+        original = _logits(model, tokens)
+        store, exceptions = _stored_weights(model, weights, allow_nonfinite, say)
+        logits = _logits(model, tokens)
+        if iterations is None:
+            say("counting Newton iterations", 0.0)
+            dtype = np.float16 if state == "graph" else np.float32
+            iterations = iterations_needed(model, tokens, length, dtype)
+        del model  # its float32 weights are not needed any more
+        mx.clear_cache()
+        shutil.rmtree(folder / "mlx", ignore_errors=True)
+        form = Form(state == "graph", argmax)
+        functions = {"decode": 1} | ({"prefill": length} if iterations else {})
+        settings = _settings(args, model_config, form, functions, iterations, weights, parameters)
+        _write_reference(folder / COREML_REFERENCE, tokens, logits, functions)
+        (folder / COREML_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        built = {}
+        for done, (name, count) in enumerate(functions.items()):
+            say("building", done / len(functions))
+            built[name] = build_function(args, store, form, count, iterations or 0)
+        write_package(folder / COREML_PACKAGE, built, _metadata(settings, checkpoint), say)
+    return Exported(
+        path=out,
+        settings=settings,
+        nbytes=total_bytes(store.values()),
+        error=float(np.linalg.norm(logits - original) / np.linalg.norm(original)),
+        agreeing=int((logits.argmax(-1) == original.argmax(-1)).sum()),
+        sample=len(tokens),
+        exceptions=exceptions,
+    )
+
+
+def check_options(state: str, chunk: int | None, iterations: int | None, weights: str) -> None:
+    """Raise PararnnError for a value that no export takes."""
+    if state not in ("graph", "io"):
+        raise PararnnError(f"state {state!r}: choose graph or io")
+    if weights not in WEIGHTS:
+        raise PararnnError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+    if chunk is not None and not 2 <= chunk <= MAX_CHUNK:
+        raise PararnnError(f"--chunk {chunk}: choose 2 to {MAX_CHUNK} tokens")
+    if iterations is not None and iterations < 1:
+        raise PararnnError(f"--iterations {iterations}: choose at least 1")
+
+
+def _measured(checkpoint: Checkpoint, source: str | Path) -> tuple[bool, int, int]:
+    """Whether it is an MLX model, how many parameters it has, its vocabulary; without reading a weight."""
+    config = checkpoint.config or {}
+    if config.get("model_type") == "pararnn":
+        parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        return True, parameters, ModelArgs.from_dict(config).vocab_size
+    found = inspect(source)
+    if found.config["model_type"] == "pararnn_cell":
+        raise PararnnError(f"{source}: a single cell is no language model; Core ML export takes models only")
+    return False, found.parameters, found.config["vocab_size"]
+
+
+def _found(folder: Path) -> str | None:
+    """What `prepare_tokenizer` is to do with a folder that it made: None to take its files, or "none"."""
+    return None if any((folder / name).exists() for name in TOKENIZER_FILES) else "none"
+
+
+def _chunk_for(args: ModelArgs, asked: int | None) -> int:
+    room = args.max_position_embeddings
+    if room is not None and (asked or 2) > room:
+        raise PararnnError(
+            f"--chunk {asked or 2}: this model has {room} learned positions; choose at most as many tokens"
+        )
+    chunk = asked or CHUNK
+    return chunk if room is None else min(chunk, room)
+
+
+def _sample_tokens(folder: Path, config: dict[str, Any], args: ModelArgs, count: int) -> list[int]:
+    """Tokens of a sample text; random ones for a model without a tokenizer."""
+    count = min(count, args.max_position_embeddings or count)
+    try:
+        tokenizer = load_tokenizer(folder, config)
+    except PararnnError:
+        return [int(t) for t in np.random.default_rng(0).integers(0, args.vocab_size, count)]
+    tokens = [t for t in tokenizer.encode(_SAMPLE) if t < args.vocab_size]
+    return (tokens * (count // max(1, len(tokens)) + 1))[:count] or [0] * count
+
+
+def _logits(model: Model, tokens: list[int]) -> Array:
+    """(T, V) in float32."""
+    return np.array(model(mx.array([tokens]), method="sequential", backend="ops")[0])
+
+
+def _stored_weights(
+    model: Model, how: str, allow_nonfinite: bool, say: Progress
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """The model's weights as the package holds them, put back into the model as well; what `how` left out."""
+    originals = dict(tree_flatten(model.parameters()))
+    names = list(originals)
+    weights: dict[str, Stored] = {}
+    left: dict[str, int] = {}
+    for done, name in enumerate(names):
+        say("rounding the weights", done / len(names))
+        numbers = np.array(originals.pop(name))  # popped: memory holds the original or what replaces it
+        if not allow_nonfinite and not np.abs(numbers).max(initial=0) <= np.finfo(np.float16).max:
+            raise PararnnError(
+                f"{name}: holds NaN or numbers beyond 65504, the largest of float16, which Core ML computes "
+                "in; rescale the weight, or pass --allow-nonfinite to store infinity instead"
+            )
+        with np.errstate(over="ignore"):
+            weights[name] = stored(numbers, how if is_matrix(name) else "float16")
+        if is_matrix(name) and how != "float16" and isinstance(weights[name], Half):
+            kind = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))
+            left[kind] = left.get(kind, 0) + 1
+        model.load_weights([(name, mx.array(weights[name].values()))], strict=False)
+    return weights, tuple(f"{kind} left float16 ({count})" for kind, count in left.items())
+
+
+def _settings(
+    args: ModelArgs,
+    config: dict[str, Any],
+    form: Form,
+    functions: dict[str, int],
+    iterations: int | None,
+    weights: str,
+    parameters: int,
+) -> dict[str, Any]:
+    """pararnn.json."""
+    dtypes = state_dtypes(form)
+    end = config.get("eos_token_id")
+    return {
+        "format": FORMAT,
+        "format_version": 1,
+        "package": COREML_PACKAGE,
+        "functions": list(functions),
+        "chunk": functions.get("prefill"),
+        "iterations": iterations if "prefill" in functions else None,
+        "state": "graph" if form.graph_state else "io",
+        "states": [
+            {"name": name, "shape": list(shape), "dtype": np.dtype(dtypes[name]).name}
+            for name, shape in state_shapes(args).items()
+        ],
+        "output": "token" if form.argmax else "logits",
+        "weights": weights,
+        "eos_token_id": end if isinstance(end, list) else [] if end is None else [end],
+        "bos_token_id": config.get("bos_token_id"),
+        **{field.name: getattr(args, field.name) for field in fields(args) if field.name != "model_type"},
+        "parameters": parameters,
+        "version": version("mlx-pararnn"),
+    }
+
+
+def _write_reference(path: Path, tokens: list[int], logits: Array, functions: dict[str, int]) -> None:
+    first = functions.get("prefill", 1)
+    count = min(len(tokens), first + _TAIL if "prefill" in functions else _TAIL)
+    arrays = {"tokens": np.array(tokens[:count], np.int32), "logits": logits[first - 1 : count].copy()}
+    path.write_bytes(save(arrays))
+
+
+def _metadata(settings: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "user": {"pararnn": json.dumps(settings)},
+        "author": f"converted from {shown(checkpoint.title)}",
+        "license": "that of the model it was converted from",
+        "short_description": f"ParaRNN language model ({settings['cell']}, {settings['parameters']:,} "
+        "parameters); mlx-pararnn's docs/coreml.md says how to run it",
+        "version": settings["version"],
+    }

@@ -1,0 +1,446 @@
+"""`mlx-pararnn convert --to coreml` and `verify` of what it wrote, as a user has them.
+
+What the packages compute is tested in tests/coreml.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python and machine")
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_pararnn.cli.app import app
+from mlx_pararnn.convert.coreml import memory, verification
+from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
+from mlx_pararnn.convert.coreml.weights import Half, Linear, Palette, stored
+from pt_writer import write_pt
+from running import convert
+from small_models import apple_gru, babylm
+from typer.testing import CliRunner
+
+from mlx_pararnn import Cell, Model, ModelArgs, register_cell
+from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
+from mlx_pararnn.cells.dual import Dual, DualFunctions
+
+pytest_plugins = ("conversion_fixtures",)
+
+
+def export(source, out, *options):
+    return convert(source, "--to", "coreml", "-o", out, *options)
+
+
+def settings(out: Path) -> dict:
+    return json.loads((out / "pararnn.json").read_text())
+
+
+def weight_bytes(out: Path) -> int:
+    return (out / "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
+
+
+def small_model(folder: Path, scale: float = 1, **fields) -> Path:
+    """An MLX model folder; `scale` multiplies its recurrent weights."""
+    mx.random.seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 40, "intermediate_size": 64}
+    args = {"model_type": "pararnn", **sizes, **fields}
+    model = Model(ModelArgs.from_dict(args))
+    model.update(
+        tree_map_with_path(
+            lambda name, p: scale * p if name.endswith("recurrent_weight") else p, model.parameters()
+        )
+    )
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(args))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    return small_model(tmp_path / "mlx")
+
+
+@pytest.fixture
+def no_export(tmp_path):
+    """A function that runs an export that must fail and leave nothing behind; it gives the sentence."""
+
+    def run(source, *options, out=None, code=1):
+        before = sorted(tmp_path.rglob("*"))
+        result = export(source, out or tmp_path / "out", *(options or ("--tokenizer", "none")))
+        assert result.exit_code == code, result.output
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert "--debug" not in result.stderr, "an error that nobody foresaw"
+        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+        return result.stderr.removeprefix("error: ").strip()
+
+    return run
+
+
+# --- what OUT holds -----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_becomes_a_package_with_its_tokenizer(data, tmp_path):
+    out = tmp_path / "out"
+    result = export(data / "trained/paragru/final.pt", out, "--tokenizer", "bytes")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {
+        "model.mlpackage", "pararnn.json", "reference.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    made = settings(out)
+    assert made["functions"] == ["decode", "prefill"]
+    assert made["chunk"] == 64
+    assert 2 <= made["iterations"] <= 5
+    assert made["states"][0] == {"name": "cell_state", "shape": [3, 1, 128], "dtype": "float16"}
+    # every weight once, though two functions use it
+    assert 2 * made["parameters"] < weight_bytes(out) < 2 * made["parameters"] + 20_000
+    assert f"{made['parameters']:,} parameters, float16, 1.6 MB" in result.stdout
+    assert "128 of 128 likeliest tokens are the same" in result.stdout
+    assert f"prefill 64 with {made['iterations']} Newton iterations" in result.stdout
+
+
+def test_metadata_in_the_package_is_the_runners_file(model, tmp_path):
+    import coremltools as ct
+
+    out = tmp_path / "out"
+    assert export(model, out, "--tokenizer", "none", "--state", "io", "--chunk", 8).exit_code == 0
+    description = ct.utils.load_spec(str(out / "model.mlpackage")).description
+    assert json.loads(description.metadata.userDefined["pararnn"]) == settings(out)
+    assert description.metadata.author == "converted from mlx"
+    assert all(
+        (
+            description.metadata.license,
+            description.metadata.shortDescription,
+            description.metadata.versionString,
+        )
+    )
+    assert description.defaultFunctionName == "decode"
+
+
+def test_iterations_and_end_ids_are_taken_over(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 7, "bos_token_id": 3}))
+    out = tmp_path / "out"
+    assert export(model, out, "--tokenizer", "none", "--iterations", 6, "--chunk", 8).exit_code == 0
+    made = settings(out)
+    assert (made["eos_token_id"], made["bos_token_id"], made["iterations"]) == ([7], 3, 6)
+
+
+def test_a_model_that_newton_does_not_solve_ships_decode_only(tmp_path):
+    folder = small_model(tmp_path / "slstm", cell="slstm", mixer="plain")
+    result = export(folder, tmp_path / "out", "--tokenizer", "none", "--chunk", 32)
+    assert result.exit_code == 0, result.output
+    made = settings(tmp_path / "out")
+    assert (made["functions"], made["chunk"], made["iterations"]) == (["decode"], None, None)
+    assert "warning: this model's prompts need more than 8 Newton iterations" in result.stderr
+
+
+def test_iterations_grow_with_the_recurrent_weights(tmp_path):
+    tokens = [int(t) for t in np.random.default_rng(0).integers(0, 40, 128)]
+
+    def needed(scale, dtype=np.float32):
+        folder = small_model(tmp_path / f"scaled-{scale}-{np.dtype(dtype).name}", scale, mixer="plain")
+        import mlx_pararnn
+
+        return iterations_needed(mlx_pararnn.load_model(folder)[0], tokens, 64, dtype)
+
+    counts = [needed(scale) for scale in (0.01, 1, 8)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[2] <= LIMIT
+    assert needed(1, np.float16) == counts[1]
+    assert needed(400) is None
+
+
+# --- fewer bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "share"),
+    [(["-q"], "int8", 0.56), (["-q", "--q-bits", 4], "int4", 0.36), (["--palettize", 4], "palette4", 0.31)],
+)
+def test_fewer_bits(data, tmp_path, options, how, share):
+    out = tmp_path / "out"
+    result = export(data / "trained/paragru/final.pt", out, "--tokenizer", "none", "--chunk", 16, *options)
+    assert result.exit_code == 0, result.output
+    made = settings(out)
+    assert made["weights"] == how
+    assert weight_bytes(out) < share * 2 * made["parameters"]
+    error = float(result.stdout.partition("logits differ by ")[2].split()[0])
+    assert 1e-4 < error < 0.3, "the cost of fewer bits, against the original weights"
+
+
+def test_what_fits_no_block_stays_float16(tmp_path):
+    folder = small_model(tmp_path / "odd", hidden_size=24)
+    result = export(folder, tmp_path / "out", "--tokenizer", "none", "-q", "--q-bits", 4, "--chunk", 8)
+    assert "model.embed_tokens left float16 (1)" in result.stdout
+    assert "mlp.down_proj left" not in result.stdout  # 64 inputs: whole blocks
+
+
+def test_integers_and_palettes_are_the_nearest_there_are():
+    matrix = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
+    eight, four, palette = (stored(matrix, how) for how in ("int8", "int4", "palette4"))
+    assert isinstance(eight, Linear)
+    assert isinstance(four, Linear)
+    assert isinstance(palette, Palette)
+    for packed, blocks in ((eight, 1), (four, 2)):
+        step = np.repeat(packed.scale.astype(np.float32), 64 // blocks, axis=1)
+        assert packed.scale.shape == (6, blocks)
+        assert np.all(
+            np.abs(packed.values() - matrix) < 0.6 * step
+        )  # half a step, and the product's own rounding
+    table = palette.table.astype(np.float32)
+    nearest = table[np.abs(matrix[..., None] - table).argmin(-1)]
+    np.testing.assert_array_equal(palette.values(), nearest)
+    assert np.linalg.norm(palette.values() - matrix) < 0.12 * np.linalg.norm(matrix)
+    zeros = stored(np.zeros((2, 32), np.float32), "int4")
+    assert not zeros.values().any()
+    assert isinstance(stored(matrix[:, :31], "int4"), Half)
+
+
+# --- the op namespace ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "maximum", "where", "arithmetic"])
+def test_the_op_namespace_is_that_of_numpy(name):
+    """Values and derivatives; coremltools computes operations on constants as they are added."""
+    import coremltools as ct
+    from coremltools.converters.mil.mil import Builder as mb
+    from coremltools.converters.mil.mil import Function
+    from mlx_pararnn.convert.coreml.values import Value, ValueFunctions
+
+    def formula(F, x):
+        if name == "maximum":
+            return F.maximum(x, 0.25 - x)
+        if name == "where":
+            return F.where((x > 0.5) | ~(x <= 0.5) & (x >= -9), x * x, F.where(x < -1, 2.0, -x))
+        if name == "arithmetic":
+            return (1 - x) / (2 + x * x) - 3 / (x + 9) + (-x) ** 2 * 1 + 0 * x
+        return getattr(F, name)(x)
+
+    x = np.linspace(-3, 3, 37, dtype=np.float32)
+    expected = formula(DualFunctions(Functions(np)), Dual(x, (1.0,)))
+    with Function({"unused": mb.placeholder((1,))}, ct.target.iOS18):
+        made = formula(DualFunctions(ValueFunctions(np.float32)), Dual(Value(mb.const(val=x)), (1.0,)))
+        got = [v.var.val if isinstance(v, Value) else v for v in (made.value, *made.tangents)]
+    for ours, theirs in zip(got, (expected.value, *expected.tangents), strict=True):
+        np.testing.assert_allclose(
+            ours, np.broadcast_to(theirs, x.shape) if np.ndim(ours) else theirs, 2e-6, 2e-6
+        )
+
+
+def test_a_cell_that_leaves_the_op_namespace_is_refused(tmp_path, no_export):
+    class Sine(Cell):
+        name, gates, slots, output, params = "sine", ("n",), ("h",), "h", ("a",)
+
+        def step(self, state, u, params, F):
+            return (mx.sin(params["a"] * state[0] + u["n"]),)
+
+    class Missing(Sine):
+        name = "missing"
+
+        def step(self, state, u, params, F):
+            h = params["a"] * state[0] + u["n"]
+            return (F.tanh(h) if isinstance(h, mx.array | np.ndarray) else F.sin(h),)
+
+    register_cell(Sine)
+    register_cell(Missing)
+    for cell, reason in ((Sine, "cannot become a Core ML program"), (Missing, "F.sin: no such function")):
+        folder = small_model(tmp_path / cell.name, cell=cell.name, mixer="plain")
+        message = no_export(folder, "--tokenizer", "none", "--iterations", 2, "--chunk", 4)
+        assert message.startswith(f"cell {cell.name!r}: its step cannot become a Core ML program"), message
+        assert reason in message
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+def test_no_coremltools_for_this_python(model, no_export, monkeypatch):
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    message = no_export(model)
+    assert message.startswith("Core ML export needs coremltools 9")
+    assert "pip install" in message
+
+
+def test_out_exists(model, no_export, tmp_path):
+    out = tmp_path / "out"
+    assert export(model, out, "--tokenizer", "none", "--chunk", 8).exit_code == 0
+    assert f"{out}: already exists" in no_export(model)
+    before = settings(out)
+    assert export(model, out, "--tokenizer", "none", "--chunk", 4, "--force").exit_code == 0
+    assert settings(out)["chunk"] == 4 != before["chunk"]
+    # over a package an MLX model may come, and the other way round
+    assert convert(
+        apple := write_pt(tmp_path / "a.pt", apple_gru()), "-o", out, "--force", "--tokenizer", "none"
+    )
+    assert (out / "config.json").exists()
+    assert not (out / "model.mlpackage").exists()
+    assert export(apple, out, "--tokenizer", "none", "--chunk", 4, "--force").exit_code == 0
+    (out / "notes.txt").write_text("mine")
+    assert "holds notes.txt, which no conversion wrote" in no_export(model, "--force", "--tokenizer", "none")
+    assert "lies inside the checkpoint's own folder" in no_export(model, out=model / "out")
+
+
+def test_too_little_memory_is_known_before_the_work(model, no_export, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 100_000_000)
+    message = no_export(model)
+    assert "needs about 0.5 GB of memory and 0.1 GB are free" in message
+
+
+def test_available_memory_is_plausible():
+    assert 10**8 < memory.available_memory() < 10**14
+
+
+def test_sizes_and_values_that_core_ml_cannot_take(tmp_path, model, no_export):
+    assert "--chunk 1: choose 2 to 128 tokens" in no_export(model, "--chunk", 1)
+    assert "--chunk 500: choose 2 to 128 tokens" in no_export(model, "--chunk", 500)
+    assert "--iterations 0: choose at least 1" in no_export(model, "--iterations", 0)
+    positions = write_pt(tmp_path / "positions.pt", babylm(positions=8))
+    message = no_export(positions, "--tokenizer", "none", "--chunk", 16)
+    assert "this model has 8 learned positions" in message
+    large = apple_gru() | {"final_norm.weight": np.full(4, 7e4, np.float32)}
+    message = no_export(write_pt(tmp_path / "large.pt", large))
+    assert message.startswith("model.norm.weight: holds NaN or numbers beyond 65504")
+
+
+def test_what_is_no_model_to_export(tmp_path, model, no_export):
+    cell = {name: apple_gru()[f"blocks.0.rnn_cell.{name}"] for name in "ABb"}
+    assert "a single cell" in no_export(write_pt(tmp_path / "cell.pt", cell))
+    assert "--tokenizer" in no_export(model, "--chunk", 8)  # there is none, and none was declined
+    quantized = tmp_path / "quantized"
+    source = write_pt(tmp_path / "a.pt", apple_gru(d=64))
+    assert convert(source, "-o", quantized, "--tokenizer", "none", "-q").exit_code == 0
+    assert "it looks quantized" in no_export(quantized)
+    assert "an MLX model already" in no_export(model, "--family", "babylm", "--tokenizer", "none")
+    assert "no such file or folder" in no_export("nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dtype", "float16"],
+        ["--q-mode", "mxfp4", "-q"],
+        ["--model-file"],
+        ["-q", "--palettize", 4],
+        ["-q", "--q-bits", 3],
+        ["--q-bits", 8],
+    ],
+)
+def test_options_that_do_not_go_together(model, no_export, options):
+    no_export(model, *options, code=2)
+
+
+@pytest.mark.parametrize("options", [["--state", "io"], ["--chunk", 8], ["--argmax"], ["--palettize", 4]])
+def test_core_ml_options_need_core_ml(model, tmp_path, options):
+    result = convert(model, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert "needs --to coreml" in result.stderr
+
+
+def test_ctrl_c_leaves_nothing(data, tmp_path):
+    command = [sys.executable, "-m", "mlx_pararnn.cli.app", "convert", data / "trained/paragru/final.pt"]
+    command += ["--to", "coreml", "-o", tmp_path / "out", "--tokenizer", "bytes", "--chunk", "128"]
+    with subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".out-*.partial/reference.safetensors")):
+            assert process.poll() is None, "it ended before it could be interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- verify -------------------------------------------------------------------------------------------------
+
+
+def verify(*arguments):
+    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """Small packages by their options, each made once."""
+    root = tmp_path_factory.mktemp("packages")
+    folder = small_model(root / "mlx", max_position_embeddings=64)
+
+    def make(*options):
+        out = root / "-".join(["out", *map(str, options)])
+        if not out.exists():
+            result = export(folder, out, "--tokenizer", "none", "--chunk", 8, *options)
+            assert result.exit_code == 0, result.output
+        return out
+
+    return make
+
+
+def test_verify_without_a_mac_says_what_it_did_not_do(packages, monkeypatch):
+    monkeypatch.setattr(verification, "can_predict", lambda: False)
+    result = verify(packages())
+    assert result.exit_code == 1
+    assert "the package is whole" in result.stderr
+    assert "none of its numbers were compared; run this on a Mac" in result.stderr
+    assert verify(packages(), "--against", "x").exit_code == 2
+
+
+class StandIn:
+    """In place of a coremltools model on a Mac: the interpreter of tests/coreml, and an error on request."""
+
+    def __init__(self, package, name, wrong=0.0):
+        sys.path.append(str(Path(__file__).parents[1] / "coreml"))
+        from interpreter import Package
+
+        self.function, self.wrong = Package(package).function(name), wrong
+
+    def make_state(self):
+        return self.function.new_state()
+
+    def predict(self, inputs, state=None):
+        outputs = self.function(inputs, state or {})
+        return {k: v + self.wrong * (k == "logits") for k, v in outputs.items()}
+
+
+@pytest.mark.parametrize("options", [[], ["--state", "io"], ["--argmax"]])
+def test_verify_compares_every_processor_with_the_reference(packages, monkeypatch, options):
+    out = packages(*options)
+    monkeypatch.setattr(verification, "can_predict", lambda: True)
+    monkeypatch.setattr(verification, "open_function", lambda package, name, unit: StandIn(package, name))
+    result = verify(out, "--json")
+    assert result.exit_code == 0, result.output
+    checks = json.loads(result.stdout)["checks"]
+    assert [c["name"].split(":")[0].split(" against")[0] for c in checks] == ["CPU", "GPU", "Neural Engine"]
+    if not options:
+        assert all(0 < c["difference"] < 5e-3 and "9 of 9" in c["note"] for c in checks)
+        monkeypatch.setattr(
+            verification,
+            "open_function",
+            lambda package, name, unit: StandIn(package, name, wrong=float(unit == "CPU_AND_NE")),
+        )
+        result = verify(out)
+        assert result.exit_code == 1
+        assert [line.count("FAIL") for line in result.stdout.splitlines()[1:4]] == [0, 0, 1]
+
+
+def test_verify_of_a_package_that_is_not_whole(packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "can_predict", lambda: False)
+    out = shutil.copytree(packages(), tmp_path / "out")
+    made = settings(out)
+    (out / "pararnn.json").write_text(json.dumps(made | {"chunk": 9}))
+    assert "is not the package that pararnn.json describes" in verify(out).stderr
+    (out / "pararnn.json").write_text(json.dumps(made | {"format_version": 2}))
+    assert "not a description this version reads" in verify(out).stderr
+    (out / "pararnn.json").write_text(json.dumps(made))
+    (out / "reference.safetensors").write_bytes(b"nothing")
+    assert "reference.safetensors: cannot be read" in verify(out).stderr
+    shutil.rmtree(out / "model.mlpackage/Data")
+    assert "is no whole Core ML package" in verify(out).stderr
