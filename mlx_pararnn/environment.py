@@ -1,5 +1,6 @@
 """What this machine offers MLX and this package, and what would make it better: `mlx-pararnn doctor`."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .registration import load_openblas
+from .registration import load_openblas, openblas_core
 
 PACKAGES = ("mlx-pararnn", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "typer")
 
@@ -99,7 +100,8 @@ def _blas(loaded: str | None) -> Finding:
         maps = ""
     if loaded and (not maps or "openblas" in maps):
         threads = os.environ.get("OPENBLAS_NUM_THREADS", "all cores")
-        return Finding("BLAS", f"OpenBLAS ({loaded}, {threads})")
+        core = openblas_core(ctypes.CDLL(loaded)) or "an unknown CPU"
+        return Finding("BLAS", f"OpenBLAS ({loaded}, {threads}, kernels for {core})")
     return Finding(
         "BLAS",
         "MLX's own (the reference BLAS, slow)",
@@ -146,6 +148,9 @@ def _model_cache() -> str:
 
 
 def _compiled_kernels() -> str:
-    from .host import cache_folder
+    from .host import BuildError, cache_folder
 
-    return str(cache_folder())
+    try:
+        return str(cache_folder())
+    except BuildError as error:
+        return str(error)

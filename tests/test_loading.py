@@ -1,6 +1,7 @@
 """Loading model folders: whole, broken, hostile, from the hub's cache; and what importing costs."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,30 @@ def test_openblas_is_loaded_before_mlx():
         "print('openblas' in open('/proc/self/maps').read())"
     )
     assert run(code).stdout.strip() == "True"
+
+
+def test_an_openblas_older_than_the_cpu_takes_the_kernels_that_fit(monkeypatch):
+    """It takes a Prescott's where it does not know the CPU; a user's own choice stays."""
+    from mlx_pararnn import registration
+
+    if sys.platform != "linux" or registration.load_openblas() is None:
+        pytest.skip("no OpenBLAS on this machine (Debian: libopenblas0-pthread)")
+    code = (
+        "import ctypes, os, mlx_pararnn, mlx.core; from mlx_pararnn.registration import openblas_core; "
+        "print(openblas_core(ctypes.CDLL('libopenblas.so.0')), 'OPENBLAS_CORETYPE' in os.environ)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
+    features = Path("/proc/cpuinfo").read_text()
+    if " avx2 " in features and " fma " in features:
+        core, left_set = run(code, env=environment).stdout.split()
+        assert (core != "Prescott", left_set) == (True, "False")
+    asked = run(code, env={**environment, "OPENBLAS_CORETYPE": "Prescott"})
+    assert asked.stdout.split() == ["Prescott", "True"]
+
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    better = registration._better_kernels("Prescott")
+    assert better == ("SkylakeX" if " avx512vl " in features else "Haswell" if " avx2 " in features else None)
+    assert registration._better_kernels("Zen") is None
 
 
 def test_a_checkout_finds_its_rooms():
