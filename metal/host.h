@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -116,16 +117,15 @@ inline Vec sqrt(Vec x) {
 
 namespace pararnn {
 
-// Loads and stores of `count` lanes (the others are 0), from float32, float16 and bfloat16.
+// Loads and stores of `count` lanes (the others are 0), from float32, float16 and bfloat16. The halves are converted
+// by their bits: GCC before 12 and Clang before 15 have no such type on every machine.
 struct Bfloat16 {
   uint16_t bits;
 };
 
-#ifdef __aarch64__
-typedef __fp16 Float16;  // what GCC 12 has there
-#else
-typedef _Float16 Float16;
-#endif
+struct Float16 {
+  uint16_t bits;
+};
 
 inline Vec load(const float* from, int count) {
   Vec x(0.0f);
@@ -172,15 +172,33 @@ inline void store(Bfloat16* to, Vec x, int count) {
 }
 
 inline Vec load(const Float16* from, int count) {
-  Float16 halves[LANES] = {};
-  memcpy(halves, from, count * sizeof(Float16));
-  Vec x;
-  for (int i = 0; i < LANES; ++i) x.v[i] = halves[i];
+  const Words half = __builtin_convertvector(load_halves(from, count), Words);
+  Words bits = (half & 0x7fff) << 13;
+  Floats x;
+  memcpy(&x, &bits, sizeof x);
+  x = x * 5.192296858534828e33f;  // 2^112, the difference of the exponents' biases; right for subnormals too
+  memcpy(&bits, &x, sizeof bits);
+  const Words none = half & 0;
+  bits |= (half & 0x7c00) == 0x7c00 ? none + 0x7f800000 : none;  // infinities and NaN stay what they are
+  bits |= (half & 0x8000) << 16;
+  memcpy(&x, &bits, sizeof x);
   return x;
 }
 
 inline void store(Float16* to, Vec x, int count) {
-  for (int i = 0; i < count; ++i) to[i] = static_cast<Float16>(x.v[i]);
+  Words bits, size, tiny;
+  memcpy(&bits, &x, sizeof bits);
+  size = bits & 0x7fffffff;
+  const Words normal = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;  // to nearest, ties to even
+  const Floats shifted = metal::fabs(x).v + 0.5f;  // whose last place is the smallest half: this rounds
+  memcpy(&tiny, &shifted, sizeof tiny);
+  tiny -= 0x3f000000;
+  const Words none = bits & 0;
+  Words half = size < 0x38800000 ? tiny : normal;  // 2^-14
+  half = size >= 0x47800000 ? none + 0x7c00 : half;  // 2^16
+  half = size > 0x7f800000 ? none + 0x7e00 : half;  // NaN
+  const Halves halves = __builtin_convertvector(half | ((bits >> 16) & 0x8000), Halves);
+  memcpy(to, &halves, count * sizeof(Float16));
 }
 
 // Runs work(0) ... work(items - 1) on up to `threads` threads.
@@ -191,7 +209,11 @@ void in_parallel(int64_t items, int threads, const Work& work) {
     for (int64_t i = next++; i < items; i = next++) work(i);
   };
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads && i < items; ++i) others.emplace_back(take);
+  try {
+    for (int64_t i = 1; i < threads && i < items; ++i) others.emplace_back(take);
+  } catch (const std::system_error&) {
+    // no more threads are to be had: those that there are do the work
+  }
   take();
   for (auto& other : others) other.join();
 }

@@ -2,8 +2,8 @@
 
 Each function is written in plain MLX ops, which differentiate, compile and are right everywhere. Where a GPU
 kernel saves launches (metal/conv.metal, metal/decode.metal), or a CPU's vector unit saves most of the time
-(metal/host_elementwise.cpp), it has that too, with the gradient of the ops; both compute in float32 whatever
-the dtype. For mx.vmap and higher derivatives take backend="ops".
+(metal/host_elementwise.cpp), it has that too, with the derivatives of the ops; both compute in float32
+whatever the dtype. For mx.vmap take backend="ops".
 
 Letters in shapes: B sequences, T steps, D channels, K taps of the convolution.
 """
@@ -17,7 +17,7 @@ from mlx_lm.models import activations
 
 from . import host, kernels
 from .cells import Cell
-from .recurrence import CHUNK, choose_backend, recurrence
+from .recurrence import CHUNK, choose_backend, directional, recurrence
 
 GPU = ("metal", "cuda")
 
@@ -110,9 +110,9 @@ def decode(
     Returns:
         y (B, 1, D) and the new state (B, slots, D), float32.
     """
-    arrays = (
-        (u, bias, params, state) if gate is None or weight is None else (u, bias, params, state, gate, weight)
-    )
+    # to float32 as in `recurrence`; MLX's CUDA side would not tell kernels for other dtypes apart
+    exact = params.astype(mx.float32), state.astype(mx.float32)
+    arrays = (u, bias, *exact) if gate is None or weight is None else (u, bias, *exact, gate, weight)
     if backend in GPU and _uniform((u, bias, *arrays[4:])) and _decode_works(cell, backend):
         y, last = _decode_kernel(cell, eps, backend)(*arrays)
     else:
@@ -122,9 +122,8 @@ def decode(
 
 def _at_once(backend: str, *arrays: mx.array) -> bool:
     """Whether the CPU backend does this: enough work, outside of transformations."""
-    usable = backend == "cpu" and host.is_large(arrays[0]) and arrays[0].dtype in kernels.DTYPES
-    same = all(a.dtype == arrays[0].dtype for a in arrays[:2])
-    return usable and same and _elementwise_works() and not host.in_transformation(*arrays)
+    usable = backend == "cpu" and host.is_large(arrays[0]) and _uniform(arrays)
+    return usable and _elementwise_works() and not host.in_transformation(*arrays)
 
 
 def _uniform(arrays: Sequence[mx.array]) -> bool:
@@ -183,7 +182,7 @@ def _conv_kernel(backend: str) -> Callable[..., Any]:
         outputs = kernels.run(kernels.conv_launch(x.shape, weight.shape[1], x.dtype), arrays, backend)
         return [outputs["y"], outputs["new_window"]]
 
-    return _with_gradient_of(_conv_ops, launch)
+    return _with_derivatives_of(_conv_ops, launch)
 
 
 @lru_cache(maxsize=64)
@@ -200,18 +199,22 @@ def _decode_kernel(cell: Cell, eps: float, backend: str) -> Callable[..., Any]:
         )
         return [outputs["y"], outputs["last"]]
 
-    return _with_gradient_of(partial(_decode_ops, cell, eps, "ops"), launch)
+    return _with_derivatives_of(partial(_decode_ops, cell, eps, "ops"), launch)
 
 
-def _with_gradient_of(
+def _with_derivatives_of(
     ops: Callable[..., Arrays], launch: Callable[..., list[mx.array]]
 ) -> Callable[..., Any]:
-    """`launch`, which MLX cannot differentiate, with the vector-Jacobian product of `ops`."""
+    """`launch`, which MLX cannot differentiate, with the derivatives of `ops`, backward and forward."""
     function = mx.custom_function(launch)
 
     @function.vjp
     def vjp(primals: Arrays, cotangents: Arrays, _: Any) -> Arrays:
         return tuple(mx.vjp(lambda *a: [*ops(*a)], [*primals], [*cotangents])[1])
+
+    @function.jvp
+    def jvp(primals: Arrays, tangents: tuple[mx.array | None, ...]) -> Arrays:
+        return directional(ops, primals, tangents)
 
     return function
 
@@ -229,12 +232,12 @@ def _conv_host() -> Callable[..., Any]:
     def launch(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
         return [*host.conv_silu(x, window, weight.T, bias)]
 
-    return _with_gradient_of(_conv_ops, launch)
+    return _with_derivatives_of(_conv_ops, launch)
 
 
 @lru_cache(maxsize=1)
 def _swiglu_host() -> Callable[..., Any]:
-    return _with_gradient_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [host.swiglu(*a)])
+    return _with_derivatives_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [host.swiglu(*a)])
 
 
 @lru_cache(maxsize=8)
@@ -242,7 +245,7 @@ def _gated_norm_host(eps: float) -> Callable[..., Any]:
     def launch(hidden: mx.array, gate: mx.array, weight: mx.array) -> list[mx.array]:
         return [host.gated_norm(hidden, gate, weight, eps)]
 
-    return _with_gradient_of(lambda *a: (_gated_norm_ops(eps, *a),), launch)
+    return _with_derivatives_of(lambda *a: (_gated_norm_ops(eps, *a),), launch)
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,20 +34,27 @@ _lock = threading.Lock()
 
 
 class BuildError(PararnnError):
-    """No C++ compiler, a text it rejects, or a cache folder that cannot be written; says which."""
+    """No C++ compiler, a text it rejects, or no cache folder of the user's own; says which."""
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: a folder of the user's own."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-pararnn"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-pararnn"
+    """Where compiled libraries are kept: a folder of the user's own.
+
+    Raises:
+        BuildError: the user has no home.
+    """
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "mlx-pararnn"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-pararnn"
+    except RuntimeError:
+        raise BuildError("this user has no home folder to keep compiled kernels in; set HOME") from None
 
 
 def threads() -> int:
     """Threads that a large call uses: OMP_NUM_THREADS where it is set, else one a core of this process."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > 0:
+    if asked.isdecimal() and int(asked) > 0:
         return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -61,6 +69,8 @@ def in_transformation(*arrays: mx.array) -> bool:
 
     Under mx.grad alone it allows `eval` but not `async_eval`.
     """
+    if not arrays:
+        return False
     for evaluate in (mx.async_eval, mx.eval):
         try:
             evaluate(arrays)
@@ -113,18 +123,18 @@ def build(text: str, name: str) -> ctypes.CDLL:
     Several threads and processes may ask at once: each builds under a name of its own and renames it.
 
     Raises:
-        BuildError: no compiler, a text it rejects, or a folder that cannot be written.
+        BuildError: no compiler, a text it rejects, or a folder that cannot be written or that others can.
     """
     key = hashlib.sha256("\0".join([text, *_flags(), compiler(), _machine()]).encode()).hexdigest()[:20]
     library = cache_folder() / f"{name}-{key}.so"
     with _lock:
-        if library.exists():
-            try:
-                return ctypes.CDLL(str(library))
-            except OSError:
-                pass  # damaged: built again
         try:
-            library.parent.mkdir(parents=True, exist_ok=True)
+            _make_private(library.parent)
+            if library.exists():
+                try:
+                    return ctypes.CDLL(str(library))
+                except OSError:
+                    pass  # damaged: built again
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 source, built = Path(folder, f"{name}.cpp"), Path(folder, "built.so")
                 source.write_text(text)
@@ -136,7 +146,21 @@ def build(text: str, name: str) -> ctypes.CDLL:
                 os.replace(built, library)
         except OSError as error:
             raise BuildError(f"{library.parent} cannot be written: {error.strerror}") from None
-        return ctypes.CDLL(str(library))
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as error:
+            raise BuildError(f"{library} cannot be loaded: {error}") from None
+
+
+def _make_private(folder: Path) -> None:
+    """What is loaded from the folder runs: nobody else may have put it there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise BuildError(
+            f"{folder} can be written by other users, and what is kept there runs; make it yours alone "
+            "(chown, chmod 700) or remove it"
+        )
 
 
 def host_text(text: str) -> str:
@@ -153,7 +177,7 @@ def text_of(cell: Cell) -> str:
 @lru_cache(maxsize=64)
 def load(cell: Cell) -> ctypes.CDLL:
     """The cell's library; raises BuildError, and PararnnError for a cell without MSL."""
-    return build(text_of(cell), f"recurrence-{cell.name}")
+    return build(text_of(cell), f"recurrence-{kernels.plain_name(cell)}")
 
 
 class _Call(ctypes.Structure):
@@ -242,9 +266,7 @@ def conv_silu(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -
     read = view(x)
     sizes = [B, T, D, K, *(stride // read.itemsize for stride in read.strides[:2])]
     y = _call("conv_silu", [x, window, _exact(weight), _exact(bias)], x.shape, sizes)
-    moved = (
-        np.concatenate([view(window), read[:, -(K - 1) :]], axis=1)[:, -(K - 1) :] if K > 1 else view(window)
-    )
+    moved = np.concatenate([view(window), read[:, -(K - 1) :]], axis=1)[:, -(K - 1) :]
     return y, mx.array(moved).view(x.dtype)
 
 
@@ -282,13 +304,12 @@ def _rows(array: mx.array) -> tuple[mx.array, int]:
     """The array, evaluated, such that its rows are equally far apart, and how many elements that is."""
     array = _lines(array)
     seen = view(array)
-    for axis in range(array.ndim - 2):
-        if array.shape[axis] > 1 and seen.strides[axis] != seen.strides[axis + 1] * array.shape[axis + 1]:
-            array = mx.contiguous(array)
-            mx.eval(array)
-            seen = view(array)
-            break
-    return array, seen.strides[-2] // seen.itemsize if array.ndim > 1 else array.shape[-1]
+    axes = [(n, stride) for n, stride in zip(seen.shape[:-1], seen.strides, strict=False) if n > 1]
+    if any(outer != n * inner for (_, outer), (n, inner) in pairwise(axes)):
+        array = mx.contiguous(array)
+        mx.eval(array)
+        return array, array.shape[-1]
+    return array, axes[-1][1] // seen.itemsize if axes else array.shape[-1]
 
 
 def view(array: mx.array) -> np.ndarray:

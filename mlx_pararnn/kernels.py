@@ -341,7 +341,12 @@ def _texts(kernel: str, cell: Cell | None, flags: tuple[tuple[str, int], ...]) -
     source = metal_text(f"{kernel}.metal")
     # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
-    return f"pararnn_{kernel}_{cell.name if cell else 'any'}_{digest}", source, header
+    return f"pararnn_{kernel}_{plain_name(cell) if cell else 'any'}_{digest}", source, header
+
+
+def plain_name(cell: Cell) -> str:
+    """The cell's name as part of an identifier or of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", cell.name)
 
 
 def _outputs(

@@ -318,8 +318,8 @@ class Layer(nn.Module):
         self._last = last
 
     def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, **options: Any) -> mx.array:
-        # The CPU backend works at once. Who reads a prompt for its state alone, as generate_step does, never asks
-        # for what stands behind the last recurrence, so that stays lazy.
+        # The CPU backend works at once. Who reads a prompt for its state alone, as generate_step does, never
+        # asks for what stands behind the last recurrence, so that stays lazy.
         behind = self.mixer.cell.backend(**options)
         if self._last and behind == "cpu":
             behind = "ops"

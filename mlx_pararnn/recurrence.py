@@ -7,7 +7,7 @@ paper, section 3.3). So every method and backend has the same, exact gradient.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -95,8 +95,8 @@ def recurrence(
     Raises:
         PararnnError: an argument has the wrong shape or an unknown value.
 
-    The kernels differentiate once and compile; for mx.vmap and higher derivatives take backend="ops", and ask
-    for `return_info` outside of transformations.
+    The kernels differentiate and compile; for mx.vmap take backend="ops", and ask for `return_info` outside
+    of transformations.
 
     Inside mx.compile and mx.vmap nothing may be evaluated: there a CPU runs ops, "auto" is sequential, and
     Newton makes min(max_iters, T / chunk) iterations. GPU kernels need no evaluation and stop by themselves.
@@ -151,8 +151,8 @@ def choose_backend(
     here = kernels.available_backend() or "cpu"
     if asked is None:
         if here == "cpu":
-            # Straight through time, at once: no Newton, nothing inside mx.compile, and not one token, which MLX
-            # computes as a whole without waiting in the middle.
+            # Straight through time, at once: no Newton, nothing inside mx.compile, and not one token, which
+            # MLX computes as a whole without waiting in the middle.
             one_token = bool(arguments) and arguments[1].shape[2] == 1 and not host.is_large(arguments[1])
             fits = method != "newton" and not one_token and not in_transformation(*arguments)
         else:
@@ -271,8 +271,9 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
     ) -> tuple[mx.array, ...]:
         params, u, state, mask = primals
         B, heads, T, _, width = u.shape
-        # All states, from the kernel again, in the layout of newton.py: (slots, B, heads, T, W).
-        states = _launch(plan, backend, 1, params, u, state, mask)[2]
+        # All states, from the kernel again, in the layout of newton.py: (slots, B, heads, T, W). Not by
+        # _launch: a second derivative goes through them.
+        states = _differentiable_kernel(plan, backend, 1)(*primals)[2]
         states = states.reshape(B, T, -1, heads, width).transpose(2, 0, 3, 1, 4)
         steps = mask if plan.masked else None
         _, (g,) = mx.vjp(lambda s: [*_outputs(plan.cell, s, steps, every, u.dtype)], [states], [*cotangents])
@@ -280,7 +281,29 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
         gradients = _backward(plan, laid_out, g, states)
         return tuple(d.reshape(p.shape).astype(p.dtype) for d, p in zip(gradients, primals, strict=True))
 
+    @solve.jvp
+    def solve_jvp(
+        primals: tuple[mx.array, ...], tangents: tuple[mx.array | None, ...]
+    ) -> tuple[mx.array, ...]:
+        mask = primals[3] if plan.masked else None
+
+        def in_ops(params: mx.array, u: mx.array, state: mx.array) -> list[mx.array]:
+            options: dict[str, Any] = {"mask": mask, "return_states": every, "backend": "ops"}
+            return [*recurrence(plan.cell, params, u, state, method="sequential", **options)]
+
+        return directional(in_ops, primals[:3], tangents[:3])
+
     return solve
+
+
+def directional(
+    function: Callable[..., Sequence[mx.array]],
+    primals: Sequence[mx.array],
+    tangents: Sequence[mx.array | None],
+) -> tuple[mx.array, ...]:
+    """The Jacobian-vector product of `function` as `mx.custom_function.jvp` has it: a tangent may be None."""
+    given = [mx.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
+    return tuple(mx.jvp(lambda *arrays: [*function(*arrays)], [*primals], given)[1])
 
 
 def _launch(

@@ -1,10 +1,13 @@
 """The CPU backend: its numbers, and how its libraries are built and kept."""
 
+import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +18,7 @@ from msl.test_numbers import Problem, assert_close
 from test_cells import allowed, read
 from test_recurrence import loss_of, problem
 
-from mlx_pararnn import PararnnError, fused, get_cell, host, load_model, register_cell
+from mlx_pararnn import PararnnError, environment, fused, get_cell, host, kernels, load_model, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.recurrence import _kernels_agree, recurrence
 
@@ -137,6 +140,34 @@ def test_gradients(name):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_forward_and_second_derivatives(name):
+    cell, params, u, state = problem(name, T=20, state=True)
+    arrays = [mx.array(a) for a in (params, u, state)]
+    rng = np.random.default_rng(0)
+    mask = mx.array(rng.random((u.shape[0], 20)) < 0.7)
+    directions = [mx.array(rng.normal(size=a.shape).astype(np.float32)) for a in arrays]
+
+    def derivatives(backend):
+        def solve(*arrays):
+            return [*recurrence(cell, *arrays, mask=mask, return_states=3, backend=backend)]
+
+        def slope(*arrays):
+            gradients = mx.grad(lambda *a: sum((x**3).sum() for x in solve(*a)), argnums=(0, 1, 2))(*arrays)
+            return sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+
+        along_u = mx.jvp(lambda u: solve(arrays[0], u, arrays[2]), [arrays[1]], [directions[1]])[1]
+        return [
+            *mx.jvp(solve, arrays, directions)[1],
+            *along_u,
+            *mx.grad(slope, argnums=(0, 1, 2))(*arrays),
+        ]
+
+    for given, wanted in zip(derivatives("cpu"), derivatives("ops"), strict=True):
+        assert mx.abs(wanted).max().item() > 0
+        np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_inside_a_transformation_ops_take_over():
     cell, params, u, _ = problem("gru", T=20)
     params, u = mx.array(params), mx.array(u)
@@ -208,6 +239,95 @@ def test_elementwise_work_has_gradients_and_compiles(however_small):
         for a, b in zip(given, wanted, strict=True):
             assert mx.abs(a).max().item() > 0
             np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-4)
+
+
+def test_elementwise_work_has_forward_and_second_derivatives(however_small):
+    rng = np.random.default_rng(0)
+    x, gate, window, along = (mx.array(rng.normal(size=(2, T, 20)).astype(np.float32)) for T in (9, 9, 3, 9))
+    taps, weight = mx.ones((20, 4)), mx.arange(20) / 10
+
+    def derivatives(backend):
+        def of(x):
+            y, new = fused.conv_silu(x, window, taps, weight, backend=backend)
+            y = fused.gated_norm(y, gate, weight, 1e-6, backend=backend)
+            return (fused.swiglu(y, x, backend=backend) ** 2).sum() + (new**2).sum()
+
+        return mx.jvp(of, [x], [along])[1][0], mx.grad(lambda x: (mx.grad(of)(x) * along).sum())(x)
+
+    for given, wanted in zip(derivatives("cpu"), derivatives("ops"), strict=True):
+        assert mx.abs(wanted).max().item() > 0
+        np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_are_not_equally_far_apart(however_small):
+    gate = mx.array(np.random.default_rng(0).normal(size=(2, 1, 3, 16)).astype(np.float32))
+    repeated = mx.broadcast_to(gate[0, 0], gate.shape)  # stride 0 in front of an axis of length 1
+    for up in (repeated, gate[:, :, ::-1], mx.concatenate([gate, gate], axis=2)[:, :, :3]):
+        given = fused.swiglu(gate, up, backend="cpu")
+        assert mx.allclose(given, fused.swiglu(gate, up), atol=1e-6)
+
+
+def test_dtypes_that_differ_are_left_to_ops(however_small):
+    hidden, weight = mx.ones((2, 3, 8), mx.bfloat16), mx.ones(8)
+    given = fused.gated_norm(hidden, hidden, weight, 1e-6, backend="cpu")
+    assert given.dtype == fused.gated_norm(hidden, hidden, weight, 1e-6).dtype
+
+
+WIDEN_AND_NARROW = """
+extern "C" void widen(const pararnn::Float16* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) pararnn::store(to + i, pararnn::load(from + i, LANES), LANES);
+}
+extern "C" void narrow(const float* from, pararnn::Float16* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) pararnn::store(to + i, pararnn::load(from + i, LANES), LANES);
+}
+"""
+
+
+def test_every_half(monkeypatch, tmp_path):
+    """NumPy's conversions: all halves, and floats at, between and beside them."""
+    with fresh_cache(monkeypatch, tmp_path):
+        library = host.build(kernels.metal_text("host.h") + WIDEN_AND_NARROW, "halves")
+
+    def converted(function, numbers, dtype):
+        to = np.empty(numbers.shape, dtype)
+        pointers = (ctypes.c_void_p(array.ctypes.data) for array in (numbers, to))
+        getattr(library, function)(*pointers, ctypes.c_int64(numbers.size))
+        return to
+
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    floats = converted("widen", halves, np.float32)
+    np.testing.assert_array_equal(floats, halves.astype(np.float32))
+    assert (np.signbit(floats) == np.signbit(halves)).all()
+    with np.errstate(over="ignore", invalid="ignore"):
+        middles = (floats + np.roll(floats, 1)) / 2
+        numbers = np.concatenate([np.nextafter(middles, np.float32(x)) for x in (-np.inf, 0, np.inf)])
+        numbers = np.concatenate([floats, middles, numbers, np.geomspace(1e-45, 3e38, 1 << 16)])
+        numbers = numbers.astype(np.float32)
+        wanted = numbers.astype(np.float16)
+    given = converted("narrow", numbers, np.float16)
+    np.testing.assert_array_equal(given, wanted)
+    assert (np.signbit(given) == np.signbit(wanted)).all()
+
+
+NO_THREADS = """
+#include <cerrno>
+extern "C" int pthread_create(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*) noexcept {
+  return EAGAIN;
+}
+int main() {
+  std::atomic<int> done{0};
+  pararnn::in_parallel(100, 4, [&](int64_t) { ++done; });
+  return done == 100 ? 0 : 1;
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="puts a function in place of Linux's own")
+def test_where_no_more_threads_are_to_be_had(tmp_path):
+    source, program = tmp_path / "main.cpp", tmp_path / "main"
+    source.write_text(kernels.metal_text("host.h") + NO_THREADS)
+    subprocess.run([host.compiler(), "-std=c++17", "-pthread", source, "-o", program], check=True)
+    subprocess.run([program], check=True)
 
 
 @pytest.mark.parametrize("source", ["trained/paragru/final.pt", "lm/paralstm_s96/state_dict.pt"])
@@ -305,9 +425,9 @@ print(recurrence(cell, mx.zeros((1, 8)), u, backend="cpu")[0].sum().item())
 
 
 def test_processes_and_threads_build_at_once(monkeypatch, tmp_path):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     started = [
-        subprocess.Popen([sys.executable, "-c", SOLVE], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", SOLVE], env=variables, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     printed = {process.communicate()[0] for process in started}
@@ -334,7 +454,9 @@ def test_processes_and_threads_build_at_once(monkeypatch, tmp_path):
     assert names == ["gru", "nlru"]  # and nothing half-built beside them
 
 
-@pytest.mark.parametrize("fault", ["no compiler", "text rejected", "folder not writable"])
+@pytest.mark.parametrize(
+    "fault", ["no compiler", "text rejected", "folder not writable", "folder of others", "no home"]
+)
 def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_path):
     cell, params, u, _ = problem("gru", T=20)
     arrays = mx.array(params), mx.array(u)
@@ -346,10 +468,19 @@ def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_
     elif fault == "text rejected":
         monkeypatch.setattr(host, "host_text", lambda text: text + "not C++;")
         said = "rejects recurrence-gru"
+    elif fault == "folder of others":
+        (tmp_path / "mlx-pararnn").mkdir()
+        (tmp_path / "mlx-pararnn").chmod(0o777)
+        said = "can be written by other users"
+    elif fault == "no home":
+        said = "no home folder"
     else:
         (tmp_path / "mlx-pararnn").write_text("a file where the folder should be")
         said = "cannot be written"
     with fresh_cache(monkeypatch, tmp_path):
+        if fault == "no home":
+            monkeypatch.delenv("XDG_CACHE_HOME")
+            monkeypatch.setattr(Path, "home", no_home)
         with pytest.warns(RuntimeWarning, match=said) as warned:
             hidden, again = (np.array(recurrence(cell, *arrays)[0]) for _ in range(2))
         assert len(warned) == 1
@@ -357,6 +488,30 @@ def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_
         np.testing.assert_array_equal(hidden, again)
         with pytest.raises(PararnnError, match=said):
             recurrence(cell, *arrays, backend="cpu")
+        report = {finding.item: finding for finding in environment.examine()}
+        assert report["backend cpu"].value.startswith("cannot be built")
+        assert re.search(said, report["backend cpu"].advice)
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_cell_may_have_any_name(monkeypatch, tmp_path):
+    """It becomes part of a file's name here, of a function's on a GPU."""
+
+    @register_cell
+    class Odd(type(get_cell("nlru"))):
+        name = "../odd cell-2"
+        msl = kernels.metal_text("cells", "nlru.h").replace("NLRU", "Odd")
+
+    cell, u = get_cell(Odd.name), mx.ones((1, 1, 4, 2, 8))
+    wanted = recurrence(get_cell("nlru"), mx.zeros((1, 8)), u, backend="cpu")[0]
+    with fresh_cache(monkeypatch, tmp_path):
+        hidden = recurrence(cell, mx.zeros((1, 8)), u, backend="cpu")[0]
+    assert mx.array_equal(hidden, wanted)
+    assert [path.suffix for path in (tmp_path / "mlx-pararnn").iterdir()] == [".so"]
+    assert kernels.sequential_launch(cell, u.shape, u.dtype).name.isidentifier()
 
 
 def test_a_cell_without_msl_runs_in_ops():

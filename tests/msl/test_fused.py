@@ -182,6 +182,24 @@ def test_the_functions_give_what_the_kernels_do(launched, dtype):  # noqa: F811
 
 
 @needs_harness
+def test_kernels_see_one_dtype_of_weights_and_state(launched, monkeypatch):  # noqa: F811
+    """MLX's CUDA side keeps compiled kernels by name and template, where those dtypes do not stand."""
+    seen = []
+    working = kernels.run
+
+    def run(launch, arrays, backend):
+        seen.append((arrays["params"].dtype, arrays["initial"].dtype))
+        return working(launch, arrays, backend)
+
+    monkeypatch.setattr(kernels, "run", run)
+    call = decode("gru", 1, 8)
+    changed = {name: arrays_of(call)[name].astype(mx.float16) for name in ("params", "initial")}
+    y, _ = by_decode(call, "gru", "metal", **changed)
+    assert seen == [(mx.float32, mx.float32)]
+    np.testing.assert_allclose(y, by_decode(call, "gru", "ops", **changed)[0], atol=1e-5)
+
+
+@needs_harness
 def test_gradients(launched):  # noqa: F811
     """The ops' own, through the kernels' results."""
     conv_arrays = [*arrays_of(conv(2, 20, 6)).values()]
