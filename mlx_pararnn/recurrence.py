@@ -151,8 +151,8 @@ def choose_backend(
     here = kernels.available_backend() or "cpu"
     if asked is None:
         if here == "cpu":
-            # Straight through time, at once: no Newton, nothing inside mx.compile, and not one token, which
-            # MLX computes as a whole without waiting in the middle.
+            # Straight through time, at once: no Newton, nothing inside mx.compile, and no token of few sequences,
+            # which MLX computes as a whole without waiting in the middle.
             one_token = bool(arguments) and arguments[1].shape[2] == 1 and not host.is_large(arguments[1])
             fits = method != "newton" and not one_token and not in_transformation(*arguments)
         else:

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.server import ThreadingHTTPServer
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ import mlx.core as mx
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, _run_http_server
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
 
 from .errors import PararnnError
 from .generation import check_text, check_tokens, find_room
@@ -45,8 +47,12 @@ from .prompt_cache import SPACING, PromptCache
 MAX_BODY = 4 * 2**20  # bytes of a request
 MAX_CONNECTIONS = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256  # characters; MLX-LM makes an automaton of them, and keeps a hundred
 MAX_TOP_LOGPROBS = 11  # MLX-LM's limit
 SOCKET_TIMEOUT = 60  # seconds that a client may keep us waiting
+# What chat_template_kwargs would give to the tokenizer and not to its template. Among them is the template, a
+# program: one of a client's could run for ever.
+NOT_FOR_TEMPLATES = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"}
 
 
 @dataclass(frozen=True)
@@ -271,10 +277,33 @@ class Generator(ResponseGenerator):
             args.max_tokens = min(args.max_tokens, room)
         return result
 
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        queue, *rest = request
+        super()._serve_single((_WatchedQueue(queue, self), *rest), stream)
+
     def _make_state_machine(self, model_key: Any, tokenizer: TokenizerWrapper, stop_words: Any) -> Any:
         # Stop strings that fall on tokens end generation at once; `_Answer` finds them in the text, wherever.
         stop_sequences, _ = super()._make_state_machine(model_key, tokenizer, stop_words)
         return stop_sequences, make_text_state_machine(tokenizer)
+
+
+class _WatchedQueue:
+    """The queue of a request that is answered by itself. MLX-LM would read its prompt to the end, and answer,
+    though the server is to stop, and read it though the client has left.
+    """
+
+    def __init__(self, queue: Any, generator: Generator) -> None:
+        self._queue, self._generator = queue, generator
+        self._context: Any = None
+
+    def put(self, item: Any) -> None:
+        """What a handler is to get: the context, then how much is read, responses, None or an exception."""
+        self._queue.put(item)
+        if item is None or isinstance(item, Exception):
+            return
+        self._context = self._context or item
+        if self._generator._stop or self._context._should_stop:
+            raise ConnectionAbortedError("nobody waits for this answer")  # MLX-LM puts it into the queue
 
 
 class _Answer:
@@ -345,7 +374,7 @@ class Handler(APIHandler):
         elif not _is_loopback(host):  # another site's name that was made to point here
             raise Refused(403, f"this server is reached as localhost, not as {host[:100]!r}")
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise Refused(403, "pages of other sites may not use this server")
 
     def _has_key(self, key: str) -> bool:
@@ -427,6 +456,8 @@ class Handler(APIHandler):
         body["stop"] = stop = [stop] if isinstance(stop, str) else stop
         if not (isinstance(stop, list) and len(stop) <= MAX_STOP_STRINGS and all(map(_is_text, stop))):
             raise Refused(400, f"stop must be a string or up to {MAX_STOP_STRINGS}, none of them empty")
+        if any(len(word) > MAX_STOP_LENGTH for word in stop):
+            raise Refused(400, f"a stop string may have {MAX_STOP_LENGTH} characters")
         options = body.get("stream_options", {})
         if not isinstance(options, dict):
             raise Refused(400, "stream_options must be an object")
@@ -440,8 +471,10 @@ class Handler(APIHandler):
         if not body.get("logprobs"):
             body.pop("top_logprobs", None)
         for field, value in body.items():
-            limit = 2**64 - 1 if field == "seed" else 1e9
-            if isinstance(value, (int, float)) and not abs(value) <= limit:  # NaN too
+            if isinstance(value, bool) and field not in ("stream", "logprobs"):
+                body[field] = int(value)  # MLX-LM takes it for a number, and its samplers fail on it
+            least, most = (0, 2**64 - 1) if field == "seed" else (-1e9, 1e9)
+            if isinstance(value, (int, float)) and not least <= value <= most:  # NaN too
                 raise Refused(400, f"{field} is out of range")
         for field in ("xtc_probability", "xtc_threshold"):
             if type(body.get(field)) is int:
@@ -460,6 +493,13 @@ class Handler(APIHandler):
                     )
                 if not isinstance(value, (int, float)) or not abs(value) <= 1e9:
                     raise Refused(400, f"logit_bias of {token} is no number in range")
+
+        variables = body.get("chat_template_kwargs", {})
+        if not isinstance(variables, dict):
+            raise Refused(400, "chat_template_kwargs must be an object")
+        for variable in variables:
+            if variable in NOT_FOR_TEMPLATES:
+                raise Refused(400, f"chat_template_kwargs may not have {variable!r}")
 
         if "prompt" in body or not urlsplit(self.path).path.endswith("/chat/completions"):
             if not _is_text(body.get("prompt")):
@@ -573,8 +613,8 @@ def _is_text(value: Any) -> bool:
 
 def _is_loopback(host: str) -> bool:
     """Whether a Host header names this machine by a name that no other site can have."""
-    name = urlsplit(f"//{host}").hostname or ""
     try:
+        name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False

@@ -136,6 +136,14 @@ def test_system_prompt_and_settings_are_sent(page):
     assert len(page.run(TALK)) == 2
 
 
+def test_what_was_not_answered_can_be_sent_again(page):
+    """It comes back before what has been typed in the meantime, and no question stays without an answer."""
+    set_field(page, "top_p", "7")
+    page.run("const typed = document.getElementById('input'); typed.value = 'a'; send(); typed.value = 'b'")
+    page.wait_for("document.getElementById('input').value === 'a\\nb'")
+    assert page.run(TALK) == []
+
+
 def test_text_is_text(page):
     set_field(page, "max_tokens", "1")
     ask(page, "<img src=x onerror=alert(1)><b>")

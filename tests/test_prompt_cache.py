@@ -1,6 +1,9 @@
 """The server's prompt cache: random conversations and edits, held to recomputing."""
 
+import tracemalloc
+
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +39,15 @@ def same(a, b):
     )
 
 
+def stored_in(prompts):
+    """Texts and states, what was used last at the end."""
+    return [(np.frombuffer(text, np.int32).tolist(), states) for (_, text), states in prompts._states.items()]
+
+
+def texts_of(prompts):
+    return [text for text, _ in stored_in(prompts)]
+
+
 def common(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -51,7 +63,7 @@ def test_never_a_wrong_state_and_at_most_one_interval_again(model, data):
         old = data.draw(st.sampled_from(texts))
         prompt = old[: data.draw(st.integers(0, len(old)))] + data.draw(st.lists(LETTERS, max_size=70))
         prompt = prompt or [2]
-        stored = set(map(tuple, prompts._keys("model")))
+        stored = set(map(tuple, texts_of(prompts)))
         cache, rest = prompts.fetch_nearest_cache("model", prompt)
         read = len(prompt) - len(rest)
         assert 0 <= read < len(prompt)
@@ -77,8 +89,9 @@ def test_never_a_wrong_state_and_at_most_one_interval_again(model, data):
         prompts.insert_cache("model", answer.all_tokens[:], answer.prompt_cache)
         texts.append(answer.all_tokens)
         longest = max(longest, len(answer.all_tokens))
-        entries = [prompts._trie.get("model", key) for key in prompts._keys("model")]
-        assert prompts.nbytes == sum(sum(c.nbytes for c in e.prompt_cache) for e in entries)
+        assert prompts.nbytes == sum(
+            4 * len(text) + sum(c.nbytes for c in states) for text, states in stored_in(prompts)
+        )
         assert len(prompts) <= prompts.max_size
 
 
@@ -98,15 +111,15 @@ def test_a_state_is_stored_for_what_it_has_read(model):
     prompts = PromptCache()
     text = [1, 2, 3] * 10
     prompts.insert_cache("model", [*text, 5], state_of(model, text))  # one token short, as after a draft
-    assert prompts._keys("model") == [text]
+    assert texts_of(prompts) == [text]
     ahead = state_of(model, [*text, 5])
     prompts.insert_cache("model", text[:29], ahead)  # it has no state for 29 tokens
     prompts.insert_cache("model", text[:28], ahead)  # it has one for 28
-    assert prompts._keys("model") == [text, text[:28]]
+    assert texts_of(prompts) == [text, text[:28]]
     prompts.insert_cache("model", [], model.make_cache())
     assert len(prompts) == 2
-    for key in prompts._keys("model"):
-        assert same(prompts._trie.get("model", key).prompt_cache, state_of(model, key))
+    for key, states in stored_in(prompts):
+        assert same(states, state_of(model, key))
 
 
 def test_what_was_used_last_stays(model):
@@ -115,12 +128,17 @@ def test_what_was_used_last_stays(model):
         prompts.insert_cache("model", [letter] * 5, state_of(model, [letter] * 5))
     assert prompts.fetch_nearest_cache("model", [1] * 6)[1] == [1]
     prompts.insert_cache("model", [3] * 5, state_of(model, [3] * 5))
-    assert prompts._keys("model") == [[1] * 5, [3] * 5]
+    assert texts_of(prompts) == [[1] * 5, [3] * 5]
+    prompts.insert_cache("model", [1] * 5, state_of(model, [1] * 5))
+    prompts.insert_cache("model", [4] * 5, state_of(model, [4] * 5), cache_type="system")
+    assert texts_of(prompts) == [[1] * 5, [4] * 5]
+    prompts.trim_to(n_bytes=0)
+    assert (len(prompts), prompts.nbytes) == (0, 0)
     one = state_of(model, [1])
-    small = PromptCache(max_bytes=2 * sum(c.nbytes for c in one))
+    small = PromptCache(max_bytes=2 * (4 + sum(c.nbytes for c in one)))
     for letter in range(5):
         small.insert_cache("model", [letter], state_of(model, [letter]))
-    assert small._keys("model") == [[3], [4]]
+    assert texts_of(small) == [[3], [4]]
 
 
 def test_what_is_handed_out_is_nobody_elses(model):
@@ -132,3 +150,25 @@ def test_what_is_handed_out_is_nobody_elses(model):
     again, _ = prompts.fetch_nearest_cache("model", [*text, 1])
     assert same(again, state_of(model, text))
     assert make_prompt_cache(model)[0].spacing == SPACING
+
+
+def test_long_texts_take_what_is_counted(model):
+    prompts = PromptCache()
+    tracemalloc.start()
+    try:
+        for n in range(4):
+            text = [n, *range(20_000)]
+            prompts.insert_cache("model", text, state_ahead(model, len(text)))
+        del text
+        assert prompts.nbytes >= 4 * 4 * 20_000
+        assert tracemalloc.get_traced_memory()[0] < 2 * prompts.nbytes
+    finally:
+        tracemalloc.stop()
+
+
+def state_ahead(model, length):
+    """A state that says to have read so many tokens."""
+    cache = state_of(model, [1])
+    for layer in cache:
+        layer.offsets = [length]
+    return cache

@@ -83,6 +83,23 @@ def test_every_step_of_one_parallel_read_can_be_gone_back_to(cell, mixer, method
         assert same(caches, plain, exactly=False), n
 
 
+@pytest.mark.parametrize("backend", ["ops", None])
+def test_a_state_holds_no_more_memory_than_it_says(backend):
+    """Where it is the end of an array of all steps, it would hold on to that."""
+    model = small()
+
+    def state():
+        caches = remembering(model, spacing=64)
+        mx.eval(model(mx.array([[1] * 1000]), cache=caches, backend=backend), [c.cache for c in caches])
+        return caches
+
+    states = [state()]
+    before = mx.get_active_memory()
+    states.append(state())
+    counted = sum(c.nbytes for c in states[1])
+    assert counted <= mx.get_active_memory() - before < counted + 2**15
+
+
 def test_single_steps_are_gone_back_to_exactly(demo):
     model, _ = demo
     caches = remembering(model, recent=8)

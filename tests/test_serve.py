@@ -332,12 +332,16 @@ def test_learned_positions_end_an_answer_and_not_the_server(tmp_path):
 
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+SAID = {"messages": [{"role": "user", "content": "x"}]}
 REFUSED = [  # what would end MLX-LM's generating thread, open a connection, load a file, or make no sense
     (TEXT, {"prompt": ""}, 400, "not an empty one"),
     (TEXT, {"prompt": ["a", "b"]}, 400, "prompt must be a string"),
     (TEXT, {"prompt": "x", "stop": [1]}, 400, "stop must be"),
     (TEXT, {"prompt": "x", "stop": ""}, 200, ""),
     (TEXT, {"prompt": "x", "stop": ["a"] * 17}, 400, "stop must be"),
+    (TEXT, {"prompt": "x", "stop": "a" * 257}, 400, "a stop string may have 256 characters"),
+    (TEXT, {"prompt": "x", "top_k": True, "temperature": 1.0}, 200, ""),
+    (TEXT, {"prompt": "x", "seed": -1}, 400, "seed is out of range"),
     (TEXT, {"prompt": "x", "logit_bias": {"256": 1}}, 400, "logit_bias names token '256'"),
     (TEXT, {"prompt": "x", "logit_bias": {"-1": 1}}, 400, "logit_bias names token '-1'"),
     (TEXT, {"prompt": "x", "logit_bias": {"1": 1e999}}, 400, "logit_bias of 1"),
@@ -359,6 +363,10 @@ REFUSED = [  # what would end MLX-LM's generating thread, open a connection, loa
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text parts"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "content must be a string"),
     (CHAT, {}, 400, "messages must be a list"),
+    (CHAT, {**SAID, "chat_template_kwargs": 5}, 400, "chat_template_kwargs must be an object"),
+    (CHAT, {**SAID, "chat_template_kwargs": {"chat_template": "x"}}, 400, "may not have 'chat_template'"),
+    (CHAT, {**SAID, "chat_template_kwargs": {"max_length": 9}}, 400, "may not have 'max_length'"),
+    (CHAT, {**SAID, "chat_template_kwargs": {"enable_thinking": False}}, 200, ""),
     (TEXT, b"{", 400, "not JSON"),
     (TEXT, b"[" * 100_000, 400, "not JSON"),
     (TEXT, b"[]", 400, "not a JSON object"),
@@ -388,7 +396,12 @@ def test_sizes_are_bounded(server):
 
 def test_other_sites_and_names_are_turned_away(server):
     port = urlsplit(server.url).port
-    for host, status in ((f"localhost:{port}", 200), (f"[::1]:{port}", 200), ("evil.example", 403)):
+    for host, status in (
+        (f"localhost:{port}", 200),
+        (f"[::1]:{port}", 200),
+        ("evil.example", 403),
+        ("[", 403),
+    ):
         assert request(server, "GET", "/v1/models", Host=host)[0] == status
     for origin, status in ((server.url, 200), ("http://evil.example", 403), ("null", 403)):
         assert request(server, "POST", TEXT, {"prompt": "x", "max_tokens": 1}, Origin=origin)[0] == status
@@ -419,16 +432,27 @@ def test_every_request_needs_the_key():
         assert request(server, "GET", "/")[1]["WWW-Authenticate"].startswith("Basic")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_stops_cleanly_in_the_middle_of_an_answer(number):
-    with running() as server:
+@pytest.mark.parametrize(
+    ("number", "seed"), [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGINT, 1)]
+)
+def test_it_stops_cleanly_in_the_middle_of_an_answer(number, seed):
+    with running("--max-tokens", 10**6) as server:
         stream = client_of(server).completions.create(
-            model="demo", prompt="x", max_tokens=4000, temperature=1, stream=True
+            model="demo", prompt="x", max_tokens=10**6, temperature=1, seed=seed, stream=True
         )
         next(iter(stream))
         code, said = server.stop(number)
         assert (code, said.splitlines()[-1]) == (0, "Stopped.")
         assert "Traceback" not in said
+
+
+def test_it_stops_while_it_reads_a_prompt_that_is_answered_by_itself():
+    with running() as server:
+        with pytest.raises(openai.APITimeoutError):
+            client_of(server).completions.create(
+                model="demo", prompt="x" * 1_000_000, max_tokens=1, seed=1, timeout=5
+            )
+        assert server.stop()[0] == 0
 
 
 def test_it_ends_with_one_sentence_when_generation_cannot_go_on(tmp_path, monkeypatch):

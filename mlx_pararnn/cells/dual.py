@@ -22,6 +22,7 @@ class Dual:
     """`value` and its `tangents`, one array a direction; a constant has no tangents (an empty tuple)."""
 
     __array_ufunc__ = None  # NumPy arrays leave `array + dual` to Dual
+    __hash__ = None  # type: ignore[assignment]
     __slots__ = ("tangents", "value")
 
     def __init__(self, value: Any, tangents: tuple[Any, ...] = ()) -> None:
@@ -77,6 +78,12 @@ class Dual:
         return self.chain(self.value**exponent, exponent * self.value ** (exponent - 1))
 
     # Comparisons look at values alone: they choose a branch, for F.where.
+
+    def __eq__(self, other: Any) -> Any:
+        return self.value == _dual(other).value
+
+    def __ne__(self, other: Any) -> Any:
+        return self.value != _dual(other).value
 
     def __lt__(self, other: Any) -> Any:
         return self.value < _dual(other).value
