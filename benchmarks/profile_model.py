@@ -33,6 +33,7 @@ LEAVES = (
     (nn.Linear, "__call__", "matrix products"),
     (MultiLinear, "__call__", "matrix products"),
     (nn.RMSNorm, "__call__", "RMSNorm"),
+    (fused, "rms_norm", "RMSNorm"),
     (nn.Embedding, "__call__", "embedding"),
     (model_file, "recurrence", "recurrence"),
     (fused, "conv_silu", "convolution + SiLU"),

@@ -34,7 +34,33 @@ void swiglu(const void* const* in, void* out, const int64_t* size, const float*,
   });
 }
 
-// out = hidden / sqrt(mean(hidden^2) + eps) * weight * silu(gate); weight in float32
+// 1 / sqrt(mean(x^2) + eps) of a row
+template <typename T>
+inline Vec norm_scale(const T* x, int64_t width, float eps) {
+  Vec squares(0.0f);
+  vectors(width, [&](int64_t i, int n) {
+    const Vec value = load(x + i, n);
+    squares = squares + value * value;
+  });
+  float sum = 0.0f;
+  for (int lane = 0; lane < LANES; ++lane) sum += squares.v[lane];
+  return 1.0f / std::sqrt(sum / float(width) + eps);
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight; weight in float32
+template <typename T>
+void rms_norm(const void* const* in, void* out, const int64_t* size, const float* eps, int threads) {
+  const int64_t rows = size[0], width = size[1], stride = size[2];
+  const float* weight = static_cast<const float*>(in[1]);
+  rows_in_parallel(rows, threads, [&](int64_t row) {
+    const T* x = static_cast<const T*>(in[0]) + row * stride;
+    T* to = static_cast<T*>(out) + row * width;
+    const Vec scale = norm_scale(x, width, eps[0]);
+    vectors(width, [&](int64_t i, int n) { store(to + i, load(x + i, n) * scale * load(weight + i, n), n); });
+  });
+}
+
+// out = rms_norm(hidden) * silu(gate); weight in float32
 template <typename T>
 void gated_norm(const void* const* in, void* out, const int64_t* size, const float* eps, int threads) {
   const int64_t rows = size[0], width = size[1], hidden_stride = size[2], gate_stride = size[3];
@@ -43,14 +69,7 @@ void gated_norm(const void* const* in, void* out, const int64_t* size, const flo
     const T* hidden = static_cast<const T*>(in[0]) + row * hidden_stride;
     const T* gate = static_cast<const T*>(in[1]) + row * gate_stride;
     T* to = static_cast<T*>(out) + row * width;
-    Vec squares(0.0f);
-    vectors(width, [&](int64_t i, int n) {
-      const Vec h = load(hidden + i, n);
-      squares = squares + h * h;
-    });
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; ++lane) sum += squares.v[lane];
-    const Vec scale(1.0f / std::sqrt(sum / float(width) + eps[0]));
+    const Vec scale = norm_scale(hidden, width, eps[0]);
     vectors(width, [&](int64_t i, int n) {
       store(to + i, load(hidden + i, n) * scale * load(weight + i, n) * silu(load(gate + i, n)), n);
     });
@@ -59,9 +78,9 @@ void gated_norm(const void* const* in, void* out, const int64_t* size, const flo
 
 // out = silu(bias + sum_k weight_k * input_{t - K + 1 + k}), where the K - 1 inputs before the first are the
 // window's; weight (K, width) and bias in float32.
-template <typename T>
-void conv_silu(const void* const* in, void* out, const int64_t* size, const float*, int threads) {
-  const int64_t B = size[0], steps = size[1], width = size[2], K = size[3];
+template <typename T, int TAPS>
+void conv_of_taps(const void* const* in, void* out, const int64_t* size, int threads) {
+  const int64_t B = size[0], steps = size[1], width = size[2], K = TAPS ? TAPS : size[3];
   const int64_t x_batch_stride = size[4], x_stride = size[5];
   const float* weight = static_cast<const float*>(in[2]);
   const float* bias = static_cast<const float*>(in[3]);
@@ -82,6 +101,15 @@ void conv_silu(const void* const* in, void* out, const int64_t* size, const floa
   });
 }
 
+template <typename T>
+void conv_silu(const void* const* in, void* out, const int64_t* size, const float*, int threads) {
+  if (size[3] == 4) {  // what models have; the compiler unrolls it
+    conv_of_taps<T, 4>(in, out, size, threads);
+  } else {
+    conv_of_taps<T, 0>(in, out, size, threads);
+  }
+}
+
 }  // namespace pararnn
 
 #define PARARNN_EXPORT(name, dtype, T)                                                        \
@@ -94,5 +122,6 @@ void conv_silu(const void* const* in, void* out, const int64_t* size, const floa
   PARARNN_EXPORT(name, float16, pararnn::Float16)    \
   PARARNN_EXPORT(name, bfloat16, pararnn::Bfloat16)
 PARARNN_EXPORTS(swiglu)
+PARARNN_EXPORTS(rms_norm)
 PARARNN_EXPORTS(gated_norm)
 PARARNN_EXPORTS(conv_silu)

@@ -97,9 +97,6 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
             self.row_padding = [p - N for p in self.row_padding]
         if self.row_lengths is not None:
             self.row_lengths = [length - N for length in self.row_lengths]
-        if N > 1:
-            # Gathered: where it is the end of an array of all steps, a state would keep that alive.
-            self.cache = [None if c is None else c[mx.arange(c.shape[0])] for c in self.cache]
         self._keep_current()
         if N > 1:
             self._drop_unwanted()

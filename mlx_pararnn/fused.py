@@ -63,6 +63,14 @@ def conv_silu(
     return _conv_ops(*arrays, spans)
 
 
+def rms_norm(x: mx.array, weight: mx.array, eps: float, *, backend: str = "ops") -> mx.array:
+    """RMSNorm of x (B, T, D) with weight (D,)."""
+    if _at_once(backend, x, weight):
+        (y,) = _rms_norm_host(eps)(x, weight)
+        return cast(mx.array, y)
+    return mx.fast.rms_norm(x, weight, eps)
+
+
 def gated_norm(
     hidden: mx.array, gate: mx.array, weight: mx.array, eps: float, *, backend: str = "ops"
 ) -> mx.array:
@@ -241,6 +249,14 @@ def _swiglu_host() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=8)
+def _rms_norm_host(eps: float) -> Callable[..., Any]:
+    def launch(x: mx.array, weight: mx.array) -> list[mx.array]:
+        return [host.rms_norm(x, weight, eps)]
+
+    return _with_derivatives_of(lambda x, weight: (mx.fast.rms_norm(x, weight, eps),), launch)
+
+
+@lru_cache(maxsize=8)
 def _gated_norm_host(eps: float) -> Callable[..., Any]:
     def launch(hidden: mx.array, gate: mx.array, weight: mx.array) -> list[mx.array]:
         return [host.gated_norm(hidden, gate, weight, eps)]
@@ -280,6 +296,7 @@ def _elementwise_works() -> bool:
     def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
         x, up, weight = _waves(2, 20, 80)[..., :43], _waves(2, 20, 43), _waves(43)
         yield (host.swiglu(x, up),), (_swiglu_ops(x, up),)
+        yield (host.rms_norm(x, weight, 1e-6),), (mx.fast.rms_norm(x, weight, 1e-6),)
         yield (host.gated_norm(up, x, weight, 1e-6),), (_gated_norm_ops(1e-6, up, x, weight),)
         taps = _waves(43, 4)
         yield host.conv_silu(x, up[:, :3], taps.T, weight), _conv_ops(x, up[:, :3], taps, weight)

@@ -240,6 +240,13 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return _call("swiglu", [array for array, _ in rows], gate.shape, sizes)
 
 
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """RMSNorm of x (..., width) with weight (width,), at once."""
+    x, stride = _rows(x)
+    sizes = [x.size // x.shape[-1], x.shape[-1], stride]
+    return _call("rms_norm", [x, _exact(weight)], x.shape, sizes, eps)
+
+
 def gated_norm(hidden: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
     """RMSNorm(hidden) * silu(gate), both (..., width), with the norm's weight (width,); at once."""
     rows = _rows(hidden), _rows(gate)

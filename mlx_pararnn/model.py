@@ -318,15 +318,20 @@ class Layer(nn.Module):
         self._last = last
 
     def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, **options: Any) -> mx.array:
+        backend = self.mixer.cell.backend(**options)
         # The CPU backend works at once. Who reads a prompt for its state alone, as generate_step does, never
         # asks for what stands behind the last recurrence, so that stays lazy.
-        behind = self.mixer.cell.backend(**options)
-        if self._last and behind == "cpu":
-            behind = "ops"
-        mixed = self.mixer(self.norm(x), cache, mask, behind, **options)
+        behind = "ops" if self._last and backend == "cpu" else backend
+        mixed = self.mixer(_normed(self.norm, x, backend), cache, mask, behind, **options)
         x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
-        y = self.mlp(self.mlp_norm(x), behind)
+        y = self.mlp(_normed(self.mlp_norm, x, behind), behind)
         return x + y if self._mlp_residual else y
+
+
+def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, backend: str) -> mx.array:
+    if isinstance(norm, nn.RMSNorm):
+        return fused.rms_norm(x, norm.weight, norm.eps, backend=backend)
+    return norm(x)
 
 
 class PararnnModel(nn.Module):

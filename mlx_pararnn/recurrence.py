@@ -151,8 +151,8 @@ def choose_backend(
     here = kernels.available_backend() or "cpu"
     if asked is None:
         if here == "cpu":
-            # Straight through time, at once: no Newton, nothing inside mx.compile, and no token of few sequences,
-            # which MLX computes as a whole without waiting in the middle.
+            # Straight through time, at once: no Newton, nothing inside mx.compile, and no token of few
+            # sequences, which MLX computes as a whole without waiting in the middle.
             one_token = bool(arguments) and arguments[1].shape[2] == 1 and not host.is_large(arguments[1])
             fits = method != "newton" and not one_token and not in_transformation(*arguments)
         else:
@@ -377,7 +377,9 @@ def _outputs(
     hidden = states[cell.output_slot].swapaxes(1, 2).reshape(B, T, D)
     if mask is not None:
         hidden = mx.where(mask[..., None], hidden, 0.0)
-    last = states[:, :, :, -1].swapaxes(0, 1).reshape(B, slots, D)
+    # gathered where there are many: a view of the last step would keep the memory of all
+    last = states if T == 1 else states[:, :, :, mx.array([T - 1])]
+    last = last.swapaxes(0, 1).reshape(B, slots, D)
     if not every:
         return hidden.astype(dtype), last
     every_nth = states[:, :, :, every - 1 :: every].transpose(1, 3, 0, 2, 4)

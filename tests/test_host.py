@@ -203,8 +203,11 @@ def test_elementwise(dtype, shape, however_small):
     assert given.dtype == dtype
     assert_close(given.astype(mx.float32), silu * exact["x"], name)
 
-    given = fused.gated_norm(x, gate, weight, 1e-3, backend="cpu")
     norm = exact["x"] / np.sqrt((exact["x"] ** 2).mean(-1, keepdims=True) + 1e-3) * exact["w"]
+    given = fused.rms_norm(x, weight, 1e-3, backend="cpu")
+    assert given.dtype == dtype
+    assert_close(given.astype(mx.float32), norm, name)
+    given = fused.gated_norm(x, gate, weight, 1e-3, backend="cpu")
     assert_close(given.astype(mx.float32), norm * silu, name)
 
     for K in (2, 4, 7):
@@ -228,6 +231,7 @@ def test_elementwise_work_has_gradients_and_compiles(however_small):
     def loss(backend):
         def of(x, gate, window, taps, weight):
             y, new = fused.conv_silu(x, window, taps, weight, backend=backend)
+            y = fused.rms_norm(y, weight, 1e-6, backend=backend)
             y = fused.gated_norm(y, gate, weight, 1e-6, backend=backend)
             return (fused.swiglu(y, x, backend=backend) ** 2).sum() + (new**2).sum()
 
@@ -249,6 +253,7 @@ def test_elementwise_work_has_forward_and_second_derivatives(however_small):
     def derivatives(backend):
         def of(x):
             y, new = fused.conv_silu(x, window, taps, weight, backend=backend)
+            y = fused.rms_norm(y, weight, 1e-6, backend=backend)
             y = fused.gated_norm(y, gate, weight, 1e-6, backend=backend)
             return (fused.swiglu(y, x, backend=backend) ** 2).sum() + (new**2).sum()
 
