@@ -258,8 +258,15 @@ def _to_coreml(source: str, output: Path, **how: Any) -> None:
         )
     else:
         typer.echo(
-            "warning: this model's prompts need more than 8 Newton iterations at once (6 in float16), so the package "
-            "has decode only and prompts are read token by token (--iterations N forces a prefill)",
+            "warning: this model's prompts need more than 8 Newton iterations at once, or numbers beyond "
+            "float16's, so the package has decode only and prompts are read token by token "
+            "(--iterations N forces a prefill)",
+            err=True,
+        )
+    if made["cell"] == "slstm" and made["state"] == "graph":
+        typer.echo(
+            "warning: sLSTM's state grows with the text and loses digits in float16; --state io keeps it in "
+            "float32",
             err=True,
         )
     typer.echo(f"Check it on a Mac: mlx-pararnn verify {shlex.quote(str(done.path))}", err=True)

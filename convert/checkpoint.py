@@ -8,7 +8,7 @@ from mlx_pararnn.errors import PararnnError
 
 from .dcp import METADATA
 from .dtypes import FLOATS
-from .forms import SUFFIXES, find_weights, read_json_object, read_weights
+from .forms import COREML_FILE, COREML_PACKAGE, SUFFIXES, find_weights, read_json_object, read_weights
 from .hub import is_hub_name, snapshot
 from .links import check_link
 from .tensors import Tensor
@@ -59,6 +59,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     path = Path(source)
     if not path.exists():
         path = _from_hub(str(source))
+    if (path / COREML_PACKAGE).is_dir():
+        raise PararnnError(
+            f"{path}: a Core ML package, not a checkpoint; {COREML_FILE} in it says what it is, and "
+            "mlx-pararnn verify checks it"
+        )
     file = find_weights(path)
     weights = read_weights(file)
     tensors = _unwrapped(weights.tensors, file)

@@ -15,6 +15,10 @@ from .tensors import Tensor
 from .torch_file import read_torch_file
 from .wording import listed, shown
 
+# What a folder holds that `convert --to coreml` wrote.
+COREML_PACKAGE = "model.mlpackage"
+COREML_FILE = "pararnn.json"
+COREML_REFERENCE = "reference.safetensors"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _INDEX = ".index.json"
 _SHARD = re.compile(r"(.+)-\d+-of-\d+(\.safetensors|\.bin)")

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.model import ModelArgs
 
 from .checkpoint import open_checkpoint
 from .dtypes import NAMES, STORED_AS
@@ -61,6 +62,8 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _model(folder: Path, config: dict[str, Any]) -> Inspection:
+    if config["model_type"] == "pararnn":  # fields left out have the model's defaults
+        config = {**asdict(ModelArgs.from_dict(config)), **config}
     tensors = read_weights(find_weights(folder)).tensors
     bits = _bits(config)
     shapes, numbers = {}, []

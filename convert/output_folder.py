@@ -10,14 +10,11 @@ from pathlib import Path
 
 from mlx_pararnn.errors import PararnnError
 
-from .forms import read_json_object
+from .forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE, read_json_object
 from .tokenizer import TOKENIZER_FILES
 from .wording import shown
 
 MODEL_FILE = "pararnn.py"
-COREML_PACKAGE = "model.mlpackage"
-COREML_FILE = "pararnn.json"
-COREML_REFERENCE = "reference.safetensors"
 # What a conversion may write.
 _OURS = (
     "config.json",

@@ -32,8 +32,9 @@ from .coreml.iterations import iterations_needed
 from .coreml.memory import check_memory
 from .coreml.tools import require_coremltools
 from .coreml.weights import Half, Stored, stored, total_bytes
+from .forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE
 from .inspection import inspect
-from .output_folder import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE, check_output, whole_or_nothing
+from .output_folder import check_output, whole_or_nothing
 from .quantize import is_matrix
 from .to_mlx import convert_to_mlx
 from .tokenizer import TOKENIZER_FILES, prepare_tokenizer
@@ -47,6 +48,7 @@ FORMAT = "pararnn-coreml"
 WEIGHTS = ("float16", "int8", "int4", "palette4")
 CHUNK = 64
 MAX_CHUNK = 128  # a product of more Jacobians than that leaves float16's range too easily
+_SAMPLED = 128  # tokens, at least, that iterations and the cost of the stored weights are measured on
 _TAIL = 8  # tokens of the reference that are decoded one by one
 _SAMPLE = (
     "Language models read a text from left to right and guess what comes next. def tokens(text): return "
@@ -143,7 +145,7 @@ def convert_to_coreml(
         model.set_dtype(mx.float32)
         args: ModelArgs = model.args
         length = _chunk_for(args, chunk)
-        tokens = _sample_tokens(folder, model_config, args, max(2 * length, length + _TAIL))
+        tokens = _sample_tokens(folder, model_config, args, max(2 * length, _SAMPLED))
         say("running the model", 0.0)
         original = _logits(model, tokens)
         store, exceptions = _stored_weights(model, weights, allow_nonfinite, say)

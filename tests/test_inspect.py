@@ -51,6 +51,16 @@ def test_the_state_is_as_large_as_it_says(converted, data, source):
     assert found(data / source)["state_bytes"] == sum(c.nbytes for c in cache)
 
 
+def test_a_config_that_leaves_out_what_has_a_default(converted, tmp_path):
+    folder = shutil.copytree(converted(FINAL), tmp_path / "model")
+    whole = found(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for field in ("cell", "mixer", "conv_kernel"):
+        del config[field]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert found(folder) == whole
+
+
 def test_a_quantized_model(converted):
     model = found(converted(FINAL, quantize=True, q_bits=8, q_group_size=32))
     assert model["parameters"] == 812_419

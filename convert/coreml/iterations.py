@@ -18,9 +18,6 @@ Array = npt.NDArray[Any]
 
 FLOOR = 2.0**-11  # half the distance between 1 and float16's next number
 LIMIT = 8  # iterations; beyond it one token after the other costs less
-# In float16: iterates that stay wrong for longer overflow on other text than the sample, into states that are
-# no numbers (an sLSTM that needs 8 did).
-HALF_LIMIT = 6
 _F = Functions(np)
 
 
@@ -30,12 +27,13 @@ def iterations_needed(model: Model, tokens: list[int], chunk: int, dtype: Any) -
 
     Args:
         model: with the weights that the package will hold, in float32.
-        tokens: at least `chunk`; each whole chunk of them is solved, from the true state at its start.
+        tokens: at least `chunk`; each whole chunk of them is solved, from the true state at its start. Two
+            chunks of 8 say too little: an sLSTM took 8 iterations there, and more on other text.
         dtype: what the package's recurrence is computed in, np.float16 or np.float32.
 
     Returns:
-        None if `LIMIT` iterations (`HALF_LIMIT` in float16) are too few, or if the recurrence does not survive `dtype`: the products of
-        its Jacobians may overflow float16.
+        None if `LIMIT` iterations are too few, or if the recurrence does not survive `dtype`: the products
+        of its Jacobians may overflow float16.
     """
     needed = 1
     for cell, params, u in _problems(model, tokens):
@@ -50,15 +48,14 @@ def iterations_needed(model: Model, tokens: list[int], chunk: int, dtype: Any) -
 def _needed_by_layer(cell: Cell, params: Any, u: Any, chunk: int, dtype: Any) -> int | None:
     steps = next(iter(u.values())).shape[2]
     exact = _sequential(cell, _as(params, np.float64), _as(u, np.float64), steps)
-    limit = HALF_LIMIT if dtype == np.float16 else LIMIT
     needed = 1
     for begin in range(0, steps - chunk + 1, chunk):
         part = {gate: x[:, :, begin : begin + chunk] for gate, x in u.items()}
         start = tuple(s[:, :, begin - 1 : begin] if begin else np.zeros_like(s[:, :, :1]) for s in exact)
         truth = tuple(s[:, :, begin : begin + chunk] for s in exact)
         errors = _errors(cell, params, part, start, truth, np.float32)
-        count = next((k for k, error in enumerate(errors, 2) if error <= FLOOR), limit + 1)
-        if count > limit:
+        count = next((k for k, error in enumerate(errors, 2) if error <= FLOOR), LIMIT + 1)
+        if count > LIMIT:
             return None
         needed = max(needed, count)
         if dtype == np.float16 and not _survives(cell, params, part, start, truth, count):

@@ -1,6 +1,9 @@
 """Writes the .mlpackage: both functions in one program, each weight once."""
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,6 +12,8 @@ import coremltools as ct
 from coremltools.converters.mil.mil import Program
 from coremltools.converters.mil.mil.passes import pass_pipeline
 from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+
+from mlx_pararnn.errors import PararnnError
 
 from .tools import quiet
 
@@ -33,6 +38,9 @@ def write_package(
     Args:
         metadata: "user" (a dict of strings), and MLModel's author, license, short_description, version.
         progress: called with what is being done and the share of it that is.
+
+    Raises:
+        PararnnError: there is no room for it, here or in the folder for temporary files.
     """
     program = Program()
     for name, function in functions.items():
@@ -49,7 +57,7 @@ def write_package(
             progress("writing the package", done / len(items))
             yield item
 
-    with quiet(), mock.patch.object(pass_pipeline, "tqdm", passes):
+    with quiet(), _explained_writing(), mock.patch.object(pass_pipeline, "tqdm", passes):
         model = ct.convert(
             program,
             convert_to="mlprogram",
@@ -62,3 +70,17 @@ def write_package(
         for field in ("author", "license", "short_description", "version"):
             setattr(model, field, metadata[field])
         model.save(str(path))
+
+
+@contextmanager
+def _explained_writing() -> Iterator[None]:
+    """coremltools writes a package among the temporary files and copies it; neither failure names a cause."""
+    try:
+        yield
+    except (RuntimeError, shutil.Error) as error:
+        if isinstance(error, RuntimeError) and "FileWriter" not in str(error):
+            raise
+        raise PararnnError(
+            f"the package could not be written; make room in {tempfile.gettempdir()}, where coremltools "
+            "writes it first (TMPDIR names another folder), and in the output's"
+        ) from error

@@ -67,6 +67,12 @@ class Value:
     def __neg__(self) -> Any:
         return self * -1.0
 
+    def __eq__(self, other: Any) -> Any:
+        return _binary(mb.equal, self, other)
+
+    def __ne__(self, other: Any) -> Any:
+        return _binary(mb.not_equal, self, other)
+
     def __lt__(self, other: Any) -> Any:
         return _binary(mb.less, self, other)
 

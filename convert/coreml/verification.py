@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.verification import Check
 
-from ..forms import read_json_object
-from ..output_folder import COREML_FILE, COREML_REFERENCE
+from ..forms import COREML_FILE, COREML_REFERENCE, read_json_object
 from .tools import quiet, require_coremltools
 
 Array = npt.NDArray[Any]

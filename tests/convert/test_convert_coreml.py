@@ -4,6 +4,7 @@ What the packages compute is tested in tests/coreml.
 """
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,36 @@ def test_iterations_grow_with_the_recurrent_weights(tmp_path):
     assert needed(400) is None
 
 
+def test_iterations_are_measured_on_more_than_two_small_chunks(tmp_path, data):
+    """The first two chunks of this sLSTM take 8 iterations, later ones more, and 8 are wrong there."""
+    assert (
+        convert(
+            data / "pararnn_torch/paraslstm_causal_lm_1", "-o", tmp_path / "mlx", "--tokenizer", "none"
+        ).exit_code
+        == 0
+    )
+    result = export(tmp_path / "mlx", tmp_path / "out", "--tokenizer", "none", "--chunk", 8)
+    assert result.exit_code == 0, result.output
+    assert settings(tmp_path / "out")["functions"] == ["decode"]
+    assert "of 128 likeliest tokens" in result.stdout
+
+
+@pytest.mark.parametrize(("cell", "state", "warned"), [("slstm", "graph", True), ("slstm", "io", False)])
+def test_a_state_that_grows_is_warned_of(tmp_path, cell, state, warned):
+    folder = small_model(tmp_path / "mlx", cell=cell, mixer="plain")
+    options = ("--tokenizer", "none", "--chunk", 2, "--iterations", 2, "--state", state)
+    result = export(folder, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert ("warning: sLSTM's state grows" in result.stderr) == warned
+
+
+def test_a_config_may_leave_the_cell_out(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    assert "cell" not in config  # nor anything else that has a default
+    assert export(model, tmp_path / "out", "--tokenizer", "none", "--chunk", 4).exit_code == 0
+    assert settings(tmp_path / "out")["cell"] == "gru"
+
+
 # --- fewer bits ---------------------------------------------------------------------------------------------
 
 
@@ -209,7 +240,7 @@ def test_integers_and_palettes_are_the_nearest_there_are():
 # --- the op namespace ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ACTIVATIONS, "maximum", "where", "arithmetic"])
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "maximum", "where", "equal", "arithmetic"])
 def test_the_op_namespace_is_that_of_numpy(name):
     """Values and derivatives; coremltools computes operations on constants as they are added."""
     import coremltools as ct
@@ -222,6 +253,8 @@ def test_the_op_namespace_is_that_of_numpy(name):
             return F.maximum(x, 0.25 - x)
         if name == "where":
             return F.where((x > 0.5) | ~(x <= 0.5) & (x >= -9), x * x, F.where(x < -1, 2.0, -x))
+        if name == "equal":
+            return F.where(x == 0, 5 * x + 1, F.where((x != 1) & (x != 0.5), x * x, -x))
         if name == "arithmetic":
             return (1 - x) / (2 + x * x) - 3 / (x + 9) + (-x) ** 2 * 1 + 0 * x
         return getattr(F, name)(x)
@@ -251,13 +284,21 @@ def test_a_cell_that_leaves_the_op_namespace_is_refused(tmp_path, no_export):
             h = params["a"] * state[0] + u["n"]
             return (F.tanh(h) if isinstance(h, mx.array | np.ndarray) else F.sin(h),)
 
-    register_cell(Sine)
-    register_cell(Missing)
-    for cell, reason in ((Sine, "cannot become a Core ML program"), (Missing, "F.sin: no such function")):
+    class Absolute(Sine):
+        name = "absolute"
+
+        def step(self, state, u, params, F):
+            return (params["a"] * state[0] + abs(u["n"]),)
+
+    for cell, reason in ((Sine, "Value"), (Missing, "F.sin: no such function"), (Absolute, "abs()")):
+        register_cell(cell)
         folder = small_model(tmp_path / cell.name, cell=cell.name, mixer="plain")
-        message = no_export(folder, "--tokenizer", "none", "--iterations", 2, "--chunk", 4)
-        assert message.startswith(f"cell {cell.name!r}: its step cannot become a Core ML program"), message
-        assert reason in message
+        for iterations in ((), ("--iterations", 2)):  # counted, or not
+            message = no_export(folder, "--tokenizer", "none", "--chunk", 4, *iterations)
+            assert message.startswith(f"cell {cell.name!r}: its step cannot become a Core ML program"), (
+                message
+            )
+            assert iterations == () or reason in message
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
@@ -321,6 +362,10 @@ def test_what_is_no_model_to_export(tmp_path, model, no_export):
     assert "it looks quantized" in no_export(quantized)
     assert "an MLX model already" in no_export(model, "--family", "babylm", "--tokenizer", "none")
     assert "no such file or folder" in no_export("nowhere.pt")
+    package = tmp_path / "package"
+    assert export(model, package, "--tokenizer", "none", "--chunk", 4).exit_code == 0
+    assert "a Core ML package, not a checkpoint" in no_export(package)
+    assert "a Core ML package, not a checkpoint" in CliRunner().invoke(app, ["inspect", str(package)]).stderr
 
 
 @pytest.mark.parametrize(
@@ -359,6 +404,22 @@ def test_ctrl_c_leaves_nothing(data, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_the_package(tmp_path):
+    source = small_model(tmp_path / "mlx", vocab_size=30_000)
+    command = [sys.executable, "-m", "mlx_pararnn.cli.app", "convert", source, "--to", "coreml", "--chunk", 2]
+    command += ["-o", tmp_path / "out", "--tokenizer", "none", "--iterations", 1]
+    result = subprocess.run(
+        [str(c) for c in command],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000,) * 2),
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: the package could not be written; make room in "), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [source]
 
 
 # --- verify -------------------------------------------------------------------------------------------------
