@@ -2,8 +2,9 @@
 
 MLX-LM generates (`ResponseGenerator`, batching all requests that can be) and speaks OpenAI's protocol
 (`APIHandler`). What is added here: who may ask (the key, the host, the origin), how much may be asked for,
-that nothing in a request makes the server load a file, open a connection or lose its generating thread, log
-probabilities and stop strings as OpenAI's clients expect them, and the page at `/`.
+that nothing in a request makes the server load a file, open a connection or lose its generating thread
+(`server_requests`), log probabilities and stop strings as OpenAI's clients expect them (`server_answers`),
+and the page at `/`.
 """
 
 import base64
@@ -24,35 +25,28 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from importlib.resources import files
-from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import mlx.core as mx
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.generate import make_text_state_machine
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, _run_http_server
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from transformers import PreTrainedTokenizerBase
 
 from .errors import PararnnError
-from .generation import check_text, check_tokens, find_room
+from .generation import check_tokens, find_room
 from .loading import load
 from .model import Model
 from .prompt_cache import SPACING, PromptCache
+from .server_answers import Answer, chat_logprobs, completion_logprobs
+from .server_requests import Refused, check_body, read_body
 
-MAX_BODY = 4 * 2**20  # bytes of a request
 MAX_CONNECTIONS = 128
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256  # characters; MLX-LM makes an automaton of them, and keeps a hundred
-MAX_TOP_LOGPROBS = 11  # MLX-LM's limit
-SOCKET_TIMEOUT = 60  # seconds that a client may keep us waiting
-# What chat_template_kwargs would give to the tokenizer and not to its template. Among them is the template, a
-# program: one of a client's could run for ever.
-NOT_FOR_TEMPLATES = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"}
+TIMEOUT = 60  # seconds for a request to arrive whole, and for each part of an answer to be taken
 
 
 @dataclass(frozen=True)
@@ -282,7 +276,7 @@ class Generator(ResponseGenerator):
         super()._serve_single((_WatchedQueue(queue, self), *rest), stream)
 
     def _make_state_machine(self, model_key: Any, tokenizer: TokenizerWrapper, stop_words: Any) -> Any:
-        # Stop strings that fall on tokens end generation at once; `_Answer` finds them in the text, wherever.
+        # Stop strings that fall on tokens end generation at once; `Answer` finds them in the text, wherever.
         stop_sequences, _ = super()._make_state_machine(model_key, tokenizer, stop_words)
         return stop_sequences, make_text_state_machine(tokenizer)
 
@@ -306,54 +300,19 @@ class _WatchedQueue:
             raise ConnectionAbortedError("nobody waits for this answer")  # MLX-LM puts it into the queue
 
 
-class _Answer:
-    """A generator's answer to one request, cut at stop strings; `logprobs` collects those not yet sent."""
-
-    def __init__(self, generator: "Generator", stop: list[str]) -> None:
-        self._generator = generator
-        self._stop = TextStateMachine({"text": [(word, None) for word in stop]})
-        self._eos = generator.model_provider.tokenizer.eos_token_ids
-        self.pending: list[Any] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._generator, name)
-
-    def generate(self, *args: Any, **kwargs: Any) -> tuple[Any, Iterator[Any]]:
-        context, responses = self._generator.generate(*args, **kwargs)
-        return context, self._until_stop(responses)
-
-    def _until_stop(self, responses: Iterator[Any]) -> Iterator[Any]:
-        state = self._stop.make_state("text")
-        for response in responses:
-            self.pending.append(response)
-            state, segments = self._stop.split(state, response.text)
-            text = "".join(part for _, part in segments)
-            stopped = state[0] is None or response.finish_reason == "stop"
-            if response.finish_reason == "length" or response.token in self._eos:
-                state, held_back, _ = self._stop.flush(state)
-                text += held_back
-            # APIHandler drops the text of a response that says "stop", and takes that for the end of all.
-            yield replace(response, text=text, finish_reason=None if stopped else response.finish_reason)
-            if stopped:
-                return
-
-
-class Refused(Exception):
-    """A request that is not served: HTTP status, a sentence, OpenAI's code."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
-
-
 class Handler(APIHandler):
     """One request. `allowed` is set by the server that makes the class."""
 
     allowed: Settings
     response_generator: Any
-    timeout = SOCKET_TIMEOUT
+    timeout = TIMEOUT
     server_version = "mlx-pararnn"
     sys_version = ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Arriving(self.connection, self.timeout))
 
     def parse_request(self) -> bool:
         """Every request, whatever it asks for, passes here."""
@@ -406,8 +365,16 @@ class Handler(APIHandler):
         if not self.response_generator.generation_available():
             return self._refuse(Refused(503, "the server is stopping"))
         try:
-            body = self._read_body()
-            self._check_body(body)
+            body = read_body(self.rfile, self.headers.get("Content-Length", ""))
+            check_body(
+                body,
+                chat=urlsplit(self.path).path.endswith("/chat/completions"),
+                model=self._provider.name,
+                vocab_size=self._provider.model.args.vocab_size,
+                max_tokens=self.allowed.max_tokens,
+            )
+        except TimeoutError:
+            return self._refuse(Refused(408, f"the request took more than {self.timeout} seconds to arrive"))
         except Refused as refused:
             return self._refuse(refused)
         raw = json.dumps(body).encode()
@@ -419,102 +386,8 @@ class Handler(APIHandler):
             self._refuse(refused)
         return None
 
-    def _read_body(self) -> dict[str, Any]:
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise Refused(411, "Content-Length is missing or no number")
-        if int(length) > MAX_BODY:
-            # A client that is still sending would not see the answer: some of it is taken and thrown away.
-            for _ in range(min(int(length), 8 * MAX_BODY) // 2**16):
-                if not self.rfile.read(2**16):
-                    break
-            raise Refused(413, f"the request has {length} bytes; {MAX_BODY} are the limit")
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the request is not JSON ({error})") from None
-        if not isinstance(body, dict):
-            raise Refused(400, "the request is not a JSON object")
-        return body
-
-    def _check_body(self, body: dict[str, Any]) -> None:
-        """Bring a request into the form that MLX-LM takes, or refuse it. MLX-LM checks types of numbers."""
-        name = self._provider.name
-        if body.get("model", name) not in (name, "default_model"):
-            raise Refused(404, f"this server has one model, {name!r}", "model_not_found")
-        body["model"] = name
-        for field in ("adapters", "draft_model", "num_draft_tokens"):
-            if body.pop(field, None) is not None:
-                raise Refused(400, f"{field} is not taken here")
-        if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
-            raise Refused(400, "n and best_of can only be 1")
-        # OpenAI's clients may send null for what they leave open; MLX-LM knows left out alone.
-        for field in [field for field, value in body.items() if value is None]:
-            del body[field]
-
-        stop = body.get("stop") or []
-        body["stop"] = stop = [stop] if isinstance(stop, str) else stop
-        if not (isinstance(stop, list) and len(stop) <= MAX_STOP_STRINGS and all(map(_is_text, stop))):
-            raise Refused(400, f"stop must be a string or up to {MAX_STOP_STRINGS}, none of them empty")
-        if any(len(word) > MAX_STOP_LENGTH for word in stop):
-            raise Refused(400, f"a stop string may have {MAX_STOP_LENGTH} characters")
-        options = body.get("stream_options", {})
-        if not isinstance(options, dict):
-            raise Refused(400, "stream_options must be an object")
-        body["stream_options"] = {"include_usage": options.get("include_usage") is True}
-
-        for field in ("max_tokens", "max_completion_tokens"):
-            if isinstance(body.get(field), int):
-                body[field] = min(body[field], self.allowed.max_tokens)
-        if type(body.get("logprobs")) is int:  # as the completions of old have it
-            body["top_logprobs"], body["logprobs"] = min(body["logprobs"], MAX_TOP_LOGPROBS), True
-        if not body.get("logprobs"):
-            body.pop("top_logprobs", None)
-        for field, value in body.items():
-            if isinstance(value, bool) and field not in ("stream", "logprobs"):
-                body[field] = int(value)  # MLX-LM takes it for a number, and its samplers fail on it
-            least, most = (0, 2**64 - 1) if field == "seed" else (-1e9, 1e9)
-            if isinstance(value, (int, float)) and not least <= value <= most:  # NaN too
-                raise Refused(400, f"{field} is out of range")
-        for field in ("xtc_probability", "xtc_threshold"):
-            if type(body.get(field)) is int:
-                body[field] = float(body[field])
-        if isinstance(body.get("xtc_threshold"), float) and body["xtc_threshold"] > 0.5:
-            raise Refused(400, "xtc_threshold must be at most 0.5")
-        vocab_size = self._provider.model.args.vocab_size
-        if isinstance(body.get("top_k"), int) and body["top_k"] >= vocab_size:
-            body["top_k"] = 0
-        bias = body.get("logit_bias", {})
-        if isinstance(bias, dict):
-            for token, value in bias.items():
-                if not re.fullmatch(r"[0-9]{1,9}", token) or int(token) >= vocab_size:
-                    raise Refused(
-                        400, f"logit_bias names token {token[:20]!r}, not one of 0 to {vocab_size - 1}"
-                    )
-                if not isinstance(value, (int, float)) or not abs(value) <= 1e9:
-                    raise Refused(400, f"logit_bias of {token} is no number in range")
-
-        variables = body.get("chat_template_kwargs", {})
-        if not isinstance(variables, dict):
-            raise Refused(400, "chat_template_kwargs must be an object")
-        for variable in variables:
-            if variable in NOT_FOR_TEMPLATES:
-                raise Refused(400, f"chat_template_kwargs may not have {variable!r}")
-
-        if "prompt" in body or not urlsplit(self.path).path.endswith("/chat/completions"):
-            if not _is_text(body.get("prompt")):
-                raise Refused(400, "prompt must be a string, and not an empty one")
-            texts = [body["prompt"]]
-        else:
-            texts = [text for message in _messages(body) for text in _texts(message)]
-        try:
-            for text in [*texts, *stop]:
-                check_text(text)
-        except PararnnError as error:
-            raise Refused(400, str(error)) from None
-
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        self.response_generator = self._answer = _Answer(self.response_generator, stop_words)
+        self.response_generator = self._answer = Answer(self.response_generator, stop_words)
         super().handle_completion(request, stop_words)
 
     def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -523,7 +396,7 @@ class Handler(APIHandler):
         choice = response["choices"][0]
         choice.pop("logprobs", None)  # MLX-LM's lack the tokens, and are not streamed
         if self.logprobs:
-            style = _completion_logprobs if self.object_type == "text_completion" else _chat_logprobs
+            style = completion_logprobs if self.object_type == "text_completion" else chat_logprobs
             choice["logprobs"] = style(self._provider.tokenizer, pending)
         return response
 
@@ -580,6 +453,27 @@ class Handler(APIHandler):
         logging.info("%s %s", self.address_string(), format % args)
 
 
+class _Arriving(io.RawIOBase):
+    """What a client sends, as long as all of it comes in time: a byte now and then must not hold a place."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self._connection, self._seconds = connection, seconds
+        self._deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request has not arrived in time")
+        self._connection.settimeout(left)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(self._seconds)  # for the answer
+
+
 class _Server(ThreadingHTTPServer):
     request_queue_size = 128  # connections that wait to be taken; socketserver's 5 turn clients away
     block_on_close = False
@@ -607,10 +501,6 @@ class _Server(ThreadingHTTPServer):
             logging.error("a request failed: %s: %s", type(error).__name__, error)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
 def _is_loopback(host: str) -> bool:
     """Whether a Host header names this machine by a name that no other site can have."""
     try:
@@ -618,58 +508,6 @@ def _is_loopback(host: str) -> bool:
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-
-
-def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Refused(400, "messages must be a list, and not an empty one")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refused(400, "each message must be an object with a role")
-    return messages
-
-
-def _texts(message: dict[str, Any]) -> list[str]:
-    """A message's texts; what would make MLX-LM open a connection, an image's address, is refused."""
-    content = message.get("content") or ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
-        raise Refused(400, "content must be a string or a list of text parts")
-    for part in parts:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise Refused(400, "only text parts are taken in content")
-    return [part["text"] for part in parts]
-
-
-def _chat_logprobs(tokenizer: TokenizerWrapper, responses: list[Any]) -> dict[str, Any]:
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    return {
-        "content": [
-            {
-                **entry(r.token, r.logprob),
-                "top_logprobs": [entry(t["id"], t["logprob"]) for t in _likeliest(r.top_tokens)],
-            }
-            for r in responses
-        ]
-    }
-
-
-def _completion_logprobs(tokenizer: TokenizerWrapper, responses: list[Any]) -> dict[str, Any]:
-    return {
-        "tokens": [tokenizer.decode([r.token]) for r in responses],
-        "token_logprobs": [r.logprob for r in responses],
-        "top_logprobs": [
-            {tokenizer.decode([t["id"]]): t["logprob"] for t in _likeliest(r.top_tokens)} for r in responses
-        ],
-    }
-
-
-def _likeliest(top_tokens: Any) -> list[dict[str, Any]]:
-    return sorted(top_tokens, key=lambda t: t["logprob"], reverse=True)
 
 
 PAGE = files(__package__).joinpath("page.html").read_bytes()

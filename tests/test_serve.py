@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import http.client
 import json
+import select
 import shutil
 import signal
 import socket
@@ -22,7 +23,8 @@ import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
 from mlx_pararnn.loading import DEMO
 from mlx_pararnn.prompt_cache import SPACING, PromptCache
-from mlx_pararnn.server import MAX_BODY, Generator, Provider, Settings, _run, serve
+from mlx_pararnn.server import Generator, Provider, Settings, _run, serve
+from mlx_pararnn.server_requests import MAX_BODY
 
 PROMPTS = [f"def f{n}(self, value):\n    return {n}\n\nclass C{n * 'x'}" for n in range(16)]
 KEY = "a-key-of-ours"
@@ -333,6 +335,7 @@ def test_learned_positions_end_an_answer_and_not_the_server(tmp_path):
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SAID = {"messages": [{"role": "user", "content": "x"}]}
+IMAGE = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/"}}]
 REFUSED = [  # what would end MLX-LM's generating thread, open a connection, load a file, or make no sense
     (TEXT, {"prompt": ""}, 400, "not an empty one"),
     (TEXT, {"prompt": ["a", "b"]}, 400, "prompt must be a string"),
@@ -353,6 +356,18 @@ REFUSED = [  # what would end MLX-LM's generating thread, open a connection, loa
     (TEXT, {"prompt": "x", "top_k": 10**6, "temperature": 1.0}, 200, ""),
     (TEXT, {"prompt": "x", "max_tokens": None, "seed": None, "stop": None, "logit_bias": None}, 200, ""),
     (TEXT, {"prompt": "x", "n": 2}, 400, "n and best_of"),
+    (TEXT, {"prompt": "x", "suffix": "y"}, 400, "suffix is not taken"),
+    (TEXT, {"prompt": "x", "echo": True}, 400, "echo can only be false"),
+    (TEXT, {"prompt": "x", "suffix": None, "echo": False, "response_format": None}, 200, ""),
+    (TEXT, {"prompt": "x", "response_format": {"type": "json_object"}}, 400, "response_format can only"),
+    (
+        CHAT,
+        {**SAID, "response_format": {"type": "json_schema", "json_schema": {}}},
+        400,
+        "response_format can",
+    ),
+    (CHAT, {**SAID, "response_format": "text"}, 400, "response_format can only be"),
+    (CHAT, {**SAID, "response_format": {"type": "text"}}, 200, ""),
     (TEXT, {"prompt": "x", "stream_options": 3}, 400, "stream_options"),
     (TEXT, {"prompt": "x\ud800"}, 400, "not UTF-8"),
     (TEXT, {"prompt": "x", "adapters": "/etc"}, 400, "adapters is not taken"),
@@ -361,6 +376,7 @@ REFUSED = [  # what would end MLX-LM's generating thread, open a connection, loa
     (CHAT, {"messages": []}, 400, "messages must be a list"),
     (CHAT, {"messages": ["x"]}, 400, "an object with a role"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text parts"),
+    (CHAT, {"prompt": "x", "messages": [{"role": "user", "content": IMAGE}]}, 400, "only text parts"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "content must be a string"),
     (CHAT, {}, 400, "messages must be a list"),
     (CHAT, {**SAID, "chat_template_kwargs": 5}, 400, "chat_template_kwargs must be an object"),
@@ -392,6 +408,49 @@ def test_sizes_are_bounded(server):
     status, _, content = request(server, "POST", TEXT, {"prompt": "x", "max_tokens": 10**9})
     assert status == 200
     assert json.loads(content)["usage"]["completion_tokens"] == MOST
+
+
+@pytest.mark.parametrize(
+    ("start", "answer"),
+    [
+        (b"GET /", b""),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: ", b""),
+        (
+            b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{"',
+            b"HTTP/1.0 408",
+        ),
+    ],
+)
+def test_a_request_that_trickles_in_is_given_up(hurried, start, answer):
+    """Each byte is early enough; all of them are not."""
+    with socket.create_connection(("127.0.0.1", urlsplit(hurried.url).port), timeout=30) as connection:
+        connection.sendall(start)
+        for _ in range(400):
+            if select.select([connection], [], [], 0.05)[0]:
+                break
+            try:
+                connection.send(b"x")
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the server still waits")
+        try:
+            said = connection.recv(65536)
+        except ConnectionError:
+            said = b""
+    assert said[: len(b"HTTP/1.0 408")] == answer
+    assert request(hurried, "POST", TEXT, {"prompt": "x", "max_tokens": 2})[0] == 200
+
+
+@pytest.fixture(scope="module")
+def hurried(tmp_path_factory):
+    """A server that gives a request three seconds to arrive."""
+    folder = tmp_path_factory.mktemp("hurried")
+    (folder / "hurried.py").write_text("from mlx_pararnn.server import Handler\nHandler.timeout = 3\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with running("--import", "hurried") as server:
+            yield server
 
 
 def test_other_sites_and_names_are_turned_away(server):
