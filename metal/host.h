@@ -72,10 +72,10 @@ inline Floats power_of_two(Bits exponent) {
   return result;
 }
 
-// x = k ln 2 + r with |r| <= ln(2) / 2; the series of e^r to its seventh power; 2^k in two factors, so that
-// results below the smallest normal number and above the largest number come out as they should.
+// x = k ln 2 + r with |r| <= ln(2) / 2; the series of e^r to its seventh power; 2^k as 2 * 2^(k - 1), so that
+// what is above the largest number becomes infinite. What is about the smallest normal number or less becomes 0.
 inline Vec exp(Vec x) {
-  x = choose(x < Vec(-104.0f), -104.0f, choose(x > Vec(89.0f), 89.0f, x));
+  x = choose(x < Vec(-87.0f), -87.0f, choose(x > Vec(89.0f), 89.0f, x));
   constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   const Floats k = (x.v * 1.44269504f + ROUND) - ROUND;
   const Floats r = (x.v - k * 0.693145752f) - k * 1.42860677e-6f;
@@ -85,9 +85,7 @@ inline Vec exp(Vec x) {
   p = p * r + 1.0f / 6.0f;
   p = p * r + 0.5f;
   p = p * (r * r) + (r + 1.0f);
-  const Bits whole = __builtin_convertvector(k, Bits);
-  const Bits half = whole >> 1;
-  return p * power_of_two(half) * power_of_two(whole - half);
+  return (p + p) * power_of_two(__builtin_convertvector(k, Bits) - 1);
 }
 
 // Near 0 a polynomial in x^2 (fitted to 1e-9, relative), elsewhere by exp.

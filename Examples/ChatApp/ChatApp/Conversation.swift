@@ -1,0 +1,61 @@
+#if canImport(CoreML)
+  import Foundation
+  import Observation
+  import ParaRNN
+
+  /// What the window shows of a talk, and what its buttons do.
+  @MainActor @Observable final class Conversation {
+    private(set) var messages: [ChatMessage] = []
+    private(set) var isAnswering = false
+    private(set) var status = "No model yet"
+    private var chat: ParaRNNChat?
+    private var answer: Task<Void, Never>?
+
+    var canAsk: Bool { chat != nil && !isAnswering }
+
+    func load(_ url: URL) async {
+      status = "Loading \(url.lastPathComponent), the first time takes a while …"
+      do {
+        let model = try await ParaRNNModel(contentsOf: url)
+        chat = model.chat(format: model.chatFormat ?? .plain)
+        messages = []
+        status = "\(model.settings.parameters) parameters, state \(model.settings.stateBytes) bytes"
+      } catch {
+        status = error.localizedDescription
+      }
+    }
+
+    func ask(_ text: String) {
+      guard let chat, !isAnswering else { return }
+      isAnswering = true
+      messages += [ChatMessage(.user, text), ChatMessage(.assistant, "")]
+      answer = Task {
+        let stream = chat.respond(to: text, options: .init(temperature: 0.7, topP: 0.95))
+        do {
+          for try await piece in stream { messages[messages.count - 1].text += piece }
+        } catch is CancellationError {
+          // Stopped; what was said stays.
+        } catch {
+          status = error.localizedDescription
+        }
+        messages = await chat.messages
+        if let statistics = await stream.statistics {
+          let speed = statistics.tokensPerSecond.formatted(.number.precision(.fractionLength(1)))
+          let memory = (ProcessMemory.bytes ?? 0) / 1_000_000
+          status = "\(speed) tokens/s, \(memory) MB of memory"
+        }
+        isAnswering = false
+      }
+    }
+
+    func stop() { answer?.cancel() }
+
+    /// Take back the last question; returns it.
+    func undo() async -> String? {
+      guard let chat, !isAnswering else { return nil }
+      let question = try? await chat.undo()
+      messages = await chat.messages
+      return question
+    }
+  }
+#endif

@@ -1,0 +1,63 @@
+import Foundation
+
+/// The text that stands around what is said in a chat.
+public struct ChatFormat: Sendable, Equatable {
+  public var beforeSystem: String
+  public var afterSystem: String
+  public var beforeUser: String
+  /// Ends with what makes the model answer.
+  public var afterUser: String
+  /// After each answer, before what the user says next.
+  public var afterAnswer: String
+  /// True to let the tokenizer put its own special tokens (a beginning of text) before the first turn.
+  public var addsSpecialTokens: Bool
+
+  public init(
+    beforeSystem: String, afterSystem: String, beforeUser: String, afterUser: String, afterAnswer: String,
+    addsSpecialTokens: Bool = false
+  ) {
+    self.beforeSystem = beforeSystem
+    self.afterSystem = afterSystem
+    self.beforeUser = beforeUser
+    self.afterUser = afterUser
+    self.afterAnswer = afterAnswer
+    self.addsSpecialTokens = addsSpecialTokens
+  }
+
+  /// Text as it is typed, for models that were not trained on chats; a system prompt is read as a first line.
+  public static let plain = ChatFormat(
+    beforeSystem: "", afterSystem: "\n", beforeUser: "", afterUser: "", afterAnswer: "",
+    addsSpecialTokens: true)
+
+  /// `<|im_start|>role ... <|im_end|>`
+  public static let chatML = ChatFormat(
+    beforeSystem: "<|im_start|>system\n", afterSystem: "<|im_end|>\n", beforeUser: "<|im_start|>user\n",
+    afterUser: "<|im_end|>\n<|im_start|>assistant\n", afterAnswer: "<|im_end|>\n")
+
+  /// The format of a model folder: ``plain`` without a chat template, ``chatML`` for such a one, else nil.
+  static func found(in folder: URL) -> ChatFormat? {
+    var template =
+      (try? String(contentsOf: folder.appendingPathComponent("chat_template.jinja"), encoding: .utf8))
+    if template == nil,
+      let data = try? Data(contentsOf: folder.appendingPathComponent("tokenizer_config.json")),
+      let config = try? JSONSerialization.jsonObject(with: data) as? [String: Any]
+    {
+      let named = (config["chat_template"] as? [[String: Any]])?.first { $0["name"] as? String == "default" }
+      template = config["chat_template"] as? String ?? named?["template"] as? String
+    }
+    guard let template else { return .plain }
+    return template.contains("<|im_start|>") ? .chatML : nil
+  }
+}
+
+/// One message of a chat.
+public struct ChatMessage: Sendable, Equatable, Codable {
+  public enum Role: String, Sendable, Codable { case system, user, assistant }
+  public var role: Role
+  public var text: String
+
+  public init(_ role: Role, _ text: String) {
+    self.role = role
+    self.text = text
+  }
+}

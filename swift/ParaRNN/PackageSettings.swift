@@ -1,0 +1,101 @@
+import Foundation
+
+/// What a package says of itself: `pararnn.json`, which also stands in its metadata.
+public struct PackageSettings: Sendable, Equatable {
+  /// One of the tensors that make up the model's memory.
+  public struct State: Sendable, Equatable, Decodable {
+    public enum Kind: String, Sendable, Decodable {
+      case float16, float32
+      var size: Int { self == .float16 ? 2 : 4 }
+    }
+    public let name: String
+    /// (layers, slots or steps, channels)
+    public let shape: [Int]
+    public let dtype: Kind
+
+    var byteCount: Int { shape.reduce(dtype.size, *) }
+  }
+
+  public enum Output: String, Sendable, Decodable {
+    /// `logits`, (1, 1, ``PackageSettings/vocabularySize``)
+    case logits
+    /// The likeliest next token alone.
+    case token
+  }
+
+  public let vocabularySize: Int
+  /// How many tokens `prefill` reads at once; nil for a package that has `decode` only.
+  public let chunk: Int?
+  /// True if the memory lives in Core ML states (`--state graph`), false if it is passed in and out.
+  public let keepsStateInGraph: Bool
+  public let states: [State]
+  public let output: Output
+  /// Tokens that end a text.
+  public let endTokens: [Int]
+  /// How many tokens a sequence may have; nil for no limit.
+  public let positions: Int?
+  public let cell: String
+  public let parameters: Int
+  /// How the matrices are stored: float16, int8, int4 or palette4.
+  public let weights: String
+
+  /// Size of the memory of one sequence, however long it is.
+  public var stateBytes: Int { states.reduce(0) { $0 + $1.byteCount } }
+
+  /// Read the JSON text.
+  ///
+  /// - Throws: ``ParaRNNError/unreadableSettings(reason:)``
+  init(json: String) throws {
+    let raw: Raw
+    do {
+      // First read as JSON at all: JSONDecoder stops the process at some texts that are none.
+      _ = try JSONSerialization.jsonObject(with: Data(json.utf8))
+      raw = try JSONDecoder().decode(Raw.self, from: Data(json.utf8))
+    } catch {
+      throw ParaRNNError.unreadableSettings(reason: "it is not the JSON that mlx-pararnn writes")
+    }
+    func require(_ holds: Bool, _ what: String) throws {
+      if !holds { throw ParaRNNError.unreadableSettings(reason: what) }
+    }
+    try require(
+      raw.format == "pararnn-coreml" && raw.format_version == 1,
+      "its format is \(raw.format) \(raw.format_version), this library reads pararnn-coreml 1")
+    try require(["graph", "io"].contains(raw.state), "its state is \(raw.state)")
+    try require(raw.functions.contains("decode"), "it has no function decode")
+    try require(
+      raw.functions.contains("prefill") == (raw.chunk != nil) && raw.chunk ?? 1 > 0,
+      "its chunk does not fit its functions")
+    try require(raw.vocab_size > 0, "its vocabulary is empty")
+    try require(raw.max_position_embeddings ?? 1 > 0, "it has no positions")
+    try require(
+      !raw.states.isEmpty && raw.states.allSatisfy { $0.shape.allSatisfy { $0 > 0 } },
+      "its states have no shape")
+    vocabularySize = raw.vocab_size
+    chunk = raw.chunk
+    keepsStateInGraph = raw.state == "graph"
+    states = raw.states
+    output = raw.output
+    endTokens = raw.eos_token_id
+    positions = raw.max_position_embeddings
+    cell = raw.cell
+    parameters = raw.parameters
+    weights = raw.weights
+  }
+
+  /// The keys of docs/coreml.md that a runner needs.
+  private struct Raw: Decodable {
+    let format: String
+    let format_version: Int
+    let functions: [String]
+    let chunk: Int?
+    let state: String
+    let states: [State]
+    let output: Output
+    let weights: String
+    let eos_token_id: [Int]
+    let vocab_size: Int
+    let cell: String
+    let max_position_embeddings: Int?
+    let parameters: Int
+  }
+}

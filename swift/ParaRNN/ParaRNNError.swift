@@ -1,0 +1,90 @@
+import Foundation
+
+/// What can go wrong, each with one sentence that says what, where and what to do.
+public enum ParaRNNError: Error, Sendable, Equatable {
+  /// Nothing stands at this place.
+  case notFound(URL)
+  /// A Core ML model, but not one that mlx-pararnn wrote.
+  case notAParaRNNPackage(URL)
+  /// A package whose description this version of the library cannot read.
+  case unreadableSettings(reason: String)
+  /// The package needs a newer operating system than this one.
+  case needsNewerSystem(URL, required: String)
+  /// Core ML refused to compile or load the model.
+  case cannotLoad(URL, reason: String)
+  /// No tokenizer stands beside the package and none was given.
+  case missingTokenizer(URL)
+  /// A tokenizer.json that is not a byte-level BPE, or not a tokenizer at all.
+  case unreadableTokenizer(String, reason: String)
+  /// The tokenizer has tokens that the model does not.
+  case wrongVocabulary(tokenizer: Int, model: Int)
+  /// A generation option outside its range.
+  case invalidOption(String)
+  /// The package gives only the likeliest token, so nothing can be sampled.
+  case samplingNeedsLogits
+  /// There is nothing to read.
+  case emptyPrompt
+  /// A token id that the model does not have.
+  case unknownToken(Int, vocabularySize: Int)
+  /// The model's learned positions are used up.
+  case noRoom(taken: Int, positions: Int)
+  /// Core ML failed at a prediction, or gave something else than the package promises.
+  case predictionFailed(reason: String)
+  /// The model has a chat template that the library has no ``ChatFormat`` for.
+  case unknownChatTemplate
+  /// There is no answer to take back.
+  case nothingToUndo
+  /// The stream was read from two places at once, or two answers were begun at once.
+  case busy
+  /// Data that ``ParaRNNChat/save()`` did not write, or that is damaged.
+  case notASavedChat(reason: String)
+  /// A talk saved with another model.
+  case savedWithAnotherModel
+}
+
+extension ParaRNNError: LocalizedError, CustomStringConvertible {
+  public var errorDescription: String? { description }
+
+  public var description: String {
+    switch self {
+    case .notFound(let url):
+      "\(url.path) does not exist; give a .mlpackage or .mlmodelc."
+    case .notAParaRNNPackage(let url):
+      "\(url.path) is not a model that `mlx-pararnn convert --to coreml` wrote: its metadata lacks `pararnn`."
+    case .unreadableSettings(let reason):
+      "The package's description cannot be read: \(reason). Export it with a matching version of mlx-pararnn."
+    case .needsNewerSystem(let url, let required):
+      "\(url.lastPathComponent) needs \(required) or newer; export it for this system or update the system."
+    case .cannotLoad(let url, let reason):
+      "Core ML cannot load \(url.path): \(reason)"
+    case .missingTokenizer(let folder):
+      "There is no tokenizer.json in \(folder.path); put it beside the model, or pass `tokenizer:`."
+    case .unreadableTokenizer(let name, let reason):
+      "\(name) cannot be used: \(reason). Pass another `tokenizer:`."
+    case .wrongVocabulary(let tokenizer, let model):
+      "The tokenizer has \(tokenizer) tokens and the model \(model); use the one the model was trained with."
+    case .invalidOption(let reason):
+      "A generation option is out of range: \(reason)."
+    case .samplingNeedsLogits:
+      "This package gives only the likeliest token; set temperature to 0 and no penalty, or export without --argmax."
+    case .emptyPrompt:
+      "The prompt is empty; give at least one token."
+    case .unknownToken(let token, let size):
+      "The prompt holds token id \(token), but the model has ids 0 to \(size - 1); use its own tokenizer."
+    case .noRoom(let taken, let positions):
+      "The text takes \(taken) of the model's \(positions) learned positions; shorten it or start a new chat."
+    case .predictionFailed(let reason):
+      "Core ML failed at a prediction: \(reason)"
+    case .unknownChatTemplate:
+      "The model's chat template is none that this library knows; pass `format:` to chat(system:format:)."
+    case .nothingToUndo:
+      "There is no answer to take back."
+    case .busy:
+      "An answer is being begun or read elsewhere at this moment; wait for it."
+    case .notASavedChat(let reason):
+      "This is no chat that can be restored: \(reason)."
+    case .savedWithAnotherModel:
+      "This chat was saved with another model; load that model to go on with it."
+    }
+  }
+}

@@ -1,0 +1,272 @@
+#if canImport(CoreML)
+  import CoreML
+
+  /// A ParaRNN language model in a Core ML package, ready to generate text.
+  ///
+  /// The actor makes one prediction at a time; any number of streams and chats can share it, each with a memory
+  /// of its own.
+  ///
+  /// ```swift
+  /// let model = try await ParaRNNModel(contentsOf: url)
+  /// for try await piece in model.generate("Once", options: .init(maxTokens: 64, temperature: 0.7)) {
+  ///   print(piece, terminator: "")
+  /// }
+  /// ```
+  public actor ParaRNNModel {
+    /// What the package says of itself.
+    public nonisolated let settings: PackageSettings
+    public nonisolated let tokenizer: any ParaRNNTokenizer
+    /// How chats are written: as the files beside the model say; nil if their chat template is not a known one.
+    public nonisolated let chatFormat: ChatFormat?
+    /// Tells this model from others.
+    nonisolated let fingerprint: String
+    private let decode: MLModel
+    private let prefill: MLModel?
+
+    /// Load a model; an .mlpackage is compiled at its first use, and the result is kept in the caches folder.
+    ///
+    /// - Parameters:
+    ///   - url: the .mlpackage or .mlmodelc, or the folder that `mlx-pararnn convert --to coreml` wrote.
+    ///   - tokenizer: nil to read tokenizer.json beside the model.
+    ///   - computeUnits: where Core ML may run the model.
+    /// - Throws: ``ParaRNNError``
+    public init(
+      contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil, computeUnits: MLComputeUnits = .all
+    ) async throws {
+      try await self.init(
+        contentsOf: url, tokenizer: tokenizer, computeUnits: computeUnits, cache: CompiledModel.defaultCache()
+      )
+    }
+
+    init(
+      contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil, computeUnits: MLComputeUnits = .all,
+      cache: URL
+    ) async throws {
+      let url = try CompiledModel.find(url)
+      let compiled = try await CompiledModel(url, cache: cache)
+      decode = try await Self.loadDecode(url, compiled, computeUnits)
+      guard let text = Self.text(of: decode) else { throw ParaRNNError.notAParaRNNPackage(url) }
+      let settings = try PackageSettings(json: text)
+      self.settings = settings
+      do {
+        prefill = settings.chunk == nil ? nil : try await Self.load(compiled.url, "prefill", computeUnits)
+      } catch {
+        throw ParaRNNError.cannotLoad(url, reason: error.localizedDescription)
+      }
+      fingerprint = CompiledModel.fingerprint(of: compiled.url, settings: text)
+      let folder = CompiledModel.folder(of: url)
+      self.tokenizer = try tokenizer ?? Self.tokenizer(in: folder)
+      chatFormat = ChatFormat.found(in: folder)
+      if let size = self.tokenizer.vocabularySize, size > settings.vocabularySize {
+        throw ParaRNNError.wrongVocabulary(tokenizer: size, model: settings.vocabularySize)
+      }
+    }
+
+    private static func load(_ url: URL, _ function: String?, _ units: MLComputeUnits) async throws -> sending
+      MLModel
+    {
+      let configuration = MLModelConfiguration()
+      configuration.computeUnits = units
+      configuration.functionName = function
+      return try await MLModel.load(contentsOf: url, configuration: configuration)
+    }
+
+    private static func loadDecode(
+      _ url: URL, _ compiled: CompiledModel, _ units: MLComputeUnits
+    ) async throws -> sending MLModel {
+      do {
+        return try await load(compiled.url, "decode", units)
+      } catch {
+        // What was kept may have been cut off.
+        if try await compiled.recompile(), let decode = try? await load(compiled.url, "decode", units) {
+          return decode
+        }
+        // Core ML does not say that a model lacks the function; a model of another kind loads without its name.
+        if let other = try? await load(compiled.url, nil, units), text(of: other) == nil {
+          throw ParaRNNError.notAParaRNNPackage(url)
+        }
+        throw ParaRNNError.cannotLoad(url, reason: error.localizedDescription)
+      }
+    }
+
+    /// The JSON text in a model's metadata.
+    private static func text(of model: MLModel) -> String? {
+      (model.modelDescription.metadata[.creatorDefinedKey] as? [String: String])?["pararnn"]
+    }
+
+    private static func tokenizer(in folder: URL) throws -> any ParaRNNTokenizer {
+      let file = folder.appendingPathComponent("tokenizer.json")
+      guard FileManager.default.fileExists(atPath: file.path) else {
+        throw ParaRNNError.missingTokenizer(folder)
+      }
+      return try BPETokenizer(contentsOf: file)
+    }
+
+    // MARK: - Generating
+
+    /// Continue a text. Generation happens as the stream is read: whoever leaves the loop stops it.
+    ///
+    /// - Throws (while the stream is read): ``ParaRNNError``; `CancellationError` once the task is cancelled.
+    public nonisolated func generate(_ prompt: String, options: GenerationOptions = .init()) -> TextStream {
+      TextStream {
+        let tokens = self.tokenizer.encode(prompt, addingSpecialTokens: true)
+        return try Generation(
+          model: self, memory: await self.emptyMemory(), tokens: tokens, options: options)
+      }
+    }
+
+    /// Continue tokens.
+    public nonisolated func generate(tokens: [Int], options: GenerationOptions = .init()) -> TextStream {
+      TextStream {
+        try Generation(model: self, memory: await self.emptyMemory(), tokens: tokens, options: options)
+      }
+    }
+
+    /// A talk that remembers what was said.
+    ///
+    /// - Parameters:
+    ///   - system: what stands before the first turn.
+    ///   - format: nil for ``chatFormat``.
+    public nonisolated func chat(system: String? = nil, format: ChatFormat? = nil) -> ParaRNNChat {
+      ParaRNNChat(model: self, system: system, format: format ?? chatFormat)
+    }
+
+    /// The talk that ``ParaRNNChat/save()`` gave.
+    ///
+    /// - Throws: ``ParaRNNError/notASavedChat(reason:)``, ``ParaRNNError/savedWithAnotherModel``
+    public func chat(restoring saved: Data, format: ChatFormat? = nil) throws -> ParaRNNChat {
+      let talk = try SavedChat(data: saved, settings: settings, fingerprint: fingerprint)
+      let memory = Memory(
+        state: try restore(talk.tensors), position: talk.position, pending: talk.pending)
+      return ParaRNNChat(
+        model: self, format: format ?? chatFormat, messages: talk.messages, memory: memory)
+    }
+
+    // MARK: - Memory
+
+    /// What the model remembers of one sequence.
+    enum State: Sendable {
+      /// Inside Core ML; predictions change it in place.
+      case graph(MLState)
+      /// Handed in and out.
+      case tensors([StateTensor])
+    }
+
+    /// The memory of one sequence at one moment.
+    struct Memory: Sendable {
+      var state: State
+      /// How many tokens were read.
+      var position = 0
+      /// The token that was generated last, which the model has not read yet.
+      var pending: Int?
+    }
+
+    /// A copy of a memory that nothing changes any more.
+    struct Snapshot: Sendable {
+      let tensors: [StateTensor]
+      let position: Int
+      let pending: Int?
+    }
+
+    func emptyMemory() -> Memory {
+      Memory(
+        state: settings.keepsStateInGraph
+          ? .graph(decode.makeState()) : .tensors(settings.states.map(StateTensor.init(zeros:))))
+    }
+
+    func snapshot(_ memory: Memory) throws -> Snapshot {
+      let tensors: [StateTensor] =
+        switch memory.state {
+        case .tensors(let tensors): tensors
+        case .graph(let state):
+          try settings.states.map { form in
+            try state.withMultiArray(for: form.name) {
+              StateTensor(form: form, bytes: try $0.contiguousBytes())
+            }
+          }
+        }
+      return Snapshot(tensors: tensors, position: memory.position, pending: memory.pending)
+    }
+
+    func memory(of snapshot: Snapshot) throws -> Memory {
+      Memory(state: try restore(snapshot.tensors), position: snapshot.position, pending: snapshot.pending)
+    }
+
+    private func restore(_ tensors: [StateTensor]) throws -> State {
+      guard settings.keepsStateInGraph else { return .tensors(tensors) }
+      let state = decode.makeState()
+      for tensor in tensors {
+        try state.withMultiArray(for: tensor.form.name) { try $0.write(tensor.bytes) }
+      }
+      return .graph(state)
+    }
+
+    // MARK: - Predicting
+
+    enum Output: Sendable {
+      case logits([Float])
+      case token(Int)
+    }
+
+    /// Read `tokens`, one of them or a whole chunk, that follow `position` others.
+    ///
+    /// Returns what comes next and the state after them; a graph's state is changed in place.
+    func predict(_ tokens: [Int], at position: Int, _ state: State) throws -> (Output, State) {
+      do {
+        return try run(tokens, position, state)
+      } catch {
+        throw error as? ParaRNNError ?? .predictionFailed(reason: error.localizedDescription)
+      }
+    }
+
+    private func run(_ tokens: [Int], _ position: Int, _ state: State) throws -> (Output, State) {
+      let model = tokens.count > 1 ? prefill! : decode
+      var inputs: [String: Any] = [
+        "tokens": MLFeatureValue(multiArray: try MLMultiArray(tokens, shape: [1, tokens.count]))
+      ]
+      if settings.positions != nil {
+        inputs["position"] = MLFeatureValue(multiArray: try MLMultiArray([position], shape: [1]))
+      }
+      switch state {
+      case .graph(let graph):
+        let provider = try MLDictionaryFeatureProvider(dictionary: inputs)
+        return (try output(of: try model.prediction(from: provider, using: graph)), state)
+      case .tensors(let tensors):
+        for tensor in tensors {
+          inputs[tensor.form.name] = MLFeatureValue(multiArray: try MLMultiArray(tensor))
+        }
+        let outputs = try model.prediction(from: try MLDictionaryFeatureProvider(dictionary: inputs))
+        var next: [StateTensor] = []
+        for tensor in tensors {
+          let bytes = try array("\(tensor.form.name)_out", in: outputs).contiguousBytes()
+          guard bytes.count == tensor.bytes.count else {
+            throw ParaRNNError.predictionFailed(
+              reason: "\(tensor.form.name)_out has another size than the state")
+          }
+          next.append(StateTensor(form: tensor.form, bytes: bytes))
+        }
+        return (try output(of: outputs), .tensors(next))
+      }
+    }
+
+    private func output(of outputs: any MLFeatureProvider) throws -> Output {
+      switch settings.output {
+      case .logits:
+        let logits = try array("logits", in: outputs).floats()
+        guard logits.count == settings.vocabularySize else {
+          throw ParaRNNError.predictionFailed(reason: "it gave \(logits.count) logits")
+        }
+        return .logits(logits)
+      case .token:
+        return .token(try array("token", in: outputs)[0].intValue)
+      }
+    }
+
+    private func array(_ name: String, in outputs: any MLFeatureProvider) throws -> MLMultiArray {
+      guard let array = outputs.featureValue(for: name)?.multiArrayValue else {
+        throw ParaRNNError.predictionFailed(reason: "it gave no \(name)")
+      }
+      return array
+    }
+  }
+#endif

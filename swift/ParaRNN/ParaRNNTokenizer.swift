@@ -1,0 +1,31 @@
+/// What the library needs of a tokenizer. The built-in ones are ``ByteTokenizer`` and ``BPETokenizer``.
+public protocol ParaRNNTokenizer: Sendable {
+  /// One more than the largest token id; nil if the tokenizer does not tell.
+  var vocabularySize: Int? { get }
+
+  /// Token ids of `text`.
+  ///
+  /// - Parameter addingSpecialTokens: put what the tokenizer puts around every text, a beginning of text mostly.
+  func encode(_ text: String, addingSpecialTokens: Bool) -> [Int]
+
+  /// The text of some tokens. Bytes that are not UTF-8, also a character cut off at the end, become U+FFFD.
+  func decode(_ tokens: [Int]) -> String
+}
+
+extension ParaRNNTokenizer {
+  public var vocabularySize: Int? { nil }
+}
+
+/// Tokens are the bytes of UTF-8: for models trained on raw bytes.
+public struct ByteTokenizer: ParaRNNTokenizer {
+  public init() {}
+
+  public var vocabularySize: Int? { 256 }
+
+  public func encode(_ text: String, addingSpecialTokens: Bool) -> [Int] { text.utf8.map(Int.init) }
+
+  /// Ids from 256 on are no bytes and have no text.
+  public func decode(_ tokens: [Int]) -> String {
+    String(decoding: tokens.compactMap { UInt8(exactly: $0) }, as: UTF8.self)
+  }
+}

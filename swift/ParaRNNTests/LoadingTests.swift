@@ -1,0 +1,229 @@
+import Foundation
+import Testing
+
+@testable import ParaRNN
+
+@Suite struct SystemTests {
+  @Test func whichSystemAModelNeeds() throws {
+    let url = URL(fileURLWithPath: "/models/m.mlpackage")
+    let (old, new) =
+      switch SystemRequirement.systemName {
+      case "iOS": (18, 26)
+      case "visionOS": (2, 26)
+      default: (15, 26)
+      }
+    try SystemRequirement.check(url, formatNumber: 9, major: old)
+    try SystemRequirement.check(url, formatNumber: 8, major: old)
+    try SystemRequirement.check(url, formatNumber: nil, major: old)
+    try SystemRequirement.check(url, formatNumber: 10, major: new)
+    let name = SystemRequirement.systemName
+    #expect(throws: ParaRNNError.needsNewerSystem(url, required: "\(name) 26")) {
+      try SystemRequirement.check(url, formatNumber: 10, major: new - 1)
+    }
+    #expect(throws: ParaRNNError.needsNewerSystem(url, required: "\(name) \(old)")) {
+      try SystemRequirement.check(url, formatNumber: 9, major: old - 1)
+    }
+  }
+
+  @Test func formatNumbers() throws {
+    let folder = try TemporaryFolder()
+    let package = folder.url.appendingPathComponent("m.mlpackage")
+    #expect(SystemRequirement.formatNumber(of: package) == nil)
+    for (bytes, number) in [
+      ([0x08, 0x09, 0x12], 9), ([0x08, 0x90, 0x4E], 10_000), ([0x12, 0x09], nil), ([], nil),
+    ]
+      as [([UInt8], Int?)]
+    {
+      let file = try folder.write("", to: "m.mlpackage/Data/com.apple.CoreML/model.mlmodel")
+      try Data(bytes).write(to: file)
+      #expect(SystemRequirement.formatNumber(of: package) == number)
+    }
+    try folder.write(#"[{"specificationVersion": 10}]"#, to: "m.mlmodelc/metadata.json")
+    #expect(SystemRequirement.formatNumber(of: folder.url.appendingPathComponent("m.mlmodelc")) == 10)
+  }
+
+  @Test func processMemory() throws {
+    #expect(try #require(ProcessMemory.bytes) > 1_000_000)
+  }
+}
+
+@Suite struct SettingsTests {
+  static var good: JSON {
+    [
+      "format": "pararnn-coreml", "format_version": 1, "functions": ["decode", "prefill"], "chunk": 64,
+      "state": "io", "output": "logits", "weights": "int4", "eos_token_id": [2, 3], "vocab_size": 500,
+      "cell": "lstm", "parameters": 12, "max_position_embeddings": 100, "hidden_size": 20,
+      "states": [
+        ["name": "cell_state", "shape": [2, 2, 32], "dtype": "float32"],
+        ["name": "conv", "shape": [2, 3, 32], "dtype": "float16"],
+      ],
+    ]
+  }
+
+  func settings(_ changes: JSON = [:]) throws -> PackageSettings {
+    let data = try JSONSerialization.data(withJSONObject: Self.good.merging(changes) { $1 })
+    return try PackageSettings(json: String(decoding: data, as: UTF8.self))
+  }
+
+  @Test func whatAPackageSays() throws {
+    let settings = try settings()
+    #expect(settings.vocabularySize == 500 && settings.chunk == 64 && !settings.keepsStateInGraph)
+    #expect(settings.endTokens == [2, 3] && settings.positions == 100 && settings.cell == "lstm")
+    #expect(settings.stateBytes == 2 * 2 * 32 * 4 + 2 * 3 * 32 * 2)
+    let small = try self.settings([
+      "functions": ["decode"], "chunk": NSNull(), "max_position_embeddings": NSNull(), "output": "token",
+      "eos_token_id": [Int](), "state": "graph",
+    ])
+    #expect(small.chunk == nil && small.positions == nil && small.output == .token && small.keepsStateInGraph)
+  }
+
+  @Test func descriptionsThatCannotBeRead() async throws {
+    let changes: [JSON] = [
+      ["format": "other"], ["format_version": 2], ["state": "disk"], ["functions": ["prefill"]],
+      ["chunk": NSNull()],
+      ["functions": ["decode"]], ["chunk": 0], ["vocab_size": 0], ["vocab_size": "many"],
+      ["states": [JSON]()],
+      ["max_position_embeddings": 0], ["output": "text"],
+      ["states": [["name": "state", "shape": [0], "dtype": "float16"]]],
+      ["states": [["name": "state", "shape": [1], "dtype": "int8"]]],
+    ]
+    for change in changes {
+      guard case .unreadableSettings = await failure({ _ = try settings(change) }) else {
+        Issue.record("\(change)")
+        continue
+      }
+    }
+    for text in ["", "{", "[]", "{}", "{\"for\u{0E}mat\": 1}"] {
+      guard case .unreadableSettings = await failure({ _ = try PackageSettings(json: text) }) else {
+        Issue.record("\(text)")
+        continue
+      }
+    }
+  }
+}
+
+#if canImport(CoreML) && os(Linux)
+  import CoreML
+
+  @Suite struct LoadingTests {
+    static let byteTokenizer = #"""
+      {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+       "decoder": {"type": "ByteLevel"}, "pre_tokenizer": null}
+      """#
+
+    func load(
+      _ fake: FakeFolder, _ model: HashModel = .init(), url: URL? = nil,
+      tokenizer: (any ParaRNNTokenizer)? = nil
+    ) async throws -> ParaRNNModel {
+      try await MLModel.$behaviour.withValue(model.behaviour) {
+        try await ParaRNNModel(contentsOf: url ?? fake.package, tokenizer: tokenizer, cache: fake.cache)
+      }
+    }
+
+    @Test func theTokenizerBesideTheModel() async throws {
+      let fake = try FakeFolder(tokenizer: Self.byteTokenizer)
+      let model = try await load(fake)
+      #expect(model.tokenizer.encode("abba", addingSpecialTokens: true) == [2, 1, 0])
+      #expect(model.settings.vocabularySize == 256)
+      #expect(model.settings.stateBytes == 128)
+      // The folder itself will do as well.
+      #expect(try await load(fake, url: fake.folder.url).settings == model.settings)
+    }
+
+    @Test func compiledOnceAndAgainWhenThePackageChanges() async throws {
+      let fake = try FakeFolder()
+      func compiled() throws -> [String] {
+        (try? FileManager.default.contentsOfDirectory(atPath: fake.cache.path))?.sorted() ?? []
+      }
+      _ = try await load(fake, tokenizer: ByteTokenizer())
+      let first = try compiled()
+      #expect(first.count == 1 && first[0].hasSuffix(".mlmodelc"))
+      try fake.folder.write("kept", to: "cache/\(first[0])/mark")
+      _ = try await load(fake, tokenizer: ByteTokenizer())
+      #expect(
+        FileManager.default.fileExists(atPath: fake.cache.appendingPathComponent("\(first[0])/mark").path))
+      try fake.folder.write("other weights", to: "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin")
+      _ = try await load(fake, tokenizer: ByteTokenizer())
+      #expect(try compiled().count == 2)
+    }
+
+    @Test func aDamagedCacheIsMadeAnew() async throws {
+      let fake = try FakeFolder()
+      var behaviour = HashModel().behaviour
+      let inner = behaviour.load
+      behaviour.load = { url, function in
+        guard FileManager.default.fileExists(atPath: url.appendingPathComponent("Data").path) else {
+          throw MLModelError(.io, "cut off")
+        }
+        return try inner(url, function)
+      }
+      try await MLModel.$behaviour.withValue(behaviour) {
+        _ = try await ParaRNNModel(contentsOf: fake.package, tokenizer: ByteTokenizer(), cache: fake.cache)
+        let name = try FileManager.default.contentsOfDirectory(atPath: fake.cache.path)[0]
+        try FileManager.default.removeItem(at: fake.cache.appendingPathComponent("\(name)/Data"))
+        _ = try await ParaRNNModel(contentsOf: fake.package, tokenizer: ByteTokenizer(), cache: fake.cache)
+      }
+    }
+
+    @Test func aCompiledModelIsLoadedAsItIs() async throws {
+      let fake = try FakeFolder(tokenizer: Self.byteTokenizer)
+      let compiled = try fake.folder.write("[]", to: "model.mlmodelc/metadata.json")
+        .deletingLastPathComponent()
+      _ = try await load(fake, url: compiled)
+      #expect(!FileManager.default.fileExists(atPath: fake.cache.path))
+    }
+
+    @Test func whatCannotBeLoaded() async throws {
+      let fake = try FakeFolder()
+      let nowhere = fake.folder.url.appendingPathComponent("other.mlpackage")
+      #expect(await failure { _ = try await load(fake, url: nowhere) } == .notFound(nowhere))
+      let folder = fake.folder.url.appendingPathComponent("none")
+      #expect(
+        await failure { _ = try await load(fake, url: folder) }
+          == .notFound(folder.appendingPathComponent("model.mlpackage")))
+
+      // A tokenizer that is missing, damaged or of another model.
+      #expect(
+        await failure { _ = try await load(fake) }
+          == .missingTokenizer(CompiledModel.folder(of: fake.package.standardizedFileURL)))
+      try fake.folder.write("{}", to: "tokenizer.json")
+      guard case .unreadableTokenizer = await failure({ _ = try await load(fake) }) else { return }
+      try fake.folder.write(Self.byteTokenizer, to: "tokenizer.json")
+      let small = HashModel(vocabulary: 2)
+      #expect(await failure { _ = try await load(fake, small) } == .wrongVocabulary(tokenizer: 3, model: 2))
+
+      // A model of another maker, with and without functions, and one for another system.
+      var foreign = HashModel().behaviour
+      foreign.load = { _, function in
+        if function != nil { throw MLModelError(.io, "no such function") }
+        return MLModelDescription(metadata: [.author: "someone"])
+      }
+      var nameless = foreign
+      nameless.load = { _, _ in MLModelDescription() }
+      for behaviour in [foreign, nameless] {
+        await MLModel.$behaviour.withValue(behaviour) {
+          #expect(
+            await failure { _ = try await ParaRNNModel(contentsOf: fake.package, cache: fake.cache) }
+              == .notAParaRNNPackage(fake.package.standardizedFileURL))
+        }
+      }
+      var broken = foreign
+      broken.load = { _, _ in throw MLModelError(.io, "it is broken") }
+      await MLModel.$behaviour.withValue(broken) {
+        #expect(
+          await failure { _ = try await ParaRNNModel(contentsOf: fake.package, cache: fake.cache) }
+            == .cannotLoad(fake.package.standardizedFileURL, reason: "it is broken"))
+      }
+      var newer = HashModel()
+      newer.changes = { $0["format_version"] = 2 }
+      guard case .unreadableSettings = await failure({ _ = try await load(fake, newer) }) else {
+        Issue.record("a newer format was read")
+        return
+      }
+      let future = try FakeFolder(specification: [0x08, 0x0A])
+      #expect(
+        await failure { _ = try await load(future) }
+          == .needsNewerSystem(future.package.standardizedFileURL, required: "macOS 26"))
+    }
+  }
+#endif

@@ -1,0 +1,95 @@
+import Testing
+
+@testable import ParaRNN
+
+@Suite struct SamplerTests {
+  struct Case: Decodable {
+    struct Options: Decodable {
+      var temperature: Float
+      var topK: Int?
+      var topP: Float?
+      var minP: Float?
+      var repetitionPenalty: Float?
+    }
+    let options: Options
+    let logits: [Float]
+    let recent: [Int]
+    let probabilities: [Float]
+
+    func generationOptions(seed: UInt64? = nil) -> GenerationOptions {
+      .init(
+        temperature: options.temperature, topK: options.topK ?? 0, topP: options.topP ?? 1,
+        minP: options.minP ?? 0, repetitionPenalty: options.repetitionPenalty ?? 1, seed: seed)
+    }
+  }
+
+  /// What swift/make_vectors.py had MLX-LM compute.
+  @Test func sameProbabilitiesAsMLXLM() throws {
+    let cases = try TestData.decode([Case].self, "sampling.json")
+    #expect(cases.count >= 30)
+    for (number, test) in cases.enumerated() {
+      if test.options.temperature == 0 {
+        var sampler = Sampler(test.generationOptions())
+        #expect(test.probabilities[sampler.pick(test.logits, after: test.recent)] == 1, "case \(number)")
+        continue
+      }
+      let ours = Sampler(test.generationOptions()).probabilities(test.logits, after: test.recent)
+      #expect(ours.count == test.probabilities.count)
+      for (p, q) in zip(ours, test.probabilities) {
+        #expect(abs(p - q) <= 1e-5 && (p == 0) == (q == 0), "case \(number): \(p) instead of \(q)")
+      }
+    }
+  }
+
+  @Test func drawsFollowTheProbabilities() throws {
+    let test = try TestData.decode([Case].self, "sampling.json")[0]
+    var sampler = Sampler(test.generationOptions(seed: 3))
+    let draws = 20_000
+    var counts = [Int](repeating: 0, count: test.logits.count)
+    for _ in 0..<draws { counts[sampler.pick(test.logits, after: test.recent)] += 1 }
+    for (count, p) in zip(counts, test.probabilities) {
+      let deviation = (p * (1 - p) / Float(draws)).squareRoot()
+      #expect(abs(Float(count) / Float(draws) - p) <= 5 * deviation + 1e-4)
+    }
+  }
+
+  @Test func aSeedDrawsTheSameAgain() {
+    let logits = (0..<50).map { Float($0 % 7) }
+    func draws(_ seed: UInt64?) -> [Int] {
+      var sampler = Sampler(.init(temperature: 1, seed: seed))
+      return (0..<40).map { _ in sampler.pick(logits, after: []) }
+    }
+    #expect(draws(1) == draws(1))
+    #expect(draws(1) != draws(2))
+    #expect(draws(nil) != draws(nil))
+  }
+
+  /// Published test vector of SplitMix64, seed 1234567.
+  @Test func splitMix64() {
+    var random = SplitMix64(seed: 1_234_567)
+    #expect(random.next() == 6_457_827_717_110_365_317)
+    #expect(random.next() == 3_203_168_211_198_807_973)
+  }
+
+  @Test func ofEqualLogitsTheFirst() {
+    var sampler = Sampler(.init())
+    #expect(sampler.pick([1, 3, 3, 2], after: []) == 1)
+  }
+
+  @Test func optionsOutOfRangeAreRefused() async throws {
+    try GenerationOptions().check()
+    try GenerationOptions(maxTokens: 0, temperature: 2, topK: 3, topP: 0.1, minP: 1, repetitionPenalty: 0.5)
+      .check()
+    for bad: GenerationOptions in [
+      .init(maxTokens: -1), .init(temperature: -0.1), .init(temperature: .nan), .init(topK: -1),
+      .init(topP: 0),
+      .init(topP: 1.1), .init(topP: .nan), .init(minP: -0.1), .init(minP: 2), .init(repetitionPenalty: 0),
+      .init(repetitionPenalty: .infinity),
+    ] {
+      guard case .invalidOption = await failure({ try bad.check() }) else {
+        Issue.record("\(bad)")
+        continue
+      }
+    }
+  }
+}
