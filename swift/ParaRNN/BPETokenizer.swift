@@ -66,23 +66,26 @@ public struct BPETokenizer: ParaRNNTokenizer {
     {
       throw Refused("its BPE is not a byte-level one")
     }
-    if model["unk_token"] is String { throw Refused("byte-level BPE has no unknown token, and it names one") }
     takesWholePieces = model["ignore_merges"] as? Bool ?? false
 
     var bytesOfToken: [Int: [UInt8]] = [:]
     var tokenOfBytes: [[UInt8]: Int] = [:]
     for (text, id) in vocabulary {
-      guard id >= 0 else { throw Refused("it has the token id \(id)") }
+      guard Self.ids.contains(id) else { throw Refused("it has the token id \(id)") }
       let bytes = ByteAlphabet.bytes(text)
       bytesOfToken[id] = bytes ?? Array(text.utf8)
       if let bytes { tokenOfBytes[bytes] = id }
     }
     merges = try Self.readMerges(mergeList, tokenOfBytes)
     tokenOfByte = (0...255).map { tokenOfBytes[[UInt8($0)]] }
+    if model["unk_token"] is String, tokenOfByte.contains(nil) {
+      throw Refused("it has an unknown token for the bytes that its vocabulary lacks, which is not supported")
+    }
 
     var added: [Added] = []
     for item in file["added_tokens"] as? [JSON] ?? [] {
-      guard let id = item["id"] as? Int, let text = item["content"] as? String, id >= 0, !text.isEmpty
+      guard let id = item["id"] as? Int, let text = item["content"] as? String, Self.ids.contains(id),
+        !text.isEmpty
       else { throw Refused("one of its added tokens is damaged") }
       if item["single_word"] as? Bool == true {
         throw Refused("its added token \(text) is only for single words, which is not supported")
@@ -128,6 +131,9 @@ public struct BPETokenizer: ParaRNNTokenizer {
   public func decode(_ tokens: [Int]) -> String {
     String(decoding: tokens.flatMap { bytesOfToken[$0] ?? [] }, as: UTF8.self)
   }
+
+  /// What a token id can be: Core ML takes int32.
+  private static let ids = 0..<Int(Int32.max)
 
   // MARK: - Added tokens
 

@@ -56,8 +56,19 @@
         } catch  where FileManager.default.fileExists(atPath: url.path) {
           // Another process was faster; its result is the same.
         }
+        removeOlder()
       } catch {
         throw ParaRNNError.cannotLoad(source, reason: error.localizedDescription)
+      }
+    }
+
+    /// Remove what was made of the same package before it, or the system, changed.
+    private func removeOlder() {
+      let (cache, name) = (url.deletingLastPathComponent(), url.lastPathComponent)
+      let prefix = name.dropLast("0123456789abcdef.mlmodelc".count)
+      for other in (try? FileManager.default.contentsOfDirectory(atPath: cache.path)) ?? []
+      where other.hasPrefix(prefix) && other != name {
+        try? FileManager.default.removeItem(at: cache.appendingPathComponent(other))
       }
     }
 
@@ -69,17 +80,20 @@
       .appendingPathComponent("mlx-pararnn")
     }
 
-    /// Changes with each file's path, size and date, and with the system: a compiled model belongs to it.
+    /// The package's name and place, then what changes with each file's path, size and date, and with the system: a
+    /// compiled model belongs to it.
     private static func key(_ package: URL) throws -> String {
+      var place = Fingerprint()
+      place.add(package.path)
       var hash = Fingerprint()
-      hash.add(package.path)
       hash.add(ProcessInfo.processInfo.operatingSystemVersionString)
       for file in try files(in: package) {
         let attributes = try FileManager.default.attributesOfItem(atPath: file.path)
         let date = (attributes[.modificationDate] as? Date)?.timeIntervalSince1970 ?? 0
         hash.add("\(file.path) \(attributes[.size] ?? 0) \(date)")
       }
-      return "\(package.deletingPathExtension().lastPathComponent)-\(hash.hexadecimal)"
+      let name = package.deletingPathExtension().lastPathComponent
+      return "\(name)-\(place.hexadecimal)-\(hash.hexadecimal)"
     }
 
     /// Every regular file under `folder`, in a fixed order.

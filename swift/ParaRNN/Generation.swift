@@ -125,10 +125,13 @@
     }
 
     private func predict(_ tokens: [Int]) async throws {
-      let wasSound = isSound
-      isSound = false
-      let (output, state) = try await model.predict(tokens, at: memory.position, memory.state)
-      isSound = wasSound
+      let (output, state): (ParaRNNModel.Output, ParaRNNModel.State)
+      do {
+        (output, state) = try await model.predict(tokens, at: memory.position, memory.state)
+      } catch {
+        isSound = false
+        throw error
+      }
       self.output = output
       memory.state = state
       memory.position += tokens.count

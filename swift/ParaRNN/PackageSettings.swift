@@ -14,6 +14,15 @@ public struct PackageSettings: Sendable, Equatable {
     public let dtype: Kind
 
     var byteCount: Int { shape.reduce(dtype.size, *) }
+
+    /// True for a shape whose ``byteCount`` can be taken, and held in memory.
+    var hasSize: Bool {
+      let bytes = shape.reduce(dtype.size) { bytes, length in
+        let (product, overflows) = bytes.multipliedReportingOverflow(by: length)
+        return overflows ? .max : product
+      }
+      return !shape.isEmpty && shape.allSatisfy { $0 > 0 } && bytes <= Int(Int32.max)
+    }
   }
 
   public enum Output: String, Sendable, Decodable {
@@ -65,11 +74,11 @@ public struct PackageSettings: Sendable, Equatable {
     try require(
       raw.functions.contains("prefill") == (raw.chunk != nil) && raw.chunk ?? 1 > 0,
       "its chunk does not fit its functions")
-    try require(raw.vocab_size > 0, "its vocabulary is empty")
-    try require(raw.max_position_embeddings ?? 1 > 0, "it has no positions")
-    try require(
-      !raw.states.isEmpty && raw.states.allSatisfy { $0.shape.allSatisfy { $0 > 0 } },
-      "its states have no shape")
+    // Token ids and positions go to Core ML as int32.
+    let int32 = 1...Int(Int32.max)
+    try require(int32.contains(raw.vocab_size), "its vocabulary has \(raw.vocab_size) tokens")
+    try require(int32.contains(raw.max_position_embeddings ?? 1), "it has no positions, or too many")
+    try require(!raw.states.isEmpty && raw.states.allSatisfy(\.hasSize), "its states have no possible shape")
     vocabularySize = raw.vocab_size
     chunk = raw.chunk
     keepsStateInGraph = raw.state == "graph"

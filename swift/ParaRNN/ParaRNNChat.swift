@@ -18,7 +18,8 @@
     private var memory: ParaRNNModel.Memory?
     private var turns: [Turn] = []
     private var current: (question: String, generation: Generation)?
-    private var isBeginning = false
+    /// True while a question is begun, taken back or the talk saved: the memory belongs to that alone.
+    private var isBusy = false
 
     /// So many answers can be taken back; each costs a copy of the memory.
     public static let undoLimit = 64
@@ -54,6 +55,7 @@
     /// What was said, an answer in the making included.
     public var messages: [ChatMessage] {
       get async {
+        let settled = settled  // before the first await, that what is settled meanwhile is not there twice
         guard let (question, generation) = current, await generation.isSound else { return settled }
         return settled + [ChatMessage(.user, question), ChatMessage(.assistant, await generation.text)]
       }
@@ -64,9 +66,12 @@
 
     /// Take back the last question and its answer; returns the question.
     ///
-    /// - Throws: ``ParaRNNError/nothingToUndo``
+    /// - Throws: ``ParaRNNError/nothingToUndo``, ``ParaRNNError/busy``
     @discardableResult
     public func undo() async throws -> String {
+      if isBusy { throw ParaRNNError.busy }
+      isBusy = true
+      defer { isBusy = false }
       try await settle()
       guard let turn = turns.last else { throw ParaRNNError.nothingToUndo }
       memory = try await model.memory(of: turn.before)
@@ -78,7 +83,12 @@
 
     /// The whole memory of the talk, for ``ParaRNNModel/chat(restoring:format:)``. What was said before cannot be
     /// taken back after it.
+    ///
+    /// - Throws: ``ParaRNNError/busy``
     public func save() async throws -> Data {
+      if isBusy { throw ParaRNNError.busy }
+      isBusy = true
+      defer { isBusy = false }
       try await settle()
       let snapshot = try await model.snapshot(try await currentMemory())
       return SavedChat(
@@ -96,9 +106,9 @@
     }
 
     private func begin(_ text: String, _ options: GenerationOptions) async throws -> Generation {
-      if isBeginning { throw ParaRNNError.busy }
-      isBeginning = true
-      defer { isBeginning = false }
+      if isBusy { throw ParaRNNError.busy }
+      isBusy = true
+      defer { isBusy = false }
       try await settle()
       let memory = try await currentMemory()
       let tokens = try tokens(of: text, memory)
@@ -113,7 +123,6 @@
     private func settle() async throws {
       guard let (question, generation) = current else { return }
       await generation.stop()
-      guard current?.generation === generation else { return }
       current = nil
       if await generation.isSound {
         memory = await generation.memory
@@ -196,12 +205,14 @@
       let length = rest.prefix(8).reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
       rest = rest.dropFirst(8)
       guard length <= UInt64(rest.count) else { throw refuse("it is cut off") }
-      guard
-        let description = try? JSONDecoder().decode(Description.self, from: Data(rest.prefix(Int(length))))
+      let json = Data(rest.prefix(Int(length)))
+      // First read as JSON at all: JSONDecoder stops the process at some texts that are none.
+      guard (try? JSONSerialization.jsonObject(with: json)) != nil,
+        let description = try? JSONDecoder().decode(Description.self, from: json)
       else { throw refuse("its description is damaged") }
       guard description.model == fingerprint else { throw ParaRNNError.savedWithAnotherModel }
       rest = rest.dropFirst(Int(length))
-      guard rest.count == settings.stateBytes, description.position >= 0,
+      guard rest.count == settings.stateBytes, (0...Int(Int32.max)).contains(description.position),
         (0..<settings.vocabularySize).contains(description.pending ?? 0)
       else { throw refuse("its memory is damaged") }
       var tensors: [StateTensor] = []

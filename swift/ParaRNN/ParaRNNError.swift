@@ -34,7 +34,8 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case unknownChatTemplate
   /// There is no answer to take back.
   case nothingToUndo
-  /// The stream was read from two places at once, or two answers were begun at once.
+  /// A stream was read from two places at once, or a chat was asked, saved or taken back while it was at one of
+  /// these.
   case busy
   /// Data that ``ParaRNNChat/save()`` did not write, or that is damaged.
   case notASavedChat(reason: String)
@@ -80,7 +81,7 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
     case .nothingToUndo:
       "There is no answer to take back."
     case .busy:
-      "An answer is being begun or read elsewhere at this moment; wait for it."
+      "This chat or stream is being used from elsewhere at this moment; wait for it."
     case .notASavedChat(let reason):
       "This is no chat that can be restored: \(reason)."
     case .savedWithAnotherModel:

@@ -256,9 +256,16 @@
         guard logits.count == settings.vocabularySize else {
           throw ParaRNNError.predictionFailed(reason: "it gave \(logits.count) logits")
         }
+        guard logits.allSatisfy(\.isFinite) else {
+          throw ParaRNNError.predictionFailed(reason: "its logits are not all finite numbers")
+        }
         return .logits(logits)
       case .token:
-        return .token(try array("token", in: outputs)[0].intValue)
+        let tokens = try array("token", in: outputs)
+        guard tokens.count == 1, (0..<settings.vocabularySize).contains(tokens[0].intValue) else {
+          throw ParaRNNError.predictionFailed(reason: "it gave no token of its vocabulary")
+        }
+        return .token(tokens[0].intValue)
       }
     }
 

@@ -153,6 +153,19 @@
       }
     }
 
+    @Test(
+      arguments: [(.nan, "logits"), (.infinity, "logits"), (-1, "token"), (128, "token")]
+        as [(Double, String)])
+    func anAnswerThatIsNone(broken: Double, gives: String) async throws {
+      try await HashModel(gives: gives, broken: broken).loadASCII { (model) async throws in
+        let error = await failure { _ = try await tokens(model.generate("abcd")) }
+        guard case .predictionFailed = error else {
+          Issue.record("\(String(describing: error))")
+          return
+        }
+      }
+    }
+
     @Test func leavingTheLoopStopsTheModel() async throws {
       let fake = HashModel(chunk: nil)
       try await fake.loadASCII { (model) async throws in
@@ -357,9 +370,19 @@
         let broken = StateTensor(form: state, bytes: Array(repeating: 0x7E, count: state.byteCount))
         let nan = SavedChat(messages: [], position: 1, pending: nil, tensors: [broken])
           .data(fingerprint: model.fingerprint)
-        guard case .notASavedChat = await failure({ _ = try await model.chat(restoring: nan) }) else {
-          Issue.record("a state of no numbers")
-          return
+        let far = SavedChat(messages: [], position: .max, pending: nil, tensors: [.init(zeros: state)])
+          .data(fingerprint: model.fingerprint)
+        // A right sum before a description that is no JSON, such as JSONDecoder on Linux stops at.
+        let text = Data("{\"mo\u{0E}del\": 1}".utf8)
+        let rest = withUnsafeBytes(of: UInt64(text.count).littleEndian) { Data($0) } + text
+        var sum = Fingerprint()
+        sum.add(rest)
+        let forged = Data("ParaRNN chat 1\n\(sum.hexadecimal)".utf8) + rest
+        for bad in [nan, far, forged] {
+          guard case .notASavedChat = await failure({ _ = try await model.chat(restoring: bad) }) else {
+            Issue.record("\(bad.count) bytes")
+            continue
+          }
         }
       }
       var other = fake
@@ -447,6 +470,64 @@
         #expect(await chat.messages.map(\.text) == ["one", first])
         let second = try await said(chat, "x", 1)
         #expect(ids(second) == fake.continuation(of: ids("one" + first + "x"), count: 1))
+      }
+    }
+
+    @Test func messagesHoldTheAnswerInTheMaking() async throws {
+      // Slow enough that it is asked for the messages in the middle of a prediction.
+      var slow = HashModel().behaviour
+      let inner = slow.predict
+      slow.predict = {
+        Thread.sleep(forTimeInterval: 0.005)
+        return try inner($0, $1, $2)
+      }
+      let fake = try FakeFolder()
+      try await MLModel.$behaviour.withValue(slow) {
+        let model = try await ParaRNNModel(
+          contentsOf: fake.package, tokenizer: ByteTokenizer(), cache: fake.cache)
+        let chat = model.chat(format: .plain)
+        let reader = Task {
+          for try await _ in chat.respond(to: "one", options: .init(maxTokens: .max)) {}
+        }
+        while await chat.messages.isEmpty { try await Task.sleep(for: .milliseconds(1)) }
+        for _ in 0..<50 {
+          #expect(await chat.messages.count == 2)
+          try await Task.sleep(for: .milliseconds(1))
+        }
+        reader.cancel()
+        _ = await reader.result
+      }
+    }
+
+    /// Whatever is asked, saved and taken back at the same time, what was said and the memory stay one.
+    @Test func usedFromManyPlacesAtOnce() async throws {
+      let fake = ascii()
+      try await fake.loadASCII { (model) async throws in
+        @Sendable func check(_ chat: ParaRNNChat) async throws {
+          let before = await chat.messages.map(\.text).joined()
+          #expect(try await ids(said(chat, "end")) == fake.continuation(of: ids(before + "end"), count: 5))
+        }
+        let chat = model.chat(format: .plain)
+        _ = try await said(chat, "begin")
+        try await withThrowingTaskGroup(of: Void.self) { group in
+          for place in 0..<4 {
+            group.addTask {
+              for round in 0..<40 {
+                do {
+                  switch place {
+                  case 0, 1: _ = try await said(chat, "\(place) \(round)")
+                  case 2: try await check(model.chat(restoring: chat.save(), format: .plain))
+                  default: try await chat.undo()
+                  }
+                } catch ParaRNNError.busy, ParaRNNError.nothingToUndo {
+                } catch is CancellationError {  // another question ended this one
+                }
+              }
+            }
+          }
+          try await group.waitForAll()
+        }
+        try await check(chat)
       }
     }
 

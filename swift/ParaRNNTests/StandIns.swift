@@ -48,6 +48,8 @@
     var script: [Int] = []
     /// The prediction at this position fails.
     var failsAt: Int?
+    /// All its logits are this, or its token, whatever the tokens were.
+    var broken: Double?
     var changes: @Sendable (inout JSON) -> Void = { _ in }
     /// How many tokens each prediction read.
     let calls = Calls()
@@ -141,14 +143,14 @@
       }
       for i in 0..<4 { state[at(0, i)] = NSNumber(value: hash >> (8 * i) & 0xFF) }
       state[at(1, 31)] = NSNumber(value: count)
-      let token = next(hash, count)
+      let token = broken.flatMap { Int(exactly: $0) } ?? next(hash, count)
       if gives == "token" {
         let array = try MLMultiArray(shape: [1, 1], dataType: .int32)
         array[0] = NSNumber(value: token)
         return ["token": array]
       }
       let logits = try MLMultiArray(shape: [1, 1, NSNumber(value: vocabulary)], dataType: .float16)
-      logits[token] = 9
+      logits[broken == nil ? token : 0] = NSNumber(value: broken ?? 9)
       return ["logits": logits]
     }
 

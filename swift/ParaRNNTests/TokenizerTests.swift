@@ -100,7 +100,9 @@ import Testing
       ([:], ["type": "Unigram"]),
       ([:], ["byte_fallback": true]),
       ([:], ["end_of_word_suffix": "</w>"]),
-      ([:], ["unk_token": "<unk>"]),
+      ([:], ["unk_token": "a", "vocab": ["a": 0, "b": 1], "merges": [String]()]),
+      ([:], ["vocab": ["a": Int.max], "merges": [String]()]),
+      (["added_tokens": [["id": Int.max, "content": "x"]]], [:]),
       ([:], ["merges": ["a b c"]]),
       ([:], ["merges": [["a", "\u{4E00}"]]]),
       (["decoder": ["type": "Metaspace"]], [:]),
@@ -117,6 +119,16 @@ import Testing
       #expect(throws: BPETokenizer.Refused.self, "\(parts) \(model)") {
         try vectors.tokenizer(changing: parts, model: model)
       }
+    }
+  }
+
+  /// With a token for every byte, nothing is unknown.
+  @Test func anUnknownTokenThatIsNeverNeeded() throws {
+    let vectors = try Vectors()
+    let (plain, named) = (try vectors.tokenizer(), try vectors.tokenizer(model: ["unk_token": "<unk>"]))
+    for text in vectors.texts.prefix(100) {
+      #expect(
+        named.encode(text, addingSpecialTokens: false) == plain.encode(text, addingSpecialTokens: false))
     }
   }
 

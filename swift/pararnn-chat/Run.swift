@@ -17,7 +17,11 @@
       await report(stream, model)
       return
     }
-    var chat = model.chat(system: arguments.system)
+    if model.chatFormat == nil {
+      say("The model's chat template is none that is known here: what you type is continued as plain text.")
+    }
+    let format = model.chatFormat ?? .plain
+    var chat = model.chat(system: arguments.system, format: format)
     var last: TextStream?
     say("/undo, /save FILE, /load FILE, /stats, /quit; Ctrl-C stops an answer.")
     while let line = nextLine() {
@@ -32,7 +36,7 @@
           try await chat.save().write(to: file)
           say("Saved to \(file.path).")
         case ("/load", let file?):
-          chat = try await model.chat(restoring: Data(contentsOf: file))
+          chat = try await model.chat(restoring: Data(contentsOf: file), format: format)
           say("Going on after \(await chat.messages.count) messages.")
         case ("/stats", _): await report(last, model)
         case (let word?, _) where word.hasPrefix("/"): say("\(word) is no command, or needs a file name.")

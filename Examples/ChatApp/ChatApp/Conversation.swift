@@ -31,15 +31,18 @@
       messages += [ChatMessage(.user, text), ChatMessage(.assistant, "")]
       answer = Task {
         let stream = chat.respond(to: text, options: .init(temperature: 0.7, topP: 0.95))
+        var failure: String?
         do {
           for try await piece in stream { messages[messages.count - 1].text += piece }
         } catch is CancellationError {
           // Stopped; what was said stays.
         } catch {
-          status = error.localizedDescription
+          failure = error.localizedDescription
         }
         messages = await chat.messages
-        if let statistics = await stream.statistics {
+        if let failure {
+          status = failure
+        } else if let statistics = await stream.statistics {
           let speed = statistics.tokensPerSecond.formatted(.number.precision(.fractionLength(1)))
           let memory = (ProcessMemory.bytes ?? 0) / 1_000_000
           status = "\(speed) tokens/s, \(memory) MB of memory"
