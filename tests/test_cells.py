@@ -182,3 +182,25 @@ def test_a_cell_class_must_be_complete():
 
     with pytest.raises(PararnnError, match="registered already"):
         register_cell(SecondGRU)
+
+
+STEPS = {
+    "if on an array": (lambda h, u, w: (h,) if u["a"] > 0 else (u["a"],), r"its step fails \(ValueError"),
+    "a gate that is not there": (lambda h, u, w: (u["b"] * h,), r"its step fails \(KeyError: 'b'\)"),
+    "too many slots": (lambda h, u, w: (h, h), "must return a tuple of 1 arrays"),
+    "no tuple": (lambda h, u, w: w["w"] * h, "must return a tuple of 1 arrays"),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_that_cannot_run_is_refused_when_it_is_registered(kind):
+    formula, message = STEPS[kind]
+
+    class Broken(Cell):
+        name, gates, slots, output, params = "broken", ("a",), ("h",), "h", ("w",)
+
+        def step(self, state, u, params, F):
+            return formula(state[0], u, params)
+
+    with pytest.raises(PararnnError, match=message):
+        register_cell(Broken)

@@ -38,12 +38,13 @@ def register_cell(cls: CellType) -> CellType:
     """Make a `Cell` subclass known under its `name`; use it as a class decorator.
 
     Raises:
-        PararnnError: if the class lacks a field, or another class has the name already.
+        PararnnError: if the class lacks a field, its step fails, or another class has the name already.
     """
     cls.check()
     known = _REGISTRY.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise PararnnError(f"a cell named {cls.name!r} is registered already, by {known.__module__}")
+    cls.check_step()
     _REGISTRY[cls.name] = cls
     return cls
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import PararnnError
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, Functions
 
 # Arrays of any library that has operators: MLX, NumPy, a dual number, a Core ML builder's variable.
 Array = Any
@@ -77,6 +77,27 @@ class Cell:
         if cls.output not in cls.slots:
             raise PararnnError(
                 f"cell {cls.name!r}: its output {cls.output!r} is none of its slots {cls.slots}"
+            )
+
+    @classmethod
+    def check_step(cls) -> None:
+        """Run `step` once, on NumPy arrays of two channels; raise PararnnError if it fails."""
+        import numpy as np
+
+        two = np.ones(2, np.float32)
+        gates, params = (dict.fromkeys(names, two) for names in (cls.gates, cls.params))
+        try:
+            with np.errstate(all="ignore"):
+                state = cls().step((two,) * len(cls.slots), gates, params, Functions(np))
+        except Exception as error:  # whatever a user's step raises
+            reason = f"{type(error).__name__}: {error}"
+            raise PararnnError(
+                f"cell {cls.name!r}: its step fails ({reason}); docs/python.md shows how one is written"
+            ) from error
+        if not isinstance(state, tuple) or len(state) != len(cls.slots):
+            raise PararnnError(
+                f"cell {cls.name!r}: its step must return a tuple of {len(cls.slots)} arrays, one for each "
+                f"of its slots {cls.slots}"
             )
 
     def __eq__(self, other: object) -> bool:
