@@ -13,6 +13,7 @@ import typer
 from mlx_pararnn.errors import PararnnError
 
 from . import options
+from .progress import progress_bar
 from .report import Debug, reports_errors
 
 if TYPE_CHECKING:
@@ -229,11 +230,8 @@ def _drawn(results: "list[Measurement]") -> str:
 @contextmanager
 def _progress_bar(total: int) -> Iterator[Callable[[int, str], None]]:
     """A function to call with how much is done, and the name of what begins."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done, name: bar.update(task, completed=done, description=name)
+    with progress_bar(
+        lambda rich: (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()),
+        total=total,
+    ) as update:
+        yield lambda done, name: update(completed=done, description=name)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import options
+from .progress import progress_bar
 from .report import Debug, reports_errors
 
 
@@ -286,23 +287,27 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():  # importing rich takes as long as converting 100 MB
         yield lambda done, total: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("converting", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with progress_bar(
+        lambda rich: (
+            rich.TextColumn("converting"),
+            rich.BarColumn(),
+            rich.DownloadColumn(),
+            rich.TransferSpeedColumn(),
+        )
+    ) as update:
+        yield lambda done, total: update(total=total, completed=done)
 
 
 @contextmanager
 def _stages() -> Iterator[Callable[[str, float], None]]:
     """A bar for work of several stages: called with what is being done and the share of it that is."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
+    with progress_bar(
+        lambda rich: (
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.TimeElapsedColumn(),
+        ),
+        description="starting",
+        total=1.0,
+    ) as update:
+        yield lambda what, share: update(description=what, completed=share)

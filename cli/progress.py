@@ -1,7 +1,31 @@
 """Progress on stderr, for work that takes longer than a second."""
 
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
+from typing import Any
+
+
+@contextmanager
+def progress_bar(
+    columns: Callable[[Any], Iterable[Any]], *, description: str = "", total: float | None = None
+) -> Iterator[Callable[..., None]]:
+    """A bar while the block runs, if stderr is a terminal; gives the function that updates it.
+
+    Args:
+        columns: what the bar shows, out of the module `rich.progress`, which it is called with.
+        description, total: of its one task; the function takes them too, and `completed`.
+    """
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with progress.Progress(
+        *columns(progress), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        yield partial(bar.update, bar.add_task(description, total=total))
 
 
 class PromptProgress:
