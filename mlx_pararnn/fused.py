@@ -54,13 +54,15 @@ def conv_silu(
         y (B, T, D) and the new window (B, K - 1, D).
     """
     arrays = (x, window, weight, bias)
-    if backend in GPU and spans is None and weight.shape[1] > 1 and _uniform(arrays) and _conv_works(backend):
+    if spans is not None or weight.shape[1] == 1:
+        return _conv_ops(*arrays, spans)
+    if backend in GPU and _uniform(arrays) and _conv_works(backend):
         y, new_window = _conv_kernel(backend)(*arrays)
-        return y, new_window
-    if spans is None and weight.shape[1] > 1 and _at_once(backend, *arrays):
+    elif _at_once(backend, *arrays):
         y, new_window = _conv_host()(*arrays)
-        return y, new_window
-    return _conv_ops(*arrays, spans)
+    else:
+        y, new_window = _conv_ops(*arrays)
+    return y, new_window
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float, *, backend: str = "ops") -> mx.array:

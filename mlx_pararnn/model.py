@@ -250,16 +250,21 @@ class GatedConvMixer(nn.Module):
         self.out_proj = nn.Linear(D, D, bias=False)
 
     def __call__(
-        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, behind: str, **options: Any
+        self,
+        x: mx.array,
+        cache: RecurrentCache,
+        mask: mx.array | None,
+        here: str,
+        behind: str,
+        **options: Any,
     ) -> mx.array:
         T = x.shape[1]
-        backend = self.cell.backend(**options)
         main, gate = mx.split(self.in_proj(x), 2, axis=-1)
         window = cache[1]
-        x, cache[1] = self.conv1d(main, window, cache.spans(T), backend)
+        x, cache[1] = self.conv1d(main, window, cache.spans(T), here)
         norm = gate, self.norm.weight, self.norm.eps
-        if fused.decodes(backend, T, mask, options):
-            y, cache[0] = self.cell.decode(x, cache[0], backend, *norm)
+        if fused.decodes(here, T, mask, options):
+            y, cache[0] = self.cell.decode(x, cache[0], here, *norm)
         else:
             every = cache.stride(T)
             hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
@@ -276,12 +281,17 @@ class PlainMixer(nn.Module):
         )
 
     def __call__(
-        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, behind: str, **options: Any
+        self,
+        x: mx.array,
+        cache: RecurrentCache,
+        mask: mx.array | None,
+        here: str,
+        behind: str,
+        **options: Any,
     ) -> mx.array:
         T = x.shape[1]
-        backend = self.cell.backend(**options)
-        if fused.decodes(backend, T, mask, options):
-            hidden, cache[0] = self.cell.decode(x, cache[0], backend)
+        if fused.decodes(here, T, mask, options):
+            hidden, cache[0] = self.cell.decode(x, cache[0], here)
         else:
             every = cache.stride(T)
             hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
@@ -318,11 +328,11 @@ class Layer(nn.Module):
         self._last = last
 
     def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, **options: Any) -> mx.array:
-        backend = self.mixer.cell.backend(**options)
+        here = self.mixer.cell.backend(**options)  # what `options` may leave open
         # The CPU backend works at once. Who reads a prompt for its state alone, as generate_step does, never
         # asks for what stands behind the last recurrence, so that stays lazy.
-        behind = "ops" if self._last and backend == "cpu" else backend
-        mixed = self.mixer(_normed(self.norm, x, backend), cache, mask, behind, **options)
+        behind = "ops" if self._last and here == "cpu" else here
+        mixed = self.mixer(_normed(self.norm, x, here), cache, mask, here, behind, **options)
         x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
         y = self.mlp(_normed(self.mlp_norm, x, behind), behind)
         return x + y if self._mlp_residual else y

@@ -82,7 +82,8 @@ def recurrence(
             environment variable MLX_PARARNN_BACKEND goes before None.
         chunk: Newton's chunk length C; 1 is the paper's scheme, Newton on the whole sequence. Any other than
             the default runs in ops.
-        tol: Newton stops when no chunk start s moved by more than tol * max(1, |s|).
+        tol: Newton stops when no chunk start s moved by more than tol * max(1, |s|); the kernels weigh the
+            movement by how much a difference has grown so far.
         max_iters: at most so many iterations. Without it the answer is the sequential one whatever the
             weights. With tol=0 it is the number of iterations made, as in the paper (which makes 3).
         return_info: also return a `NewtonInfo`. It costs one more pass over the sequence if chunk is 1, and
