@@ -1,7 +1,6 @@
 """A folder that appears whole or not at all: filled beside its place, then renamed into it."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,7 +41,7 @@ def whole_or_nothing(out: Path, force: bool, keep: Path, nbytes: int) -> Iterato
     check_output(out, force, keep)
     out = _absolute(out)
     created = _make_parents(out.parent)
-    partial = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
+    partial = out.parent / f".{out.name}-{os.urandom(4).hex()}.partial"
     try:
         _make_folder(partial)
         _check_room(out, nbytes)

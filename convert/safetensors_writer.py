@@ -1,26 +1,26 @@
 """Writes a model's weights as safetensors, piece by piece: one file, or several with an index as MLX-LM does.
 
 The libraries' writers hold everything they write. Here every header is known from shapes, and each piece goes
-to its place in the file as it comes; other threads make the next pieces meanwhile.
+to its place in the file as it comes; threads make the next pieces and write those that are made.
 """
 
 import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from .dtypes import STORED_AS, Array
 
-# More gain little: the pieces are written one after another.
+# More gain little: a file system writes to one file from one thread at a time.
 _WORKERS = min(8, os.cpu_count() or 1)
 MAX_SHARD_BYTES = 5 << 30  # as MLX-LM's
 _FILE = "model.safetensors"
@@ -119,38 +119,49 @@ def _write_file(path: Path, jobs: list[Job], written: Callable[[int], None]) -> 
     raw += b" " * (-len(raw) % 8)
     start = 8 + len(raw)
     cursors = {entry.name: start + ends[entry.name] - entry.nbytes for entry in entries}
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        with closing(_made_ahead(jobs)) as pieces:
-            for job, piece in pieces:
-                for entry, numbers in zip(job.entries, piece, strict=True):
-                    count = _put(file, cursors[entry.name], np.asarray(numbers, STORED_AS[entry.dtype]))
-                    cursors[entry.name] += count
-                    written(count)
+    with open(path, "wb", buffering=0) as file, _workers() as workers:
+        _put(file.fileno(), 0, np.frombuffer(len(raw).to_bytes(8, "little") + raw, np.uint8))
+        writing: deque[Future[int]] = deque()
+        for job, piece in _made_ahead(jobs, workers):
+            for entry, numbers in zip(job.entries, piece, strict=True):
+                array = np.ascontiguousarray(numbers, STORED_AS[entry.dtype])
+                writing.append(workers.submit(_put, file.fileno(), cursors[entry.name], array))
+                cursors[entry.name] += array.nbytes
+            while len(writing) > _WORKERS:
+                written(writing.popleft().result())
+        for future in writing:
+            written(future.result())
     for entry in entries:
         if cursors[entry.name] != start + ends[entry.name]:
             raise ValueError(f"{entry.name}: not as many bytes were written as announced")
 
 
-def _put(file: BinaryIO, position: int, numbers: Array) -> int:
-    if file.tell() != position:
-        file.seek(position)
-    return file.write(np.ascontiguousarray(numbers).reshape(-1).data.cast("B"))
+def _put(file: int, position: int, numbers: Array) -> int:
+    buffer = numbers.reshape(-1).data.cast("B")
+    while buffer:
+        count = os.pwrite(file, buffer, position)
+        position += count
+        buffer = buffer[count:]
+    return numbers.nbytes
 
 
-def _made_ahead(jobs: Iterable[Job]) -> Generator[tuple[Job, Sequence[Array]], None, None]:
-    """What every piece of every job gives, in order; while one is written, threads make the next ones."""
+def _made_ahead(jobs: Iterable[Job], workers: ThreadPoolExecutor) -> Iterator[tuple[Job, Sequence[Array]]]:
+    """What every piece of every job gives, in order; `workers` make the next ones meanwhile."""
     pieces = ((job, piece) for job in jobs for piece in job.pieces())
-    with ThreadPoolExecutor(_WORKERS, "making weights") as workers:
-        ahead: deque[tuple[Job, Future[Sequence[Array]]]] = deque()
-        try:
-            while True:
-                ahead.extend(
-                    (job, workers.submit(piece)) for job, piece in islice(pieces, 1 + _WORKERS - len(ahead))
-                )
-                if not ahead:
-                    return
-                job, piece = ahead.popleft()
-                yield job, piece.result()
-        finally:
-            workers.shutdown(cancel_futures=True)
+    ahead: deque[tuple[Job, Future[Sequence[Array]]]] = deque()
+    while True:
+        ahead.extend((job, workers.submit(piece)) for job, piece in islice(pieces, 1 + _WORKERS - len(ahead)))
+        if not ahead:
+            return
+        job, piece = ahead.popleft()
+        yield job, piece.result()
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that make and write pieces; what they have not begun when an error comes, they never do."""
+    workers = ThreadPoolExecutor(_WORKERS, "weights")
+    try:
+        yield workers
+    finally:
+        workers.shutdown(cancel_futures=True)
