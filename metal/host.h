@@ -9,6 +9,11 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #ifndef LANES
 #if defined(__AVX512F__)
@@ -65,27 +70,28 @@ inline Vec fabs(Vec x) {
 
 namespace precise {
 
-inline Floats power_of_two(Bits exponent) {
-  const Bits bits = (exponent + 127) << 23;
-  Floats result;
-  memcpy(&result, &bits, sizeof bits);
-  return result;
-}
-
-// x = k ln 2 + r with |r| <= ln(2) / 2; the series of e^r to its seventh power; 2^k as 2 * 2^(k - 1), so that
-// what is above the largest number becomes infinite. What is about the smallest normal number or less becomes 0.
+// x = k ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (fitted to 5e-9, relative); 2^k as 2 * 2^(k - 1), so
+// that what is above the largest number becomes infinite. What is about the smallest normal number or less
+// becomes 0.
 inline Vec exp(Vec x) {
   x = choose(x < Vec(-87.0f), -87.0f, choose(x > Vec(89.0f), 89.0f, x));
-  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const Floats k = (x.v * 1.44269504f + ROUND) - ROUND;
+  // Adding 1.5 * 2^23 rounds to a whole number, which is then the sum's last bits; with 126 more they are the
+  // exponent of 2^(k - 1).
+  constexpr float ROUND = 12582912.0f + 126.0f;
+  const Floats sum = x.v * 1.44269504f + ROUND;
+  const Floats k = sum - ROUND;
+  Bits half;
+  memcpy(&half, &sum, sizeof half);
+  half <<= 23;
+  Floats scale;
+  memcpy(&scale, &half, sizeof scale);
   const Floats r = (x.v - k * 0.693145752f) - k * 1.42860677e-6f;
-  Floats p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
+  Floats p = r * 0.00138144672f + 0.00836878084f;
+  p = p * r + 0.0416683927f;
+  p = p * r + 0.166665196f;
+  p = p * r + 0.49999994f;
   p = p * (r * r) + (r + 1.0f);
-  return (p + p) * power_of_two(__builtin_convertvector(k, Bits) - 1);
+  return (p + p) * scale;
 }
 
 // Near 0 a polynomial in x^2 (fitted to 1e-9, relative), elsewhere by exp.
@@ -116,7 +122,7 @@ inline Vec sqrt(Vec x) {
 namespace pararnn {
 
 // Loads and stores of `count` lanes (the others are 0), from float32, float16 and bfloat16. The halves are converted
-// by their bits: GCC before 12 and Clang before 15 have no such type on every machine.
+// by their bits where no instruction does it: GCC before 12 and Clang before 15 have no such type on every machine.
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -170,6 +176,13 @@ inline void store(Bfloat16* to, Vec x, int count) {
 }
 
 inline Vec load(const Float16* from, int count) {
+#if LANES == 16 && defined(__AVX512F__)
+  return Floats(_mm512_cvtph_ps((__m256i)load_halves(from, count)));
+#elif LANES == 8 && defined(__F16C__)
+  return Floats(_mm256_cvtph_ps((__m128i)load_halves(from, count)));
+#elif LANES == 4 && defined(__aarch64__)
+  return Floats(vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)load_halves(from, count))));
+#else
   const Words half = __builtin_convertvector(load_halves(from, count), Words);
   Words bits = (half & 0x7fff) << 13;
   Floats x;
@@ -181,6 +194,7 @@ inline Vec load(const Float16* from, int count) {
   bits |= (half & 0x8000) << 16;
   memcpy(&x, &bits, sizeof x);
   return x;
+#endif
 }
 
 inline void store(Float16* to, Vec x, int count) {
@@ -213,6 +227,35 @@ void in_parallel(int64_t items, int threads, const Work& work) {
     // no more threads are to be had: those that there are do the work
   }
   take();
+  for (auto& other : others) other.join();
+}
+
+// Runs work(member, members, meet) on up to `threads` threads at once; meet() returns when all have called it.
+template <typename Work>
+void together(int threads, const Work& work) {
+  std::atomic<int> members{0};  // 0: not known yet
+  std::atomic<int64_t> arrived{0};
+  const auto wait = [](const auto& done) {
+    for (int tries = 0; !done(); ++tries) {
+      if (tries > 1000) std::this_thread::yield();  // the others may have no core of their own
+    }
+  };
+  const auto take = [&](int member) {
+    wait([&] { return members > 0; });
+    const int64_t size = members;
+    work(member, members, [&] {
+      const int64_t all = (arrived++ / size + 1) * size;
+      wait([&] { return arrived >= all; });
+    });
+  };
+  std::vector<std::thread> others;
+  try {
+    while (int(others.size()) + 1 < threads) others.emplace_back(take, int(others.size()) + 1);
+  } catch (const std::system_error&) {
+    // no more threads are to be had: those that there are share the work
+  }
+  members = int(others.size()) + 1;
+  take(0);
   for (auto& other : others) other.join();
 }
 

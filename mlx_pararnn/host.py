@@ -8,10 +8,12 @@ user's, by text, flags, compiler and CPU. Everything here runs at once: never in
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,9 +29,11 @@ from . import kernels
 from .cells import Cell
 from .errors import PararnnError
 
-_DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 # Fewer numbers than this are done by one thread: starting another takes some 50 microseconds.
 _LARGE = 1 << 15
+# Up to so many rows a product with a matrix is faster here than in MLX, which arranges the matrix first.
+FEW_ROWS = 16
 _lock = threading.Lock()
 
 
@@ -163,15 +167,16 @@ def _make_private(folder: Path) -> None:
         )
 
 
-def host_text(text: str) -> str:
-    """Metal's text with a vector in place of each float."""
-    return re.sub(r"\bfloat\b", "Vec", kernels.cuda_text(text))
+def host_text(text: str, scalar: str = "Vec") -> str:
+    """Metal's text with a vector (host.h) or a flight of them (host_flight.h) in place of each float."""
+    return re.sub(r"\bfloat\b", scalar, kernels.cuda_text(text))
 
 
 def text_of(cell: Cell) -> str:
     """The C++ text of a cell's library; raises PararnnError for a cell without MSL."""
-    header = host_text(kernels.cell_header(cell))
-    return kernels.metal_text("host.h") + header + kernels.metal_text("host_recurrence.cpp")
+    header = host_text(kernels.cell_header(cell), "Flight")
+    scalar = kernels.metal_text("host.h") + kernels.metal_text("host_flight.h")
+    return scalar + header + kernels.metal_text("host_recurrence.cpp")
 
 
 @lru_cache(maxsize=64)
@@ -200,8 +205,9 @@ def solve(
     """
     B, heads, T, _, W = u.shape
     D, slots = heads * W, len(cell.slots)
-    name = _DTYPES[u.dtype]
-    hidden = mx.empty((B, T, D), u.dtype)
+    name = DTYPES[u.dtype]
+    # MLX has no array that it does not fill first, and fills bytes in half the time of floats
+    hidden = mx.zeros((B, T, D * u.dtype.size), mx.uint8).view(u.dtype)
     last = mx.empty((B, slots, D))
     states = mx.empty((B, T // every, slots, D)) if every else None
     mx.eval(params, state, hidden, last, *([] if mask is None else [mask]), *([states] if every else []))
@@ -229,8 +235,12 @@ def solve(
 
 @lru_cache(maxsize=1)
 def _elementwise() -> ctypes.CDLL:
-    text = kernels.metal_text("host.h") + kernels.metal_text("host_elementwise.cpp")
-    return build(text, "elementwise")
+    return build(elementwise_text(), "elementwise")
+
+
+def elementwise_text() -> str:
+    """The C++ text of what needs no cell."""
+    return "".join(map(kernels.metal_text, ("host.h", "host_linear.h", "host_elementwise.cpp")))
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -277,19 +287,26 @@ def conv_silu(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -
     return y, mx.array(moved).view(x.dtype)
 
 
+def product(x: mx.array, weight: mx.array) -> mx.array:
+    """x (..., width) times the transpose of weight (height, width), at once; for few rows."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    sizes = [x.size // x.shape[-1], x.shape[-1], weight.shape[0]]
+    return _call("product", [mx.contiguous(x), mx.contiguous(weight)], shape, sizes)
+
+
 def _call(
     name: str, arrays: list[mx.array], shape: tuple[int, ...], sizes: list[int], number: float = 0.0
 ) -> mx.array:
-    """One function of metal/host_elementwise.cpp; the output has the first array's dtype."""
+    """One function of `elementwise_text`; the output has the first array's dtype."""
     out = mx.empty(shape, arrays[0].dtype)
     mx.eval(out, *arrays)
-    function = getattr(_elementwise(), f"{name}_{_DTYPES[out.dtype]}")
+    function = getattr(_elementwise(), f"{name}_{DTYPES[out.dtype]}")
     function(
         (ctypes.c_void_p * len(arrays))(*(address(array) for array in arrays)),
         ctypes.c_void_p(address(out)),
         (ctypes.c_int64 * len(sizes))(*sizes),
         ctypes.byref(ctypes.c_float(number)),
-        threads() if is_large(out) else 1,
+        threads() if any(is_large(array) for array in (out, *arrays)) else 1,
     )
     return out
 
@@ -322,6 +339,28 @@ def _rows(array: mx.array) -> tuple[mx.array, int]:
 def view(array: mx.array) -> np.ndarray:
     """The array's own memory; bfloat16, which NumPy lacks, as its 16 bits."""
     return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+# DLPack's DLTensor: data, device, axes, dtype, shape, strides, offset in bytes.
+_TENSOR = struct.Struct("P2ii4xPPQ")
+_pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def dense_address(array: mx.array) -> int | None:
+    """Where an evaluated array stands, if row contiguous; quicker than `view` and `address`."""
+    capsule = array.__dlpack__()
+    tensor = ctypes.string_at(_pointer_in(capsule, b"dltensor"), _TENSOR.size)
+    data, _, _, axes, _, strides, offset = _TENSOR.unpack(tensor)
+    if ctypes.string_at(strides, 8 * axes) != _dense_strides(array.shape):
+        return None
+    return int(data) + int(offset)
+
+
+@lru_cache(maxsize=256)
+def _dense_strides(shape: tuple[int, ...]) -> bytes:
+    return struct.pack(f"{len(shape)}q", *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
 
 
 def address(array: mx.array) -> int:
