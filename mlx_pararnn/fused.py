@@ -8,18 +8,24 @@ whatever the dtype. For mx.vmap take backend="ops".
 Letters in shapes: B sequences, T steps, D channels, K taps of the convolution.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import activations
 
 from . import host, kernels
 from .cells import Cell
+from .errors import PararnnError
 from .recurrence import CHUNK, choose_backend, directional, recurrence
 
 GPU = ("metal", "cuda")
+
+# Rows from which unpacking 4-bit weights and a float32 product take less than MLX's quantized product.
+_ROWS_TO_UNPACK = 4
 
 Arrays = tuple[mx.array, ...]
 
@@ -52,7 +58,15 @@ def conv_silu(
 
     Returns:
         y (B, T, D) and the new window (B, K - 1, D).
+
+    Raises:
+        PararnnError: the window has another shape.
     """
+    wanted = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if window.shape != wanted:  # from a cache of another model; a kernel would read beyond it
+        raise PararnnError(
+            f"the convolution's window has shape {window.shape}; with this x it must be {wanted}"
+        )
     arrays = (x, window, weight, bias)
     if spans is not None or weight.shape[1] == 1:
         return _conv_ops(*arrays, spans)
@@ -91,9 +105,54 @@ def swiglu(gate: mx.array, up: mx.array, *, backend: str = "ops") -> mx.array:
     return _swiglu_ops(gate, up)
 
 
+def linear(module: Any, x: mx.array) -> mx.array:
+    """A linear layer, MLX-LM's `MultiLinear`, or an embedding as the head; quantized or not.
+
+    MLX's CPU has fast products in float32 alone. So there the layer is given float32, and its weights follow;
+    quantized weights are unpacked where there are rows enough to pay for it.
+    """
+    apply = getattr(module, "as_linear", module)
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return cast(mx.array, apply(x))
+    exact = x.astype(mx.float32)
+    if "scales" in module and _rows(x) // math.prod(module.weight.shape[:-2]) >= _ROWS_TO_UNPACK:
+        y = exact @ _unpacked(module).swapaxes(-1, -2)
+        y = y + module.bias if "bias" in module else y
+    else:
+        y = apply(exact)
+    kept = module.get("scales", module.get("weight", x))
+    return cast(mx.array, y.astype(mx.result_type(x, kept)))
+
+
+def _unpacked(module: Any) -> mx.array:
+    scales, biases = module.scales, module.get("biases")
+    if biases is not None:  # of the modes, only affine has them
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    form = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    return mx.dequantize(module.weight, scales, biases, **form, dtype=mx.float32)
+
+
+def head(module: nn.Module, x: mx.array, *, backend: str = "ops") -> mx.array:
+    """`linear` with the largest matrix of a model, or the transpose of an embedding: for few rows at once."""
+    plain = type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
+    if plain and _rows(x) <= host.FEW_ROWS and _at_once(backend, module.weight, x):
+        (y,) = _product_host()(x, module.weight)
+        return cast(mx.array, y)
+    return linear(module, x)
+
+
+def _rows(x: mx.array) -> int:
+    return x.size // x.shape[-1]
+
+
+def plain_token(T: int, mask: mx.array | None, options: dict[str, Any]) -> bool:
+    """Whether a call is one token, without padding or a wish about how to solve."""
+    return T == 1 and mask is None and options.keys() <= {"backend"}
+
+
 def decodes(backend: str, T: int, mask: mx.array | None, options: dict[str, Any]) -> bool:
-    """Whether `decode` has a kernel for this call: one token, no padding, no wish about how to solve."""
-    return backend in GPU and T == 1 and mask is None and options.keys() <= {"backend"}
+    """Whether `decode` has a kernel for this call."""
+    return backend in GPU and plain_token(T, mask, options)
 
 
 def decode(
@@ -246,6 +305,11 @@ def _conv_host() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1)
+def _product_host() -> Callable[..., Any]:
+    return _with_derivatives_of(lambda x, weight: (x @ weight.T,), lambda *a: [host.product(*a)])
+
+
+@lru_cache(maxsize=1)
 def _swiglu_host() -> Callable[..., Any]:
     return _with_derivatives_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [host.swiglu(*a)])
 
@@ -300,6 +364,7 @@ def _elementwise_works() -> bool:
         yield (host.swiglu(x, up),), (_swiglu_ops(x, up),)
         yield (host.rms_norm(x, weight, 1e-6),), (mx.fast.rms_norm(x, weight, 1e-6),)
         yield (host.gated_norm(up, x, weight, 1e-6),), (_gated_norm_ops(1e-6, up, x, weight),)
+        yield (host.product(up, _waves(37, 43)),), (up @ _waves(37, 43).T,)
         taps = _waves(43, 4)
         yield host.conv_silu(x, up[:, :3], taps.T, weight), _conv_ops(x, up[:, :3], taps, weight)
 

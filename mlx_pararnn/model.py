@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.mla import MultiLinear
 
-from . import fused
+from . import fused, host_decode
 from .cache import RecurrentCache
 from .cells import get_cell
 from .errors import PararnnError
@@ -209,7 +209,7 @@ class RecurrentLayer(nn.Module):
             rows = x.reshape(self.num_heads, 1, -1)
         else:
             rows = x.reshape(B * T, self.num_heads, -1).swapaxes(0, 1)
-        u = self.input_proj(rows)
+        u = fused.linear(self.input_proj, rows)
         u = u if bias is None else u + bias
         return u.reshape(self.num_heads, B, T, len(self._cell.gates), -1).swapaxes(0, 1)
 
@@ -259,7 +259,7 @@ class GatedConvMixer(nn.Module):
         **options: Any,
     ) -> mx.array:
         T = x.shape[1]
-        main, gate = mx.split(self.in_proj(x), 2, axis=-1)
+        main, gate = mx.split(fused.linear(self.in_proj, x), 2, axis=-1)
         window = cache[1]
         x, cache[1] = self.conv1d(main, window, cache.spans(T), here)
         norm = gate, self.norm.weight, self.norm.eps
@@ -270,7 +270,7 @@ class GatedConvMixer(nn.Module):
             hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
             cache.keep(states, T, window, main)
             y = fused.gated_norm(hidden, *norm, backend=behind)
-        return self.out_proj(y)
+        return fused.linear(self.out_proj, y)
 
 
 class PlainMixer(nn.Module):
@@ -309,9 +309,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
 
     def __call__(self, x: mx.array, backend: str = "ops") -> mx.array:
+        up = fused.linear(self.up_proj, x)
         if "gate_proj" in self:
-            return self.down_proj(fused.swiglu(self.gate_proj(x), self.up_proj(x), backend=backend))
-        return self.down_proj(nn.gelu(self.up_proj(x)))
+            y = fused.swiglu(fused.linear(self.gate_proj, x), up, backend=backend)
+        else:
+            y = nn.gelu(up)
+        return fused.linear(self.down_proj, y)
 
 
 class Layer(nn.Module):
@@ -371,11 +374,16 @@ class PararnnModel(nn.Module):
         if "embed_positions" in self:
             x = x + self._positions(cache[0], T)
         mask = cache[0].make_mask(T)
-        for layer, c in zip(self.layers, cache, strict=True):
-            x = layer(x, c, mask, **options)
+        y = None
+        if fused.plain_token(T, mask, options) and self.layers[0].mixer.cell.backend(**options) == "cpu":
+            y = host_decode.decode(self, x, cache)
+        if y is None:
+            for layer, c in zip(self.layers, cache, strict=True):
+                x = layer(x, c, mask, **options)
+            y = self.norm(x)
         for c in cache:
             c.advance(T)
-        return self.norm(x)
+        return y
 
     def _positions(self, cache: RecurrentCache, T: int) -> mx.array:
         spans = cache.spans(T) or [(0, T)] * cache.batch_size
@@ -429,9 +437,8 @@ class Model(nn.Module):
         if cache is None:
             cache = self.make_cache(inputs.shape[0])
         out = self.model(inputs, cache, input_embeddings, **options)
-        if self.args.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(out)
-        return self.lm_head(out)
+        head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
+        return fused.head(head, out, backend=self.layers[0].mixer.cell.backend(**options))
 
     @property
     def layers(self) -> list[Layer]:

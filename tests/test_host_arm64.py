@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from msl.instances import DTYPES
+from test_host_decode import TOKENS, make, recorded, replay_text, replayed
 from test_recurrence import problem
 
-from mlx_pararnn import host, kernels
+from mlx_pararnn import host
 from mlx_pararnn.recurrence import recurrence
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -63,8 +64,18 @@ def test_the_same_numbers(name, dtype, tmp_path):
     assert mx.allclose(given.astype(mx.float32), wanted.astype(mx.float32), rtol=step, atol=step)
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("gru", "float32"), ("babylm", "float16"), ("gru", "bfloat16")])
+def test_a_token_in_one_call(kind, dtype, monkeypatch, tmp_path):
+    made = make(kind, DTYPES[dtype])
+    wanted = recorded(made, TOKENS, monkeypatch, tmp_path / "in", threads=2)
+    run(COMPILER, replay_text(made, dtype), tmp_path, "-static", "-o", str(tmp_path / "run"))
+    subprocess.run([EMULATOR, tmp_path / "run", tmp_path / "in", tmp_path / "out"], check=True)
+    step = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    np.testing.assert_allclose(replayed(made, tmp_path / "out"), wanted, rtol=step, atol=step)
+
+
 def test_elementwise_work_compiles(tmp_path):
-    text = kernels.metal_text("host.h") + kernels.metal_text("host_elementwise.cpp")
+    text = host.elementwise_text()
     run(COMPILER, text, tmp_path, "-shared", "-fPIC", "-o", str(tmp_path / "library.so"))
 
 

@@ -1,0 +1,1165 @@
+"""Decoding on a CPU in one call: its numbers, when it must stand back, and what it reads and gives out."""
+
+import contextlib
+import copy
+import gc
+import os
+import platform
+import shutil
+import subprocess
+import threading
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import oracle
+import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.mla import MultiLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from msl.instances import DTYPES
+from test_host import fresh_cache
+from test_model import GOLDEN, gap, golden_of
+
+from mlx_pararnn import Model, ModelArgs, PararnnError, fused, host, host_decode, load_model, model
+
+try:
+    host.compiler()
+except host.BuildError as error:
+    pytestmark = pytest.mark.skip(reason=str(error))
+
+# Sizes below, between and beyond the multiples of every vector length, 4, 8 and 16.
+SIZES = {"hidden_size": 72, "num_hidden_layers": 2, "vocab_size": 37, "intermediate_size": 43}
+KINDS = {
+    "gru": {"cell": "gru"},
+    "lstm, 4 heads": {"cell": "lstm", "num_heads": 4, "conv_kernel": 3},
+    "slstm, layer norm": {"cell": "slstm", "norm": "layer", "mlp": "gelu", "conv_kernel": 2},
+    "nlru, biases": {"cell": "nlru", "num_heads": 2, "mlp_bias": True},
+    "ml-pararnn": {"cell": "gru", "residual_scale": True, "mlp_residual": False, "tie_word_embeddings": True},
+    "plain": {"cell": "slstm", "mixer": "plain", "mlp_bias": True, "hidden_size": 200, "num_heads": 4},
+    "plain lstm": {"cell": "lstm", "mixer": "plain", "num_heads": 2, "residual_scale": True},
+    "babylm": {
+        **{"cell": "nlru", "mixer": "plain", "norm": "layer", "mlp": "gelu", "mlp_bias": True},
+        **{"max_position_embeddings": 40, "tie_word_embeddings": True, "intermediate_size": 150},
+    },
+    "tiny": {"cell": "gru", "num_heads": 4, "hidden_size": 8, "intermediate_size": 5, "mlp_bias": True},
+    "activations": {"cell": "lstm", "activations": {"c": "gelu", "state": "silu"}, "norm_eps": 0.1},
+}
+TOKENS = mx.array(np.random.default_rng(5).integers(0, 37, (2, 5)))
+
+
+@pytest.fixture(autouse=True)
+def this_machines_backend(monkeypatch):
+    monkeypatch.delenv("MLX_PARARNN_BACKEND", raising=False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of each token so far, whether it went through the one call."""
+    made = []
+    decode = host_decode.decode
+
+    def spy(*arguments):
+        y = decode(*arguments)
+        made.append(y is not None)
+        return y
+
+    monkeypatch.setattr(host_decode, "decode", spy)
+    return made
+
+
+def make(kind="gru", dtype=mx.float32, seed=0, **sizes):
+    """A model none of whose weights is 0 or 1, so that each of them counts."""
+    rng = np.random.default_rng(seed)
+    made = Model(ModelArgs(**{**SIZES, **KINDS[kind], **sizes}))
+
+    def filled(path, p):
+        n = rng.normal(size=p.shape)
+        if path.endswith("recurrent_weight"):
+            return mx.array((0.6 * n).astype(np.float32))
+        fan_in = 3 if "conv1d" in path else p.shape[-1]
+        n = n * 1.4 * fan_in**-0.5 if p.ndim > 1 else 0.3 * n + (path.endswith("weight") or "scale" in path)
+        return mx.array(n.astype(np.float32)).astype(dtype)
+
+    filled_in = [(path, filled(path, p)) for path, p in tree_flatten(made.parameters())]
+    made.update(tree_unflatten(filled_in))
+    mx.eval(made.parameters())
+    return made
+
+
+def by_token(made, tokens, cache=None, *, head=True, **options):
+    """Logits, or without the head what it reads, of `tokens` (B, T), one after the other."""
+    cache = made.make_cache(tokens.shape[0]) if cache is None else cache
+    call = made if head else made.model
+    pieces = [call(tokens[:, t : t + 1], cache=cache, **options) for t in range(tokens.shape[1])]
+    return mx.concatenate(pieces, axis=1)
+
+
+def numbers(array, dtype=np.float64):
+    return np.array(array.astype(mx.float32)).astype(dtype)
+
+
+def arrays_of(cache):
+    return [a for c in cache for a in c.cache if a is not None]
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def exact(made, tokens):
+    """The model in NumPy and float64, written apart: logits (B, T, V) and the last state of each layer."""
+    args, p = made.args, {path: numbers(a) for path, a in tree_flatten(made.parameters())}
+
+    def norm(x, path):
+        if f"{path}.bias" in p:
+            x = x - x.mean(-1, keepdims=True)
+            bias = p[f"{path}.bias"]
+        else:
+            bias = 0
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + args.norm_eps) * p[f"{path}.weight"] + bias
+
+    def linear(x, path):
+        return x @ p[f"{path}.weight"].T + p.get(f"{path}.bias", 0)
+
+    x = p["model.embed_tokens.weight"][np.array(tokens)]
+    B, T, D = x.shape
+    if args.max_position_embeddings:
+        x = x + p["model.embed_positions.weight"][:T]
+    cell, heads, states = made.layers[0].mixer.cell._cell, args.num_heads, []
+    for i in range(args.num_hidden_layers):
+        path = f"model.layers.{i}"
+        y = norm(x, f"{path}.norm")
+        if args.mixer == "gated_conv":
+            y, gate = np.split(linear(y, f"{path}.mixer.in_proj"), 2, axis=-1)
+            taps = p[f"{path}.mixer.conv1d.weight"][..., 0]
+            padded = np.pad(y, [(0, 0), (taps.shape[1] - 1, 0), (0, 0)])
+            y = silu(
+                p[f"{path}.mixer.conv1d.bias"]
+                + sum(taps[:, k] * padded[:, k : k + T] for k in range(taps.shape[1]))
+            )
+        weight = p[f"{path}.mixer.cell.input_proj.weight"]
+        u = np.einsum("bthi,hoi->btho", y.reshape(B, T, heads, -1), weight) + p[f"{path}.mixer.cell.bias"]
+        u = u.reshape(B, T, heads, len(cell.gates), -1).swapaxes(2, 3).reshape(B, T, len(cell.gates), D)
+        solved = oracle.sequential(cell, p[f"{path}.mixer.cell.recurrent_weight"], u)
+        states.append(np.stack([s[:, -1] for s in solved], axis=1))
+        y = solved[cell.output_slot]
+        if args.mixer == "gated_conv":
+            y = linear(norm(y, f"{path}.mixer.norm") * silu(gate), f"{path}.mixer.out_proj")
+        x = y + p.get(f"{path}.residual_scale", 1) * x
+        y = norm(x, f"{path}.mlp_norm")
+        up = linear(y, f"{path}.mlp.up_proj")
+        if args.mlp == "swiglu":
+            up = silu(linear(y, f"{path}.mlp.gate_proj")) * up
+        else:
+            up = up * (1 + np.array(mx.erf(mx.array(up * 0.5**0.5)), np.float64)) / 2
+        y = linear(up, f"{path}.mlp.down_proj")
+        x = x + y if args.mlp_residual else y
+    y = norm(x, "model.norm")
+    return linear(y, "model.embed_tokens" if args.tie_word_embeddings else "lm_head"), states
+
+
+def distance(given, wanted):
+    """The largest difference, in parts of the largest number."""
+    return np.abs(given - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_in_float32(kind, calls):
+    made = make(kind)
+    cache, twin = made.make_cache(2), made.make_cache(2)
+    given = by_token(made, TOKENS, cache)
+    wanted, states = exact(made, TOKENS)
+    assert calls == [True] * 5
+    assert distance(numbers(given), wanted) < 1e-5
+    for c, state in zip(cache, states, strict=True):
+        assert c[0].dtype == mx.float32
+        assert distance(numbers(c[0]), state) < 1e-5
+    in_ops = by_token(made, TOKENS, twin, backend="ops")
+    assert calls == [True] * 5
+    assert given.dtype == in_ops.dtype
+    assert distance(numbers(given), numbers(in_ops)) < 1e-5
+    for a, b in zip(arrays_of(cache), arrays_of(twin), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert distance(numbers(a), numbers(b)) < 1e-5
+    assert [c.offsets for c in cache] == [c.offsets for c in twin]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numbers_in_half_precision(kind, dtype, calls):
+    """Nearer to exact than ops, or within a rounding of it."""
+    made, step = make(kind, DTYPES[dtype]), {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    cache, twin = made.make_cache(2), made.make_cache(2)
+    given, in_ops = by_token(made, TOKENS, cache), by_token(made, TOKENS, twin, backend="ops")
+    wanted, states = exact(made, TOKENS)
+    assert calls == [True] * 5
+    assert given.dtype == in_ops.dtype == DTYPES[dtype]
+    assert distance(numbers(given), wanted) <= max(step, distance(numbers(in_ops), wanted))
+    for c, d, state in zip(cache, twin, states, strict=True):
+        assert distance(numbers(c[0]), state) <= max(step, distance(numbers(d[0]), state))
+        if c[1] is not None:
+            assert c[1].dtype == d[1].dtype == DTYPES[dtype]
+            assert distance(numbers(c[1]), numbers(d[1])) <= 8 * step
+
+
+@pytest.mark.parametrize(
+    ("source", "folder", "prefix", "options"), GOLDEN, ids=[f"{g[1].split('/')[1]}-{g[2]}" for g in GOLDEN]
+)
+def test_golden_logits_token_by_token(converted, source, folder, prefix, options, calls):
+    made, _ = load_model(converted(source, **options))
+    golden = golden_of(folder, prefix)
+    tokens = golden["input_ids"][:4, :50]
+    assert gap(by_token(made, tokens), golden["logits"][:4, :50]) < 5e-5
+    assert calls == [True] * tokens.shape[1]
+
+
+def test_from_a_prompts_state(calls):
+    for kind in KINDS:
+        made = make(kind)
+        cache, tokens = made.make_cache(2), mx.tile(TOKENS, (1, 2))
+        made(tokens[:, :6], cache=cache)
+        given = by_token(made, tokens[:, 6:], cache)
+        assert distance(numbers(given), exact(made, tokens)[0][:, 6:]) < 1e-5
+    assert calls == [True] * 4 * len(KINDS)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm, 4 heads", "slstm, layer norm", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_a_batch_is_the_row_alone(kind, dtype, calls):
+    made = make(kind, DTYPES[dtype])
+    too_many = host.FEW_ROWS + 1
+    tokens = mx.random.randint(0, 37, (too_many, 3), key=mx.random.key(0))
+    for B in (1, 2, 3, 4):
+        cache = made.make_cache(B)
+        together = by_token(made, tokens[:B], cache, head=False)
+        for row in range(B):
+            own = made.make_cache(1)
+            alone = by_token(made, tokens[row : row + 1], own, head=False)
+            assert mx.array_equal(alone, together[row : row + 1])
+            for a, b in zip(arrays_of(own), arrays_of(cache), strict=True):
+                assert mx.array_equal(a, b[row : row + 1])
+    assert all(calls)
+    calls.clear()
+    in_mlx = by_token(made, tokens, head=False)
+    assert not any(calls)
+    if dtype == "float32":
+        assert distance(numbers(in_mlx[:4]), numbers(together)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gru", "ml-pararnn", "plain", "babylm", "tiny"])
+def test_threads(kind, monkeypatch, calls):
+    """The same bits however many there are, again and again."""
+    made = make(kind, hidden_size=8 if kind == "tiny" else 200)
+    monkeypatch.setattr(host_decode, "_MANY", 0)
+
+    def run(threads):
+        monkeypatch.setattr(host, "threads", lambda: threads)
+        cache = made.make_cache(2)
+        return [by_token(made, TOKENS, cache), *arrays_of(cache)]
+
+    wanted = run(1)
+    for threads in (2, 3, 7):
+        for _ in range(12 if threads < 7 else 4):
+            assert all(mx.array_equal(a, b) for a, b in zip(run(threads), wanted, strict=True))
+    assert all(calls)
+
+
+def test_how_many_threads(monkeypatch):
+    asked = []
+    together = host_decode._Token
+
+    def token(*fields):
+        asked.append(fields[-1])
+        return together(*fields)
+
+    monkeypatch.setattr(host_decode, "_Token", token)
+    monkeypatch.setattr(host, "threads", lambda: 2)
+    for size in (64, 256):
+        by_token(make(hidden_size=size, intermediate_size=size), TOKENS[:, :1])
+    assert asked == [1, 2]
+
+
+# The recorded call of one token, again and without Python: what the compilers' sanitizers look at.
+# File: how often; of struct Token the numbers; each array with its size before it, -1 for none.
+REPLAY = """
+#include <cstdio>
+#include <cstdlib>
+#include <sys/types.h>
+FILE* in;
+int64_t number() {
+  int64_t n;
+  if (fread(&n, 8, 1, in) != 1) exit(2);
+  return n;
+}
+struct Part {
+  int64_t size = number();
+  void* data = size < 0 ? nullptr : malloc(size);
+  Part() {
+    if (size > 0 && fread(data, 1, size, in) != size_t(size)) exit(3);
+  }
+  void write(FILE* out) const {
+    if (size > 0) fwrite(data, 1, size, out);
+  }
+};
+int replay(char** argv) {
+  in = fopen(argv[0], "rb");
+  const int64_t times = number();
+  pararnn::Token token{};
+  for (int64_t* to : {&token.depth, &token.B, &token.heads, &token.W, &token.taps, &token.wide}) {
+    *to = number();
+  }
+  token.mlp_residual = int(number()), token.threads = int(number());
+  token.eps = float(number()) * 1e-9f;
+  constexpr int FIELDS = sizeof(pararnn::Layer) / sizeof(void*);
+  std::vector<std::vector<Part>> parts(token.depth);
+  std::vector<pararnn::Layer> layers(token.depth);
+  for (int64_t i = 0; i < token.depth; ++i) {
+    for (int k = 0; k < FIELDS; ++k) {
+      parts[i].emplace_back();
+      memcpy(reinterpret_cast<char*>(&layers[i]) + k * sizeof(void*), &parts[i][k].data, sizeof(void*));
+    }
+  }
+  const Part norm, norm_bias, x, y;
+  token.layers = layers.data();
+  token.norm = norm.data, token.norm_bias = norm_bias.data, token.x = x.data, token.y = y.data;
+  for (int64_t n = 0; n < times; ++n) DECODE(&token);
+  FILE* out = fopen(argv[1], "wb");
+  y.write(out);
+  for (const auto& layer : parts) layer[FIELDS - 2].write(out), layer[FIELDS - 1].write(out);
+  return fclose(in) + fclose(out);
+}
+int main(int count, char** argv) {
+  int failed = 0;
+  for (int i = 1; i < count; i += 2) failed += replay(argv + i);
+  return failed;
+}
+"""
+
+
+def replay_text(made, dtype):
+    cell = made.layers[0].mixer.cell._cell
+    return host_decode.text_of(cell) + REPLAY.replace("DECODE", f"decode_{dtype}")
+
+
+def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
+    """Decode `tokens` (B, T), write what the last of them reads into `file`, and give what it came to."""
+    args, bytes_of = made.args, {}
+    dtype = made.model.embed_tokens.weight.dtype
+    parts = []
+
+    def add(pointer, size):
+        size = -1 if not pointer else size
+        parts.append(
+            np.int64(size).tobytes() + (host_decode.ctypes.string_at(pointer, size) if size > 0 else b"")
+        )
+
+    def note(reference):
+        token = reference._obj
+        D, K = token.heads * token.W, token.taps
+        cell = made.layers[0].mixer.cell._cell
+        bytes_of.update(
+            {k: int(np.prod(v)) for k, v in host_decode._shapes(cell, D, token.heads, K, token.wide).items()}
+        )
+        parts.clear()
+        integers = [times, token.depth, token.B, token.heads, token.W, K, token.wide]
+        integers += [token.mlp_residual, threads, round(args.norm_eps * 1e9)]
+        parts.append(np.array(integers, np.int64).tobytes())
+        floats = {"params", "state", "new_state"}
+        sizes = {**bytes_of, "state": token.B * len(cell.slots) * D, "window": token.B * (K - 1) * D}
+        sizes |= {"new_state": sizes["state"], "new_window": sizes["window"]}
+        for i in range(token.depth):
+            for name, _ in host_decode._Layer._fields_:
+                add(getattr(token.layers[i], name), sizes[name] * (4 if name in floats else dtype.size))
+        for name, size in (("norm", D), ("norm_bias", D), ("x", token.B * D), ("y", token.B * D)):
+            add(getattr(token, name), size * dtype.size)
+
+    library = host_decode._library
+
+    class Noting:
+        def __init__(self, cell):
+            self.cell = cell
+
+        def __getattr__(self, name):
+            def call(reference):
+                note(reference)
+                return getattr(library(self.cell), name)(reference)
+
+            return call
+
+    cache, last = made.make_cache(tokens.shape[0]), None
+    y = []
+    with monkeypatch.context() as inside:
+        inside.setattr(host_decode, "_library", Noting)
+        real = host_decode._run
+        inside.setattr(host_decode, "_run", lambda *a: y.append(real(*a)) or y[-1])
+        by_token(made, tokens, cache)
+    last = y[-1]
+    file.write_bytes(b"".join(parts))
+    floats = [numbers(last).ravel()]
+    for c in cache:
+        floats += [numbers(c[0]).ravel(), *([] if c[1] is None else [numbers(c[1]).ravel()])]
+    return np.concatenate(floats)
+
+
+def replayed(made, file):
+    """What a replay wrote into `file`, as `recorded` gives it."""
+    dtype, B = made.model.embed_tokens.weight.dtype, TOKENS.shape[0]
+    cell, D = made.layers[0].mixer.cell._cell, made.args.hidden_size
+    window = (made.args.conv_kernel - 1) * D * B if made.args.mixer == "gated_conv" else 0
+    data, floats = file.read_bytes(), []
+
+    def take(count, kind):
+        nonlocal data
+        size = count * kind.size
+        bits = np.frombuffer(data[:size], np.float32 if kind == mx.float32 else np.uint16)
+        floats.append(numbers(mx.array(bits).view(kind)))
+        data = data[size:]
+
+    take(B * D, dtype)
+    for _ in made.layers:
+        take(B * len(cell.slots) * D, mx.float32)
+        if window:
+            take(window, dtype)
+    assert not data
+    return np.concatenate(floats)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("memory", "-fsanitize=address,undefined"), ("races", "-fsanitize=thread")]
+)
+def test_sanitizers(name, flag, monkeypatch, tmp_path):
+    program = tmp_path / "main"
+    (tmp_path / "main.cpp").write_text(replay_text(make("gru"), "float32"))
+    command = [
+        host.compiler(),
+        "-std=c++17",
+        "-O0",
+        "-g0",
+        flag,
+        "-pthread",
+        "-o",
+        program,
+        tmp_path / "main.cpp",
+    ]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"this compiler has no {flag}")
+    arguments, wanted = [], []
+    for n, sizes in enumerate(
+        ({}, {"mixer": "plain", "num_heads": 4}, {"hidden_size": 8, "intermediate_size": 5})
+    ):
+        made = make("gru", **sizes)
+        arguments += [tmp_path / f"in{n}", tmp_path / f"out{n}"]
+        many = {"times": 20, "threads": 3} if name == "races" else {"threads": 2}
+        wanted.append((made, recorded(made, TOKENS, monkeypatch, arguments[-2], **many)))
+    # without randomized addresses: some kernels place them where the sanitizer keeps its own
+    still = ["setarch", "-R"] if shutil.which("setarch") else []
+    variables = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([*still, program, *arguments], capture_output=True, text=True, env=variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    for n, (made, numbers_) in enumerate(wanted):
+        np.testing.assert_allclose(replayed(made, tmp_path / f"out{n}"), numbers_, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"]], ids=["4 lanes", "8 lanes"])
+def test_other_vector_units(flags, monkeypatch, tmp_path, calls):
+    if flags[0] == "-march=x86-64-v3" and "avx2" not in host._machine():
+        pytest.skip("this CPU has no AVX2")
+    monkeypatch.setattr(host, "_flags", lambda: ["-std=c++17", "-O0", *flags, "-shared", "-fPIC", "-pthread"])
+    with nothing_built(monkeypatch, tmp_path):
+        for kind, dtype in [("gru", "float32"), ("ml-pararnn", "float32"), ("tiny", "float16")]:
+            made = make(kind, DTYPES[dtype])
+            step = 1e-5 if dtype == "float32" else 2.0**-9
+            assert distance(numbers(by_token(made, TOKENS)), exact(made, TOKENS)[0]) < step
+    assert all(calls)
+
+
+@pytest.mark.parametrize("cxx", ["g++", "clang++", "clang++-19"])
+def test_compilers_have_nothing_to_say(cxx, tmp_path):
+    if not shutil.which(cxx):
+        pytest.skip(f"no {cxx}")
+    (tmp_path / "text.cpp").write_text(host_decode.text_of(make().layers[0].mixer.cell._cell))
+    flags = [
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-fsyntax-only",
+        "-march=native",
+    ]
+    done = subprocess.run([cxx, *flags, tmp_path / "text.cpp"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+class nothing_built(fresh_cache):
+    def __enter__(self):
+        self.forget()
+
+    def __exit__(self, *_):
+        self.forget()
+
+    def forget(self):
+        super().__enter__()
+        ours = host._elementwise, fused._elementwise_works, host_decode._library, host_decode._works
+        for cached in ours:
+            cached.cache_clear()
+
+
+def test_no_compiler_means_ops_and_one_warning(monkeypatch, tmp_path, calls):
+    made = make()
+    wanted = by_token(made, TOKENS, backend="ops")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with nothing_built(monkeypatch, tmp_path):
+        with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler; install one") as warned:
+            given = by_token(made, TOKENS)
+        assert len(warned) == 1
+    assert not any(calls)
+    assert mx.array_equal(given, wanted)
+
+
+@pytest.mark.parametrize("fault", ["its text", "its numbers"])
+def test_only_this_cannot_be_built(fault, monkeypatch, tmp_path, calls):
+    made = make()
+    wanted = by_token(made, TOKENS, backend="ops")
+    text = host_decode.text_of
+
+    def faulty(cell):
+        if fault == "its text":
+            return text(cell) + "not C++;"
+        return text(cell).replace("store(input + b * D + i, silu(y), n);", "store(input + b * D + i, y, n);")
+
+    flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-pthread"]
+    with nothing_built(monkeypatch, tmp_path), monkeypatch.context() as inside:
+        inside.setattr(host_decode, "text_of", faulty)
+        inside.setattr(host, "_flags", lambda: flags)
+        said = "rejects decode-gru" if fault == "its text" else "gives other numbers than plain MLX ops"
+        with pytest.warns(RuntimeWarning, match=said) as warned:
+            given = by_token(made, TOKENS)
+        assert len(warned) == 1
+    assert not any(calls)
+    assert distance(numbers(given), numbers(wanted)) < 1e-5
+
+
+def test_the_trial_leaves_random_numbers_alone():
+    made = make()
+
+    def drawn():
+        mx.random.seed(7)
+        by_token(made, TOKENS)
+        return mx.random.uniform(shape=(4,))
+
+    by_token(made, TOKENS)
+    without = drawn()
+    host_decode._works.cache_clear()
+    assert mx.array_equal(drawn(), without)
+
+
+# Where it stands back
+
+
+def stood_back(made, calls, tolerance=1e-5, tokens=TOKENS, **options):
+    calls.clear()
+    given = by_token(made, tokens, **options)
+    assert not any(calls)
+    wanted = by_token(made, tokens, backend="ops")
+    assert given.dtype == wanted.dtype
+    assert distance(numbers(given), numbers(wanted)) < tolerance
+
+
+def test_models_that_are_left_to_mlx(calls):
+    quantized = make(hidden_size=64, intermediate_size=64)
+    nn.quantize(quantized, group_size=32, bits=4, class_predicate=quantized.quant_predicate)
+    stood_back(quantized, calls)
+
+    adapted = make()
+    linear_to_lora_layers(adapted, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0})
+    adapted.update(tree_map(lambda p: p + 0.1, adapted.trainable_parameters()))
+    assert any("lora_b" in path for path, _ in tree_flatten(adapted.parameters()))
+    stood_back(adapted, calls)
+
+    stood_back(make(conv_kernel=1), calls)
+
+
+def test_dtypes_that_differ_are_left_to_mlx(calls):
+    """And come to what they come to without it: half where all is half, else float32."""
+    for path in ("norm.weight", "mixer.cell.recurrent_weight", "mlp.up_proj.weight", "mixer.conv1d.bias"):
+        for whole in (mx.float32, mx.bfloat16):
+            made = make(dtype=whole)
+            other = mx.bfloat16 if whole == mx.float32 else mx.float32
+            if path.endswith("recurrent_weight"):
+                other = mx.bfloat16
+            made.update(
+                tree_unflatten(
+                    [
+                        (p, a.astype(other) if p.endswith(path) else a)
+                        for p, a in tree_flatten(made.parameters())
+                    ]
+                )
+            )
+            stood_back(made, calls, 1e-5 if whole == mx.float32 else 0.03)
+    made = make(dtype=mx.bfloat16)
+    made.model.layers[1].mlp.down_proj.weight = made.model.layers[1].mlp.down_proj.weight.astype(mx.float32)
+    assert by_token(made, TOKENS).dtype == mx.float32
+
+
+class Louder(nn.RMSNorm):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Doubled(model.MLP):
+    def __call__(self, x, backend="ops"):
+        return 2 * super().__call__(x, backend)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, *arguments, **options):
+        return 2 * self.inner(*arguments, **options)
+
+    @property
+    def mixer(self):
+        return self.inner.mixer
+
+
+def a_wrapped_layer(made):
+    made.layers[0] = Wrapped(made.layers[0])
+
+
+def another_norm(made):
+    made.layers[1].norm = Louder(72)
+
+
+def another_last_norm(made):
+    made.model.norm = Louder(72)
+
+
+def a_layer_norm_without_a_bias(made):
+    made.layers[0].norm = made.layers[1].norm = nn.LayerNorm(72, bias=False)
+
+
+def a_layer_norm_without_weights(made):
+    made.model.norm = nn.LayerNorm(72, affine=False)
+
+
+def another_eps(made):
+    made.layers[1].mixer.norm.eps = 0.5
+
+
+def another_mlp(made):
+    made.layers[1].mlp = Doubled(made.args)
+
+
+def a_bias_more(made):
+    made.layers[1].mlp.down_proj.bias = mx.ones(72)
+
+
+def layers_that_differ(made):
+    made.layers[1] = make("lstm, 4 heads", conv_kernel=4).layers[0]
+    made.layers[1].mlp.gate_proj = made.layers[0].mlp.gate_proj
+
+
+def layers_whose_streams_differ(made):
+    made.layers[1]._mlp_residual = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(a_wrapped_layer, another_norm, another_last_norm),
+        *(a_layer_norm_without_a_bias, a_layer_norm_without_weights),
+        *(another_eps, another_mlp, a_bias_more, layers_that_differ, layers_whose_streams_differ),
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_models_that_someone_changed(change, calls):
+    made = make()
+    change(made)
+    stood_back(made, calls)
+
+
+def test_wishes(calls, monkeypatch):
+    made = make()
+    for options in ({"method": "sequential"}, {"method": "newton", "chunk": 1}, {"max_iters": 3}):
+        stood_back(made, calls, **options)
+    monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
+    stood_back(made, calls)
+    monkeypatch.setenv("MLX_PARARNN_BACKEND", "cpu")
+    calls.clear()
+    by_token(made, TOKENS)
+    assert calls == [True] * 5
+
+
+def test_a_padded_token(calls):
+    made = make()
+    given, wanted = made.make_cache(2), made.make_cache(2)
+    for cache in (given, wanted):
+        for c in cache:
+            c.prepare(lengths=[1, 2], right_padding=[1, 0])
+    a = by_token(made, TOKENS[:, :2], given)
+    b = by_token(made, TOKENS[:, :2], wanted, backend="ops")
+    assert calls == [True]  # the first; of the second one row is padding
+    assert distance(numbers(a[:, :1]), numbers(b[:, :1])) < 1e-5
+    assert distance(numbers(a[1]), numbers(b[1])) < 1e-5
+    for x, y in zip(arrays_of(given), arrays_of(wanted), strict=True):
+        assert distance(numbers(x), numbers(y)) < 1e-5
+
+
+def loss_of(made, tokens=TOKENS, evaluate=False, **options):
+    """(weight, where) -> a loss of three tokens one after the other, with that weight in its place."""
+
+    def loss(weight, path):
+        kept = dict(tree_flatten(made.parameters()))[path]
+        made.update(tree_unflatten([(path, weight)]))
+        cache, total = made.make_cache(tokens.shape[0]), 0
+        for t in range(3):
+            logits = made(tokens[:, t : t + 1], cache=cache, **options)
+            if evaluate:
+                mx.eval(logits, arrays_of(cache), weight)
+            total = total + (logits**2).sum()
+        made.update(tree_unflatten([(path, kept)]))
+        return total
+
+    return loss
+
+
+@pytest.mark.parametrize("evaluate", [False, True], ids=["", "evaluated inside"])
+@pytest.mark.parametrize("kind", ["lstm, 4 heads", "babylm"])
+def test_gradients_of_every_weight(kind, evaluate):
+    """Tracing is noticed whichever weight is traced, and though its value is known already."""
+    made = make(kind)
+    for path, weight in tree_flatten(made.parameters()):
+        given = mx.grad(loss_of(made, evaluate=evaluate))(weight, path)
+        wanted = mx.grad(loss_of(made, backend="ops"))(weight, path)
+        assert mx.abs(wanted).max().item() > 0, path
+        assert distance(numbers(given), numbers(wanted)) < 1e-4, path
+
+
+def test_gradients_of_a_large_head(calls):
+    """Computed at once, and evaluated while it is traced; here there is no other product so large."""
+    made = make(vocab_size=1000, tie_word_embeddings=False)
+    paths = ("lm_head.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight")
+    weights = dict(tree_flatten(made.parameters()))
+    for path in (*paths, "model.layers.0.mixer.cell.recurrent_weight"):
+        given = mx.grad(loss_of(made))(weights[path], path)
+        wanted = mx.grad(loss_of(made, backend="ops"))(weights[path], path)
+        assert mx.abs(wanted).max().item() > 0, path
+        assert distance(numbers(given), numbers(wanted)) < 1e-4, path
+        assert any(calls) == (path == "lm_head.weight")  # which nothing before it depends on
+        calls.clear()
+
+
+def test_transformations(calls):
+    made = make()
+    path = "model.layers.0.mlp.down_proj.weight"
+    weight = dict(tree_flatten(made.parameters()))[path]
+
+    def derivatives(**options):
+        def loss(w):
+            return [loss_of(made, **options)(w, path)]
+
+        return [
+            mx.vjp(loss, [weight], [mx.ones(())])[1][0],
+            mx.jvp(loss, [weight], [mx.ones_like(weight)])[1][0],
+            mx.grad(mx.checkpoint(lambda w: loss(w)[0]))(weight),
+            mx.value_and_grad(lambda w: loss(w)[0])(weight)[1],
+        ]
+
+    for given, wanted in zip(derivatives(), derivatives(backend="ops"), strict=True):
+        assert distance(numbers(given), numbers(wanted)) < 1e-4
+    embeddings = mx.array(np.random.default_rng(0).normal(size=(3, 2, 1, 72)).astype(np.float32))
+
+    def one(x, **options):
+        return made(TOKENS[:, :1], cache=made.make_cache(2), input_embeddings=x, **options)
+
+    wanted = mx.stack([one(x, backend="ops") for x in embeddings])
+    calls.clear()
+    assert distance(numbers(mx.vmap(one)(embeddings)), numbers(wanted)) < 1e-5
+    assert distance(numbers(mx.compile(one)(embeddings[0])), numbers(wanted[0])) < 1e-5
+    gradient = mx.grad(lambda x: (one(x) ** 2).sum())(embeddings[0])
+    wanted = mx.grad(lambda x: (one(x, backend="ops") ** 2).sum())(embeddings[0])
+    assert distance(numbers(gradient), numbers(wanted)) < 1e-4
+    assert not any(calls)
+
+
+def test_inside_compile_with_states(calls):
+    made = make()
+    cache, twin = made.make_cache(2), made.make_cache(2)
+    for c in (cache, twin):
+        by_token(made, TOKENS[:, :2], c)
+    calls.clear()
+
+    @mx.compile
+    def step(token, states):
+        for one, arrays in zip(cache, states, strict=True):
+            one.cache = list(arrays)
+        return made(token, cache=cache), [one.cache for one in cache]
+
+    token, states = TOKENS[:, :1], [one.cache for one in cache]
+    for _ in range(2):
+        logits, states = step(token, states)
+        assert not any(calls)
+        assert distance(numbers(logits), numbers(made(token, cache=twin))) < 1e-5
+        calls.clear()
+
+
+def test_the_first_token_of_a_process_inside_a_transformation(calls):
+    made = make()
+    host_decode._works.cache_clear()
+    one = mx.compile(lambda token: made(token))
+    assert distance(numbers(one(TOKENS[:, :1])), numbers(made(TOKENS[:, :1], backend="ops"))) < 1e-5
+    host_decode._works.cache_clear()
+    assert mx.abs(mx.grad(loss_of(made))(made.model.norm.weight, "model.norm.weight")).max().item() > 0
+    assert not any(calls)
+    by_token(made, TOKENS)
+    assert all(calls[-5:])
+
+
+# What it reads
+
+
+def test_weights_that_change_between_tokens_are_seen(calls):
+    made, other = make(), make(seed=1)
+    cache, twin = made.make_cache(2), made.make_cache(2)
+    others = dict(tree_flatten(other.parameters()))
+    for t, path in enumerate(p for p, _ in tree_flatten(made.parameters())):
+        made.update(tree_unflatten([(path, others[path])]))
+        token = TOKENS[:, t % 5 : t % 5 + 1]
+        given, wanted = made(token, cache=cache), made(token, cache=twin, backend="ops")
+        assert distance(numbers(given), numbers(wanted)) < 1e-5, path
+    made.model.layers[0].mlp.down_proj.weight[3] = 2.0
+    made.model.layers[1].mixer.conv1d.bias *= 3
+    given, wanted = made(token, cache=cache), made(token, cache=twin, backend="ops")
+    assert distance(numbers(given), numbers(wanted)) < 1e-5
+    assert all(calls)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm, 4 heads", "ml-pararnn", "babylm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_arrays_of_any_layout(kind, dtype, calls):
+    """Transposed, sliced out of a larger one, repeated; of weights, states and what comes in."""
+    made, twin = make(kind, DTYPES[dtype]), make(kind, DTYPES[dtype])
+
+    def strided(n, a):
+        if n % 3 == 0:
+            return mx.swapaxes(mx.contiguous(mx.swapaxes(a, 0, -1)), 0, -1)
+        wide = mx.concatenate([a + 1, a, a - 1], axis=-1)
+        return (
+            wide[..., a.shape[-1] : 2 * a.shape[-1]]
+            if n % 3 == 1
+            else wide[..., ::-1][..., ::-1][..., a.shape[-1] : -a.shape[-1]]
+        )
+
+    paths = tree_flatten(made.parameters())
+    made.update(tree_unflatten([(path, strided(n, a)) for n, (path, a) in enumerate(paths)]))
+    cache, other = made.make_cache(2), made.make_cache(2)
+    for t in range(3):
+        token = TOKENS[:, t : t + 1]
+        assert mx.array_equal(made.model(token, cache), twin.model(token, other))
+        for c in cache:
+            c.cache = [None if a is None else strided(t, a) for a in c.cache]
+    x = mx.broadcast_to(mx.array(0.5).astype(DTYPES[dtype]), (2, 1, made.args.hidden_size))
+    for made_of, c in ((made, cache), (twin, other)):
+        for part in c:
+            part.cache = [None if a is None else mx.broadcast_to(a[:1], a.shape) for a in part.cache]
+        made_of.model.norm.weight = mx.broadcast_to(
+            mx.array(2.0).astype(DTYPES[dtype]), (made.args.hidden_size,)
+        )
+    given = made.model(TOKENS[:, :1], cache, x)
+    assert mx.array_equal(given, twin.model(TOKENS[:, :1], other, mx.contiguous(x)))
+    assert mx.array_equal(given[0], given[1])
+    assert all(calls)
+
+
+def test_lazy_arrays(calls):
+    made = make()
+    wanted = by_token(made, TOKENS)
+    made.update(tree_map(lambda a: (a.astype(mx.float32) * 2) / 2, made.parameters()))
+    assert mx.array_equal(by_token(made, TOKENS), wanted)
+    assert all(calls)
+
+
+def test_an_empty_cache_is_one_of_zeros(calls):
+    """Whatever stood in memory before."""
+    for kind in ("gru", "slstm, layer norm", "plain"):
+        made = make(kind, hidden_size=512)
+        rubbish = [np.full((2, 8, 512), np.nan, np.float32) for _ in range(50)]
+        del rubbish
+        cache = made.make_cache(2)
+        for c in cache:
+            c.open(2)
+            c[0] = mx.zeros((2, len(c_slots(made)), 512))
+            if made.args.mixer == "gated_conv":
+                c[1] = mx.zeros((2, made.args.conv_kernel - 1, 512))
+        assert mx.array_equal(by_token(made, TOKENS), by_token(made, TOKENS, cache))
+        half = made.make_cache(2)
+        by_token(made, TOKENS[:, :1], half)
+        for c in half:
+            c[1] = None
+        if made.args.mixer == "gated_conv":
+            given = made(TOKENS[:, :1], cache=copy.deepcopy(half))
+            assert distance(numbers(given), numbers(made(TOKENS[:, :1], cache=half, backend="ops"))) < 1e-5
+    assert all(calls)
+
+
+def c_slots(made):
+    return made.layers[0].mixer.cell._cell.slots
+
+
+def wrong_caches(made):
+    D, slots = made.args.hidden_size, len(c_slots(made))
+    yield "short", made.make_cache(2)[:1]
+    yield "long", made.make_cache(2) + made.make_cache(2)
+    for name, state, window in (
+        ("narrow state", (2, slots, D - 8), (2, 3, D)),
+        ("fewer slots", (2, 0, D), (2, 3, D)),
+        ("fewer rows", (1, slots, D), (1, 3, D)),
+        ("flat", (2 * slots * D,), (2, 3, D)),
+        ("empty", (0,), (0,)),
+        ("short window", (2, slots, D), (2, 1, D)),
+        ("narrow window", (2, slots, D), (2, 3, 1)),
+    ):
+        cache = made.make_cache(2)
+        for c in cache:
+            c.open(2)
+            c.cache = [mx.zeros(state), mx.zeros(window)]
+        yield name, cache
+
+
+def test_a_cache_that_is_another_models(calls):
+    """Nothing is read beyond its arrays: MLX gets it, which refuses it or knows what to do."""
+    made, refused = make(), 0
+    for (name, given), (_, twin) in zip(wrong_caches(made), wrong_caches(made), strict=True):
+        try:
+            wanted = made(TOKENS[:, :1], cache=twin, backend="ops")
+        except (PararnnError, ValueError, IndexError) as error:
+            refused += 1
+            with pytest.raises(type(error)):
+                made(TOKENS[:, :1], cache=given)
+        else:
+            assert distance(numbers(made(TOKENS[:, :1], cache=given)), numbers(wanted)) < 1e-5, name
+    assert refused >= 7
+    assert not any(calls)
+    cache = made.make_cache(2)
+    by_token(made, TOKENS[:, :1], cache)
+    for c in cache:
+        c.cache = [a.astype(mx.float16) for a in c.cache]
+    calls.clear()
+    made(TOKENS[:, :1], cache=cache)
+    assert not any(calls)
+
+
+def test_weights_of_another_shape(calls):
+    made = make()
+    for path, a in tree_flatten(made.parameters()):
+        if "embed" in path or path.startswith("lm_head"):
+            continue
+        for other in (a[: a.shape[0] // 2], a.reshape(-1), mx.zeros((0, *a.shape[1:])), a[None], a[..., :1]):
+            if other.shape == a.shape:
+                continue
+            made.update(tree_unflatten([(path, other)]))
+            with contextlib.suppress(ValueError, IndexError, PararnnError):
+                mx.eval(made(TOKENS[:, :1]))
+        made.update(tree_unflatten([(path, a)]))
+    assert not any(calls)
+    with pytest.raises(ValueError, match="empty"):
+        made(mx.zeros((0, 1), mx.int32))
+    with pytest.raises(ValueError, match="same size"):
+        made(TOKENS[:, :1], input_embeddings=mx.zeros((2, 1, 40)))
+    made(TOKENS[:, :1], input_embeddings=mx.zeros((2, 1, 72), mx.int32))
+    assert not any(calls)
+
+
+def test_many_layers(calls):
+    made = make("tiny", num_hidden_layers=300)
+    assert distance(numbers(by_token(made, TOKENS[:, :2])), exact(made, TOKENS[:, :2])[0]) < 1e-4
+    assert all(calls)
+
+
+# What it gives
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["lstm, 4 heads", "plain"])
+def test_arrays_given_out_stay_as_they_are(kind, dtype, calls):
+    made = make(kind, DTYPES[dtype])
+    cache, given = made.make_cache(2), []
+    for t in range(12):
+        y = made.model(TOKENS[:, t % 5 : t % 5 + 1], cache)
+        given += [(a, numbers(a)) for a in (y, *arrays_of(cache))]
+    gc.collect()
+    for a, was in given:
+        np.testing.assert_array_equal(numbers(a), was)
+    places = sorted((host.address(a), a.nbytes) for a, _ in given)
+    assert all(a + size <= b for (a, size), (b, _) in pairwise(places))
+    assert all(a.nbytes == a.size * a.dtype.size for a, _ in given)
+    assert all(calls)
+
+
+def test_caches_that_remember(calls):
+    made = make("lstm, 4 heads")
+    made.recent_steps, made.snapshot_spacing = 4, 3
+    cache = made.make_cache(1)
+    tokens, was = mx.random.randint(0, 37, (1, 14), key=mx.random.key(3)), []
+    for t in range(14):
+        made(tokens[:, t : t + 1], cache=cache)
+        was.append([numbers(a) for a in arrays_of(cache)])
+    twin = copy.deepcopy(cache)
+    assert cache[0].positions() == [0, 3, 6, 9, 10, 11, 12, 13, 14]
+    for back in (1, 3, 4):
+        for c in cache:
+            c.rewind(c.offset - (14 - back))
+        for a, b in zip(arrays_of(cache), was[13 - back], strict=True):
+            np.testing.assert_array_equal(numbers(a), b)
+    for c in cache:
+        c.rewind(1)
+    for a, b in zip(arrays_of(cache), was[8], strict=True):
+        np.testing.assert_array_equal(numbers(a), b)
+    by_token(made, tokens[:, 9:], cache)
+    for a, b, c in zip(arrays_of(cache), arrays_of(twin), was[13], strict=True):
+        np.testing.assert_array_equal(numbers(a), c)
+        np.testing.assert_array_equal(numbers(b), c)
+    assert all(calls)
+
+
+def test_models_are_copied_as_before(calls):
+    made = make()
+    wanted = by_token(made, TOKENS)
+    again = copy.deepcopy(made)
+    made.update(tree_map(lambda a: a * 0, made.parameters()))
+    assert mx.array_equal(by_token(again, TOKENS), wanted)
+    assert all(calls)
+
+
+def test_python_threads(calls):
+    made = make(hidden_size=200)
+    tokens = mx.random.randint(0, 37, (4, 1, 20), key=mx.random.key(4))
+    mx.eval(tokens)
+    wanted = [by_token(made, row) for row in tokens]
+    given, errors = {}, []
+
+    def decode(n):
+        try:
+            for _ in range(3):
+                with mx.stream(mx.default_stream(mx.default_device())):
+                    given[n] = np.array(by_token(made, tokens[n]))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=decode, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for n in range(4):
+        np.testing.assert_array_equal(given[n], np.array(wanted[n]))
+    assert all(calls)
+
+
+def test_in_mlx_lms_generators(converted, calls, monkeypatch):
+    """Greedy tokens, of a trained model: the same as in plain ops."""
+    made, _ = load_model(converted("trained/paragru/final.pt"))
+    prompts = [[int(t) for t in row] for row in golden_of("trained/paragru")["heldout_input_ids"][:3, :12]]
+
+    def generated():
+        tokens = [t for t, _ in generate_step(mx.array(prompts[0]), made, max_tokens=40)]
+        generator = BatchGenerator(made, max_tokens=20)
+        uids = generator.insert(prompts, max_tokens=[20, 9, 15])
+        rows = {uid: [] for uid in uids}
+        finished = 0
+        while finished < 3:
+            for r in generator.next_generated():
+                rows[r.uid].append(r.token)
+                finished += bool(r.finish_reason)
+        generator.close()
+        return tokens, [rows[uid] for uid in uids]
+
+    given = generated()
+    assert sum(calls) >= 55
+    monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
+    calls.clear()
+    assert generated() == given
+    assert not calls
+
+
+# Products on their own
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_linear_in_half_precision(dtype, rows):
+    """Within a rounding of float32, quantized or not, with a bias or heads."""
+    rng, step = np.random.default_rng(0), {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    x = mx.array(rng.normal(size=(2, rows, 128))).astype(DTYPES[dtype])
+    modules = [nn.Linear(128, 192), nn.Linear(128, 192, bias=False), MultiLinear(128, 64, 2)]
+    modules.append(nn.Embedding(64, 128))
+    for module in modules:
+        module.update(tree_map(lambda a: a.astype(DTYPES[dtype]), module.parameters()))
+        for m in (module, module.to_quantized(group_size=64, bits=4)):
+            given = fused.linear(m, x)
+            widened = copy.deepcopy(m)
+            float32 = [
+                (p, a if a.dtype == mx.uint32 else a.astype(mx.float32))
+                for p, a in tree_flatten(m.parameters())
+            ]
+            widened.update(tree_unflatten(float32))
+            wanted = getattr(widened, "as_linear", widened)(x.astype(mx.float32))
+            assert given.dtype == DTYPES[dtype]
+            assert distance(numbers(given), numbers(wanted)) < 1.01 * step
+
+
+def test_linear_promotes_as_mlx_does():
+    for x_type in DTYPES.values():
+        for w_type in DTYPES.values():
+            for module in (nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Embedding(8, 8)):
+                module.update(tree_map(lambda a, t=w_type: a.astype(t), module.parameters()))
+                x = mx.ones((2, 3, 8), x_type)
+                wanted = getattr(module, "as_linear", module)(x)
+                assert fused.linear(module, x).dtype == wanted.dtype, (x_type, w_type)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(8, 5), (72, 301), (200, 1000)])
+@pytest.mark.parametrize("module", [nn.Linear, nn.Embedding])
+def test_head(dtype, size, module, monkeypatch):
+    width, height = size
+    rng = np.random.default_rng(0)
+    made = nn.Linear(width, height, bias=False) if module is nn.Linear else nn.Embedding(height, width)
+    made.weight = mx.array(rng.normal(size=(height, width))).astype(DTYPES[dtype])
+    at_once = []
+    product = host.product
+    monkeypatch.setattr(host, "product", lambda *a: at_once.append(1) or product(*a))
+    monkeypatch.setattr(host, "_LARGE", 0)
+    fused._elementwise_works()
+    for shape in ((1, 1), (2, 1), (1, 3), (4, 1), (host.FEW_ROWS + 1, 1)):
+        x = mx.array(rng.normal(size=(*shape, width))).astype(DTYPES[dtype])
+        wanted = numbers(x) @ numbers(made.weight).T
+        step = {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+        for weight in (made.weight, mx.contiguous(made.weight.T).T):
+            made.weight = weight
+            at_once.clear()
+            given = fused.head(made, x, backend="cpu")
+            assert bool(at_once) == (x.size // width <= host.FEW_ROWS)
+            assert given.shape == (*shape, height)
+            assert given.dtype == DTYPES[dtype]
+            assert distance(numbers(given), wanted) < 1.01 * step
+            monkeypatch.setattr(host, "threads", lambda: 3)
+
+
+def test_head_of_a_model(calls):
+    for tied in (False, True):
+        made = make(vocab_size=1000, tie_word_embeddings=tied)
+        assert distance(numbers(by_token(made, TOKENS)), exact(made, TOKENS)[0]) < 1e-5
+    made.lm_head = nn.Linear(72, 1000, bias=True)
+    made.args.tie_word_embeddings = False
+    x = mx.ones((1, 1, 72))
+    assert mx.allclose(fused.head(made.lm_head, x, backend="cpu"), made.lm_head(x), atol=1e-5)
