@@ -21,6 +21,7 @@ def main():
         ("profile_model.py", profile),
         ("must.py", small),
         ("sizes.py", small),
+        ("precision.py", ["--tokens", "16"] if quick else ["--write"]),
         ("arithmetic.py", [] if quick else ["--write"]),
         *([] if quick else [("report.py", [])]),
     ):

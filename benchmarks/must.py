@@ -8,6 +8,7 @@ decode-*.svg. Needs pip install -e ".[bench]".
 """
 
 import argparse
+import ctypes
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import models
 
 # isort: split
 import mlx.core as mx
+import numpy as np
 from machine import result_file, table, write_results
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache
@@ -26,7 +28,8 @@ from mlx_pararnn.benchmark import decode, read_prompt, resident_bytes
 from mlx_pararnn.chart import Panel, svg
 
 OURS, LLAMA, MAMBA2 = "mlx-pararnn", "mlx-lm llama", "mlx-lm mamba2"
-PRODUCTS, VECTORS = "matrix products alone", "matrix-vector products alone"
+PRODUCTS = "matrix products alone"
+VECTORS, SGEMV = "matrix-vector products alone, MLX", "matrix-vector products alone, OpenBLAS's sgemv"
 PARTS = ("prefill", "decode", "memory", "start")
 STEP = 2048  # generate_step's prefill_step_size
 
@@ -85,6 +88,35 @@ def products(model, tokens):
                 mx.eval([*of_layer(layer, rows, layer is not model.layers[-1])])
         last = [product for layer in model.layers for product in of_layer(layer, 1, True)]
         mx.eval(last, model.lm_head(inputs[1, models.D]))
+
+    return run
+
+
+def sgemv(model):
+    """A function that makes the matrix-vector products of one token by OpenBLAS's sgemv, which MLX does not
+    call; None where MLX's BLAS is not OpenBLAS."""
+    try:
+        function = ctypes.CDLL("libopenblas.so.0").cblas_sgemv
+    except (OSError, AttributeError):
+        return None
+    pointer, number, whole = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+    function.argtypes = [whole] * 4 + [number, pointer, whole, pointer, whole, number, pointer, whole]
+    linears = [model.lm_head]
+    for layer in model.layers:
+        linears += [layer.mixer.in_proj, layer.mixer.cell.input_proj, layer.mixer.out_proj]
+        linears += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+    matrices = [
+        matrix
+        for linear in linears
+        for matrix in np.array(linear.weight).reshape(-1, *linear.weight.shape[-2:])
+    ]
+    x, y = np.ones(models.INTERMEDIATE, np.float32), np.empty(models.VOCABULARY, np.float32)
+
+    def run():
+        for matrix in matrices:
+            rows, width = matrix.shape
+            places = matrix.ctypes.data, x.ctypes.data, y.ctypes.data
+            function(101, 111, rows, width, 1, places[0], width, places[1], 1, 0, places[2], 1)
 
     return run
 
@@ -153,13 +185,14 @@ def measure_decode(sizes):
             mx.eval([cache.state for cache in caches])
         return decode(mamba2, caches, sizes.tokens)
 
-    vectors = products(ours, 1)
+    def repeated(once):
+        def run():
+            begin = time.perf_counter()
+            for _ in range(sizes.tokens):
+                once()
+            return (time.perf_counter() - begin) / sizes.tokens
 
-    def all_vectors():
-        begin = time.perf_counter()
-        for _ in range(sizes.tokens):
-            vectors()
-        return (time.perf_counter() - begin) / sizes.tokens
+        return run
 
     decoders = {OURS: decode_ours, LLAMA: decode_llama, MAMBA2: decode_mamba2}
     runs = {
@@ -167,13 +200,12 @@ def measure_decode(sizes):
         for context in sizes.contexts
         for name, run in decoders.items()
     }
-    runs[VECTORS, 0] = all_vectors
+    limits = {VECTORS: products(ours, 1)} | ({SGEMV: blas} if (blas := sgemv(ours)) else {})
+    runs |= {(name, 0): repeated(once) for name, once in limits.items()}
     took = alternating(runs, sizes.repeats, limit=120)
     first, last = sizes.contexts[0], sizes.contexts[-1]
     lines = [
-        Line(
-            "decode: of the speed of matrix-vector products alone", 0.9, took[VECTORS, 0] / took[OURS, first]
-        ),
+        *(Line(f"decode: of the speed of {name}", 0.9, took[name, 0] / took[OURS, first]) for name in limits),
         Line("decode, context 0: of llama's speed", 1, took[LLAMA, first] / took[OURS, first]),
         *(
             Line(
@@ -189,7 +221,7 @@ def measure_decode(sizes):
     ]
     rows = [
         (name, *(f"{1 / took[name, c]:.1f}" if (name, c) in took else "" for c in sizes.contexts))
-        for name in (*decoders, VECTORS)
+        for name in (*decoders, *limits)
     ]
     curves = {
         f"{name} ({models.parameters(model) / 1e6:.0f}M parameters)": [
@@ -197,7 +229,7 @@ def measure_decode(sizes):
         ]
         for name, model in ((OURS, ours), (LLAMA, llama), (MAMBA2, mamba2))
     }
-    curves[VECTORS] = [(c, 1 / took[VECTORS, 0]) for c in (first, last)]
+    curves |= {name: [(c, 1 / took[name, 0]) for c in (first, last)] for name in limits}
     return lines, ["tokens/s at context", *map(str, sizes.contexts)], rows, curves
 
 
@@ -316,7 +348,8 @@ def main():
     write = (lambda *_: None) if args.quick else write_results
     about = (
         "d = 1024, 4 layers, vocabulary 32000, float32, one sequence, through mlx_lm's generate_step; "
-        f"medians of up to {sizes.repeats} rounds in which all take turns, as many threads for everyone."
+        f"medians of up to {sizes.repeats} rounds in which all take turns, each after a pause, as "
+        "many threads for everyone."
     )
     lines = []
     for part in args.only or PARTS:

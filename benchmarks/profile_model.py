@@ -21,17 +21,17 @@ import models
 import mlx.core as mx
 import mlx.nn as nn
 from machine import table, write_results
-from mlx_lm.models.mla import MultiLinear
 
-from mlx_pararnn import fused
+from mlx_pararnn import fused, host_decode
 from mlx_pararnn import model as model_file
 from mlx_pararnn.cache import RecurrentCache
 
 WHOLE, SUM = "the model as it runs", "sum of the pieces"
 # (owner, attribute, label): a leaf's own pieces are not told apart
 LEAVES = (
-    (nn.Linear, "__call__", "matrix products"),
-    (MultiLinear, "__call__", "matrix products"),
+    (fused, "linear", "matrix products"),
+    (fused, "head", "head"),
+    (host_decode, "decode", "all layers, one call"),
     (nn.RMSNorm, "__call__", "RMSNorm"),
     (fused, "rms_norm", "RMSNorm"),
     (nn.Embedding, "__call__", "embedding"),
@@ -75,7 +75,6 @@ class Profile:
         def call(*args, **kwargs):
             if self._in_leaf:
                 return function(*args, **kwargs)
-            name = "head" if isinstance(args[0], nn.Linear) and _is_head(args[0]) else label
             mx.eval(_arrays([*args, *kwargs.values()]))
             begin = time.perf_counter()
             self._children.append(0.0)
@@ -86,15 +85,11 @@ class Profile:
             finally:
                 self._in_leaf = False
             took = time.perf_counter() - begin
-            self.seconds[name] += took - self._children.pop()
+            self.seconds[label] += took - self._children.pop()
             self._children[-1] += took
             return result
 
         return call
-
-
-def _is_head(linear):
-    return linear.weight.shape[0] == models.VOCABULARY
 
 
 def _arrays(items):
