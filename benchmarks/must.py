@@ -3,8 +3,7 @@
 python benchmarks/must.py [--quick] [--only PART]...      about twelve minutes
 
 The model: d = 1024, 4 layers, vocabulary 32000, float32, everything through MLX-LM's generate_step. PART is
-one of prefill, decode, memory, start. A full run writes results/must-*.md, prefill-*.md, decode-*.md and
-decode-*.svg. Needs pip install -e ".[bench]".
+one of prefill, decode, memory, start. Writes results/must-*.md, prefill-*.md, decode-*.md and decode-*.svg. Needs pip install -e ".[bench]".
 """
 
 import argparse
@@ -94,7 +93,7 @@ def products(model, tokens):
 
 def sgemv(model):
     """A function that makes the matrix-vector products of one token by OpenBLAS's sgemv, which MLX does not
-    call; None where MLX's BLAS is not OpenBLAS."""
+    call; None where there is no OpenBLAS."""
     try:
         function = ctypes.CDLL("libopenblas.so.0").cblas_sgemv
     except (OSError, AttributeError):
@@ -338,7 +337,7 @@ def main():
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, to see that it works; writes nothing"
     )
-    parser.add_argument("--only", action="append", choices=PARTS, help="this part alone; writes no must-*.md")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part; the others' lines stay")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -373,8 +372,16 @@ def main():
         print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     header, rows = ["what", "target", "measured", ""], [line.row() for line in lines]
     print(*table(header, rows), sep="\n")
-    if not args.only:
-        write("must", about, header, rows)
+    write("must", f"{about} The parts may be of several runs. {_sizes_of_models()}", header, _whole(rows))
+
+
+def _whole(rows):
+    """`rows`, and of the parts that did not run those that today's result has."""
+    file = result_file("must", "md")
+    lines = file.read_text().splitlines() if file.exists() else []
+    cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if "at " in line]
+    before = {row[0]: row for row in cells if len(row) == 4}
+    return [*(before | {row[0]: row for row in rows}).values()]
 
 
 _CONTEXTS = (

@@ -1,9 +1,9 @@
 """What weights of less than 32 bits cost on a CPU: a prompt and tokens, with our products and with MLX's own.
 
-python benchmarks/precision.py [--tokens 128] [--write]      about three minutes
+python benchmarks/precision.py [--tokens 128] [--write]      about five minutes
 
-The model is the one of must.py. "MLX's own" is backend "ops" with every linear layer called as it is, which
-is what there was before: float16 there is MLX's float16 product. --write writes results/precision-*.md.
+The model is the one of must.py. "MLX's own" is backend "ops" with every linear layer called as it is, so
+float16 there is MLX's float16 product. --write writes results/precision-*.md.
 """
 
 import argparse
@@ -18,11 +18,12 @@ from machine import table, write_results
 from mlx.utils import tree_map_with_path
 from timing import alternating
 
-from mlx_pararnn import fused
+from mlx_pararnn import products
 from mlx_pararnn.benchmark import decode, read_prompt
 
 PRECISIONS = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
 GENERATED = 16
+ROUNDS = 5
 
 
 def at(precision):
@@ -37,16 +38,16 @@ def at(precision):
     return model
 
 
-def as_before(run):
+def by_mlx_alone(run):
     """`run` on plain MLX with its own products."""
 
     def timed():
-        ours, fused.linear = fused.linear, lambda module, x: getattr(module, "as_linear", module)(x)
+        ours, products.linear = products.linear, lambda module, x: getattr(module, "as_linear", module)(x)
         os.environ["MLX_PARARNN_BACKEND"] = "ops"
         try:
             return run()
         finally:
-            fused.linear = ours
+            products.linear = ours
             del os.environ["MLX_PARARNN_BACKEND"]
 
     return timed
@@ -70,13 +71,13 @@ def main():
             return decode(model, model.make_cache(), GENERATED)["milliseconds_per_token"] / 1000
 
         runs = {"prompt": prompt, "token": token}
-        took = alternating(runs | {f"{name}, before": as_before(run) for name, run in runs.items()}, 3)
+        took = alternating(runs | {f"{name}, MLX": by_mlx_alone(run) for name, run in runs.items()}, ROUNDS)
         rows.append(
             (
                 precision,
-                f"{args.tokens / took['prompt, before']:.0f}",
+                f"{args.tokens / took['prompt, MLX']:.0f}",
                 f"{args.tokens / took['prompt']:.0f}",
-                f"{1 / took['token, before']:.1f}",
+                f"{1 / took['token, MLX']:.1f}",
                 f"{1 / took['token']:.1f}",
             )
         )
@@ -87,7 +88,7 @@ def main():
         caption = (
             "Tokens a second; d = 1024, 4 layers, vocabulary 32000, one sequence, through mlx_lm's "
             f"generate_step: a prompt of {args.tokens} tokens, and {GENERATED} generated tokens. "
-            "Medians of 3 rounds in which both take turns. Quantized in groups of 64, from float32."
+            f"Medians of {ROUNDS} rounds in which both take turns. Quantized in groups of 64, from float32."
         )
         write_results("precision", caption, header, rows)
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from .dtypes import STORED_AS, Array
 
-# More gain little: a file system writes to one file from one thread at a time.
+# Threads that make pieces and write them: while one waits for the file, which takes one writer at a time,
+# others convert. More gain little.
 _WORKERS = min(8, os.cpu_count() or 1)
 MAX_SHARD_BYTES = 5 << 30  # as MLX-LM's
 _FILE = "model.safetensors"
@@ -119,7 +120,7 @@ def _write_file(path: Path, jobs: list[Job], written: Callable[[int], None]) -> 
     raw += b" " * (-len(raw) % 8)
     start = 8 + len(raw)
     cursors = {entry.name: start + ends[entry.name] - entry.nbytes for entry in entries}
-    with open(path, "wb", buffering=0) as file, _workers() as workers:
+    with open(path, "wb", buffering=0) as file, _weight_threads() as workers:
         _put(file.fileno(), 0, np.frombuffer(len(raw).to_bytes(8, "little") + raw, np.uint8))
         writing: deque[Future[int]] = deque()
         for job, piece in _made_ahead(jobs, workers):
@@ -158,7 +159,7 @@ def _made_ahead(jobs: Iterable[Job], workers: ThreadPoolExecutor) -> Iterator[tu
 
 
 @contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
+def _weight_threads() -> Iterator[ThreadPoolExecutor]:
     """Threads that make and write pieces; what they have not begun when an error comes, they never do."""
     workers = ThreadPoolExecutor(_WORKERS, "weights")
     try:

@@ -24,7 +24,7 @@ Piece = Callable[[], Array]
 # Reading costs as much as so many bytes more: where strides leave smaller gaps, they are read too.
 _READ_COST = 16 << 10
 # How far ahead the system is told what will be read, where it can be told: several threads read a piece
-# each, in which it sees no order by itself. Saves a quarter of the time from a disk.
+# each, in which it sees no order by itself.
 _READ_AHEAD = 8 << 20
 
 

@@ -1,6 +1,6 @@
-// The elementwise work around the recurrence on a CPU; stands behind host.h. mlx_pararnn/fused.py has the same
-// in MLX's ops. Arrays of B x T rows of `width` numbers; row strides count elements, a row's own numbers are
-// neighbours. Computed in float32.
+// The elementwise work around the recurrence on a CPU; stands behind host.h and host_linear.h, whose product it
+// exports too. mlx_pararnn/fused.py has the same in MLX's ops. Arrays of B x T rows of `width` numbers; row strides
+// count elements, a row's own numbers are neighbours. Computed in float32.
 
 namespace pararnn {
 

@@ -8,13 +8,11 @@ whatever the dtype. For mx.vmap take backend="ops".
 Letters in shapes: B sequences, T steps, D channels, K taps of the convolution.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models import activations
 
 from . import host, kernels
@@ -23,9 +21,6 @@ from .errors import PararnnError
 from .recurrence import CHUNK, choose_backend, directional, recurrence
 
 GPU = ("metal", "cuda")
-
-# Rows from which unpacking 4-bit weights and a float32 product take less than MLX's quantized product.
-_ROWS_TO_UNPACK = 4
 
 Arrays = tuple[mx.array, ...]
 
@@ -72,7 +67,7 @@ def conv_silu(
         return _conv_ops(*arrays, spans)
     if backend in GPU and _uniform(arrays) and _conv_works(backend):
         y, new_window = _conv_kernel(backend)(*arrays)
-    elif _at_once(backend, *arrays):
+    elif at_once(backend, *arrays):
         y, new_window = _conv_host()(*arrays)
     else:
         y, new_window = _conv_ops(*arrays)
@@ -81,7 +76,7 @@ def conv_silu(
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float, *, backend: str = "ops") -> mx.array:
     """RMSNorm of x (B, T, D) with weight (D,)."""
-    if _at_once(backend, x, weight):
+    if at_once(backend, x, weight):
         (y,) = _rms_norm_host(eps)(x, weight)
         return cast(mx.array, y)
     return mx.fast.rms_norm(x, weight, eps)
@@ -91,7 +86,7 @@ def gated_norm(
     hidden: mx.array, gate: mx.array, weight: mx.array, eps: float, *, backend: str = "ops"
 ) -> mx.array:
     """RMSNorm(hidden) * silu(gate), all of shape (B, T, D) but weight (D,)."""
-    if _at_once(backend, hidden, gate, weight):
+    if at_once(backend, hidden, gate, weight):
         (y,) = _gated_norm_host(eps)(hidden, gate, weight)
         return cast(mx.array, y)
     return _gated_norm_ops(eps, hidden, gate, weight)
@@ -99,50 +94,10 @@ def gated_norm(
 
 def swiglu(gate: mx.array, up: mx.array, *, backend: str = "ops") -> mx.array:
     """silu(gate) * up, any shape: one primitive, since MLX-LM compiles it."""
-    if _at_once(backend, gate, up):
+    if at_once(backend, gate, up):
         (y,) = _swiglu_host()(gate, up)
         return cast(mx.array, y)
     return _swiglu_ops(gate, up)
-
-
-def linear(module: Any, x: mx.array) -> mx.array:
-    """A linear layer, MLX-LM's `MultiLinear`, or an embedding as the head; quantized or not.
-
-    MLX's CPU has fast products in float32 alone. So there the layer is given float32, and its weights follow;
-    quantized weights are unpacked where there are rows enough to pay for it.
-    """
-    apply = getattr(module, "as_linear", module)
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return cast(mx.array, apply(x))
-    exact = x.astype(mx.float32)
-    if "scales" in module and _rows(x) // math.prod(module.weight.shape[:-2]) >= _ROWS_TO_UNPACK:
-        y = exact @ _unpacked(module).swapaxes(-1, -2)
-        y = y + module.bias if "bias" in module else y
-    else:
-        y = apply(exact)
-    kept = module.get("scales", module.get("weight", x))
-    return cast(mx.array, y.astype(mx.result_type(x, kept)))
-
-
-def _unpacked(module: Any) -> mx.array:
-    scales, biases = module.scales, module.get("biases")
-    if biases is not None:  # of the modes, only affine has them
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    form = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    return mx.dequantize(module.weight, scales, biases, **form, dtype=mx.float32)
-
-
-def head(module: nn.Module, x: mx.array, *, backend: str = "ops") -> mx.array:
-    """`linear` with the largest matrix of a model, or the transpose of an embedding: for few rows at once."""
-    plain = type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
-    if plain and _rows(x) <= host.FEW_ROWS and _at_once(backend, module.weight, x):
-        (y,) = _product_host()(x, module.weight)
-        return cast(mx.array, y)
-    return linear(module, x)
-
-
-def _rows(x: mx.array) -> int:
-    return x.size // x.shape[-1]
 
 
 def plain_token(T: int, mask: mx.array | None, options: dict[str, Any]) -> bool:
@@ -189,7 +144,7 @@ def decode(
     return y, last
 
 
-def _at_once(backend: str, *arrays: mx.array) -> bool:
+def at_once(backend: str, *arrays: mx.array) -> bool:
     """Whether the CPU backend does this: enough work, outside of transformations."""
     usable = backend == "cpu" and host.is_large(arrays[0]) and _uniform(arrays)
     return usable and _elementwise_works() and not host.in_transformation(*arrays)
@@ -251,7 +206,7 @@ def _conv_kernel(backend: str) -> Callable[..., Any]:
         outputs = kernels.run(kernels.conv_launch(x.shape, weight.shape[1], x.dtype), arrays, backend)
         return [outputs["y"], outputs["new_window"]]
 
-    return _with_derivatives_of(_conv_ops, launch)
+    return with_derivatives_of(_conv_ops, launch)
 
 
 @lru_cache(maxsize=64)
@@ -268,10 +223,10 @@ def _decode_kernel(cell: Cell, eps: float, backend: str) -> Callable[..., Any]:
         )
         return [outputs["y"], outputs["last"]]
 
-    return _with_derivatives_of(partial(_decode_ops, cell, eps, "ops"), launch)
+    return with_derivatives_of(partial(_decode_ops, cell, eps, "ops"), launch)
 
 
-def _with_derivatives_of(
+def with_derivatives_of(
     ops: Callable[..., Arrays], launch: Callable[..., list[mx.array]]
 ) -> Callable[..., Any]:
     """`launch`, which MLX cannot differentiate, with the derivatives of `ops`, backward and forward."""
@@ -301,17 +256,12 @@ def _conv_host() -> Callable[..., Any]:
     def launch(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
         return [*host.conv_silu(x, window, weight.T, bias)]
 
-    return _with_derivatives_of(_conv_ops, launch)
-
-
-@lru_cache(maxsize=1)
-def _product_host() -> Callable[..., Any]:
-    return _with_derivatives_of(lambda x, weight: (x @ weight.T,), lambda *a: [host.product(*a)])
+    return with_derivatives_of(_conv_ops, launch)
 
 
 @lru_cache(maxsize=1)
 def _swiglu_host() -> Callable[..., Any]:
-    return _with_derivatives_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [host.swiglu(*a)])
+    return with_derivatives_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [host.swiglu(*a)])
 
 
 @lru_cache(maxsize=8)
@@ -319,7 +269,7 @@ def _rms_norm_host(eps: float) -> Callable[..., Any]:
     def launch(x: mx.array, weight: mx.array) -> list[mx.array]:
         return [host.rms_norm(x, weight, eps)]
 
-    return _with_derivatives_of(lambda x, weight: (mx.fast.rms_norm(x, weight, eps),), launch)
+    return with_derivatives_of(lambda x, weight: (mx.fast.rms_norm(x, weight, eps),), launch)
 
 
 @lru_cache(maxsize=8)
@@ -327,7 +277,7 @@ def _gated_norm_host(eps: float) -> Callable[..., Any]:
     def launch(hidden: mx.array, gate: mx.array, weight: mx.array) -> list[mx.array]:
         return [host.gated_norm(hidden, gate, weight, eps)]
 
-    return _with_derivatives_of(lambda *a: (_gated_norm_ops(eps, *a),), launch)
+    return with_derivatives_of(lambda *a: (_gated_norm_ops(eps, *a),), launch)
 
 
 @lru_cache(maxsize=8)

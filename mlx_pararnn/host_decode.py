@@ -33,6 +33,10 @@ _PLAIN: dict[type, set[str]] = {
 _BITS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 
 
+# Memory is read no faster by more, and every token starts them anew. A bound by reasoning: two were measured.
+_MOST_THREADS = 16
+
+
 class _Layer(ctypes.Structure):
     """struct Layer of metal/host_decode.cpp."""
 
@@ -240,7 +244,7 @@ def _run(
         first["up"].shape[0],
         model.norm.eps,
         model.layers[0]._mlp_residual,
-        host.threads() if many else 1,
+        min(host.threads(), _MOST_THREADS) if many else 1,
     )
     getattr(_library(cell), f"decode_{host.DTYPES[x.dtype]}")(ctypes.byref(token))
     for i, c in enumerate(cache):

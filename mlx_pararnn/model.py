@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.mla import MultiLinear
 
-from . import fused, host_decode
+from . import fused, host_decode, products
 from .cache import RecurrentCache
 from .cells import get_cell
 from .errors import PararnnError
@@ -209,7 +209,7 @@ class RecurrentLayer(nn.Module):
             rows = x.reshape(self.num_heads, 1, -1)
         else:
             rows = x.reshape(B * T, self.num_heads, -1).swapaxes(0, 1)
-        u = fused.linear(self.input_proj, rows)
+        u = products.linear(self.input_proj, rows)
         u = u if bias is None else u + bias
         return u.reshape(self.num_heads, B, T, len(self._cell.gates), -1).swapaxes(0, 1)
 
@@ -259,7 +259,7 @@ class GatedConvMixer(nn.Module):
         **options: Any,
     ) -> mx.array:
         T = x.shape[1]
-        main, gate = mx.split(fused.linear(self.in_proj, x), 2, axis=-1)
+        main, gate = mx.split(products.linear(self.in_proj, x), 2, axis=-1)
         window = cache[1]
         x, cache[1] = self.conv1d(main, window, cache.spans(T), here)
         norm = gate, self.norm.weight, self.norm.eps
@@ -270,7 +270,7 @@ class GatedConvMixer(nn.Module):
             hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
             cache.keep(states, T, window, main)
             y = fused.gated_norm(hidden, *norm, backend=behind)
-        return fused.linear(self.out_proj, y)
+        return products.linear(self.out_proj, y)
 
 
 class PlainMixer(nn.Module):
@@ -309,12 +309,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
 
     def __call__(self, x: mx.array, backend: str = "ops") -> mx.array:
-        up = fused.linear(self.up_proj, x)
+        up = products.linear(self.up_proj, x)
         if "gate_proj" in self:
-            y = fused.swiglu(fused.linear(self.gate_proj, x), up, backend=backend)
+            y = fused.swiglu(products.linear(self.gate_proj, x), up, backend=backend)
         else:
             y = nn.gelu(up)
-        return fused.linear(self.down_proj, y)
+        return products.linear(self.down_proj, y)
 
 
 class Layer(nn.Module):
@@ -438,7 +438,7 @@ class Model(nn.Module):
             cache = self.make_cache(inputs.shape[0])
         out = self.model(inputs, cache, input_embeddings, **options)
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
-        return fused.head(head, out, backend=self.layers[0].mixer.cell.backend(**options))
+        return products.head(head, out, backend=self.layers[0].mixer.cell.backend(**options))
 
     @property
     def layers(self) -> list[Layer]:

@@ -19,6 +19,39 @@ def registry_as_it_was(monkeypatch):
     monkeypatch.setattr(cells, "_REGISTRY", dict(cells._REGISTRY))
 
 
+@pytest.fixture(autouse=True)
+def this_machines_backend(monkeypatch):
+    monkeypatch.delenv("MLX_PARARNN_BACKEND", raising=False)
+
+
+@pytest.fixture
+def on_the_cpu():
+    """MLX's CPU, where the CPU backend is, on a machine with a GPU too."""
+    import mlx.core as mx
+
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of each token so far, whether it went through the one call."""
+    from mlx_pararnn import host_decode
+
+    made = []
+    decode = host_decode.decode
+
+    def spy(*arguments):
+        y = decode(*arguments)
+        made.append(y is not None)
+        return y
+
+    monkeypatch.setattr(host_decode, "decode", spy)
+    return made
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     return DATA

@@ -101,7 +101,6 @@ PRODUCTS = {"Matmul", "AddMM"}
 def recorded_as_on_a_mac(monkeypatch):
     """MLX records kernels without a GPU (and cannot evaluate them). RMSNorm, one primitive there and unrolled
     here, has a stand-in."""
-    monkeypatch.delenv("MLX_PARARNN_BACKEND", raising=False)
     monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
     for trial in ("recurrence._kernels_agree", "fused._conv_works", "fused._decode_works"):
         monkeypatch.setattr(f"mlx_pararnn.{trial}", lambda *_: True)

@@ -24,10 +24,11 @@ from mlx_pararnn.recurrence import _kernels_agree, recurrence
 
 CELLS = ("gru", "lstm", "slstm", "nlru")
 
+pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
 try:
     host.compiler()
 except host.BuildError as error:
-    pytestmark = pytest.mark.skip(reason=str(error))
+    pytestmark.append(pytest.mark.skip(reason=str(error)))
 
 
 def close(given, exact, single, dtype="float32"):
@@ -430,6 +431,7 @@ def test_other_flags_are_another_library(monkeypatch, tmp_path):
 SOLVE = """
 import mlx_pararnn, mlx.core as mx
 from mlx_pararnn.recurrence import recurrence
+mx.set_default_device(mx.cpu)
 cell = mlx_pararnn.get_cell("nlru")
 u = mx.ones((1, 1, 4, 2, 8))
 print(recurrence(cell, mx.zeros((1, 8)), u, backend="cpu")[0].sum().item())
