@@ -3,7 +3,8 @@
 python benchmarks/must.py [--quick] [--only PART]...      about twelve minutes
 
 The model: d = 1024, 4 layers, vocabulary 32000, float32, everything through MLX-LM's generate_step. PART is
-one of prefill, decode, memory, start. Writes results/must-*.md, prefill-*.md, decode-*.md and decode-*.svg. Needs pip install -e ".[bench]".
+one of prefill, decode, memory, start. Writes results/must-*.md, prefill-*.md, decode-*.md and decode-*.svg.
+Needs pip install -e ".[bench]".
 """
 
 import argparse

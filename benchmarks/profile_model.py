@@ -170,8 +170,8 @@ def main():
             "profile",
             f"d = 1024, 4 layers, vocabulary 32000, {args.cell}, float32, one sequence: a prompt of "
             f"{args.tokens} tokens without the head, which only its last token needs, and one token with its "
-            f"sampling. Medians of {args.repeats} and {10 * args.repeats} runs, the backends taking turns: ops "
-            "is plain MLX, auto what a user gets.",
+            f"sampling. Medians of {args.repeats} and {10 * args.repeats} runs, the backends taking turns: "
+            "ops is plain MLX, auto what a user gets.",
             header,
             rows,
         )
