@@ -380,7 +380,7 @@ def _whole(rows):
     """`rows`, and of the parts that did not run those that today's result has."""
     file = result_file("must", "md")
     lines = file.read_text().splitlines() if file.exists() else []
-    cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if "at " in line]
+    cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if " at " in line]
     before = {row[0]: row for row in cells if len(row) == 4}
     return [*(before | {row[0]: row for row in rows}).values()]
 
