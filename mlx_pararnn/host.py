@@ -142,6 +142,8 @@ def build(text: str, name: str) -> ctypes.CDLL:
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 source, built = Path(folder, f"{name}.cpp"), Path(folder, "built.so")
                 source.write_text(text)
+                if sys.stderr.isatty():
+                    print(f"compiling {name} for this CPU, once", file=sys.stderr)
                 command = [compiler(), *_flags(), "-o", str(built), str(source)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:

@@ -396,6 +396,15 @@ class fresh_cache:
     __exit__ = staticmethod(lambda *_: fresh_cache.__enter__(None))
 
 
+def test_who_sits_before_a_terminal_is_told_of_the_wait(monkeypatch, tmp_path, capsys):
+    cell, params, u, _ = problem("nlru", T=5)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for told in ("compiling recurrence-nlru for this CPU, once\n", ""):
+        with fresh_cache(monkeypatch, tmp_path):
+            recurrence(cell, mx.array(params), mx.array(u), backend="cpu")
+        assert capsys.readouterr().err == told
+
+
 def test_a_library_is_built_once_and_kept(monkeypatch, tmp_path):
     cell, params, u, _ = problem("nlru", T=5)
     arrays = mx.array(params), mx.array(u)
