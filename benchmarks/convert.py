@@ -5,6 +5,7 @@ python benchmarks/convert.py [GIGABYTES]    prints a table and writes benchmarks
 
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -86,16 +87,12 @@ def forget(path):
             raise SystemExit(f"{path} stays in the page cache")
 
 
-def median(values):
-    return sorted(values)[len(values) // 2]
-
-
 def cached(source, nbytes, options):
     copies, conversions = [], []
     for _ in range(REPEATS):  # by turns, so that both see the same state of the disk
         copies.append(copy(source, source.parent / "copy"))
         conversions.append(convert(source, source.parent / "out", options))
-    seconds, copying = median([took for took, _, _ in conversions]), median(copies)
+    seconds, copying = statistics.median([took for took, _, _ in conversions]), statistics.median(copies)
     return (
         f"{conversions[0][2] / 1e6:.0f}",
         f"{seconds:.2f}",
@@ -115,7 +112,7 @@ def disk_to_disk(source, options):
         copies.append(copy(source, source.parent / "copy", to_disk=True))
         forget(source)
         conversions.append(convert(source, source.parent / "out", options, to_disk=True)[0])
-    seconds, copying = median(conversions), median(copies)
+    seconds, copying = statistics.median(conversions), statistics.median(copies)
     return f"{seconds:.1f}", f"{copying:.1f}", f"{copying / seconds:.2f}"
 
 

@@ -15,11 +15,10 @@ import models
 import mlx.core as mx
 import mlx.nn as nn
 from machine import table, write_results
-from mlx.utils import tree_map_with_path
 from timing import alternating
 
 from mlx_pararnn import products
-from mlx_pararnn.benchmark import decode, read_prompt
+from mlx_pararnn.benchmark import decode, in_dtype, read_prompt
 
 PRECISIONS = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
 GENERATED = 16
@@ -28,12 +27,9 @@ ROUNDS = 5
 
 def at(precision):
     model = models.pararnn()
-    if precision.endswith("bits"):
-        nn.quantize(model, group_size=64, bits=int(precision[0]))
-    else:
-        dtype = getattr(mx, precision)
-        cast = lambda path, a: a.astype(dtype) if model.cast_predicate(path) else a  # noqa: E731
-        model.update(tree_map_with_path(cast, model.parameters()))
+    if not precision.endswith("bits"):
+        return in_dtype(model, precision)
+    nn.quantize(model, group_size=64, bits=int(precision[0]))
     mx.eval(model.parameters())
     return model
 

@@ -213,6 +213,12 @@ inline void store(Float16* to, Vec x, int count) {
   memcpy(to, &halves, count * sizeof(Float16));
 }
 
+// work(begin, lanes) for the vectors of a row.
+template <typename Work>
+inline void vectors(int64_t width, const Work& work) {
+  for (int64_t i = 0; i < width; i += LANES) work(i, width - i < LANES ? int(width - i) : LANES);
+}
+
 // Runs work(0) ... work(items - 1) on up to `threads` threads.
 template <typename Work>
 void in_parallel(int64_t items, int threads, const Work& work) {

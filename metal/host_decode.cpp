@@ -108,7 +108,7 @@ class Decoder {
 
   template <typename Work>
   void own(const Work& work) {
-    for (int64_t i = begin; i < end; i += LANES) work(i, end - i < LANES ? int(end - i) : LANES);
+    vectors(end - begin, [&](int64_t i, int n) { work(begin + i, n); });
   }
 
   void norms(const float* from, const void* weight, const void* bias) {

@@ -16,12 +16,6 @@ void rows_in_parallel(int64_t rows, int threads, const Work& work) {
   });
 }
 
-// work(begin, lanes) for the vectors of a row.
-template <typename Work>
-inline void vectors(int64_t width, const Work& work) {
-  for (int64_t i = 0; i < width; i += LANES) work(i, width - i < LANES ? int(width - i) : LANES);
-}
-
 // out = silu(gate) * up
 template <typename T>
 void swiglu(const void* const* in, void* out, const int64_t* size, const float*, int threads) {

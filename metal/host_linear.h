@@ -50,20 +50,17 @@ template <typename T>
 void product(const void* const* in, void* out, const int64_t* size, const float*, int threads) {
   const int64_t rows = size[0], width = size[1], height = size[2];
   std::vector<float> x(rows * width), y(rows * height);
-  for (int64_t i = 0; i < rows * width; i += LANES) {
-    const int lanes = rows * width - i < LANES ? int(rows * width - i) : LANES;
-    store(&x[i], load(static_cast<const T*>(in[0]) + i, lanes), lanes);
-  }
+  vectors(rows * width, [&](int64_t i, int n) { store(&x[i], load(static_cast<const T*>(in[0]) + i, n), n); });
   const T* weight = static_cast<const T*>(in[1]);
   constexpr int64_t PIECE = 16 * ROWS_AT_ONCE;
   in_parallel((height + PIECE - 1) / PIECE, threads, [&](int64_t item) {
     const int64_t begin = item * PIECE, end = begin + PIECE < height ? begin + PIECE : height;
     product_rows(weight, x.data(), width, width, rows, y.data(), height, begin, end);
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t i = begin; i < end; i += LANES) {
-        const int lanes = end - i < LANES ? int(end - i) : LANES;
-        store(static_cast<T*>(out) + row * height + i, load(&y[row * height + i], lanes), lanes);
-      }
+      const int64_t first = row * height + begin;
+      vectors(end - begin, [&](int64_t i, int n) {
+        store(static_cast<T*>(out) + first + i, load(&y[first + i], n), n);
+      });
     }
   });
 }

@@ -109,7 +109,11 @@ def preset_model(name: str, cell: str = "gru", dtype: str = "float32") -> Model:
         PararnnError: no such preset or cell.
     """
     mx.random.seed(0)
-    model = Model(ModelArgs.preset(name, cell))
+    return in_dtype(Model(ModelArgs.preset(name, cell)), dtype)
+
+
+def in_dtype(model: Model, dtype: str) -> Model:
+    """The model itself, its weights cast to `dtype` but for the recurrent ones, and evaluated."""
     cast = model.cast_predicate
     weights = tree_map_with_path(
         lambda path, array: array.astype(DTYPES[dtype]) if cast(path) else array, model.parameters()

@@ -208,10 +208,9 @@ def solve(
     B, heads, T, _, W = u.shape
     D, slots = heads * W, len(cell.slots)
     name = DTYPES[u.dtype]
-    # MLX has no array that it does not fill first, and fills bytes in half the time of floats
-    hidden = mx.zeros((B, T, D * u.dtype.size), mx.uint8).view(u.dtype)
-    last = mx.empty((B, slots, D))
-    states = mx.empty((B, T // every, slots, D)) if every else None
+    hidden = _room((B, T, D), u.dtype)
+    last = _room((B, slots, D), mx.float32)
+    states = _room((B, T // every, slots, D), mx.float32) if every else None
     mx.eval(params, state, hidden, last, *([] if mask is None else [mask]), *([states] if every else []))
     u = _lines(u)
     read = view(u)
@@ -300,7 +299,7 @@ def _call(
     name: str, arrays: list[mx.array], shape: tuple[int, ...], sizes: list[int], number: float = 0.0
 ) -> mx.array:
     """One function of `elementwise_text`; the output has the first array's dtype."""
-    out = mx.empty(shape, arrays[0].dtype)
+    out = _room(shape, arrays[0].dtype)
     mx.eval(out, *arrays)
     function = getattr(_elementwise(), f"{name}_{DTYPES[out.dtype]}")
     function(
@@ -311,6 +310,11 @@ def _call(
         threads() if any(is_large(array) for array in (out, *arrays)) else 1,
     )
     return out
+
+
+def _room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array to write into. MLX fills every new one, and bytes faster than floats."""
+    return mx.zeros((*shape[:-1], shape[-1] * dtype.size), mx.uint8).view(dtype)
 
 
 def _exact(weight: mx.array) -> mx.array:

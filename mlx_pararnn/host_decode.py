@@ -31,8 +31,6 @@ _PLAIN: dict[type, set[str]] = {
     nn.LayerNorm: {"weight", "bias"},
 }
 _BITS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
-
-
 # Memory is read no faster by more, and every token starts them anew. A bound by reasoning: two were measured.
 _MOST_THREADS = 16
 

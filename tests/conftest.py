@@ -25,10 +25,16 @@ def this_machines_backend(monkeypatch):
 
 
 @pytest.fixture
-def on_the_cpu():
-    """MLX's CPU, where the CPU backend is, on a machine with a GPU too."""
+def cpu_backend():
+    """What the CPU backend needs: a C++ compiler, and MLX's CPU, on a machine with a GPU too."""
     import mlx.core as mx
 
+    from mlx_pararnn import host
+
+    try:
+        host.compiler()
+    except host.BuildError as error:
+        pytest.skip(str(error))
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield

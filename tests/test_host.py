@@ -24,11 +24,7 @@ from mlx_pararnn.recurrence import _kernels_agree, recurrence
 
 CELLS = ("gru", "lstm", "slstm", "nlru")
 
-pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
-try:
-    host.compiler()
-except host.BuildError as error:
-    pytestmark.append(pytest.mark.skip(reason=str(error)))
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 def close(given, exact, single, dtype="float32"):

@@ -22,11 +22,7 @@ from test_model import GOLDEN, gap, golden_of
 
 from mlx_pararnn import Model, ModelArgs, PararnnError, fused, host, host_decode, load_model
 
-pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
-try:
-    host.compiler()
-except host.BuildError as error:
-    pytestmark.append(pytest.mark.skip(reason=str(error)))
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 # Sizes below, between and beyond the multiples of every vector length, 4, 8 and 16.
 SIZES = {"hidden_size": 72, "num_hidden_layers": 2, "vocab_size": 37, "intermediate_size": 43}

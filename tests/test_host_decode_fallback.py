@@ -8,13 +8,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_host_decode import TOKENS, arrays_of, by_token, distance, make, numbers
 
-from mlx_pararnn import host, host_decode, model
+from mlx_pararnn import host_decode, model
 
-pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
-try:
-    host.compiler()
-except host.BuildError as error:
-    pytestmark.append(pytest.mark.skip(reason=str(error)))
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 def stood_back(made, calls, tolerance=1e-5, tokens=TOKENS, **options):

@@ -13,11 +13,7 @@ from test_host_decode import TOKENS, by_token, distance, exact, make, numbers
 
 from mlx_pararnn import fused, host, products
 
-pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
-try:
-    host.compiler()
-except host.BuildError as error:
-    pytestmark.append(pytest.mark.skip(reason=str(error)))
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
