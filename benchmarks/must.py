@@ -24,8 +24,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache
 from timing import alternating
 
-from mlx_pararnn.benchmark import decode, read_prompt, resident_bytes
-from mlx_pararnn.chart import Panel, svg
+from mlx_pararnn.tools.benchmark import decode, read_prompt, resident_bytes
+from mlx_pararnn.tools.chart import Panel, svg
 
 OURS, LLAMA, MAMBA2 = "mlx-pararnn", "mlx-lm llama", "mlx-lm mamba2"
 PRODUCTS = "matrix products alone"

@@ -17,8 +17,8 @@ import mlx.nn as nn
 from machine import table, write_results
 from timing import alternating
 
-from mlx_pararnn import products
-from mlx_pararnn.benchmark import decode, in_dtype, read_prompt
+from mlx_pararnn.compute import matrix_products
+from mlx_pararnn.tools.benchmark import decode, in_dtype, read_prompt
 
 PRECISIONS = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
 GENERATED = 16
@@ -38,12 +38,15 @@ def by_mlx_alone(run):
     """`run` on plain MLX with its own products."""
 
     def timed():
-        ours, products.linear = products.linear, lambda module, x: getattr(module, "as_linear", module)(x)
+        ours, matrix_products.linear = (
+            matrix_products.linear,
+            lambda module, x: getattr(module, "as_linear", module)(x),
+        )
         os.environ["MLX_PARARNN_BACKEND"] = "ops"
         try:
             return run()
         finally:
-            products.linear = ours
+            matrix_products.linear = ours
             del os.environ["MLX_PARARNN_BACKEND"]
 
     return timed

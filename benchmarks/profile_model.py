@@ -23,9 +23,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from machine import table, write_results
 
-from mlx_pararnn import fused, host_decode, products
 from mlx_pararnn import model as model_file
 from mlx_pararnn.cache import RecurrentCache
+from mlx_pararnn.compute import cpu_token, layer_ops, matrix_products
 
 
 def sample(logits):
@@ -37,18 +37,18 @@ def sample(logits):
 WHOLE, SUM = "the model as it runs", "sum of the pieces"
 # (owner, attribute, label): a leaf's own pieces are not told apart
 LEAVES = (
-    (products, "linear", "matrix products"),
-    (products, "head", "head"),
+    (matrix_products, "linear", "matrix products"),
+    (matrix_products, "head", "head"),
     (sys.modules[__name__], "sample", "sampling"),
-    (host_decode, "decode", "all layers, one call"),
+    (cpu_token, "decode", "all layers, one call"),
     (nn.RMSNorm, "__call__", "RMSNorm"),
-    (fused, "rms_norm", "RMSNorm"),
+    (layer_ops, "rms_norm", "RMSNorm"),
     (nn.Embedding, "__call__", "embedding"),
     (model_file, "recurrence", "recurrence"),
-    (fused, "conv_silu", "convolution + SiLU"),
-    (fused, "gated_norm", "gated RMSNorm"),
-    (fused, "swiglu", "SwiGLU"),
-    (fused, "decode", "cell step + gated RMSNorm"),
+    (layer_ops, "conv_silu", "convolution + SiLU"),
+    (layer_ops, "gated_norm", "gated RMSNorm"),
+    (layer_ops, "swiglu", "SwiGLU"),
+    (layer_ops, "decode", "cell step + gated RMSNorm"),
 )
 BRANCHES = (
     (model_file.CausalConv, "__call__", "convolution + SiLU"),

@@ -22,7 +22,7 @@ from timing import alternating
 
 from mlx_pararnn import PararnnError, get_cell
 from mlx_pararnn.cells.activations import Functions
-from mlx_pararnn.recurrence import BACKENDS, recurrence
+from mlx_pararnn.compute.recurrence import BACKENDS, recurrence
 
 THREADS = os.cpu_count()
 COPY, EAGER = "copy of as many bytes, all threads", "MLX, eager step loop"

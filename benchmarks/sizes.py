@@ -11,7 +11,7 @@ from dataclasses import replace
 import models
 from machine import table, write_results
 
-from mlx_pararnn.benchmark import FULL, SHORT, cases
+from mlx_pararnn.tools.benchmark import FULL, SHORT, cases
 
 
 def main():

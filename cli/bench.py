@@ -17,8 +17,8 @@ from .progress import progress_bar
 from .report import Debug, reports_errors
 
 if TYPE_CHECKING:
-    from mlx_pararnn.benchmark import Measurement, Sizes
     from mlx_pararnn.model import Model
+    from mlx_pararnn.tools.benchmark import Measurement, Sizes
 
 PRESET = "400m"
 
@@ -135,7 +135,7 @@ def bench(
     if plot is not None and not plot.absolute().parent.is_dir():
         raise PararnnError(f"--plot: there is no folder {plot.parent}")
     options.import_modules(modules)
-    from mlx_pararnn import benchmark
+    from mlx_pararnn.tools import benchmark
 
     loaded = _load(model, preset or PRESET, cell or "gru", dtype.value if dtype else "float32")
     sizes = _sizes(
@@ -173,7 +173,7 @@ def _sizes(sizes: "Sizes", generated: int | None, **lists: str | None) -> "Sizes
 
 def _load(model: str | None, preset: str, cell: str, dtype: str) -> "Model":
     if model is None:
-        from mlx_pararnn.benchmark import preset_model
+        from mlx_pararnn.tools.benchmark import preset_model
 
         return preset_model(preset, cell, dtype)
     from mlx_pararnn.loading import load_model
@@ -208,7 +208,7 @@ def _size(nbytes: float) -> str:
 
 
 def _drawn(results: "list[Measurement]") -> str:
-    from mlx_pararnn.chart import Panel, svg
+    from mlx_pararnn.tools.chart import Panel, svg
 
     panels: dict[str, Panel] = {}
     for section, x, y, title in (

@@ -17,7 +17,7 @@ from .report import Debug, reports_errors
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
-    from mlx_pararnn.chat import Chat
+    from mlx_pararnn.chat.session import Chat
 
 HELP = """\
 /help        this list
@@ -56,7 +56,7 @@ def chat(
     loaded, tokenizer = options.load(model, modules)
     chosen = options.sampling(temp, top_p, top_k, min_p, repetition_penalty, seed, loaded.args.vocab_size)
 
-    from mlx_pararnn.chat import Chat
+    from mlx_pararnn.chat.session import Chat
 
     session = _Session(
         Chat(loaded, tokenizer, system), {"max_tokens": max_tokens, "stop": stop or (), **chosen}

@@ -18,7 +18,7 @@ def doctor(
 
     Example: mlx-pararnn doctor
     """
-    from mlx_pararnn.environment import examine
+    from mlx_pararnn.tools.doctor import examine
 
     findings = examine()
     if as_json:

@@ -43,9 +43,9 @@ def serve(
     Example: mlx-pararnn serve my-model --port 8080
     """
     options.import_modules(modules)
+    from mlx_pararnn.chat.server import Settings
+    from mlx_pararnn.chat.server import serve as run
     from mlx_pararnn.loading import DEMO
-    from mlx_pararnn.server import Settings
-    from mlx_pararnn.server import serve as run
 
     settings = Settings(
         host=host,

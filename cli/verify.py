@@ -12,7 +12,7 @@ from . import options
 from .report import Debug, reports_errors
 
 if TYPE_CHECKING:
-    from mlx_pararnn.verification import Check
+    from mlx_pararnn.tools.verification import Check
 
 SAMPLE = "The quick brown fox jumps over the lazy dog; 0123456789 times, import this and return None."
 
@@ -49,11 +49,10 @@ def verify(
     """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX's first matrix product
     options.import_modules(modules)
-    from mlx_pararnn.convert.coreml.verification import is_package, verify_package
-
+    from mlx_pararnn.convert.coreml.package_check import is_package, verify_package
     from mlx_pararnn.errors import PararnnError
     from mlx_pararnn.loading import DEMO, find_model, load_model, load_tokenizer
-    from mlx_pararnn.verification import verify_logits, verify_methods
+    from mlx_pararnn.tools.verification import verify_logits, verify_methods
 
     path = find_model(model or DEMO)
     if is_package(path):

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.verification import Check
+from mlx_pararnn.tools.verification import Check
 
-from .checkpoint import open_checkpoint
-from .dtypes import Array, cast
 from .families import find_family
 from .families.base import Output
-from .forms import find_weights, read_json_object, read_weights
-from .quantize import Quantization
-from .tensors import Tensor
+from .readers.checkpoint import open_checkpoint
+from .readers.dtypes import Array, cast
+from .readers.forms import find_weights, read_json_object, read_weights
+from .readers.tensors import Tensor
+from .writers.quantize import Quantization
 
 
 def compare_with_source(model: Path, source: str | Path) -> Iterator[Check]:

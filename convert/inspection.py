@@ -10,11 +10,11 @@ from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model import ModelArgs
 
-from .checkpoint import open_checkpoint
-from .dtypes import NAMES, STORED_AS
 from .families import find_family
-from .forms import find_weights, read_json_object, read_weights
-from .quantize import is_matrix
+from .readers.checkpoint import open_checkpoint
+from .readers.dtypes import NAMES, STORED_AS
+from .readers.forms import find_weights, read_json_object, read_weights
+from .writers.quantize import is_matrix
 
 # Bytes a weight: quantized matrices carry a float16 scale and bias for each group of 64.
 _PRECISIONS = {"float32": 4.0, "float16": 2.0, "8-bit": 1 + 4 / 64, "4-bit": 0.5 + 4 / 64}

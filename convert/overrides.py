@@ -7,9 +7,9 @@ from typing import Any
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
 
-from .checkpoint import Checkpoint
-from .forms import read_json_object
-from .wording import listed, shown
+from .readers.checkpoint import Checkpoint
+from .readers.forms import read_json_object
+from .readers.wording import listed, shown
 
 # What the tensors alone decide: naming it is allowed, contradicting them is an error.
 _FROM_TENSORS = (

@@ -26,19 +26,19 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.loading import load_model, load_tokenizer
 from mlx_pararnn.model import Model, ModelArgs
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .coreml.constants import Half, Stored, stored, total_bytes
 from .coreml.form import Form, state_dtypes, state_shapes
 from .coreml.iterations import iterations_needed
 from .coreml.memory import check_memory
 from .coreml.tools import require_coremltools
-from .coreml.weights import Half, Stored, stored, total_bytes
-from .forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE
 from .inspection import inspect
-from .output_folder import check_output, whole_or_nothing
-from .quantize import is_matrix
+from .readers.checkpoint import Checkpoint, open_checkpoint
+from .readers.forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE
+from .readers.wording import shown
 from .to_mlx import convert_to_mlx
-from .tokenizer import TOKENIZER_FILES, prepare_tokenizer
-from .wording import shown
+from .writers.output_folder import check_output, whole_or_nothing
+from .writers.quantize import is_matrix
+from .writers.tokenizer import TOKENIZER_FILES, prepare_tokenizer
 
 # (what is being done, share done from 0 to 1)
 Progress = Callable[[str, float], None]

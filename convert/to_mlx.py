@@ -9,17 +9,17 @@ from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 
-from .checkpoint import Checkpoint, open_checkpoint
 from .families import Canonical, find_family
 from .families.base import element_count
-from .model_card import model_card
-from .output_folder import MODEL_FILE, check_output, whole_or_nothing
 from .overrides import apply_overrides, check_source_config, read_overrides
-from .quantize import Plan, quantization
-from .safetensors_writer import write_model
-from .tokenizer import TokenizerFiles, prepare_tokenizer
-from .weights import finite, formats, weight_job
-from .wording import shown
+from .readers.checkpoint import Checkpoint, open_checkpoint
+from .readers.wording import shown
+from .writers.model_card import model_card
+from .writers.output_folder import MODEL_FILE, check_output, whole_or_nothing
+from .writers.quantize import Plan, quantization
+from .writers.safetensors_writer import write_model
+from .writers.tokenizer import TokenizerFiles, prepare_tokenizer
+from .writers.weight_jobs import finite, formats, weight_job
 
 Progress = Callable[[int, int], None]
 

@@ -15,11 +15,11 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.mla import MultiLinear
 
-from . import fused, host_decode, products
 from .cache import RecurrentCache
 from .cells import get_cell
+from .compute import cpu_token, layer_ops, matrix_products
+from .compute.recurrence import recurrence
 from .errors import PararnnError
-from .recurrence import recurrence
 
 
 @dataclass
@@ -188,16 +188,16 @@ class RecurrentLayer(nn.Module):
 
     def backend(self, **options: Any) -> str:
         """The backend that `recurrence` takes with these options."""
-        return fused.backend_for(self._cell, **options)
+        return layer_ops.backend_for(self._cell, **options)
 
     def decode(
         self, x: mx.array, state: mx.array | None, backend: str, *gated_norm: Any
     ) -> tuple[mx.array, mx.array]:
-        """`__call__` for one token; `gated_norm`, if given, is the gate, weight and eps of `fused.decode`."""
+        """One token; `gated_norm`: the gate, weight and eps of `layer_ops.decode`, or nothing."""
         if state is None:
             state = mx.zeros((x.shape[0], len(self._cell.slots), self.recurrent_weight.shape[1]))
         u = self._project(x)
-        return fused.decode(
+        return layer_ops.decode(
             self._cell, self.recurrent_weight, u, self.bias, state, *gated_norm, backend=backend
         )
 
@@ -209,7 +209,7 @@ class RecurrentLayer(nn.Module):
             rows = x.reshape(self.num_heads, 1, -1)
         else:
             rows = x.reshape(B * T, self.num_heads, -1).swapaxes(0, 1)
-        u = products.linear(self.input_proj, rows)
+        u = matrix_products.linear(self.input_proj, rows)
         u = u if bias is None else u + bias
         return u.reshape(self.num_heads, B, T, len(self._cell.gates), -1).swapaxes(0, 1)
 
@@ -233,10 +233,10 @@ class CausalConv(nn.Module):
         spans: list[tuple[int, int]] | None,
         backend: str = "ops",
     ) -> tuple[mx.array, mx.array]:
-        """`fused.conv_silu` of x (B, T, D) behind its last K - 1 inputs, `window`; None for zeros."""
+        """`layer_ops.conv_silu` of x (B, T, D) behind its last K - 1 inputs, `window`; None for zeros."""
         if window is None:
             window = mx.zeros((x.shape[0], self.weight.shape[1] - 1, x.shape[2]), x.dtype)
-        return fused.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=backend)
+        return layer_ops.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=backend)
 
 
 class GatedConvMixer(nn.Module):
@@ -259,18 +259,18 @@ class GatedConvMixer(nn.Module):
         **options: Any,
     ) -> mx.array:
         T = x.shape[1]
-        main, gate = mx.split(products.linear(self.in_proj, x), 2, axis=-1)
+        main, gate = mx.split(matrix_products.linear(self.in_proj, x), 2, axis=-1)
         window = cache[1]
         x, cache[1] = self.conv1d(main, window, cache.spans(T), here)
         norm = gate, self.norm.weight, self.norm.eps
-        if fused.decodes(here, T, mask, options):
+        if layer_ops.decodes(here, T, mask, options):
             y, cache[0] = self.cell.decode(x, cache[0], here, *norm)
         else:
             every = cache.stride(T)
             hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
             cache.keep(states, T, window, main)
-            y = fused.gated_norm(hidden, *norm, backend=behind)
-        return products.linear(self.out_proj, y)
+            y = layer_ops.gated_norm(hidden, *norm, backend=behind)
+        return matrix_products.linear(self.out_proj, y)
 
 
 class PlainMixer(nn.Module):
@@ -290,7 +290,7 @@ class PlainMixer(nn.Module):
         **options: Any,
     ) -> mx.array:
         T = x.shape[1]
-        if fused.decodes(here, T, mask, options):
+        if layer_ops.decodes(here, T, mask, options):
             hidden, cache[0] = self.cell.decode(x, cache[0], here)
         else:
             every = cache.stride(T)
@@ -309,12 +309,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
 
     def __call__(self, x: mx.array, backend: str = "ops") -> mx.array:
-        up = products.linear(self.up_proj, x)
+        up = matrix_products.linear(self.up_proj, x)
         if "gate_proj" in self:
-            y = fused.swiglu(products.linear(self.gate_proj, x), up, backend=backend)
+            y = layer_ops.swiglu(matrix_products.linear(self.gate_proj, x), up, backend=backend)
         else:
             y = nn.gelu(up)
-        return products.linear(self.down_proj, y)
+        return matrix_products.linear(self.down_proj, y)
 
 
 class Layer(nn.Module):
@@ -343,7 +343,7 @@ class Layer(nn.Module):
 
 def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, backend: str) -> mx.array:
     if isinstance(norm, nn.RMSNorm):
-        return fused.rms_norm(x, norm.weight, norm.eps, backend=backend)
+        return layer_ops.rms_norm(x, norm.weight, norm.eps, backend=backend)
     return norm(x)
 
 
@@ -375,8 +375,8 @@ class PararnnModel(nn.Module):
             x = x + self._positions(cache[0], T)
         mask = cache[0].make_mask(T)
         y = None
-        if fused.plain_token(T, mask, options) and self.layers[0].mixer.cell.backend(**options) == "cpu":
-            y = host_decode.decode(self, x, cache)
+        if layer_ops.plain_token(T, mask, options) and self.layers[0].mixer.cell.backend(**options) == "cpu":
+            y = cpu_token.decode(self, x, cache)
         if y is None:
             for layer, c in zip(self.layers, cache, strict=True):
                 x = layer(x, c, mask, **options)
@@ -438,7 +438,7 @@ class Model(nn.Module):
             cache = self.make_cache(inputs.shape[0])
         out = self.model(inputs, cache, input_embeddings, **options)
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
-        return products.head(head, out, backend=self.layers[0].mixer.cell.backend(**options))
+        return matrix_products.head(head, out, backend=self.layers[0].mixer.cell.backend(**options))
 
     @property
     def layers(self) -> list[Layer]:

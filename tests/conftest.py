@@ -29,11 +29,11 @@ def cpu_backend():
     """What the CPU backend needs: a C++ compiler, and MLX's CPU, on a machine with a GPU too."""
     import mlx.core as mx
 
-    from mlx_pararnn import host
+    from mlx_pararnn.compute import cpu
 
     try:
-        host.compiler()
-    except host.BuildError as error:
+        cpu.compiler()
+    except cpu.BuildError as error:
         pytest.skip(str(error))
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
@@ -44,17 +44,17 @@ def cpu_backend():
 @pytest.fixture
 def calls(monkeypatch):
     """Of each token so far, whether it went through the one call."""
-    from mlx_pararnn import host_decode
+    from mlx_pararnn.compute import cpu_token
 
     made = []
-    decode = host_decode.decode
+    decode = cpu_token.decode
 
     def spy(*arguments):
         y = decode(*arguments)
         made.append(y is not None)
         return y
 
-    monkeypatch.setattr(host_decode, "decode", spy)
+    monkeypatch.setattr(cpu_token, "decode", spy)
     return made
 
 

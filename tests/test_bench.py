@@ -14,12 +14,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_pararnn.cli.app import app
 from typer.testing import CliRunner
 
-from mlx_pararnn import Model, ModelArgs, benchmark, load_model
-from mlx_pararnn.chart import Panel, svg
+from mlx_pararnn import Model, ModelArgs, load_model
+from mlx_pararnn.cli.app import app
 from mlx_pararnn.loading import DEMO
+from mlx_pararnn.tools import benchmark
+from mlx_pararnn.tools.chart import Panel, svg
 
 TINY = (*("-p", "4,9", "-c", "0,40", "-b", "1,2", "--steps", "1,3", "--widths", "8"), *("-g", "3", "-n", "1"))
 

@@ -10,7 +10,7 @@ from mlx_pararnn import PararnnError, get_cell, register_cell
 from mlx_pararnn.cells import Cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cells.dual import Dual, DualFunctions
-from mlx_pararnn.recurrence import recurrence
+from mlx_pararnn.compute.recurrence import recurrence
 
 CASES = cell_cases()
 GRU_CASES = [c for c in CASES if c["kind"].startswith("GRU")]

@@ -15,7 +15,7 @@ import pytest
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
-from mlx_pararnn.chat import Chat
+from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.loading import DEMO
 
 TEMPLATE = (
@@ -244,7 +244,7 @@ def test_a_new_answer_that_is_stopped_early(demo):
 
 
 def test_so_many_answers_can_be_undone(demo, monkeypatch):
-    monkeypatch.setattr("mlx_pararnn.chat.UNDO_LIMIT", 3)
+    monkeypatch.setattr("mlx_pararnn.chat.session.UNDO_LIMIT", 3)
     talk = Chat(*demo)
     for _ in range(5):
         say(talk, "a", max_tokens=1)

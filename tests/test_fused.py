@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pararnn import Cell, Model, ModelArgs, fused, get_cell, kernels, register_cell
+from mlx_pararnn import Cell, Model, ModelArgs, get_cell, register_cell
+from mlx_pararnn.compute import gpu, layer_ops
 
 SIZES = {"hidden_size": 64, "vocab_size": 50, "intermediate_size": 96}
 KINDS = {
@@ -34,7 +35,7 @@ def inputs_of(shapes, dtype=mx.float32, seed=0):
 @pytest.mark.parametrize("T", [1, 2, 30])
 def test_conv_silu(T, K):
     x, window, weight, bias = inputs_of([(2, T, 12), (2, K - 1, 12), (12, K), (12,)])
-    y, new_window = fused.conv_silu(x, window, weight, bias)
+    y, new_window = layer_ops.conv_silu(x, window, weight, bias)
     both = np.concatenate([window, x], axis=1).astype(np.float64)
     wanted = np.array(bias) + sum(np.array(weight)[:, k] * both[:, k : k + T] for k in range(K))
     np.testing.assert_allclose(y, wanted * sigmoid(wanted), atol=2e-6)
@@ -45,18 +46,18 @@ def test_a_prompts_window_does_not_hold_on_to_the_prompt():
     x, window, weight, bias = inputs_of([(1, 5000, 64), (1, 3, 64), (64, 4), (64,)])
     mx.eval(x, window, weight, bias)
     before = mx.get_active_memory()
-    new_window = fused.conv_silu(x, window, weight, bias)[1]
+    new_window = layer_ops.conv_silu(x, window, weight, bias)[1]
     mx.eval(new_window)
     assert mx.get_active_memory() - before < 10000
 
 
 def test_gated_norm_and_swiglu():
     hidden, gate, weight = inputs_of([(2, 5, 12), (2, 5, 12), (12,)])
-    y = fused.gated_norm(hidden, gate, weight, 1e-2)
+    y = layer_ops.gated_norm(hidden, gate, weight, 1e-2)
     h, g = np.array(hidden, np.float64), np.array(gate, np.float64)
     normed = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-2) * np.array(weight)
     np.testing.assert_allclose(y, normed * g * sigmoid(g), atol=2e-6)
-    np.testing.assert_allclose(fused.swiglu(gate, hidden), g * sigmoid(g) * h, atol=2e-6)
+    np.testing.assert_allclose(layer_ops.swiglu(gate, hidden), g * sigmoid(g) * h, atol=2e-6)
 
 
 @pytest.mark.parametrize("function", ["conv_silu", "gated_norm", "swiglu"])
@@ -70,7 +71,7 @@ def test_ops_differentiate_compile_and_vectorize(function):
 
     def call(*arrays):
         extra = (1e-2,) if function == "gated_norm" else ()
-        y = getattr(fused, function)(*arrays, *extra)
+        y = getattr(layer_ops, function)(*arrays, *extra)
         return (y[0].sum() + (y[1] ** 2).sum()) if isinstance(y, tuple) else (y**2).sum()
 
     every = list(range(len(arrays)))
@@ -101,7 +102,7 @@ PRODUCTS = {"Matmul", "AddMM"}
 def recorded_as_on_a_mac(monkeypatch):
     """MLX records kernels without a GPU (and cannot evaluate them). RMSNorm, one primitive there and unrolled
     here, has a stand-in."""
-    monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
+    monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
     for trial in ("recurrence._kernels_agree", "fused._conv_works", "fused._decode_works"):
         monkeypatch.setattr(f"mlx_pararnn.{trial}", lambda *_: True)
     norm = mx.fast.metal_kernel(

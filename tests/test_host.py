@@ -18,9 +18,11 @@ from msl.test_numbers import Problem, assert_close
 from test_cells import allowed, read
 from test_recurrence import loss_of, problem
 
-from mlx_pararnn import PararnnError, environment, fused, get_cell, host, kernels, load_model, register_cell
+from mlx_pararnn import PararnnError, get_cell, load_model, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
-from mlx_pararnn.recurrence import _kernels_agree, recurrence
+from mlx_pararnn.compute import cpu, gpu, layer_ops
+from mlx_pararnn.compute.recurrence import _kernels_agree, recurrence
+from mlx_pararnn.tools import doctor
 
 CELLS = ("gru", "lstm", "slstm", "nlru")
 
@@ -186,7 +188,7 @@ def test_inside_a_transformation_ops_take_over():
 @pytest.fixture
 def however_small(monkeypatch):
     """The CPU backend takes the elementwise work of small arrays too."""
-    monkeypatch.setattr(host, "_LARGE", 0)
+    monkeypatch.setattr(cpu, "_LARGE", 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -203,21 +205,21 @@ def test_elementwise(dtype, shape, however_small):
     silu = exact["g"] / (1 + np.exp(-exact["g"]))
     name = {v: k for k, v in DTYPES.items()}[dtype]
 
-    given = fused.swiglu(gate, x, backend="cpu")
+    given = layer_ops.swiglu(gate, x, backend="cpu")
     assert given.dtype == dtype
     assert_close(given.astype(mx.float32), silu * exact["x"], name)
 
     norm = exact["x"] / np.sqrt((exact["x"] ** 2).mean(-1, keepdims=True) + 1e-3) * exact["w"]
-    given = fused.rms_norm(x, weight, 1e-3, backend="cpu")
+    given = layer_ops.rms_norm(x, weight, 1e-3, backend="cpu")
     assert given.dtype == dtype
     assert_close(given.astype(mx.float32), norm, name)
-    given = fused.gated_norm(x, gate, weight, 1e-3, backend="cpu")
+    given = layer_ops.gated_norm(x, gate, weight, 1e-3, backend="cpu")
     assert_close(given.astype(mx.float32), norm * silu, name)
 
     for K in (2, 4, 7):
         window = mx.array(rng.normal(size=(B, K - 1, D))).astype(dtype)
         taps = mx.array(rng.normal(size=(D, K))).astype(dtype)
-        y, new = fused.conv_silu(x, window, taps, weight, backend="cpu")
+        y, new = layer_ops.conv_silu(x, window, taps, weight, backend="cpu")
         inputs = np.concatenate([np.array(window.astype(mx.float32), np.float64), exact["x"]], axis=1)
         k = np.array(taps.astype(mx.float32), np.float64)
         z = exact["w"] + sum(k[:, i] * inputs[:, i : i + T] for i in range(K))
@@ -234,10 +236,10 @@ def test_elementwise_work_has_gradients_and_compiles(however_small):
 
     def loss(backend):
         def of(x, gate, window, taps, weight):
-            y, new = fused.conv_silu(x, window, taps, weight, backend=backend)
-            y = fused.rms_norm(y, weight, 1e-6, backend=backend)
-            y = fused.gated_norm(y, gate, weight, 1e-6, backend=backend)
-            return (fused.swiglu(y, x, backend=backend) ** 2).sum() + (new**2).sum()
+            y, new = layer_ops.conv_silu(x, window, taps, weight, backend=backend)
+            y = layer_ops.rms_norm(y, weight, 1e-6, backend=backend)
+            y = layer_ops.gated_norm(y, gate, weight, 1e-6, backend=backend)
+            return (layer_ops.swiglu(y, x, backend=backend) ** 2).sum() + (new**2).sum()
 
         return mx.grad(of, argnums=(0, 1, 2, 3, 4))
 
@@ -256,10 +258,10 @@ def test_elementwise_work_has_forward_and_second_derivatives(however_small):
 
     def derivatives(backend):
         def of(x):
-            y, new = fused.conv_silu(x, window, taps, weight, backend=backend)
-            y = fused.rms_norm(y, weight, 1e-6, backend=backend)
-            y = fused.gated_norm(y, gate, weight, 1e-6, backend=backend)
-            return (fused.swiglu(y, x, backend=backend) ** 2).sum() + (new**2).sum()
+            y, new = layer_ops.conv_silu(x, window, taps, weight, backend=backend)
+            y = layer_ops.rms_norm(y, weight, 1e-6, backend=backend)
+            y = layer_ops.gated_norm(y, gate, weight, 1e-6, backend=backend)
+            return (layer_ops.swiglu(y, x, backend=backend) ** 2).sum() + (new**2).sum()
 
         return mx.jvp(of, [x], [along])[1][0], mx.grad(lambda x: (mx.grad(of)(x) * along).sum())(x)
 
@@ -272,14 +274,14 @@ def test_rows_that_are_not_equally_far_apart(however_small):
     gate = mx.array(np.random.default_rng(0).normal(size=(2, 1, 3, 16)).astype(np.float32))
     repeated = mx.broadcast_to(gate[0, 0], gate.shape)  # stride 0 in front of an axis of length 1
     for up in (repeated, gate[:, :, ::-1], mx.concatenate([gate, gate], axis=2)[:, :, :3]):
-        given = fused.swiglu(gate, up, backend="cpu")
-        assert mx.allclose(given, fused.swiglu(gate, up), atol=1e-6)
+        given = layer_ops.swiglu(gate, up, backend="cpu")
+        assert mx.allclose(given, layer_ops.swiglu(gate, up), atol=1e-6)
 
 
 def test_dtypes_that_differ_are_left_to_ops(however_small):
     hidden, weight = mx.ones((2, 3, 8), mx.bfloat16), mx.ones(8)
-    given = fused.gated_norm(hidden, hidden, weight, 1e-6, backend="cpu")
-    assert given.dtype == fused.gated_norm(hidden, hidden, weight, 1e-6).dtype
+    given = layer_ops.gated_norm(hidden, hidden, weight, 1e-6, backend="cpu")
+    assert given.dtype == layer_ops.gated_norm(hidden, hidden, weight, 1e-6).dtype
 
 
 WIDEN_AND_NARROW = """
@@ -295,7 +297,7 @@ extern "C" void narrow(const float* from, pararnn::Float16* to, int64_t count) {
 def test_every_half(monkeypatch, tmp_path):
     """NumPy's conversions: all halves, and floats at, between and beside them."""
     with fresh_cache(monkeypatch, tmp_path):
-        library = host.build(kernels.metal_text("host.h") + WIDEN_AND_NARROW, "halves")
+        library = cpu.build(gpu.metal_text("cpu.h") + WIDEN_AND_NARROW, "halves")
 
     def converted(function, numbers, dtype):
         to = np.empty(numbers.shape, dtype)
@@ -334,8 +336,8 @@ int main() {
 @pytest.mark.skipif(sys.platform != "linux", reason="puts a function in place of Linux's own")
 def test_where_no_more_threads_are_to_be_had(tmp_path):
     source, program = tmp_path / "main.cpp", tmp_path / "main"
-    source.write_text(kernels.metal_text("host.h") + NO_THREADS)
-    subprocess.run([host.compiler(), "-std=c++17", "-pthread", source, "-o", program], check=True)
+    source.write_text(gpu.metal_text("cpu.h") + NO_THREADS)
+    subprocess.run([cpu.compiler(), "-std=c++17", "-pthread", source, "-o", program], check=True)
     subprocess.run([program], check=True)
 
 
@@ -356,9 +358,9 @@ def test_a_models_logits(source, converted, however_small):
 @pytest.mark.parametrize("name", CELLS)
 def test_other_vector_units(name, flags, monkeypatch, tmp_path):
     """Four lanes are what arm64 has; here they run on x86-64's oldest unit."""
-    if flags[0] == "-march=x86-64-v3" and "avx2" not in host._machine():
+    if flags[0] == "-march=x86-64-v3" and "avx2" not in cpu._machine():
         pytest.skip("this CPU has no AVX2")
-    monkeypatch.setattr(host, "_flags", lambda: ["-std=c++17", "-O1", *flags, "-shared", "-fPIC", "-pthread"])
+    monkeypatch.setattr(cpu, "_flags", lambda: ["-std=c++17", "-O1", *flags, "-shared", "-fPIC", "-pthread"])
     with fresh_cache(monkeypatch, tmp_path):
         p = OnHost(name, 65, 41, 2, 1, "float32", state=True)
         close(p.solve()[0], p.oracle()[0], p.oracle(np.float32)[0])
@@ -367,9 +369,9 @@ def test_other_vector_units(name, flags, monkeypatch, tmp_path):
 @pytest.mark.parametrize("cxx", ["g++", "clang++", "clang++-19"])
 def test_compilers(cxx, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", cxx)
-    host.compiler.cache_clear()
-    found = host.compiler()
-    host.compiler.cache_clear()
+    cpu.compiler.cache_clear()
+    found = cpu.compiler()
+    cpu.compiler.cache_clear()
     if not found.endswith(cxx):
         pytest.skip(f"no {cxx}")
     with fresh_cache(monkeypatch, tmp_path):
@@ -386,7 +388,7 @@ class fresh_cache:
         monkeypatch.setattr(sys, "platform", "linux")
 
     def __enter__(self):
-        for cached in (host.compiler, host._machine, host.load, _kernels_agree):
+        for cached in (cpu.compiler, cpu._machine, cpu.load, _kernels_agree):
             cached.cache_clear()
 
     __exit__ = staticmethod(lambda *_: fresh_cache.__enter__(None))
@@ -425,9 +427,7 @@ run = subprocess.run
 def test_other_flags_are_another_library(monkeypatch, tmp_path):
     cell, params, u, _ = problem("nlru", T=5)
     for flags in (["-O0"], ["-O1"]):
-        monkeypatch.setattr(
-            host, "_flags", lambda f=flags: ["-std=c++17", *f, "-shared", "-fPIC", "-pthread"]
-        )
+        monkeypatch.setattr(cpu, "_flags", lambda f=flags: ["-std=c++17", *f, "-shared", "-fPIC", "-pthread"])
         with fresh_cache(monkeypatch, tmp_path):
             recurrence(cell, mx.array(params), mx.array(u), backend="cpu")
     assert len([*(tmp_path / "mlx-pararnn").iterdir()]) == 2
@@ -435,7 +435,7 @@ def test_other_flags_are_another_library(monkeypatch, tmp_path):
 
 SOLVE = """
 import mlx_pararnn, mlx.core as mx
-from mlx_pararnn.recurrence import recurrence
+from mlx_pararnn.compute.recurrence import recurrence
 mx.set_default_device(mx.cpu)
 cell = mlx_pararnn.get_cell("nlru")
 u = mx.ones((1, 1, 4, 2, 8))
@@ -460,7 +460,7 @@ def test_processes_and_threads_build_at_once(monkeypatch, tmp_path):
     with fresh_cache(monkeypatch, tmp_path):
         threads = [
             threading.Thread(
-                target=lambda: answers.append(host.solve(cell, params, u, mx.zeros((2, 1, 6)), None, 0))
+                target=lambda: answers.append(cpu.solve(cell, params, u, mx.zeros((2, 1, 6)), None, 0))
             )
             for _ in range(4)
         ]
@@ -485,7 +485,7 @@ def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_
         monkeypatch.delenv("CXX", raising=False)
         said = "no C\\+\\+ compiler; install one"
     elif fault == "text rejected":
-        monkeypatch.setattr(host, "host_text", lambda text, *_: text + "not C++;")
+        monkeypatch.setattr(cpu, "host_text", lambda text, *_: text + "not C++;")
         said = "rejects recurrence-gru"
     elif fault == "folder of others":
         (tmp_path / "mlx-pararnn").mkdir()
@@ -507,7 +507,7 @@ def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_
         np.testing.assert_array_equal(hidden, again)
         with pytest.raises(PararnnError, match=said):
             recurrence(cell, *arrays, backend="cpu")
-        report = {finding.item: finding for finding in environment.examine()}
+        report = {finding.item: finding for finding in doctor.examine()}
         assert report["backend cpu"].value.startswith("cannot be built")
         assert re.search(said, report["backend cpu"].advice)
 
@@ -522,7 +522,7 @@ def test_a_cell_may_have_any_name(monkeypatch, tmp_path):
     @register_cell
     class Odd(type(get_cell("nlru"))):
         name = "../odd cell-2"
-        msl = kernels.metal_text("cells", "nlru.h").replace("NLRU", "Odd")
+        msl = gpu.metal_text("cells", "nlru.h").replace("NLRU", "Odd")
 
     cell, u = get_cell(Odd.name), mx.ones((1, 1, 4, 2, 8))
     wanted = recurrence(get_cell("nlru"), mx.zeros((1, 8)), u, backend="cpu")[0]
@@ -530,7 +530,7 @@ def test_a_cell_may_have_any_name(monkeypatch, tmp_path):
         hidden = recurrence(cell, mx.zeros((1, 8)), u, backend="cpu")[0]
     assert mx.array_equal(hidden, wanted)
     assert [path.suffix for path in (tmp_path / "mlx-pararnn").iterdir()] == [".so"]
-    assert kernels.sequential_launch(cell, u.shape, u.dtype).name.isidentifier()
+    assert gpu.sequential_launch(cell, u.shape, u.dtype).name.isidentifier()
 
 
 def test_a_cell_without_msl_runs_in_ops():

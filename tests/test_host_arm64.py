@@ -13,8 +13,8 @@ from msl.instances import DTYPES
 from test_host_decode import TOKENS, make, recorded, replay_text, replayed
 from test_recurrence import problem
 
-from mlx_pararnn import host
-from mlx_pararnn.recurrence import recurrence
+from mlx_pararnn.compute import cpu
+from mlx_pararnn.compute.recurrence import recurrence
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 missing = [tool for tool in (COMPILER, EMULATOR) if not shutil.which(tool)]
@@ -47,7 +47,7 @@ def test_the_same_numbers(name, dtype, tmp_path):
     cell, params, u, _ = problem(name, T=50, D=41, B=1)
     u = mx.array(u).astype(DTYPES[dtype])
     wanted = recurrence(cell, mx.array(params), u, backend="cpu")[0]
-    (tmp_path / "in").write_bytes(np.ascontiguousarray(host.view(u)).tobytes() + params.tobytes())
+    (tmp_path / "in").write_bytes(np.ascontiguousarray(cpu.view(u)).tobytes() + params.tobytes())
     counts = {
         "T": 50,
         "W": 41,
@@ -55,10 +55,10 @@ def test_the_same_numbers(name, dtype, tmp_path):
         "params": len(cell.params),
         "slots": len(cell.slots),
     }
-    text = host.text_of(cell) + MAIN.replace("T_", TYPES[dtype]) % {**counts, "dtype": dtype}
+    text = cpu.text_of(cell) + MAIN.replace("T_", TYPES[dtype]) % {**counts, "dtype": dtype}
     run(COMPILER, text, tmp_path, "-static", "-o", str(tmp_path / "run"))
     subprocess.run([EMULATOR, tmp_path / "run", tmp_path / "in", tmp_path / "out"], check=True)
-    given = np.frombuffer((tmp_path / "out").read_bytes(), host.view(wanted).dtype).reshape(wanted.shape)
+    given = np.frombuffer((tmp_path / "out").read_bytes(), cpu.view(wanted).dtype).reshape(wanted.shape)
     given = mx.array(given).view(DTYPES[dtype])
     step = {"float32": 1e-6, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
     assert mx.allclose(given.astype(mx.float32), wanted.astype(mx.float32), rtol=step, atol=step)
@@ -75,7 +75,7 @@ def test_a_token_in_one_call(kind, dtype, monkeypatch, tmp_path):
 
 
 def test_elementwise_work_compiles(tmp_path):
-    text = host.elementwise_text()
+    text = cpu.elementwise_text()
     run(COMPILER, text, tmp_path, "-shared", "-fPIC", "-o", str(tmp_path / "library.so"))
 
 

@@ -20,7 +20,8 @@ from msl.instances import DTYPES
 from test_host import fresh_cache
 from test_model import GOLDEN, gap, golden_of
 
-from mlx_pararnn import Model, ModelArgs, PararnnError, fused, host, host_decode, load_model
+from mlx_pararnn import Model, ModelArgs, PararnnError, load_model
+from mlx_pararnn.compute import cpu, cpu_token, layer_ops
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -204,7 +205,7 @@ def test_from_a_prompts_state(calls):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_a_batch_is_the_row_alone(kind, dtype, calls):
     made = make(kind, DTYPES[dtype])
-    too_many = host.FEW_ROWS + 1
+    too_many = cpu.FEW_ROWS + 1
     tokens = mx.random.randint(0, 37, (too_many, 3), key=mx.random.key(0))
     for B in (1, 2, 3, 4):
         cache = made.make_cache(B)
@@ -227,10 +228,10 @@ def test_a_row_of_a_batch_is_the_row_alone(kind, dtype, calls):
 def test_threads(kind, monkeypatch, calls):
     """The same bits however many there are, again and again."""
     made = make(kind, hidden_size=8 if kind == "tiny" else 200)
-    monkeypatch.setattr(host_decode, "_MANY", 0)
+    monkeypatch.setattr(cpu_token, "_MANY", 0)
 
     def run(threads):
-        monkeypatch.setattr(host, "threads", lambda: threads)
+        monkeypatch.setattr(cpu, "threads", lambda: threads)
         cache = made.make_cache(2)
         return [by_token(made, TOKENS, cache), *arrays_of(cache)]
 
@@ -243,14 +244,14 @@ def test_threads(kind, monkeypatch, calls):
 
 def test_how_many_threads(monkeypatch):
     asked = []
-    together = host_decode._Token
+    together = cpu_token._Token
 
     def token(*fields):
         asked.append(fields[-1])
         return together(*fields)
 
-    monkeypatch.setattr(host_decode, "_Token", token)
-    monkeypatch.setattr(host, "threads", lambda: 2)
+    monkeypatch.setattr(cpu_token, "_Token", token)
+    monkeypatch.setattr(cpu, "threads", lambda: 2)
     for size in (64, 256):
         by_token(make(hidden_size=size, intermediate_size=size), TOKENS[:, :1])
     assert asked == [1, 2]
@@ -315,7 +316,7 @@ int main(int count, char** argv) {
 
 def replay_text(made, dtype):
     cell = made.layers[0].mixer.cell._cell
-    return host_decode.text_of(cell) + REPLAY.replace("DECODE", f"decode_{dtype}")
+    return cpu_token.text_of(cell) + REPLAY.replace("DECODE", f"decode_{dtype}")
 
 
 def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
@@ -327,7 +328,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
     def add(pointer, size):
         size = -1 if not pointer else size
         parts.append(
-            np.int64(size).tobytes() + (host_decode.ctypes.string_at(pointer, size) if size > 0 else b"")
+            np.int64(size).tobytes() + (cpu_token.ctypes.string_at(pointer, size) if size > 0 else b"")
         )
 
     def note(reference):
@@ -335,7 +336,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
         D, K = token.heads * token.W, token.taps
         cell = made.layers[0].mixer.cell._cell
         bytes_of.update(
-            {k: int(np.prod(v)) for k, v in host_decode._shapes(cell, D, token.heads, K, token.wide).items()}
+            {k: int(np.prod(v)) for k, v in cpu_token._shapes(cell, D, token.heads, K, token.wide).items()}
         )
         parts.clear()
         integers = [times, token.depth, token.B, token.heads, token.W, K, token.wide]
@@ -345,12 +346,12 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
         sizes = {**bytes_of, "state": token.B * len(cell.slots) * D, "window": token.B * (K - 1) * D}
         sizes |= {"new_state": sizes["state"], "new_window": sizes["window"]}
         for i in range(token.depth):
-            for name, _ in host_decode._Layer._fields_:
+            for name, _ in cpu_token._Layer._fields_:
                 add(getattr(token.layers[i], name), sizes[name] * (4 if name in floats else dtype.size))
         for name, size in (("norm", D), ("norm_bias", D), ("x", token.B * D), ("y", token.B * D)):
             add(getattr(token, name), size * dtype.size)
 
-    library = host_decode._library
+    library = cpu_token._library
 
     class Noting:
         def __init__(self, cell):
@@ -366,9 +367,9 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
     cache, last = made.make_cache(tokens.shape[0]), None
     y = []
     with monkeypatch.context() as inside:
-        inside.setattr(host_decode, "_library", Noting)
-        real = host_decode._run
-        inside.setattr(host_decode, "_run", lambda *a: y.append(real(*a)) or y[-1])
+        inside.setattr(cpu_token, "_library", Noting)
+        real = cpu_token._run
+        inside.setattr(cpu_token, "_run", lambda *a: y.append(real(*a)) or y[-1])
         by_token(made, tokens, cache)
     last = y[-1]
     file.write_bytes(b"".join(parts))
@@ -408,7 +409,7 @@ def test_sanitizers(name, flag, monkeypatch, tmp_path):
     program = tmp_path / "main"
     (tmp_path / "main.cpp").write_text(replay_text(make("gru"), "float32"))
     command = [
-        host.compiler(),
+        cpu.compiler(),
         "-std=c++17",
         "-O0",
         "-g0",
@@ -440,9 +441,9 @@ def test_sanitizers(name, flag, monkeypatch, tmp_path):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
 @pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"]], ids=["4 lanes", "8 lanes"])
 def test_other_vector_units(flags, monkeypatch, tmp_path, calls):
-    if flags[0] == "-march=x86-64-v3" and "avx2" not in host._machine():
+    if flags[0] == "-march=x86-64-v3" and "avx2" not in cpu._machine():
         pytest.skip("this CPU has no AVX2")
-    monkeypatch.setattr(host, "_flags", lambda: ["-std=c++17", "-O0", *flags, "-shared", "-fPIC", "-pthread"])
+    monkeypatch.setattr(cpu, "_flags", lambda: ["-std=c++17", "-O0", *flags, "-shared", "-fPIC", "-pthread"])
     with nothing_built(monkeypatch, tmp_path):
         for kind, dtype in [("gru", "float32"), ("ml-pararnn", "float32"), ("tiny", "float16")]:
             made = make(kind, DTYPES[dtype])
@@ -455,7 +456,7 @@ def test_other_vector_units(flags, monkeypatch, tmp_path, calls):
 def test_compilers_have_nothing_to_say(cxx, tmp_path):
     if not shutil.which(cxx):
         pytest.skip(f"no {cxx}")
-    (tmp_path / "text.cpp").write_text(host_decode.text_of(make().layers[0].mixer.cell._cell))
+    (tmp_path / "text.cpp").write_text(cpu_token.text_of(make().layers[0].mixer.cell._cell))
     flags = [
         "-std=c++17",
         "-Wall",
@@ -478,7 +479,7 @@ class nothing_built(fresh_cache):
 
     def forget(self):
         super().__enter__()
-        ours = host._elementwise, fused._elementwise_works, host_decode._library, host_decode._works
+        ours = cpu._elementwise, layer_ops._elementwise_works, cpu_token._library, cpu_token._works
         for cached in ours:
             cached.cache_clear()
 
@@ -500,7 +501,7 @@ def test_no_compiler_means_ops_and_one_warning(monkeypatch, tmp_path, calls):
 def test_only_this_cannot_be_built(fault, monkeypatch, tmp_path, calls):
     made = make()
     wanted = by_token(made, TOKENS, backend="ops")
-    text = host_decode.text_of
+    text = cpu_token.text_of
 
     def faulty(cell):
         if fault == "its text":
@@ -509,8 +510,8 @@ def test_only_this_cannot_be_built(fault, monkeypatch, tmp_path, calls):
 
     flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-pthread"]
     with nothing_built(monkeypatch, tmp_path), monkeypatch.context() as inside:
-        inside.setattr(host_decode, "text_of", faulty)
-        inside.setattr(host, "_flags", lambda: flags)
+        inside.setattr(cpu_token, "text_of", faulty)
+        inside.setattr(cpu, "_flags", lambda: flags)
         said = "rejects decode-gru" if fault == "its text" else "gives other numbers than plain MLX ops"
         with pytest.warns(RuntimeWarning, match=said) as warned:
             given = by_token(made, TOKENS)
@@ -529,7 +530,7 @@ def test_the_trial_leaves_random_numbers_alone():
 
     by_token(made, TOKENS)
     without = drawn()
-    host_decode._works.cache_clear()
+    cpu_token._works.cache_clear()
     assert mx.array_equal(drawn(), without)
 
 
@@ -708,7 +709,7 @@ def test_arrays_given_out_stay_as_they_are(kind, dtype, calls):
     gc.collect()
     for a, was in given:
         np.testing.assert_array_equal(numbers(a), was)
-    places = sorted((host.address(a), a.nbytes) for a, _ in given)
+    places = sorted((cpu.address(a), a.nbytes) for a, _ in given)
     assert all(a + size <= b for (a, size), (b, _) in pairwise(places))
     assert all(a.nbytes == a.size * a.dtype.size for a, _ in given)
     assert all(calls)

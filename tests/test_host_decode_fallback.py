@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_host_decode import TOKENS, arrays_of, by_token, distance, make, numbers
 
-from mlx_pararnn import host_decode, model
+from mlx_pararnn import model
+from mlx_pararnn.compute import cpu_token
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -264,10 +265,10 @@ def test_inside_compile_with_states(calls):
 
 def test_the_first_token_of_a_process_inside_a_transformation(calls):
     made = make()
-    host_decode._works.cache_clear()
+    cpu_token._works.cache_clear()
     one = mx.compile(lambda token: made(token))
     assert distance(numbers(one(TOKENS[:, :1])), numbers(made(TOKENS[:, :1], backend="ops"))) < 1e-5
-    host_decode._works.cache_clear()
+    cpu_token._works.cache_clear()
     assert mx.abs(mx.grad(loss_of(made))(made.model.norm.weight, "model.norm.weight")).max().item() > 0
     assert not any(calls)
     by_token(made, TOKENS)

@@ -8,10 +8,10 @@ import sys
 
 import mlx.core as mx
 import pytest
-from mlx_pararnn.cli.app import app
 from typer.testing import CliRunner
 
 import mlx_pararnn
+from mlx_pararnn.cli.app import app
 from mlx_pararnn.loading import DEMO
 
 FINAL = "trained/paragru/final.pt"

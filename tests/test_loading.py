@@ -41,7 +41,7 @@ def test_importing_is_lazy():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS brings its own BLAS")
 def test_openblas_is_loaded_before_mlx():
-    from mlx_pararnn.registration import load_openblas
+    from mlx_pararnn.compute.openblas import load_openblas
 
     if load_openblas() is None:
         pytest.skip("no OpenBLAS on this machine (Debian: libopenblas0-pthread)")
@@ -55,12 +55,12 @@ def test_openblas_is_loaded_before_mlx():
 
 def test_an_openblas_older_than_the_cpu_takes_the_kernels_that_fit(monkeypatch):
     """It takes a Prescott's where it does not know the CPU; a user's own choice stays."""
-    from mlx_pararnn import registration
+    from mlx_pararnn.compute import openblas
 
-    if sys.platform != "linux" or registration.load_openblas() is None:
+    if sys.platform != "linux" or openblas.load_openblas() is None:
         pytest.skip("no OpenBLAS on this machine (Debian: libopenblas0-pthread)")
     code = (
-        "import ctypes, os, mlx_pararnn, mlx.core; from mlx_pararnn.registration import openblas_core; "
+        "import ctypes, os, mlx_pararnn, mlx.core; from mlx_pararnn.compute.openblas import openblas_core; "
         "print(openblas_core(ctypes.CDLL('libopenblas.so.0')), 'OPENBLAS_CORETYPE' in os.environ)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
@@ -72,19 +72,24 @@ def test_an_openblas_older_than_the_cpu_takes_the_kernels_that_fit(monkeypatch):
     assert asked.stdout.split() == ["Prescott", "True"]
 
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
-    better = registration._better_kernels("Prescott")
+    better = openblas._better_kernels("Prescott")
     assert better == ("SkylakeX" if " avx512vl " in features else "Haswell" if " avx2 " in features else None)
-    assert registration._better_kernels("Zen") is None
+    assert openblas._better_kernels("Zen") is None
 
 
 def test_a_checkout_finds_its_rooms():
     """From the repository's root, without an installation: convert/ and cli/ stand beside mlx_pararnn/."""
     code = (
         "import mlx_pararnn.cli.app, mlx_pararnn.convert, pkgutil\n"
-        "print(len(list(pkgutil.walk_packages(mlx_pararnn.__path__, 'mlx_pararnn.'))))"
+        "print(*(module.name for module in pkgutil.walk_packages(mlx_pararnn.__path__, 'mlx_pararnn.')))"
     )
-    result = run(code, cwd=Path(__file__).parents[1])
-    assert 10 < int(result.stdout) < 60, result.stderr
+    root = Path(__file__).parents[1]
+    result = run(code, cwd=root)
+    rooms = {"mlx_pararnn": "", "convert": "mlx_pararnn.", "cli": "mlx_pararnn.", "metal": "mlx_pararnn."}
+    files = [(file, prefix) for room, prefix in rooms.items() for file in (root / room).rglob("*.py")]
+    modules = {prefix + ".".join(f.relative_to(root).with_suffix("").parts) for f, prefix in files}
+    modules = {name.removesuffix(".__init__") for name in modules} - {"mlx_pararnn"}
+    assert {*result.stdout.split()} == modules, result.stderr
 
 
 def test_public_names():

@@ -1,6 +1,6 @@
 """On a GPU: every instantiation of the kernels against the oracle, and MLX's transformations.
 
-The problems are those of tests/msl (test_numbers.py, fused.py), on the card and not in the harness.
+The problems are those of tests/msl (test_numbers.py, layer_ops.py), on the card and not in the harness.
 """
 
 import mlx.core as mx
@@ -13,10 +13,11 @@ from msl.test_numbers import Problem, assert_close
 from test_cells import allowed, read
 from test_recurrence import loss_of, problem
 
-from mlx_pararnn import fused, get_cell, kernels
-from mlx_pararnn.recurrence import recurrence
+from mlx_pararnn import get_cell
+from mlx_pararnn.compute import gpu, layer_ops
+from mlx_pararnn.compute.recurrence import recurrence
 
-BACKEND = kernels.available_backend()
+BACKEND = gpu.available_backend()
 
 pytestmark = [
     pytest.mark.metal,
@@ -33,11 +34,11 @@ class OnGpu(Problem):
         arrays |= {name: mx.array(array) for name, array in extra.items()}
         if self.masked:
             arrays["mask"] = mx.array(self.mask)
-        out = kernels.run(launch, arrays, BACKEND)
+        out = gpu.run(launch, arrays, BACKEND)
         return {n: np.array(a.astype(mx.float32) if n == "hidden" else a) for n, a in out.items()}
 
 
-ROWS = [(kernel, row) for kernel in ("recurrence", "sequential") for row in kernels.options(kernel)]
+ROWS = [(kernel, row) for kernel in ("recurrence", "sequential") for row in gpu.options(kernel)]
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -58,10 +59,10 @@ def test_every_instantiation(name, dtype, kernel, row):
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm", "nlru"])
-@pytest.mark.parametrize("tiling", kernels.SHAPES)
+@pytest.mark.parametrize("tiling", gpu.SHAPES)
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_iterates(name, tiling, iterations):
-    channels, chunk, groups = kernels.SHAPES[tiling]
+    channels, chunk, groups = gpu.SHAPES[tiling]
     tile = groups * 32 // channels * chunk
     p = OnGpu(name, tile + 75, 5, scale=3.0, memory=2.5, state=True)
     exact = p.iterate(tile, chunk, iterations)
@@ -77,7 +78,7 @@ def test_weights_that_overflow_newton_on_the_whole_sequence(name, scale):
     """To the bit, as in tests/msl: the compiler may round the plain step no other way than the dual one."""
     p = OnGpu(name, T=400, D=40, scale=scale)
     straight = p.sequential()
-    for tiling in kernels.SHAPES:
+    for tiling in gpu.SHAPES:
         newton = p.newton(tol=0.0, tiling=tiling)
         for output in ("hidden", "last"):
             np.testing.assert_array_equal(newton[output], straight[output])
@@ -96,7 +97,7 @@ def test_golden_cells(case, method):
 def test_long_and_wide(name):
     p = OnGpu(name, T=4096, D=1030)
     hidden, _ = p.oracle()
-    for tiling in kernels.SHAPES:
+    for tiling in gpu.SHAPES:
         assert_close(p.newton(tiling=tiling)["hidden"], hidden, tolerance=1e-3 if name == "slstm" else 2e-5)
 
 
@@ -121,7 +122,7 @@ def test_convolution_and_decoding(call):
         n: mx.array(a).view(mx.bfloat16) if call.dtypes[n] == "bfloat16" else mx.array(a)
         for n, a in call.given.items()
     }
-    out = kernels.run(call.launch, arrays, BACKEND)
+    out = gpu.run(call.launch, arrays, BACKEND)
     got = {n: np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for n, a in out.items()}
     assert call.compare(got, tolerance=2e-5) == ""
 
@@ -130,16 +131,16 @@ def test_convolution_and_decoding(call):
 @pytest.mark.parametrize("T", [1, 50])
 def test_around_the_recurrence_with_views_gradients_and_compile(name, T):
     """As the model calls them: halves of a projection, heads outermost; the kernels are in use."""
-    assert fused._conv_works(BACKEND)
-    assert fused._decode_works(get_cell(name), BACKEND)
+    assert layer_ops._conv_works(BACKEND)
+    assert layer_ops._decode_works(get_cell(name), BACKEND)
     cell, B, D, heads = get_cell(name), 2, 48, 2
     gates = len(cell.gates)
 
     def loss(backend):
         def total(both, window, weight, bias, u, u_bias, params, state):
             x, gate = mx.split(both, 2, axis=-1)
-            y, new_window = fused.conv_silu(x, window, weight, bias, backend=backend)
-            z, last = fused.decode(
+            y, new_window = layer_ops.conv_silu(x, window, weight, bias, backend=backend)
+            z, last = layer_ops.decode(
                 cell, params, u.swapaxes(0, 1), u_bias, state, gate[:, :1], bias, 1e-6, backend=backend
             )
             return (y**2).sum() + (new_window**3).sum() + (z**2).sum() + (last**2).sum()

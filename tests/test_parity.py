@@ -3,11 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_pararnn.convert.to_mlx import convert_to_mlx
 
 import mlx_pararnn
 from mlx_pararnn import get_cell
-from mlx_pararnn.recurrence import recurrence
+from mlx_pararnn.compute.recurrence import recurrence
+from mlx_pararnn.convert.to_mlx import convert_to_mlx
 
 torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
 pararnn = pytest.importorskip("pararnn", reason="needs pararnn-torch (pip install 'mlx-pararnn[parity]')")

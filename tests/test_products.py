@@ -11,7 +11,7 @@ from mlx_lm.models.mla import MultiLinear
 from msl.instances import DTYPES
 from test_host_decode import TOKENS, by_token, distance, exact, make, numbers
 
-from mlx_pararnn import fused, host, products
+from mlx_pararnn.compute import cpu, layer_ops, matrix_products
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -27,7 +27,7 @@ def test_linear_in_half_precision(dtype, rows):
     for module in modules:
         module.update(tree_map(lambda a: a.astype(DTYPES[dtype]), module.parameters()))
         for m in (module, module.to_quantized(group_size=64, bits=4)):
-            given = products.linear(m, x)
+            given = matrix_products.linear(m, x)
             widened = copy.deepcopy(m)
             float32 = [
                 (p, a if a.dtype == mx.uint32 else a.astype(mx.float32))
@@ -46,7 +46,7 @@ def test_linear_promotes_as_mlx_does():
                 module.update(tree_map(lambda a, t=w_type: a.astype(t), module.parameters()))
                 x = mx.ones((2, 3, 8), x_type)
                 wanted = getattr(module, "as_linear", module)(x)
-                assert products.linear(module, x).dtype == wanted.dtype, (x_type, w_type)
+                assert matrix_products.linear(module, x).dtype == wanted.dtype, (x_type, w_type)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,23 +58,23 @@ def test_head(dtype, size, module, monkeypatch):
     made = nn.Linear(width, height, bias=False) if module is nn.Linear else nn.Embedding(height, width)
     made.weight = mx.array(rng.normal(size=(height, width))).astype(DTYPES[dtype])
     at_once = []
-    product = host.product
-    monkeypatch.setattr(host, "product", lambda *a: at_once.append(1) or product(*a))
-    monkeypatch.setattr(host, "_LARGE", 0)
-    fused._elementwise_works()
-    for shape in ((1, 1), (2, 1), (1, 3), (4, 1), (host.FEW_ROWS + 1, 1)):
+    product = cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *a: at_once.append(1) or product(*a))
+    monkeypatch.setattr(cpu, "_LARGE", 0)
+    layer_ops._elementwise_works()
+    for shape in ((1, 1), (2, 1), (1, 3), (4, 1), (cpu.FEW_ROWS + 1, 1)):
         x = mx.array(rng.normal(size=(*shape, width))).astype(DTYPES[dtype])
         wanted = numbers(x) @ numbers(made.weight).T
         step = {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
         for weight in (made.weight, mx.contiguous(made.weight.T).T):
             made.weight = weight
             at_once.clear()
-            given = products.head(made, x, backend="cpu")
-            assert bool(at_once) == (shape[1] == 1 and shape[0] <= host.FEW_ROWS)
+            given = matrix_products.head(made, x, backend="cpu")
+            assert bool(at_once) == (shape[1] == 1 and shape[0] <= cpu.FEW_ROWS)
             assert given.shape == (*shape, height)
             assert given.dtype == DTYPES[dtype]
             assert distance(numbers(given), wanted) < 1.01 * step
-            monkeypatch.setattr(host, "threads", lambda: 3)
+            monkeypatch.setattr(cpu, "threads", lambda: 3)
 
 
 def test_head_of_a_model(calls):
@@ -84,4 +84,4 @@ def test_head_of_a_model(calls):
     made.lm_head = nn.Linear(72, 1000, bias=True)
     made.args.tie_word_embeddings = False
     x = mx.ones((1, 1, 72))
-    assert mx.allclose(products.head(made.lm_head, x, backend="cpu"), made.lm_head(x), atol=1e-5)
+    assert mx.allclose(matrix_products.head(made.lm_head, x, backend="cpu"), made.lm_head(x), atol=1e-5)

@@ -11,7 +11,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_pararnn import Model, ModelArgs
-from mlx_pararnn.prompt_cache import PromptCache
+from mlx_pararnn.chat.prompt_cache import PromptCache
 
 SPACING = 4
 LETTERS = st.integers(1, 3)  # few, so that texts often share their beginnings

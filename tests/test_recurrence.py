@@ -14,8 +14,8 @@ import pytest
 from conftest import DATA  # noqa: F401
 
 from mlx_pararnn import Cell, PararnnError, get_cell, register_cell
-from mlx_pararnn.newton import linear_scan
-from mlx_pararnn.recurrence import recurrence
+from mlx_pararnn.compute.newton import linear_scan
+from mlx_pararnn.compute.recurrence import recurrence
 
 CELLS = ("gru", "lstm", "slstm", "nlru")
 

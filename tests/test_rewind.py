@@ -20,7 +20,7 @@ from test_cache import greedy, same_until_a_near_tie
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
 from mlx_pararnn.cache import RecurrentCache
-from mlx_pararnn.chat import Chat
+from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.loading import DEMO
 
 TEXT = b"import os\n\nclass Reader:\n    def read(self, name):\n        return open(name)\n" * 8

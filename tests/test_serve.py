@@ -21,10 +21,10 @@ from test_cache import greedy, same_until_a_near_tie
 
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
+from mlx_pararnn.chat.prompt_cache import SPACING, PromptCache
+from mlx_pararnn.chat.server import Generator, Provider, Settings, _run, serve
+from mlx_pararnn.chat.server_requests import MAX_BODY
 from mlx_pararnn.loading import DEMO
-from mlx_pararnn.prompt_cache import SPACING, PromptCache
-from mlx_pararnn.server import Generator, Provider, Settings, _run, serve
-from mlx_pararnn.server_requests import MAX_BODY
 
 PROMPTS = [f"def f{n}(self, value):\n    return {n}\n\nclass C{n * 'x'}" for n in range(16)]
 KEY = "a-key-of-ours"
@@ -446,7 +446,7 @@ def test_a_request_that_trickles_in_is_given_up(hurried, start, answer):
 def hurried(tmp_path_factory):
     """A server that gives a request three seconds to arrive."""
     folder = tmp_path_factory.mktemp("hurried")
-    (folder / "hurried.py").write_text("from mlx_pararnn.server import Handler\nHandler.timeout = 3\n")
+    (folder / "hurried.py").write_text("from mlx_pararnn.chat.server import Handler\nHandler.timeout = 3\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with running("--import", "hurried") as server:

@@ -11,11 +11,11 @@ import urllib.request
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_pararnn.cli.app import app
 from typer.testing import CliRunner
 
 import mlx_pararnn
-from mlx_pararnn import kernels
+from mlx_pararnn.cli.app import app
+from mlx_pararnn.compute import gpu
 from mlx_pararnn.loading import DEMO
 
 
@@ -51,7 +51,7 @@ def test_a_good_model_passes(converted, exported):
     assert checks["passed"] is True
     assert [c["name"] for c in checks["checks"]] == [
         "Newton against sequential",
-        f"{kernels.available_backend() or 'cpu'} against ops",
+        f"{gpu.available_backend() or 'cpu'} against ops",
         "token by token against the whole prompt",
         "logits of reference.safetensors",
     ]

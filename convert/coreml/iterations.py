@@ -12,7 +12,7 @@ from mlx_pararnn.cells import Cell
 from mlx_pararnn.cells.activations import Functions
 from mlx_pararnn.model import Model
 
-from .newton import Library, State, explained, first_guess, iterate
+from .unrolled_newton import Library, State, explained, first_guess, iterate
 
 Array = npt.NDArray[Any]
 

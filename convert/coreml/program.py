@@ -16,10 +16,10 @@ from coremltools.converters.mil.mil import Function, types
 from mlx_pararnn.cells import Cell, get_cell
 from mlx_pararnn.model import ModelArgs
 
+from .constants import Stored
 from .form import Form, state_dtypes, state_shapes
-from .newton import Library, State, explained, first_guess, iterate
+from .unrolled_newton import Library, State, explained, first_guess, iterate
 from .values import Value, ValueFunctions
-from .weights import Stored
 
 SMALLEST_ROOT = 1e-4  # of a norm's eps: a normal number of float16 (they begin at 6.1e-5)
 

@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 
 from mlx_pararnn.errors import PararnnError
 
-from ..checkpoint import Checkpoint
-from ..wording import listed, shown
+from ..readers.checkpoint import Checkpoint
+from ..readers.wording import listed, shown
 from .babylm import BabyLM
 from .bare_cell import BareCell
 from .base import Canonical, Family

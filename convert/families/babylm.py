@@ -3,7 +3,7 @@
 Pre-norm with LayerNorm, learned positions, MLPs with bias, tied head.
 """
 
-from ..checkpoint import Checkpoint
+from ..readers.checkpoint import Checkpoint
 from .base import Canonical, Source, copied, head_outputs
 from .cell_layouts import torch_cell_name
 from .prefixes import outer_prefix

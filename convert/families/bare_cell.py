@@ -1,6 +1,6 @@
 """One ml-pararnn cell on its own: a state dict of A, B, b and, for the LSTM, C, behind any prefix."""
 
-from ..checkpoint import Checkpoint
+from ..readers.checkpoint import Checkpoint
 from .base import Canonical, Source
 from .cell_layouts import apple_cell
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from mlx_pararnn.errors import PararnnError
 
-from ..checkpoint import Checkpoint
-from ..dtypes import FLOATS, STORED_AS, Array, cast, transposed, widened
-from ..tensors import Box, Piece, Tensor, boxes
-from ..wording import listed, shape_text, shown
+from ..readers.checkpoint import Checkpoint
+from ..readers.dtypes import FLOATS, STORED_AS, Array, cast, transposed, widened
+from ..readers.tensors import Box, Piece, Tensor, boxes
+from ..readers.wording import listed, shape_text, shown
 
 Shape = tuple[int, ...]
 Pieces = Callable[[], Iterable[Piece]]

@@ -9,8 +9,8 @@ from itertools import chain
 
 import numpy as np
 
-from ..dtypes import Array
-from ..tensors import Tensor
+from ..readers.dtypes import Array
+from ..readers.tensors import Tensor
 from .base import Output, Source, computed, copied, permuted
 
 

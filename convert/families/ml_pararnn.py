@@ -3,7 +3,7 @@
 Blocks come in pairs: `blocks.{2i}` is recurrent, `blocks.{2i+1}` is RMSNorm and SwiGLU without a residual.
 """
 
-from ..checkpoint import Checkpoint
+from ..readers.checkpoint import Checkpoint
 from .base import Canonical, Output, Source, copied, head_outputs, permuted
 from .cell_layouts import CellSizes, apple_cell
 from .prefixes import outer_prefix

@@ -5,7 +5,7 @@ Pre-norm with RMSNorm, no positions, MLPs with bias; the head tied or not, as co
 
 from mlx_pararnn.errors import PararnnError
 
-from ..checkpoint import Checkpoint
+from ..readers.checkpoint import Checkpoint
 from .base import Canonical, Source, copied, head_outputs
 from .cell_layouts import torch_cell_name
 from .prefixes import outer_prefix

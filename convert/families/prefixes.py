@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..checkpoint import Checkpoint
+from ..readers.checkpoint import Checkpoint
 
 
 def outer_prefix(checkpoint: Checkpoint, hallmarks: Sequence[str]) -> str:

@@ -4,9 +4,9 @@ from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 
-from ..checkpoint import Checkpoint
-from ..tensors import Tensor
-from ..wording import shown
+from ..readers.checkpoint import Checkpoint
+from ..readers.tensors import Tensor
+from ..readers.wording import shown
 from .base import Output, Source, copied
 from .cell_layouts import torch_cell
 

@@ -7,15 +7,7 @@ chain rule, so nothing is derived by hand for a cell. The derivatives of the op 
 from collections.abc import Callable
 from typing import Any
 
-from .activations import (
-    ACTIVATIONS,
-    GELU_CUBIC,
-    GELU_INNER,
-    LEAKY_SLOPE,
-    SELU_ALPHA,
-    SELU_SCALE,
-    Functions,
-)
+from .activations import ACTIVATIONS, GELU_CUBIC, GELU_INNER, LEAKY_SLOPE, SELU_ALPHA, SELU_SCALE, Functions
 
 
 class Dual:

@@ -6,14 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from mlx_pararnn.convert import dcp, pickle_names
-from mlx_pararnn.convert.pickles import load_pickle
 from pt_writer import Call, Made, Named, write_pt
 from running import weights
 from safetensors.numpy import save_file
 from small_models import apple_gru
 from test_convert_forms import write_shards
 
+from mlx_pararnn.convert.readers import dcp, pickle_names
+from mlx_pararnn.convert.readers.pickles import load_pickle
 from mlx_pararnn.errors import PararnnError
 
 pytest_plugins = ("conversion_fixtures",)

@@ -19,10 +19,6 @@ pytest.importorskip("coremltools", reason="coremltools has no wheel for this Pyt
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_pararnn.cli.app import app
-from mlx_pararnn.convert.coreml import memory, verification
-from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
-from mlx_pararnn.convert.coreml.weights import Half, Linear, Palette, stored
 from pt_writer import write_pt
 from running import convert
 from small_models import apple_gru, babylm
@@ -31,6 +27,10 @@ from typer.testing import CliRunner
 from mlx_pararnn import Cell, Model, ModelArgs, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cells.dual import Dual, DualFunctions
+from mlx_pararnn.cli.app import app
+from mlx_pararnn.convert.coreml import memory, package_check
+from mlx_pararnn.convert.coreml.constants import Half, Linear, Palette, stored
+from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
 
 pytest_plugins = ("conversion_fixtures",)
 
@@ -246,6 +246,7 @@ def test_the_op_namespace_is_that_of_numpy(name):
     import coremltools as ct
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function
+
     from mlx_pararnn.convert.coreml.values import Value, ValueFunctions
 
     def formula(F, x):
@@ -446,7 +447,7 @@ def packages(tmp_path_factory):
 
 
 def test_verify_without_a_mac_says_what_it_did_not_do(packages, monkeypatch):
-    monkeypatch.setattr(verification, "can_predict", lambda: False)
+    monkeypatch.setattr(package_check, "can_predict", lambda: False)
     result = verify(packages())
     assert result.exit_code == 1
     assert "the package is whole" in result.stderr
@@ -474,8 +475,8 @@ class StandIn:
 @pytest.mark.parametrize("options", [[], ["--state", "io"], ["--argmax"]])
 def test_verify_compares_every_processor_with_the_reference(packages, monkeypatch, options):
     out = packages(*options)
-    monkeypatch.setattr(verification, "can_predict", lambda: True)
-    monkeypatch.setattr(verification, "open_function", lambda package, name, unit: StandIn(package, name))
+    monkeypatch.setattr(package_check, "can_predict", lambda: True)
+    monkeypatch.setattr(package_check, "open_function", lambda package, name, unit: StandIn(package, name))
     result = verify(out, "--json")
     assert result.exit_code == 0, result.output
     checks = json.loads(result.stdout)["checks"]
@@ -483,7 +484,7 @@ def test_verify_compares_every_processor_with_the_reference(packages, monkeypatc
     if not options:
         assert all(0 < c["difference"] < 5e-3 and "9 of 9" in c["note"] for c in checks)
         monkeypatch.setattr(
-            verification,
+            package_check,
             "open_function",
             lambda package, name, unit: StandIn(package, name, wrong=float(unit == "CPU_AND_NE")),
         )
@@ -493,7 +494,7 @@ def test_verify_compares_every_processor_with_the_reference(packages, monkeypatc
 
 
 def test_verify_of_a_package_that_is_not_whole(packages, tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "can_predict", lambda: False)
+    monkeypatch.setattr(package_check, "can_predict", lambda: False)
     out = shutil.copytree(packages(), tmp_path / "out")
     made = settings(out)
     (out / "pararnn.json").write_text(json.dumps(made | {"chunk": 9}))

@@ -8,12 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from mlx_pararnn.convert.checkpoint import open_checkpoint
 from pt_writer import View, write_pt
 from running import config, convert, weights
 from safetensors.numpy import load_file, save_file
 from small_models import apple_gru, babylm, torch_lm
 from test_convert_tokenizer import tokenizer_json
+
+from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 
 pytest_plugins = ("conversion_fixtures",)
 
@@ -197,7 +198,7 @@ def test_a_path_with_a_weights_name_is_never_looked_for_on_the_hub(refused, monk
 
 def test_strides_read_in_pieces_are_what_pytorch_sees(accepted, monkeypatch, tmp_path):
     """A transposed matrix, a column slice and heads of a B, with pieces smaller than any of them."""
-    from mlx_pararnn.convert import buffers, tensors
+    from mlx_pararnn.convert.readers import buffers, tensors
 
     model = apple_gru(d=16, width=40)
     plain = weights(accepted(write_pt(tmp_path / "plain.pt", model)))

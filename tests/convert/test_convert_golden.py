@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-from mlx_pararnn.convert.checkpoint import open_checkpoint
 from running import config, weights
 from safetensors import safe_open
 from safetensors.numpy import load_file
+
+from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 
 pytest_plugins = ("conversion_fixtures",)
 

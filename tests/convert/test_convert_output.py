@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mlx_pararnn.convert import output_folder
-from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from pt_writer import write_pt
 from running import convert
 from safetensors.numpy import save_file
 from small_models import apple_gru, torch_lm
+
+from mlx_pararnn.convert.to_mlx import convert_to_mlx
+from mlx_pararnn.convert.writers import output_folder
 
 pytest_plugins = ("conversion_fixtures",)
 
@@ -130,7 +131,7 @@ def test_an_interrupt_between_two_tensors_leaves_nothing(model, tmp_path):
 
 SLOW = """
 import time
-import mlx_pararnn.convert.safetensors_writer as safetensors_writer
+import mlx_pararnn.convert.writers.safetensors_writer as safetensors_writer
 put = safetensors_writer._put
 def slowly(*arguments):
     time.sleep(0.1)

@@ -7,11 +7,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from mlx_pararnn.convert.pickles import load_pickle
 from pt_writer import Call, Raw, View, write_archive, write_pt
 from running import weights
 from small_models import apple_gru
 
+from mlx_pararnn.convert.readers.pickles import load_pickle
 from mlx_pararnn.errors import PararnnError
 
 pytest_plugins = ("conversion_fixtures",)

@@ -6,9 +6,6 @@ from pathlib import Path
 import mlx_lm.utils
 import numpy as np
 import pytest
-from mlx_pararnn.convert import buffers
-from mlx_pararnn.convert.quantize import MODES, Plan, quantization
-from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from pt_writer import write_pt
 from running import config, convert
 from safetensors import safe_open
@@ -16,6 +13,9 @@ from safetensors.numpy import load_file, save_file
 from small_models import TORCH_CELLS, apple_gru, babylm, torch_lm
 
 import mlx_pararnn
+from mlx_pararnn.convert.readers import buffers
+from mlx_pararnn.convert.to_mlx import convert_to_mlx
+from mlx_pararnn.convert.writers.quantize import MODES, Plan, quantization
 from mlx_pararnn.errors import PararnnError
 
 mx = pytest.importorskip("mlx.core")

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_pararnn.convert.byte_tokenizer import byte_tokenizer_files
 from pt_writer import write_pt
 from running import config
 from small_models import apple_gru
+
+from mlx_pararnn.convert.writers.byte_tokenizer import byte_tokenizer_files
 
 pytest_plugins = ("conversion_fixtures",)
 

@@ -5,14 +5,15 @@ import json
 import mlx_lm.utils
 import numpy as np
 import pytest
-from mlx_pararnn.convert import buffers, safetensors_writer
-from mlx_pararnn.convert.dtypes import all_finite, cast, transposed
-from mlx_pararnn.convert.tensors import boxes
-from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import mlx_pararnn
+from mlx_pararnn.convert.readers import buffers
+from mlx_pararnn.convert.readers.dtypes import all_finite, cast, transposed
+from mlx_pararnn.convert.readers.tensors import boxes
+from mlx_pararnn.convert.to_mlx import convert_to_mlx
+from mlx_pararnn.convert.writers import safetensors_writer
 
 pytest_plugins = ("conversion_fixtures",)
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import oracle
 
-from mlx_pararnn.kernels import SHAPES, Launch
+from mlx_pararnn.compute.gpu import SHAPES, Launch
 
 from . import language
 from .build import CompileError

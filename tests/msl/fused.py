@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 
 from mlx_pararnn.cells import get_cell
-from mlx_pararnn.kernels import Launch, conv_launch, decode_launch, options
+from mlx_pararnn.compute.gpu import Launch, conv_launch, decode_launch, options
 
 from . import harness
 from .instances import CELLS, DTYPES

@@ -9,9 +9,9 @@ import numpy as np
 
 from mlx_pararnn.cells import Cell, get_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS
-from mlx_pararnn.kernels import CELLS as NAMES
-from mlx_pararnn.kernels import DTYPES as MLX_DTYPES
-from mlx_pararnn.kernels import SHAPES, Launch, newton_launch, options, sequential_launch
+from mlx_pararnn.compute.gpu import CELLS as NAMES
+from mlx_pararnn.compute.gpu import DTYPES as MLX_DTYPES
+from mlx_pararnn.compute.gpu import SHAPES, Launch, newton_launch, options, sequential_launch
 
 from .wrap import Input, dtype_name
 

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_pararnn.kernels import Launch
+from mlx_pararnn.compute.gpu import Launch
 
 METAL = Path(__file__).parents[2] / "metal"
 

@@ -8,8 +8,9 @@ import pytest
 from test_recurrence import loss_of, problem, solve
 
 import mlx_pararnn
-from mlx_pararnn import PararnnError, fused, get_cell, kernels
-from mlx_pararnn.recurrence import _kernels_agree, recurrence
+from mlx_pararnn import PararnnError, get_cell
+from mlx_pararnn.compute import gpu, layer_ops
+from mlx_pararnn.compute.recurrence import _kernels_agree, recurrence
 
 from . import harness
 
@@ -34,9 +35,9 @@ def mac(monkeypatch):
             for (n, a), dtype in zip(out.items(), launch.output_dtypes, strict=True)
         }
 
-    monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
-    monkeypatch.setattr(kernels, "run", run)
-    trials = _kernels_agree, fused._conv_works, fused._decode_works
+    monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
+    monkeypatch.setattr(gpu, "run", run)
+    trials = _kernels_agree, layer_ops._conv_works, layer_ops._decode_works
     for trial in trials:
         trial.cache_clear()
     yield names
@@ -61,14 +62,14 @@ def test_kernels_are_tried_once_and_then_used(mac):
 
 @pytest.mark.parametrize("fault", ["raises", "wrong numbers"])
 def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):
-    working = kernels.run
+    working = gpu.run
 
     def broken(launch, arrays, backend):
         if fault == "raises":
             raise RuntimeError("Unable to build metal library")
         return {name: array + 1 for name, array in working(launch, arrays, backend).items()}
 
-    monkeypatch.setattr(kernels, "run", broken)
+    monkeypatch.setattr(gpu, "run", broken)
     cell, params, u, _ = problem("gru", T=30)
     with pytest.warns(RuntimeWarning, match="the metal backend does not work here"):
         hidden, _ = solve(cell, params, u)
@@ -78,7 +79,7 @@ def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):
 def test_a_text_that_is_not_the_classs_is_refused():
     """SLOTS, GATES, PARAMS and OUTPUT of the Metal text are held against the Python class."""
     cell = get_cell("gru")
-    launch = kernels.sequential_launch(cell, (1, 1, 4, 3, 32), mx.float32)
+    launch = gpu.sequential_launch(cell, (1, 1, 4, 3, 32), mx.float32)
     wrong = replace(launch, header=launch.header.replace("SLOTS = 1", "SLOTS = 2"))
     arrays = {
         "u": np.zeros((1, 1, 4, 3, 32), np.float32),
@@ -93,7 +94,7 @@ def test_names_tell_texts_apart():
     """MLX's CUDA side keeps compiled kernels by name."""
     gru, relu = get_cell("gru"), get_cell("gru", {"state": "relu"})
     names = {
-        kernels.newton_launch(cell, (1, 1, 9, 3, 32), mx.float32, masked=masked, every=every).name
+        gpu.newton_launch(cell, (1, 1, 9, 3, 32), mx.float32, masked=masked, every=every).name
         for cell in (gru, relu)
         for masked in (False, True)
         for every in (0, 1, 2)
@@ -170,10 +171,10 @@ def test_recorded_by_mlx_itself(graph, monkeypatch, tmp_path):
         made.append(launch.name.split("_")[1])
         return recorded(launch, arrays, backend)
 
-    recorded = kernels.run
-    monkeypatch.setattr(kernels, "run", run)
-    monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
-    monkeypatch.setattr("mlx_pararnn.recurrence._kernels_agree", lambda *_: True)
+    recorded = gpu.run
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
+    monkeypatch.setattr("mlx_pararnn.compute.recurrence._kernels_agree", lambda *_: True)
     cell, params, u, state = problem("lstm", T=60, state=True)
     mask = mx.arange(60)[None] < mx.array([[60], [41]])
 
@@ -244,7 +245,7 @@ def test_the_environment_variable(launched, monkeypatch):
 
 def test_without_a_gpu_it_is_refused():
     cell, params, u, _ = problem("gru", T=30)
-    if kernels.available_backend() != "metal":
+    if gpu.available_backend() != "metal":
         with pytest.raises(PararnnError, match="backend 'metal' is not available"):
             solve(cell, params, u, backend="metal")
 
@@ -252,5 +253,5 @@ def test_without_a_gpu_it_is_refused():
 def test_tilings_by_size():
     cell = get_cell("gru")
     for D, channels in ((4096, 32), (1024, 32), (512, 16), (256, 8), (8, 8)):
-        launch = kernels.newton_launch(cell, (1, 1, 100, 3, D), mx.float32)
+        launch = gpu.newton_launch(cell, (1, 1, 100, 3, D), mx.float32)
         assert dict(launch.template)["CW"] == channels

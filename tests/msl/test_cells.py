@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 from mlx_pararnn import Cell, get_cell, register_cell
-from mlx_pararnn.kernels import Launch, newton_launch, sequential_launch
+from mlx_pararnn.compute.gpu import Launch, newton_launch, sequential_launch
 
 from . import harness, language
 from .instances import ACTIVATIONS

@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pararnn import Model, ModelArgs, fused, get_cell, kernels
+from mlx_pararnn import Model, ModelArgs, get_cell
+from mlx_pararnn.compute import gpu, layer_ops
 
 from . import cuda, language
 from .fused import all_calls, conv, decode
@@ -132,13 +133,15 @@ def arrays_of(call):
 def by_decode(call, cell, backend, **changed):
     a = arrays_of(call) | changed
     norm = (a["gate"], a["weight"], 0.01) if "gate" in a else ()
-    return fused.decode(get_cell(cell), a["params"], a["u"], a["bias"], a["initial"], *norm, backend=backend)
+    return layer_ops.decode(
+        get_cell(cell), a["params"], a["u"], a["bias"], a["initial"], *norm, backend=backend
+    )
 
 
 @needs_harness
 def test_kernels_are_tried_once_and_then_used(mac):  # noqa: F811
     for _ in range(2):
-        fused.conv_silu(*arrays_of(conv(1, 3, 8)).values(), backend="metal")
+        layer_ops.conv_silu(*arrays_of(conv(1, 3, 8)).values(), backend="metal")
         by_decode(decode("gru", 1, 8), "gru", "metal")
     assert [name.split("_")[1] for name in mac] == ["conv"] * 3 + ["decode"] * 3 + ["conv", "decode"]
 
@@ -146,7 +149,7 @@ def test_kernels_are_tried_once_and_then_used(mac):  # noqa: F811
 @needs_harness
 @pytest.mark.parametrize("fault", ["raises", "wrong numbers"])
 def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):  # noqa: F811
-    working = kernels.run
+    working = gpu.run
 
     def broken(launch, arrays, backend):
         outputs = working(launch, arrays, backend)
@@ -156,10 +159,10 @@ def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):  #
             raise RuntimeError("Unable to build metal library")
         return {name: array + 1 for name, array in outputs.items()}
 
-    monkeypatch.setattr(kernels, "run", broken)
+    monkeypatch.setattr(gpu, "run", broken)
     call = conv(2, 5, 8)
     with pytest.warns(RuntimeWarning, match="does not work here .the convolution"):
-        y, window = fused.conv_silu(*arrays_of(call).values(), backend="metal")
+        y, window = layer_ops.conv_silu(*arrays_of(call).values(), backend="metal")
     assert call.compare({"y": np.array(y), "new_window": np.array(window)}) == ""
     call = decode("gru", 2, 8)
     with pytest.warns(RuntimeWarning, match="does not work here .decoding with 'gru'"):
@@ -171,7 +174,7 @@ def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):  #
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_functions_give_what_the_kernels_do(launched, dtype):  # noqa: F811
     call = conv(2, 20, 30, dtype=dtype)
-    y, window = fused.conv_silu(*arrays_of(call).values(), backend="metal")
+    y, window = layer_ops.conv_silu(*arrays_of(call).values(), backend="metal")
     step = decode("lstm", 2, 30, 3, dtype)
     z, last = by_decode(step, "lstm", "metal")
     assert [name.split("_")[1] for name in launched] == ["conv", "decode"]
@@ -185,13 +188,13 @@ def test_the_functions_give_what_the_kernels_do(launched, dtype):  # noqa: F811
 def test_kernels_see_one_dtype_of_weights_and_state(launched, monkeypatch):  # noqa: F811
     """MLX's CUDA side keeps compiled kernels by name and template, where those dtypes do not stand."""
     seen = []
-    working = kernels.run
+    working = gpu.run
 
     def run(launch, arrays, backend):
         seen.append((arrays["params"].dtype, arrays["initial"].dtype))
         return working(launch, arrays, backend)
 
-    monkeypatch.setattr(kernels, "run", run)
+    monkeypatch.setattr(gpu, "run", run)
     call = decode("gru", 1, 8)
     changed = {name: arrays_of(call)[name].astype(mx.float16) for name in ("params", "initial")}
     y, _ = by_decode(call, "gru", "metal", **changed)
@@ -209,7 +212,7 @@ def test_gradients(launched):  # noqa: F811
 
     def conv_loss(backend):
         def loss(*arrays):
-            y, window = fused.conv_silu(*arrays, backend=backend)
+            y, window = layer_ops.conv_silu(*arrays, backend=backend)
             return (y**2).sum() + (window**3).sum()
 
         return loss
@@ -241,8 +244,8 @@ def test_what_the_kernels_do_not_take_runs_in_ops(launched):  # noqa: F811
         ((x, window[:, :0], weight[:, :1], bias), None),
         ((x, window, half, bias), None),
     ):
-        given = fused.conv_silu(*arrays, spans, backend="metal")
-        for a, b in zip(given, fused.conv_silu(*arrays, spans), strict=True):
+        given = layer_ops.conv_silu(*arrays, spans, backend="metal")
+        for a, b in zip(given, layer_ops.conv_silu(*arrays, spans), strict=True):
             assert mx.array_equal(a, b)
     call = decode("gru", 2, 6)
     gate = arrays_of(call)["gate"].astype(mx.float16)

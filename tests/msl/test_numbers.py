@@ -13,7 +13,7 @@ import pytest
 from conftest import DATA, cell_cases
 
 from mlx_pararnn import get_cell
-from mlx_pararnn.kernels import SHAPES, newton_launch, sequential_launch
+from mlx_pararnn.compute.gpu import SHAPES, newton_launch, sequential_launch
 
 from . import harness
 from .build import CLANG, NO_CONTRACTION, clang

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_pararnn import kernels
+from mlx_pararnn.compute import gpu
 
 from .instances import all_instances
 from .sample import Sample
@@ -137,8 +137,8 @@ def test_mlx_still_breaks_a_body_without_attributes(tmp_path, capfd):
 
 def test_the_table_of_instantiations_is_complete():
     metal = Path(__file__).parents[2] / "metal"
-    assert {path.stem for path in metal.glob("*.metal")} == set(kernels.INSTANTIATIONS)
-    assert {path.stem for path in (metal / "cells").iterdir()} == set(kernels.CELLS)
+    assert {path.stem for path in metal.glob("*.metal")} == set(gpu.INSTANTIATIONS)
+    assert {path.stem for path in (metal / "cells").iterdir()} == set(gpu.CELLS)
 
 
 @pytest.mark.parametrize("made", list(all_instances()), ids=str)

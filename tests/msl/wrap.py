@@ -55,7 +55,7 @@ SMALL = 8  # inputs of fewer elements live in constant memory
 
 
 class KernelCall(Protocol):
-    """The fields of mlx_pararnn.kernels.Launch."""
+    """The fields of mlx_pararnn.compute.gpu.Launch."""
 
     name: str
     input_names: tuple[str, ...]

@@ -1,0 +1,119 @@
+"""Does a package give on this Mac what MLX gave when it was exported? `mlx-pararnn verify OUT`."""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.tools.verification import Check
+
+from ..readers.forms import COREML_FILE, COREML_REFERENCE, read_json_object
+from .tools import quiet, require_coremltools
+
+Array = npt.NDArray[Any]
+
+# ||logits - MLX's|| / ||MLX's||. Float16 computed on paper stays under half of it (docs/coreml.md).
+TOLERANCE = 1e-2
+# coremltools' names of the processors that a package may run on, and ours.
+UNITS = {"CPU_ONLY": "CPU", "CPU_AND_GPU": "GPU", "CPU_AND_NE": "Neural Engine"}
+
+
+def is_package(folder: Path) -> bool:
+    """True for a folder that `convert --to coreml` wrote."""
+    return (folder / COREML_FILE).is_file()
+
+
+def verify_package(folder: Path) -> Iterator[Check]:
+    """The reference text read by prefill and decode, on each kind of processor, against MLX's logits.
+
+    Raises:
+        PararnnError: the folder is not whole, or this is not a Mac that can run it.
+    """
+    settings = _checked_settings(folder)
+    try:
+        reference = load_file(folder / COREML_REFERENCE)
+        tokens, logits = reference["tokens"], reference["logits"]
+    except Exception as error:
+        raise PararnnError(f"{folder / COREML_REFERENCE}: cannot be read; export the model again") from error
+    if not can_predict():
+        raise PararnnError(
+            f"{folder}: the package is whole and says what {COREML_FILE} says, but Core ML runs on macOS 15 "
+            "or newer only, so none of its numbers were compared; run this on a Mac"
+        )
+    for unit, name in UNITS.items():
+        functions = {f: open_function(folder / settings["package"], f, unit) for f in settings["functions"]}
+        answers = _read(settings, functions, tokens)
+        expected = logits[-len(answers) :]
+        if settings["output"] == "token":
+            likeliest = np.array(answers).reshape(-1)
+            difference = float((likeliest != expected.argmax(-1)).sum())
+            yield Check(f"{name}: tokens that differ from MLX's", difference, 0.0, f"of {len(answers)}")
+            continue
+        ours = np.stack([np.asarray(a, np.float32).reshape(-1) for a in answers])
+        same = int((ours.argmax(-1) == expected.argmax(-1)).sum())
+        difference = float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+        note = f"{same} of {len(answers)} likeliest tokens equal"
+        yield Check(f"{name} against MLX in float32, relative", difference, TOLERANCE, note)
+
+
+def can_predict() -> bool:
+    return platform.system() == "Darwin" and int(platform.mac_ver()[0].split(".")[0]) >= 15
+
+
+def open_function(package: Path, name: str, unit: str) -> Any:
+    """A coremltools model of one function, on one kind of processor ("CPU_ONLY", ...)."""
+    import coremltools as ct
+
+    with quiet():
+        return ct.models.MLModel(
+            str(package), function_name=name, compute_units=getattr(ct.ComputeUnit, unit)
+        )
+
+
+def _checked_settings(folder: Path) -> dict[str, Any]:
+    """pararnn.json, once the package has been found to say the same of itself."""
+    settings = read_json_object(folder / COREML_FILE) or {}
+    if settings.get("format") != "pararnn-coreml" or settings.get("format_version") != 1:
+        raise PararnnError(f"{folder / COREML_FILE}: not a description this version reads; export again")
+    package = folder / str(settings.get("package"))
+    require_coremltools()
+    import coremltools as ct
+
+    try:
+        with quiet():
+            description = ct.utils.load_spec(str(package)).description
+    except Exception as error:  # coremltools has its own for each thing that may be missing
+        raise PararnnError(f"{package}: is no whole Core ML package; export the model again") from error
+    inside = description.metadata.userDefined.get("pararnn", "{}")
+    functions = [function.name for function in description.functions]
+    if json.loads(inside) != settings or functions != settings["functions"]:
+        raise PararnnError(f"{package}: is not the package that {COREML_FILE} describes; export again")
+    return settings
+
+
+def _read(settings: Mapping[str, Any], functions: Mapping[str, Any], tokens: Array) -> list[Any]:
+    """What the calls of a runner give: prefill for a first chunk, if there is one, then decode."""
+    in_graph = settings["state"] == "graph"
+    state = functions["decode"].make_state() if in_graph else None
+    passed = {} if in_graph else {s["name"]: np.zeros(s["shape"], s["dtype"]) for s in settings["states"]}
+    chunk = settings["chunk"] or 0
+    pieces = [("prefill", tokens[:chunk])] if chunk else []
+    pieces += [("decode", tokens[t : t + 1]) for t in range(chunk, len(tokens))]
+    answers, position = [], 0
+    for name, piece in pieces:
+        inputs = {"tokens": np.asarray(piece, np.int32)[None], **passed}
+        if settings["max_position_embeddings"] is not None:
+            inputs["position"] = np.array([position], np.int32)
+        outputs = (
+            functions[name].predict(inputs, state=state) if in_graph else functions[name].predict(inputs)
+        )
+        passed = {key: outputs[f"{key}_out"] for key in passed}
+        answers.append(outputs[settings["output"]])
+        position += len(piece)
+    return answers

@@ -1,0 +1,176 @@
+"""The tokenizer files of a model folder: found, checked against the vocabulary, copied or made."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_pararnn.errors import PararnnError
+
+from ..overrides import is_token_ids
+from ..readers.forms import read_json_object
+from ..readers.hub import is_hub_name, snapshot
+from ..readers.links import check_link
+from ..readers.wording import shown
+from .byte_tokenizer import BYTE_COUNT, byte_tokenizer_files
+
+# Anything else (Python files above all) is never copied.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_GENERATION = "generation_config.json"
+_CHOICES = "pass --tokenizer with a folder, a Hugging Face name, bytes (byte-level models) or none (ids only)"
+
+
+@dataclass
+class TokenizerFiles:
+    """What goes into the model folder: files to copy, texts to write, and token ids for config.json."""
+
+    copies: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    token_ids: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        for name, path in self.copies.items():
+            shutil.copyfile(path, folder / name)
+        for name, text in self.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def prepare_tokenizer(
+    choice: str | Path | None, beside: Path, vocab_size: int, given_ids: dict[str, Any]
+) -> TokenizerFiles:
+    """The files that `choice` stands for; None means those in `beside`, the checkpoint's folder.
+
+    `given_ids` (from --config) go before the end and start ids that the source's own files name.
+
+    Raises:
+        PararnnError: there is no tokenizer, it cannot be had, or it does not fit `vocab_size`.
+    """
+    match choice:
+        case None:
+            files = _from_folder(beside)
+            if not _has_vocabulary(files):
+                raise PararnnError(f"{beside}: no tokenizer files beside the checkpoint; {_CHOICES}")
+        case "none":
+            files = TokenizerFiles()
+        case "bytes":
+            if vocab_size < BYTE_COUNT:
+                raise PararnnError(
+                    f"--tokenizer bytes needs a vocabulary of at least {BYTE_COUNT}, the model's is "
+                    f"{vocab_size}"
+                )
+            files = TokenizerFiles(texts=byte_tokenizer_files())
+        case _:
+            folder = _folder_of(choice)
+            files = _from_folder(folder)
+            if not _has_vocabulary(files):
+                raise PararnnError(f"{choice}: no tokenizer files there ({', '.join(_VOCABULARIES)})")
+    own_generation = beside / _GENERATION
+    if own_generation.is_file():
+        check_link(own_generation, beside)
+        files.copies[_GENERATION] = own_generation
+    _check_size(files.copies, vocab_size, choice or beside)
+    files.token_ids = _token_ids(files.copies, beside, given_ids, vocab_size)
+    if files.token_ids and _GENERATION not in files.copies:
+        files.texts[_GENERATION] = _json_text(files.token_ids)
+    return files
+
+
+def _from_folder(folder: Path) -> TokenizerFiles:
+    copies = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    for path in copies.values():
+        check_link(path, folder)
+    return TokenizerFiles(copies=copies)
+
+
+def _has_vocabulary(files: TokenizerFiles) -> bool:
+    return any(name in files.copies for name in _VOCABULARIES)
+
+
+def _folder_of(choice: str | Path) -> Path:
+    folder = Path(choice)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise PararnnError(
+            f"{choice}: --tokenizer takes the folder that holds the tokenizer files, not a file"
+        )
+    if not isinstance(choice, str) or not is_hub_name(choice):
+        raise PararnnError(f"{choice}: no such folder; {_CHOICES}")
+    return snapshot(choice, TOKENIZER_FILES, _CHOICES)
+
+
+def _check_size(copies: dict[str, Path], vocab_size: int, where: str | Path) -> None:
+    largest = max(_vocabulary(copies).values(), default=-1)
+    if largest >= vocab_size:
+        raise PararnnError(
+            f"{where}: the tokenizer has more tokens than the model (largest id {largest}, the model's "
+            f"vocabulary is {vocab_size}); pass the tokenizer that the model was trained with"
+        )
+
+
+def _vocabulary(copies: dict[str, Path]) -> dict[str, int]:
+    """Token -> id, from the files that say it in JSON; a SentencePiece model's is not read."""
+    entries: dict[str, Any] = {}
+    if path := copies.get("tokenizer.json"):
+        content = read_json_object(path) or {}
+        model = content.get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocab, dict):
+            entries |= vocab
+        elif isinstance(vocab, list):
+            entries |= {
+                str(item[0]): id_ for id_, item in enumerate(vocab) if isinstance(item, list) and item
+            }
+        added = content.get("added_tokens")
+        for item in added if isinstance(added, list) else []:
+            if isinstance(item, dict):
+                entries[str(item.get("content"))] = item.get("id")
+    else:
+        for name in ("vocab.json", "added_tokens.json"):
+            if name in copies:
+                entries |= read_json_object(copies[name]) or {}
+    return {token: id_ for token, id_ in entries.items() if type(id_) is int}
+
+
+def _token_ids(
+    copies: dict[str, Path], beside: Path, given: dict[str, Any], vocab_size: int
+) -> dict[str, Any]:
+    """eos_token_id and bos_token_id: from --config, else config.json, generation settings, the tokenizer."""
+    generation = read_json_object(copies[_GENERATION]) if _GENERATION in copies else None
+    sources = [given, read_json_object(beside / "config.json"), generation, _named_ids(copies)]
+    found: dict[str, Any] = {}
+    for key in ("eos_token_id", "bos_token_id"):
+        value = next((ids[key] for ids in sources if ids and is_token_ids(ids.get(key))), None)
+        if value is None:
+            continue
+        if max(value if isinstance(value, list) else [value]) >= vocab_size:
+            raise PararnnError(
+                f"{beside}: {key} {shown(str(value))} is outside the model's vocabulary of {vocab_size}; "
+                f'pass --config with a file that says {{"{key}": ...}}'
+            )
+        found[key] = value
+    return found
+
+
+def _named_ids(copies: dict[str, Path]) -> dict[str, Any]:
+    if "tokenizer_config.json" not in copies:
+        return {}
+    config = read_json_object(copies["tokenizer_config.json"]) or {}
+    vocabulary = _vocabulary(copies)
+    found = {}
+    for key in ("eos_token", "bos_token"):
+        token = config.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in vocabulary:
+            found[f"{key}_id"] = vocabulary[token]
+    return found
+
+
+def _json_text(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,122 @@
+// The elementwise work around the recurrence on a CPU; stands behind cpu.h and cpu_linear.h, whose product it
+// exports too. mlx_pararnn/fused.py has the same in MLX's ops. Arrays of B x T rows of `width` numbers; row strides
+// count elements, a row's own numbers are neighbours. Computed in float32.
+
+namespace pararnn {
+
+constexpr int64_t ROWS = 16;  // what a thread takes at a time
+
+inline Vec silu(Vec x) { return x / (1.0f + metal::precise::exp(-x)); }
+
+template <typename Work>
+void rows_in_parallel(int64_t rows, int threads, const Work& work) {
+  in_parallel((rows + ROWS - 1) / ROWS, threads, [&](int64_t item) {
+    const int64_t end = (item + 1) * ROWS < rows ? (item + 1) * ROWS : rows;
+    for (int64_t row = item * ROWS; row < end; ++row) work(row);
+  });
+}
+
+// out = silu(gate) * up
+template <typename T>
+void swiglu(const void* const* in, void* out, const int64_t* size, const float*, int threads) {
+  const int64_t rows = size[0], width = size[1], gate_stride = size[2], up_stride = size[3];
+  rows_in_parallel(rows, threads, [&](int64_t row) {
+    const T* gate = static_cast<const T*>(in[0]) + row * gate_stride;
+    const T* up = static_cast<const T*>(in[1]) + row * up_stride;
+    T* to = static_cast<T*>(out) + row * width;
+    vectors(width, [&](int64_t i, int n) { store(to + i, silu(load(gate + i, n)) * load(up + i, n), n); });
+  });
+}
+
+// 1 / sqrt(mean(x^2) + eps) of a row
+template <typename T>
+inline Vec norm_scale(const T* x, int64_t width, float eps) {
+  Vec squares(0.0f);
+  vectors(width, [&](int64_t i, int n) {
+    const Vec value = load(x + i, n);
+    squares = squares + value * value;
+  });
+  float sum = 0.0f;
+  for (int lane = 0; lane < LANES; ++lane) sum += squares.v[lane];
+  return 1.0f / std::sqrt(sum / float(width) + eps);
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight; weight in float32
+template <typename T>
+void rms_norm(const void* const* in, void* out, const int64_t* size, const float* eps, int threads) {
+  const int64_t rows = size[0], width = size[1], stride = size[2];
+  const float* weight = static_cast<const float*>(in[1]);
+  rows_in_parallel(rows, threads, [&](int64_t row) {
+    const T* x = static_cast<const T*>(in[0]) + row * stride;
+    T* to = static_cast<T*>(out) + row * width;
+    const Vec scale = norm_scale(x, width, eps[0]);
+    vectors(width, [&](int64_t i, int n) { store(to + i, load(x + i, n) * scale * load(weight + i, n), n); });
+  });
+}
+
+// out = rms_norm(hidden) * silu(gate); weight in float32
+template <typename T>
+void gated_norm(const void* const* in, void* out, const int64_t* size, const float* eps, int threads) {
+  const int64_t rows = size[0], width = size[1], hidden_stride = size[2], gate_stride = size[3];
+  const float* weight = static_cast<const float*>(in[2]);
+  rows_in_parallel(rows, threads, [&](int64_t row) {
+    const T* hidden = static_cast<const T*>(in[0]) + row * hidden_stride;
+    const T* gate = static_cast<const T*>(in[1]) + row * gate_stride;
+    T* to = static_cast<T*>(out) + row * width;
+    const Vec scale = norm_scale(hidden, width, eps[0]);
+    vectors(width, [&](int64_t i, int n) {
+      store(to + i, load(hidden + i, n) * scale * load(weight + i, n) * silu(load(gate + i, n)), n);
+    });
+  });
+}
+
+// out = silu(bias + sum_k weight_k * input_{t - K + 1 + k}), where the K - 1 inputs before the first are the
+// window's; weight (K, width) and bias in float32.
+template <typename T, int TAPS>
+void conv_of_taps(const void* const* in, void* out, const int64_t* size, int threads) {
+  const int64_t B = size[0], steps = size[1], width = size[2], K = TAPS ? TAPS : size[3];
+  const int64_t x_batch_stride = size[4], x_stride = size[5];
+  const float* weight = static_cast<const float*>(in[2]);
+  const float* bias = static_cast<const float*>(in[3]);
+  rows_in_parallel(B * steps, threads, [&](int64_t row) {
+    const int64_t b = row / steps, t = row % steps;
+    const T* x = static_cast<const T*>(in[0]) + b * x_batch_stride;
+    const T* window = static_cast<const T*>(in[1]) + b * (K - 1) * width;
+    T* to = static_cast<T*>(out) + row * width;
+    vectors(width, [&](int64_t i, int n) {
+      Vec y = load(bias + i, n);
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t place = t + k;  // among window and x in a row
+        const T* from = place < K - 1 ? window + place * width : x + (place - K + 1) * x_stride;
+        y = y + load(weight + k * width + i, n) * load(from + i, n);
+      }
+      store(to + i, silu(y), n);
+    });
+  });
+}
+
+template <typename T>
+void conv_silu(const void* const* in, void* out, const int64_t* size, const float*, int threads) {
+  if (size[3] == 4) {  // what models have; the compiler unrolls it
+    conv_of_taps<T, 4>(in, out, size, threads);
+  } else {
+    conv_of_taps<T, 0>(in, out, size, threads);
+  }
+}
+
+}  // namespace pararnn
+
+#define PARARNN_EXPORT(name, dtype, T)                                                        \
+  extern "C" void name##_##dtype(const void* const* in, void* out, const int64_t* size,       \
+                                 const float* number, int threads) {                          \
+    pararnn::name<T>(in, out, size, number, threads);                                         \
+  }
+#define PARARNN_EXPORTS(name)                \
+  PARARNN_EXPORT(name, float32, float)       \
+  PARARNN_EXPORT(name, float16, pararnn::Float16)    \
+  PARARNN_EXPORT(name, bfloat16, pararnn::Bfloat16)
+PARARNN_EXPORTS(swiglu)
+PARARNN_EXPORTS(rms_norm)
+PARARNN_EXPORTS(gated_norm)
+PARARNN_EXPORTS(conv_silu)
+PARARNN_EXPORTS(product)

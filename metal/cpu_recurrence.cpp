@@ -1,0 +1,125 @@
+// The recurrence straight through time on a CPU: flights of neighbouring channels, shared out to threads.
+// Stands behind cpu.h, cpu_vectors.h, dual.h, activations.h and a cell's text (mlx_pararnn/compute/cpu.py assembles it).
+
+namespace pararnn {
+
+constexpr int WIDTH = FLIGHT * LANES;  // channels of a flight
+constexpr int FLIGHTS = 2;             // that take turns: one's instructions fill the other's waits
+constexpr int AHEAD = 8;  // steps that u is fetched ahead: a row of it is longer than what hardware guesses
+constexpr int TILE = 64;  // steps that a thread makes for all its channels before it makes the next: pages stay near
+
+// Shapes as in metal/README.md; strides of u count elements, those of its channels are 1.
+struct Call {
+  const void* u;
+  const float* params;
+  const float* initial;
+  const uint8_t* mask;  // or null
+  void* hidden;
+  float* last;
+  float* states;  // or null
+  int64_t u_strides[4];  // sequence, head, step, gate
+  int64_t B, heads, T, W, every;
+  int threads;
+};
+
+// Lanes of a flight's vector i that are among its first `count` channels.
+inline int lanes(int i, int count) {
+  const int left = count - i * LANES;
+  return left < 0 ? 0 : left < LANES ? left : LANES;
+}
+
+template <typename T>
+inline Flight load_flight(const T* from, int count) {
+  Flight x;
+  for (int i = 0; i < FLIGHT; ++i) {
+    const int n = lanes(i, count);
+    x.v[i] = n > 0 ? load(from + i * LANES, n) : Vec(0.0f);
+  }
+  return x;
+}
+
+template <typename T>
+inline void store_flight(T* to, const Flight& x, int count) {
+  for (int i = 0; i < FLIGHT; ++i) {
+    const int n = lanes(i, count);
+    if (n > 0) store(to + i * LANES, x.v[i], n);
+  }
+}
+
+// Steps from...to of N flights from channel w0 of a head; one alone may have fewer than WIDTH channels. Between
+// calls the state is in call.last.
+template <typename T, int N>
+void run(const Call& call, int64_t b, int64_t head, int64_t w0, int channels, int64_t from, int64_t to) {
+  constexpr int SLOTS = Cell::SLOTS, GATES = Cell::GATES, PARAMS = Cell::PARAMS;
+  const int count = N > 1 ? WIDTH : channels;  // known to the compiler where it matters
+  const int64_t D = call.heads * call.W;
+  const int64_t d0 = head * call.W + w0;
+  const float* before = (from > 0 ? call.last : call.initial) + b * SLOTS * D + d0;
+  Flight w[N][PARAMS], state[N][SLOTS];
+  for (int n = 0; n < N; ++n) {
+    for (int p = 0; p < PARAMS; ++p) w[n][p] = load_flight(call.params + p * D + d0 + n * WIDTH, count);
+    for (int s = 0; s < SLOTS; ++s) state[n][s] = load_flight(before + s * D + n * WIDTH, count);
+  }
+  const T* u = static_cast<const T*>(call.u) + b * call.u_strides[0] + head * call.u_strides[1] +
+               from * call.u_strides[2] + w0;
+  T* hidden = static_cast<T*>(call.hidden) + (b * call.T + from) * D + d0;
+  for (int64_t t = from; t < to; ++t, u += call.u_strides[2], hidden += D) {
+    const bool keep = !call.mask || call.mask[b * call.T + t];
+    for (int n = 0; n < N; ++n) {
+      if (keep) {
+        Flight x[GATES];
+        for (int g = 0; g < GATES; ++g) {
+          const T* gate = u + g * call.u_strides[3] + n * WIDTH;
+          for (int i = 0; i < FLIGHT; ++i) {
+            __builtin_prefetch(gate + AHEAD * call.u_strides[2] + i * LANES);
+          }
+          x[g] = load_flight(gate, count);
+        }
+        Cell::step(state[n], x, w[n]);
+      }
+      store_flight(hidden + n * WIDTH, keep ? state[n][Cell::OUTPUT] : Flight(0.0f), count);
+    }
+    if (call.states && (t + 1) % call.every == 0) {
+      float* kept = call.states + (b * (call.T / call.every) + t / call.every) * SLOTS * D + d0;
+      for (int n = 0; n < N; ++n) {
+        for (int s = 0; s < SLOTS; ++s) store_flight(kept + s * D + n * WIDTH, state[n][s], count);
+      }
+    }
+  }
+  for (int n = 0; n < N; ++n) {
+    for (int s = 0; s < SLOTS; ++s) {
+      store_flight(call.last + (b * SLOTS + s) * D + d0 + n * WIDTH, state[n][s], count);
+    }
+  }
+}
+
+template <typename T>
+void recurrence(const Call& call) {
+  // Which channels go together depends on W alone, so that a channel's rounding depends on neither batch nor T.
+  const int64_t wide = call.W / (FLIGHTS * WIDTH);
+  const int64_t rest = call.W - wide * FLIGHTS * WIDTH;
+  const int64_t blocks = wide + (rest + WIDTH - 1) / WIDTH;
+  const int64_t items = call.B * call.heads * blocks;
+  // Two pieces a thread: long rows to read, and a core that is slow or busy leaves one to another.
+  const int64_t pieces = items < 2 * call.threads ? items : 2 * call.threads;
+  in_parallel(pieces, call.threads, [&](int64_t piece) {
+    for (int64_t from = 0; from < call.T; from += TILE) {
+      const int64_t to = from + TILE < call.T ? from + TILE : call.T;
+      for (int64_t item = items * piece / pieces; item < items * (piece + 1) / pieces; ++item) {
+        const int64_t b = item / (call.heads * blocks), head = item / blocks % call.heads, block = item % blocks;
+        if (block < wide) {
+          run<T, FLIGHTS>(call, b, head, block * FLIGHTS * WIDTH, WIDTH, from, to);
+        } else {
+          const int64_t w0 = wide * FLIGHTS * WIDTH + (block - wide) * WIDTH;
+          run<T, 1>(call, b, head, w0, call.W - w0 < WIDTH ? int(call.W - w0) : WIDTH, from, to);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace pararnn
+
+extern "C" void pararnn_float32(const pararnn::Call* call) { pararnn::recurrence<float>(*call); }
+extern "C" void pararnn_float16(const pararnn::Call* call) { pararnn::recurrence<pararnn::Float16>(*call); }
+extern "C" void pararnn_bfloat16(const pararnn::Call* call) { pararnn::recurrence<pararnn::Bfloat16>(*call); }

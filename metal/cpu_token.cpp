@@ -1,0 +1,245 @@
+// One token through all layers of a model on a CPU, in one call: what costs MLX some forty primitives a layer.
+// Stands behind cpu.h, cpu_linear.h, cpu_elementwise.cpp, dual.h, activations.h and a cell's text
+// (mlx_pararnn/host_decode.py assembles it and says what stands where; mlx_pararnn/model.py has the same in MLX).
+// Weights have one dtype T; everything between them is float32.
+//
+// Every thread owns a range of channels. What needs all channels (a norm) every thread computes for itself; where
+// one thread reads what others wrote, all meet.
+
+namespace pararnn {
+
+// A null pointer: this model has no such part. Matrices as nn.Linear has them, one row an output.
+struct Layer {
+  const void *norm, *norm_bias;  // (D); with a bias it is LayerNorm, else RMSNorm
+  const void *in_proj;           // (2 D, D): main branch, gate
+  const void *conv, *conv_bias;  // (D, K), (D)
+  const void *cell_proj, *bias;  // (heads, gates * W, W), (heads, gates * W)
+  const float* params;           // (PARAMS, D)
+  const void *mixer_norm, *out_proj;
+  const void* residual_scale;  // (1)
+  const void *mlp_norm, *mlp_norm_bias;
+  const void *gate, *gate_bias, *up, *up_bias;  // (I, D), (I)
+  const void *down, *down_bias;                 // (D, I), (D)
+  const float* state;                           // (B, SLOTS, D)
+  const void* window;                           // (B, K - 1, D)
+  float* new_state;
+  void* new_window;
+};
+
+struct Token {
+  const Layer* layers;
+  const void *norm, *norm_bias;
+  const void* x;  // (B, D)
+  void* y;        // (B, D): the last norm's output
+  int64_t depth, B, heads, W, taps, wide;  // wide: I, the width of the MLP
+  float eps;
+  int mlp_residual, threads;
+};
+
+template <typename T>
+void layer_norm(const float* x, const T* weight, const T* bias, int64_t width, float eps, float* y) {
+  float sum = 0.0f, squares = 0.0f;
+  for (int64_t i = 0; i < width; ++i) sum += x[i];
+  const float mean = sum / float(width);
+  for (int64_t i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const Vec scale = 1.0f / std::sqrt(squares / float(width) + eps);
+  vectors(width, [&](int64_t i, int n) {
+    store(y + i, (load(x + i, n) - mean) * scale * load(weight + i, n) + load(bias + i, n), n);
+  });
+}
+
+template <typename T>
+void norm_of(const float* x, const void* weight, const void* bias, int64_t width, float eps, float* y) {
+  const T* w = static_cast<const T*>(weight);
+  if (bias) return layer_norm(x, w, static_cast<const T*>(bias), width, eps, y);
+  const Vec scale = norm_scale(x, width, eps);
+  vectors(width, [&](int64_t i, int n) { store(y + i, load(x + i, n) * scale * load(w + i, n), n); });
+}
+
+// y[b, begin ... end) += bias
+template <typename T>
+void add_bias(const void* bias, float* y, int64_t stride, int64_t B, int64_t begin, int64_t end) {
+  if (!bias) return;
+  for (int64_t b = 0; b < B; ++b) {
+    vectors(end - begin, [&](int64_t i, int n) {
+      float* to = y + b * stride + begin + i;
+      store(to, load(to, n) + load(static_cast<const T*>(bias) + begin + i, n), n);
+    });
+  }
+}
+
+// What one thread does; `meet` returns when all threads have called it.
+template <typename T>
+class Decoder {
+ public:
+  Decoder(const Token& token, float* shared, int member, int members)
+      : t(token), D(token.heads * token.W), B(token.B), x(shared), gate(x + B * D), input(gate + B * D),
+        u(input + B * D), hidden(u + B * Cell::GATES * D), mid(hidden + B * D), mine(B * (D + t.wide)) {
+    const auto share = [&](int64_t width, int64_t i) {
+      return i == members ? width : width / LANES * i / members * LANES;
+    };
+    begin = share(D, member), end = share(D, member + 1);
+    wide_begin = share(t.wide, member), wide_end = share(t.wide, member + 1);
+  }
+
+  static int64_t shared_size(const Token& t) { return t.B * ((4 + Cell::GATES) * t.heads * t.W + t.wide); }
+
+  template <typename Meet>
+  void run(const Meet& meet) {
+    for (int64_t b = 0; b < B; ++b) {
+      own([&](int64_t i, int n) { store(x + b * D + i, load(at(t.x) + b * D + i, n), n); });
+    }
+    meet();
+    for (int64_t i = 0; i < t.depth; ++i) layer(t.layers[i], meet);
+    norms(x, t.norm, t.norm_bias);
+    for (int64_t b = 0; b < B; ++b) {
+      own([&](int64_t i, int n) { store(static_cast<T*>(t.y) + b * D + i, load(&mine[b * D + i], n), n); });
+    }
+  }
+
+ private:
+  const Token& t;
+  const int64_t D, B;
+  float *x, *gate, *input, *u, *hidden, *mid;  // all threads'
+  std::vector<float> mine;
+  int64_t begin, end, wide_begin, wide_end;
+
+  static const T* at(const void* pointer) { return static_cast<const T*>(pointer); }
+
+  template <typename Work>
+  void own(const Work& work) {
+    vectors(end - begin, [&](int64_t i, int n) { work(begin + i, n); });
+  }
+
+  void norms(const float* from, const void* weight, const void* bias) {
+    for (int64_t b = 0; b < B; ++b) norm_of<T>(from + b * D, weight, bias, D, t.eps, &mine[b * D]);
+  }
+
+  // y[b, begin ... end) = those rows of weight times what stands in `from`
+  void product(const void* weight, const float* from, int64_t width, float* y, int64_t stride, int64_t first,
+               int64_t last) {
+    product_rows(at(weight), from, width, width, B, y, stride, first, last);
+  }
+
+  template <typename Meet>
+  void layer(const Layer& l, const Meet& meet) {
+    norms(x, l.norm, l.norm_bias);
+    if (l.in_proj) {
+      product(l.in_proj, mine.data(), D, hidden, D, begin, end);
+      product(at(l.in_proj) + D * D, mine.data(), D, gate, D, begin, end);
+      convolve(l);
+      meet();
+    }
+    step(l, l.in_proj ? input : mine.data());
+    meet();
+    float* mixed = hidden;
+    if (l.out_proj) {
+      norms(hidden, l.mixer_norm, nullptr);
+      for (int64_t b = 0; b < B; ++b) {
+        vectors(D, [&](int64_t i, int n) {
+          float* y = &mine[b * D + i];
+          store(y, load(y, n) * silu(load(gate + b * D + i, n)), n);
+        });
+      }
+      mixed = u;  // of no more use
+      product(l.out_proj, mine.data(), D, mixed, D, begin, end);
+    }
+    const Vec scale = l.residual_scale ? load(at(l.residual_scale), 1).v[0] : 1.0f;
+    for (int64_t b = 0; b < B; ++b) {
+      own([&](int64_t i, int n) {
+        float* to = x + b * D + i;
+        store(to, load(mixed + b * D + i, n) + scale * load(to, n), n);
+      });
+    }
+    meet();
+    norms(x, l.mlp_norm, l.mlp_norm_bias);
+    float* y = &mine[B * D];
+    product(l.up, mine.data(), D, mid, t.wide, wide_begin, wide_end);
+    add_bias<T>(l.up_bias, mid, t.wide, B, wide_begin, wide_end);
+    if (l.gate) {
+      product(l.gate, mine.data(), D, y, t.wide, wide_begin, wide_end);
+      add_bias<T>(l.gate_bias, y, t.wide, B, wide_begin, wide_end);
+    }
+    for (int64_t b = 0; b < B; ++b) {
+      float* to = mid + b * t.wide;
+      if (l.gate) {
+        const float* from = y + b * t.wide;
+        vectors(wide_end - wide_begin, [&](int64_t i, int n) {
+          store(to + wide_begin + i, silu(load(from + wide_begin + i, n)) * load(to + wide_begin + i, n), n);
+        });
+      } else {  // the exact GELU
+        for (int64_t i = wide_begin; i < wide_end; ++i) to[i] *= 0.5f * (1.0f + std::erf(to[i] * 0.707106781f));
+      }
+    }
+    meet();
+    product(l.down, mid, t.wide, hidden, D, begin, end);
+    add_bias<T>(l.down_bias, hidden, D, B, begin, end);
+    for (int64_t b = 0; b < B; ++b) {
+      own([&](int64_t i, int n) {
+        float* to = x + b * D + i;
+        const Vec added = load(hidden + b * D + i, n);
+        store(to, t.mlp_residual ? load(to, n) + added : added, n);
+      });
+    }
+    meet();
+  }
+
+  // The causal convolution and SiLU of what in_proj left in `hidden`, into `input`.
+  void convolve(const Layer& l) {
+    const int64_t K = t.taps;
+    for (int64_t b = 0; b < B; ++b) {
+      const T* window = at(l.window) + b * (K - 1) * D;
+      T* moved = static_cast<T*>(l.new_window) + b * (K - 1) * D;
+      own([&](int64_t i, int n) {
+        Vec y = load(at(l.conv_bias) + i, n);
+        for (int64_t k = 0; k < K; ++k) {
+          T weight[LANES] = {};
+          for (int lane = 0; lane < n; ++lane) weight[lane] = at(l.conv)[(i + lane) * K + k];
+          const Vec tap = k < K - 1 ? load(window + k * D + i, n) : load(hidden + b * D + i, n);
+          y = y + load(weight, LANES) * tap;
+          if (k > 0) store(moved + (k - 1) * D + i, tap, n);
+        }
+        store(input + b * D + i, silu(y), n);
+      });
+    }
+  }
+
+  // Input projection, bias and the cell's step for this thread's channels, into `hidden`.
+  void step(const Layer& l, const float* from) {
+    constexpr int SLOTS = Cell::SLOTS, GATES = Cell::GATES, PARAMS = Cell::PARAMS;
+    const int64_t W = t.W;
+    for (int64_t head = begin / W; head * W < end; ++head) {
+      const int64_t first = std::max(begin, head * W), last = std::min(end, (head + 1) * W);
+      for (int g = 0; g < GATES; ++g) {
+        const int64_t row = (head * GATES + g) * W - head * W;  // of the head's channel 0, less that channel
+        product_rows(at(l.cell_proj) + row * W, from + head * W, D, W, B, u + g * D, GATES * D, first, last);
+        add_bias<T>(at(l.bias) + row, u + g * D, GATES * D, B, first, last);
+      }
+    }
+    for (int64_t b = 0; b < B; ++b) {
+      own([&](int64_t i, int n) {
+        Vec w[PARAMS], gates[GATES], state[SLOTS];
+        for (int p = 0; p < PARAMS; ++p) w[p] = load(l.params + p * D + i, n);
+        for (int g = 0; g < GATES; ++g) gates[g] = load(u + (b * GATES + g) * D + i, n);
+        for (int s = 0; s < SLOTS; ++s) state[s] = load(l.state + (b * SLOTS + s) * D + i, n);
+        Cell::step(state, gates, w);
+        for (int s = 0; s < SLOTS; ++s) store(l.new_state + (b * SLOTS + s) * D + i, state[s], n);
+        store(hidden + b * D + i, state[Cell::OUTPUT], n);
+      });
+    }
+  }
+};
+
+template <typename T>
+void decode(const Token& token) {
+  std::vector<float> shared(Decoder<T>::shared_size(token));
+  together(token.threads, [&](int member, int members, const auto& meet) {
+    Decoder<T>(token, shared.data(), member, members).run(meet);
+  });
+}
+
+}  // namespace pararnn
+
+extern "C" void decode_float32(const pararnn::Token* token) { pararnn::decode<float>(*token); }
+extern "C" void decode_float16(const pararnn::Token* token) { pararnn::decode<pararnn::Float16>(*token); }
+extern "C" void decode_bfloat16(const pararnn::Token* token) { pararnn::decode<pararnn::Bfloat16>(*token); }

@@ -1,0 +1,350 @@
+"""A conversation whose whole memory is the recurrent state: history is never read again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from safetensors import SafetensorError, safe_open
+
+from ..cache import RecurrentCache
+from ..errors import PararnnError
+from ..generation import check_text, encode, stream_generate
+from ..model import Model
+
+# Stands for what has been read when the chat template is asked what comes after it.
+_READ = "\ue000read\ue001"
+# So many answers can be undone; each costs two states.
+UNDO_LIMIT = 64
+
+
+class _Point(NamedTuple):
+    """A moment of a talk."""
+
+    messages: list[dict[str, str]]
+    cache: list[RecurrentCache]
+    last_token: int | None
+
+
+class _Turn(NamedTuple):
+    """A question that was answered: the moment before it, and the state that lacks its last token only."""
+
+    text: str
+    before: _Point
+    cache: list[RecurrentCache]
+    token: int
+
+
+class Chat:
+    """A talk with a model: `respond` streams an answer, the state goes on from turn to turn.
+
+    With a chat template each turn is rendered by it; without one the text is fed as it is typed. A state is
+    small, so those before each question are kept: `undo`, `regenerate` and `branch` read nothing again.
+
+    Attributes:
+        messages: the talk so far, as chat templates want it: role and content.
+        cache: the state after everything read and said.
+    """
+
+    def __init__(self, model: Model, tokenizer: TokenizerWrapper, system: str | None = None) -> None:
+        if system and not tokenizer.has_chat_template:
+            raise PararnnError("this model's tokenizer has no chat template, so it can take no system prompt")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the talk."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.cache = self.model.make_cache()
+        self._last_token: int | None = None
+        self._turns: list[_Turn] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the state, which does not depend on how long the talk is."""
+        return sum(c.state_nbytes for c in self.cache)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read and generated so far."""
+        return self.cache[0].offset
+
+    def respond(
+        self, text: str, *, interrupted: Callable[[], bool] = lambda: False, **kwargs: Any
+    ) -> Generator[GenerationResponse, None, None]:
+        """Stream the answer to `text`.
+
+        Leaving the generator early, by `interrupted` turning true or by not asking for more, keeps what has
+        been said. Left while the prompt is still being read, the talk is as if nothing had been asked.
+
+        Args:
+            text: what the user says.
+            interrupted: asked after each token and each piece of the prompt.
+            kwargs: for `stream_generate`: max_tokens, sampler, stop, ...
+        """
+        tokens = encode(self.tokenizer, self._turn(text))
+        yield from self._answer(text, tokens, self._point(), interrupted, kwargs)
+
+    def undo(self) -> str:
+        """Go back to before the last question, which is returned.
+
+        Raises:
+            PararnnError: there is none, or it was asked before the last `load`.
+        """
+        turn = self._last_turn()
+        self._turns = self._turns[:-1]
+        self._go_to(turn.before)
+        return turn.text
+
+    def regenerate(
+        self, *, interrupted: Callable[[], bool] = lambda: False, **kwargs: Any
+    ) -> Generator[GenerationResponse, None, None]:
+        """Stream another answer to the last question, in place of the one it had; arguments as for `respond`.
+
+        Raises:
+            PararnnError: there is none, or it was asked before the last `load`.
+        """
+        turn = self._last_turn()
+        yield from self._answer(turn.text, [turn.token], turn.before, interrupted, kwargs, turn.cache)
+
+    def branch(self) -> "Chat":
+        """Another talk that has got as far as this one; from here on they do not know of each other."""
+        twin = Chat(self.model, self.tokenizer, self.system)
+        twin._go_to(self._point())
+        twin._turns = list(self._turns)
+        return twin
+
+    @property
+    def undoable(self) -> int:
+        """How many questions can be undone."""
+        return len(self._turns)
+
+    def _answer(
+        self,
+        text: str,
+        tokens: list[int],
+        before: _Point,
+        interrupted: Callable[[], bool],
+        kwargs: dict[str, Any],
+        start: list[RecurrentCache] | None = None,
+    ) -> Generator[GenerationResponse, None, None]:
+        """Read `tokens`, from `start` on or where the talk stands, and answer; `before` is before `text`."""
+        now, turns = self._point(), self._turns
+        if start is not None:
+            self.cache, turns = _copy(start), turns[:-1]
+        progress = kwargs.pop("prompt_progress_callback", lambda done, total: None)
+        read: list[RecurrentCache] = []
+
+        def prompt_progress(done: int, total: int) -> None:
+            if interrupted():
+                raise _Interrupted
+            if done == total - 1:
+                read.extend(_copy(self.cache))
+            progress(done, total)
+
+        answer: list[str] = []
+        try:
+            for response in stream_generate(
+                self.model,
+                self.tokenizer,
+                tokens,
+                prompt_cache=self.cache,
+                prompt_progress_callback=prompt_progress,
+                **kwargs,
+            ):
+                answer.append(response.text)
+                self._last_token = response.token
+                yield response
+                if interrupted():
+                    break
+        except GeneratorExit:
+            pass
+        except BaseException as error:
+            # A layer may have read more than another: only the state before this turn is sound.
+            self._go_to(now)
+            if isinstance(error, _Interrupted):
+                return
+            raise
+        self.messages = [
+            *before.messages,
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "".join(answer)},
+        ]
+        self._turns = [*turns, _Turn(text, before, read, tokens[-1])][-UNDO_LIMIT:]
+
+    def _last_turn(self) -> _Turn:
+        if not self._turns:
+            raise PararnnError("there is no answer to go back from")
+        return self._turns[-1]
+
+    def _point(self) -> _Point:
+        return _Point(list(self.messages), _copy(self.cache), self._last_token)
+
+    def _go_to(self, point: _Point) -> None:
+        self.messages, self.cache = list(point.messages), _copy(point.cache)
+        self._last_token = point.last_token
+
+    def save(self, path: str | Path) -> Path:
+        """Write the talk, messages and current state, to one .safetensors file; returns its path.
+
+        It is one of MLX-LM's prompt-cache files: `mlx_lm.generate --prompt-cache-file` goes on from it.
+        """
+        path = _with_suffix(path)
+        if path.exists() and not _is_talk(path):
+            raise PararnnError(f"{path} exists and is not a saved talk; choose another name")
+        mx.eval([c.cache for c in self.cache])
+        metadata = {
+            "model": str(self.tokenizer.name_or_path),  # this and the next for MLX-LM
+            "tokenizer_config": "{}",
+            "weights": _fingerprint(self.model),
+            "messages": json.dumps(self.messages),
+            "last_token": json.dumps(self._last_token),
+        }
+        if not path.parent.is_dir():
+            raise PararnnError(f"no such folder: {path.parent}")
+        partial = path.with_name(f".{path.stem}-{os.getpid()}.safetensors")
+        try:
+            save_prompt_cache(str(partial), self.cache, metadata)
+            os.replace(partial, path)
+        except RuntimeError as error:  # what MLX raises where a file cannot be written
+            raise PararnnError(f"cannot write {path}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def load(self, path: str | Path) -> None:
+        """Go on from what `save` wrote, or from a prompt that MLX-LM's `cache_prompt` has read.
+
+        Raises:
+            PararnnError: no such file, no saved state, or one of another model. The talk is then unchanged.
+        """
+        given, path = Path(path).expanduser(), _with_suffix(path)
+        if not path.is_file():
+            reason = " (a saved talk's name ends in .safetensors)" if given.is_file() else ""
+            raise PararnnError(f"no such file: {path}{reason}")
+        try:
+            cache, metadata = load_prompt_cache(str(path), return_metadata=True)
+            messages = json.loads(metadata.get("messages", "[]"))
+            last_token = json.loads(metadata.get("last_token", "null"))
+            whole = _is_whole(cache, messages, last_token)
+            if "weights" in metadata:
+                fits = metadata["weights"] == _fingerprint(self.model)
+            else:  # by cache_prompt, which notes the model's name
+                fits = _same_model(metadata["model"], str(self.tokenizer.name_or_path))
+        except Exception as error:  # whatever a file that is something else leads the reader to
+            raise PararnnError(
+                f"{path} is not a talk saved by /save, nor a prompt cache that MLX-LM wrote for this model"
+            ) from error
+        if not fits:
+            raise PararnnError(f"{path} was saved with another model; load that model to go on with it")
+        if not whole or not self._fits(cache):
+            raise PararnnError(f"{path} is damaged: its state is not one that this model makes")
+        self.cache, self.messages, self._last_token, self._turns = cache, messages, last_token, []
+
+    def _fits(self, cache: list[RecurrentCache]) -> bool:
+        """True if `cache` has the shapes and types of a state of this model, and holds numbers only."""
+        like = self.model.make_cache()
+        self.model(mx.array([[0]]), cache=like)
+        return len(cache) == len(like) and all(
+            _same_form(a, b)
+            for mine, c in zip(like, cache, strict=True)
+            for a, b in zip(mine.cache, c.cache, strict=True)
+        )
+
+    def _turn(self, text: str) -> str | list[int]:
+        """What the model has to read before it answers `text`: this turn alone."""
+        check_text(text)
+        user = {"role": "user", "content": text}
+        if not self.tokenizer.has_chat_template:
+            return text if self.tokens == 0 else self._encode(text)
+        if self.tokens == 0:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                [*self.messages, user], add_generation_prompt=True
+            )
+            return ids
+        history = [*self.messages[:-1], {"role": "assistant", "content": _READ}, user]
+        if not self.messages:  # cache_prompt stops inside the user's message, and MLX-LM goes on there
+            history = [{"role": "user", "content": _READ + text}]
+        rendered = self.tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
+        _, found, rest = rendered.rpartition(_READ)
+        if not found:
+            raise PararnnError(
+                "this model's chat template leaves earlier answers out, so the talk cannot go on from its "
+                "state; /reset starts a new one"
+            )
+        tokens = self._encode(rest)
+        if self._last_token in self.tokenizer.eos_token_ids and tokens[:1] == [self._last_token]:
+            tokens = tokens[1:]  # the model ended its turn itself
+        return tokens
+
+    def _encode(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
+
+class _Interrupted(Exception):
+    """Raised inside MLX-LM's prompt loop, between two pieces, to leave it."""
+
+
+def _is_whole(cache: list[Any], messages: Any, last_token: Any) -> bool:
+    """True if all but the arrays of a saved talk is of the kind that `save` writes."""
+    return (
+        all(isinstance(c, RecurrentCache) and c.finalized and len(c.offsets) == 1 for c in cache)
+        and all(isinstance(c.offset, int) and c.offset >= 0 for c in cache)
+        and isinstance(messages, list)
+        and all(isinstance(m, dict) and all(isinstance(v, str) for v in m.values()) for m in messages)
+        and (last_token is None or isinstance(last_token, int))
+    )
+
+
+def _same_form(a: mx.array | None, b: Any) -> bool:
+    """`b` may be missing: a talk saved before its first word."""
+    if a is None or b is None:
+        return b is None
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(mx.isfinite(b).all().item())
+
+
+def _is_talk(path: Path) -> bool:
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    return any(key.endswith(".last_token") for key in metadata)
+
+
+def _with_suffix(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    if not path.name or path.is_dir():
+        raise PararnnError(f"{path} is a folder; give a file name")
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
+def _copy(cache: list[RecurrentCache]) -> list[RecurrentCache]:
+    return [RecurrentCache.from_state(c.state) for c in cache]
+
+
+def _same_model(a: str, b: str) -> bool:
+    """Whether two names mean one folder, or a repository and the hub's folder for it."""
+    as_folder = f"models--{a.replace('/', '--')}"
+    return a == b or Path(a).resolve() == Path(b).resolve() or as_folder in Path(b).parts
+
+
+def _fingerprint(model: Model) -> str:
+    """Tells models apart by their arguments and the first numbers of every weight."""
+    digest = hashlib.sha256(json.dumps(vars(model.args), sort_keys=True).encode())
+    weights = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    for name, weight in weights:
+        some = weight.reshape(-1)[:64]
+        digest.update(name.encode() + np.array(some.astype(mx.float32)).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,373 @@
+"""The CPU backend: the cells of metal/ compiled by the machine's own C++ compiler for its vector unit.
+
+MLX's elementwise work on a CPU costs 30 to 40 ns an exponential; a vector unit does one in under 1. So the
+cell texts that make the GPU kernels are compiled again with a vector in place of each float (metal/cpu.h),
+straight through time, channels shared out to vectors and cores. What was built is kept in a folder of the
+user's, by text, flags, compiler and CPU. Everything here runs at once: never inside mx.compile or mx.vmap.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from functools import cache, lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..cells import Cell
+from ..errors import PararnnError
+from . import gpu
+
+DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+# Fewer numbers than this are done by one thread: starting another takes some 50 microseconds.
+_LARGE = 1 << 15
+# Up to so many rows a product with a matrix is faster here than in MLX, which arranges the matrix first.
+FEW_ROWS = 16
+_lock = threading.Lock()
+
+
+class BuildError(PararnnError):
+    """No C++ compiler, a text it rejects, or no cache folder of the user's own; says which."""
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept: a folder of the user's own.
+
+    Raises:
+        BuildError: the user has no home.
+    """
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "mlx-pararnn"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-pararnn"
+    except RuntimeError:
+        raise BuildError("this user has no home folder to keep compiled kernels in; set HOME") from None
+
+
+def threads() -> int:
+    """Threads that a large call uses: OMP_NUM_THREADS where it is set, else one a core of this process."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_large(array: mx.array) -> bool:
+    """Whether work on so many numbers is worth a second thread, and to MLX a wait for it."""
+    return array.size >= _LARGE
+
+
+def in_transformation(*arrays: mx.array) -> bool:
+    """True where MLX forbids evaluation: inside mx.compile and mx.vmap (it has no other way to ask).
+
+    Under mx.grad alone it allows `eval` but not `async_eval`.
+    """
+    if not arrays:
+        return False
+    for evaluate in (mx.async_eval, mx.eval):
+        try:
+            evaluate(arrays)
+            return False
+        except ValueError:
+            continue
+    return True
+
+
+@cache
+def compiler() -> str:
+    """The C++ compiler: CXX where it is set, else c++, g++ or clang++.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if sys.platform == "darwin":
+        # without Apple's command line tools /usr/bin/c++ would open a window that offers to install them
+        if subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
+            raise BuildError("no C++ compiler; install one with: xcode-select --install")
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise BuildError("no C++ compiler; install one, for example: apt install g++")
+
+
+@cache
+def _machine() -> str:
+    """What the same text and flags may be compiled differently for: compiler and CPU."""
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return version + subprocess.run(asked, capture_output=True, text=True).stdout
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    wanted = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    return version + "\n".join(line for line in lines if line.startswith(wanted))
+
+
+def _flags() -> list[str]:
+    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    return ["-std=c++17", "-O3", tune, "-fno-math-errno", "-shared", "-fPIC", "-pthread"]
+
+
+def build(text: str, name: str) -> ctypes.CDLL:
+    """The library compiled from `text`, out of the cache folder or built into it.
+
+    Several threads and processes may ask at once: each builds under a name of its own and renames it.
+
+    Raises:
+        BuildError: no compiler, a text it rejects, or a folder that cannot be written or that others can.
+    """
+    key = hashlib.sha256("\0".join([text, *_flags(), compiler(), _machine()]).encode()).hexdigest()[:20]
+    library = cache_folder() / f"{name}-{key}.so"
+    with _lock:
+        try:
+            _make_private(library.parent)
+            if library.exists():
+                try:
+                    return ctypes.CDLL(str(library))
+                except OSError:
+                    pass  # damaged: built again
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                source, built = Path(folder, f"{name}.cpp"), Path(folder, "built.so")
+                source.write_text(text)
+                if sys.stderr.isatty():
+                    print(f"compiling {name} for this CPU, once", file=sys.stderr)
+                command = [compiler(), *_flags(), "-o", str(built), str(source)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    complaint = next((x for x in done.stderr.splitlines() if "error" in x), "no reason given")
+                    raise BuildError(f"{compiler()} rejects {name}: {complaint}")
+                os.replace(built, library)
+        except OSError as error:
+            raise BuildError(f"{library.parent} cannot be written: {error.strerror}") from None
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as error:
+            raise BuildError(f"{library} cannot be loaded: {error}") from None
+
+
+def _make_private(folder: Path) -> None:
+    """What is loaded from the folder runs: nobody else may have put it there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise BuildError(
+            f"{folder} can be written by other users, and what is kept there runs; make it yours alone "
+            "(chown, chmod 700) or remove it"
+        )
+
+
+def host_text(text: str, scalar: str = "Vec") -> str:
+    """Metal's text with a vector (cpu.h) or a flight of them (cpu_vectors.h) in place of each float."""
+    return re.sub(r"\bfloat\b", scalar, gpu.cuda_text(text))
+
+
+def text_of(cell: Cell) -> str:
+    """The C++ text of a cell's library; raises PararnnError for a cell without MSL."""
+    header = host_text(gpu.cell_header(cell), "Flight")
+    scalar = gpu.metal_text("cpu.h") + gpu.metal_text("cpu_vectors.h")
+    return scalar + header + gpu.metal_text("cpu_recurrence.cpp")
+
+
+@lru_cache(maxsize=64)
+def load(cell: Cell) -> ctypes.CDLL:
+    """The cell's library; raises BuildError, and PararnnError for a cell without MSL."""
+    return build(text_of(cell), f"recurrence-{gpu.plain_name(cell)}")
+
+
+class _Call(ctypes.Structure):
+    """struct Call of metal/cpu_recurrence.cpp."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("u", "params", "initial", "mask", "hidden", "last", "states")),
+        ("u_strides", ctypes.c_int64 * 4),
+        *((n, ctypes.c_int64) for n in ("B", "heads", "T", "W", "every")),
+        ("threads", ctypes.c_int),
+    )
+
+
+def solve(
+    cell: Cell, params: mx.array, u: mx.array, state: mx.array, mask: mx.array | None, every: int
+) -> tuple[mx.array, ...]:
+    """The recurrence straight through time, at once: hidden, last[, states].
+
+    Shapes as in `recurrence`; params, state (float32) and mask (bool) are row contiguous.
+    """
+    B, heads, T, _, W = u.shape
+    D, slots = heads * W, len(cell.slots)
+    name = DTYPES[u.dtype]
+    hidden = _room((B, T, D), u.dtype)
+    last = _room((B, slots, D), mx.float32)
+    states = _room((B, T // every, slots, D), mx.float32) if every else None
+    mx.eval(params, state, hidden, last, *([] if mask is None else [mask]), *([states] if every else []))
+    u = _lines(u)
+    read = view(u)
+    call = _Call(
+        read.ctypes.data,
+        address(params),
+        address(state),
+        None if mask is None else address(mask),
+        address(hidden),
+        address(last),
+        None if states is None else address(states),
+        (ctypes.c_int64 * 4)(*(stride // read.itemsize for stride in read.strides[:4])),
+        B,
+        heads,
+        T,
+        W,
+        every,
+        threads() if is_large(u) else 1,
+    )
+    getattr(load(cell), f"pararnn_{name}")(ctypes.byref(call))
+    return (hidden, last) if states is None else (hidden, last, states)
+
+
+@lru_cache(maxsize=1)
+def _elementwise() -> ctypes.CDLL:
+    return build(elementwise_text(), "elementwise")
+
+
+def elementwise_text() -> str:
+    """The C++ text of what needs no cell."""
+    return "".join(map(gpu.metal_text, ("cpu.h", "cpu_linear.h", "cpu_elementwise.cpp")))
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, both (..., width), at once."""
+    rows = _rows(gate), _rows(up)
+    sizes = [gate.size // gate.shape[-1], gate.shape[-1], *(stride for _, stride in rows)]
+    return _call("swiglu", [array for array, _ in rows], gate.shape, sizes)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """RMSNorm of x (..., width) with weight (width,), at once."""
+    x, stride = _rows(x)
+    sizes = [x.size // x.shape[-1], x.shape[-1], stride]
+    return _call("rms_norm", [x, _exact(weight)], x.shape, sizes, eps)
+
+
+def gated_norm(hidden: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """RMSNorm(hidden) * silu(gate), both (..., width), with the norm's weight (width,); at once."""
+    rows = _rows(hidden), _rows(gate)
+    sizes = [gate.size // gate.shape[-1], gate.shape[-1], *(stride for _, stride in rows)]
+    return _call("gated_norm", [*(array for array, _ in rows), _exact(weight)], gate.shape, sizes, eps)
+
+
+def conv_silu(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    """Causal depthwise convolution and SiLU, at once.
+
+    Args:
+        x: (B, T, D).
+        window: (B, K - 1, D), the inputs before x.
+        weight: (K, D) with K > 1, tap K - 1 for the current step.
+        bias: (D,).
+
+    Returns:
+        y (B, T, D) and the new window, both in x's dtype.
+    """
+    B, T, D = x.shape
+    K = weight.shape[0]
+    x, window = _lines(x), mx.contiguous(window.astype(x.dtype))
+    mx.eval(window)
+    read = view(x)
+    sizes = [B, T, D, K, *(stride // read.itemsize for stride in read.strides[:2])]
+    y = _call("conv_silu", [x, window, _exact(weight), _exact(bias)], x.shape, sizes)
+    moved = np.concatenate([view(window), read[:, -(K - 1) :]], axis=1)[:, -(K - 1) :]
+    return y, mx.array(moved).view(x.dtype)
+
+
+def product(x: mx.array, weight: mx.array) -> mx.array:
+    """x (..., width) times the transpose of weight (height, width), at once; for few rows."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    sizes = [x.size // x.shape[-1], x.shape[-1], weight.shape[0]]
+    return _call("product", [mx.contiguous(x), mx.contiguous(weight)], shape, sizes)
+
+
+def _call(
+    name: str, arrays: list[mx.array], shape: tuple[int, ...], sizes: list[int], number: float = 0.0
+) -> mx.array:
+    """One function of `elementwise_text`; the output has the first array's dtype."""
+    out = _room(shape, arrays[0].dtype)
+    mx.eval(out, *arrays)
+    function = getattr(_elementwise(), f"{name}_{DTYPES[out.dtype]}")
+    function(
+        (ctypes.c_void_p * len(arrays))(*(address(array) for array in arrays)),
+        ctypes.c_void_p(address(out)),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        ctypes.byref(ctypes.c_float(number)),
+        threads() if any(is_large(array) for array in (out, *arrays)) else 1,
+    )
+    return out
+
+
+def _room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array to write into. MLX fills every new one, and bytes faster than floats."""
+    return mx.zeros((*shape[:-1], shape[-1] * dtype.size), mx.uint8).view(dtype)
+
+
+def _exact(weight: mx.array) -> mx.array:
+    return mx.contiguous(weight.astype(mx.float32))
+
+
+def _lines(array: mx.array) -> mx.array:
+    """The array, evaluated, such that numbers of its last axis are neighbours."""
+    mx.eval(array)
+    if view(array).strides[-1] != view(array).itemsize:
+        array = mx.contiguous(array)
+        mx.eval(array)
+    return array
+
+
+def _rows(array: mx.array) -> tuple[mx.array, int]:
+    """The array, evaluated, such that its rows are equally far apart, and how many elements that is."""
+    array = _lines(array)
+    seen = view(array)
+    axes = [(n, stride) for n, stride in zip(seen.shape[:-1], seen.strides, strict=False) if n > 1]
+    if any(outer != n * inner for (_, outer), (n, inner) in pairwise(axes)):
+        array = mx.contiguous(array)
+        mx.eval(array)
+        return array, array.shape[-1]
+    return array, axes[-1][1] // seen.itemsize if axes else array.shape[-1]
+
+
+def view(array: mx.array) -> np.ndarray:
+    """The array's own memory; bfloat16, which NumPy lacks, as its 16 bits."""
+    return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+# DLPack's DLTensor: data, device, axes, dtype, shape, strides, offset in bytes.
+_TENSOR = struct.Struct("P2ii4xPPQ")
+_pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def dense_address(array: mx.array) -> int | None:
+    """Where an evaluated array stands, if row contiguous; quicker than `view` and `address`."""
+    capsule = array.__dlpack__()
+    tensor = ctypes.string_at(_pointer_in(capsule, b"dltensor"), _TENSOR.size)
+    data, _, _, axes, _, strides, offset = _TENSOR.unpack(tensor)
+    if ctypes.string_at(strides, 8 * axes) != _dense_strides(array.shape):
+        return None
+    return int(data) + int(offset)
+
+
+@lru_cache(maxsize=256)
+def _dense_strides(shape: tuple[int, ...]) -> bytes:
+    return struct.pack(f"{len(shape)}q", *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
+
+
+def address(array: mx.array) -> int:
+    return view(array).ctypes.data

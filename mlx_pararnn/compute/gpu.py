@@ -1,0 +1,399 @@
+"""Assembles the kernels of metal/ for one call: text, template parameters, grid, outputs; and launches it.
+
+One text serves a Mac (mx.fast.metal_kernel), an NVIDIA card (mx.fast.cuda_kernel, behind cuda_compat.h) and
+the conformance harness of tests/msl. metal/README.md explains the algorithm.
+"""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+
+from ..cells import Cell
+from ..errors import PararnnError
+
+# The threadgroup shapes there are: (CW channels a simdgroup, C steps a chunk, S simdgroups a threadgroup).
+# Wide: every load of 32 lanes is one line. The others trade that for more chunks in time, where there are too
+# few channels to fill a GPU. Threadgroup memory is counted in metal/README.md.
+SHAPES = {"wide": (32, 16, 8), "medium": (16, 16, 8), "narrow": (8, 16, 8)}
+# Below this many threadgroups the next narrower shape is taken. A guess until a GPU has been timed: Apple's
+# have 7 to 80 cores, and a core holds one or a few threadgroups of 256 threads.
+FULL_GPU = 32
+# Bytes of threadgroup memory that every Apple GPU has.
+THREADGROUP_MEMORY = 32768
+# What u and hidden may be.
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+# The cells of metal/cells/.
+CELLS = ("gru", "lstm", "slstm", "nlru")
+# Every instantiation of the kernels: for each text of metal/ what its launch function takes, each with each,
+# for all DTYPES and, but for the convolution, all CELLS and their activations. Where a number is free (every
+# n-th state, taps), it stands here with those that the tests take.
+INSTANTIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "recurrence": {
+        "tiling": tuple(SHAPES),
+        "masked": (False, True),
+        "every": (0, 3),
+        "info": (False, True),
+    },
+    "sequential": {"masked": (False, True), "every": (0, 3)},
+    "decode": {"gated": (False, True)},
+    "conv": {"taps": (2, 4, 7)},
+}
+_SEQUENTIAL_THREADS = 64
+# Threads that share the norm of a row when decoding: half of what a threadgroup may have, for the registers.
+_NORM_THREADS = 512
+# Steps a thread of the convolution makes: each input is read (STEPS + K - 1) / STEPS times.
+_CONV_STEPS = 16
+
+_ACTIVATIONS = {
+    "identity": "Identity",
+    "relu": "Relu",
+    "leaky_relu": "LeakyRelu",
+    "elu": "Elu",
+    "selu": "Selu",
+    "gelu": "Gelu",
+    "silu": "Silu",
+    "softplus": "Softplus",
+    "sigmoid": "Sigmoid",
+    "half_sigmoid": "HalfSigmoid",
+    "tanh": "Tanh",
+    "exp": "Exp",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call, without its arrays.
+
+    Attributes:
+        name: unique for the text: cell, activations and kernel.
+        source: the body of the kernel function, a file of metal/.
+        header: what stands before it: dual numbers, activations, the cell.
+        template: name -> int, bool or dtype.
+        grid: threads in x, y, z; a multiple of `threadgroup`.
+        contiguous: whether inputs have to be row contiguous; u is read by strides.
+    """
+
+    name: str
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    source: str
+    header: str
+    template: tuple[tuple[str, Any], ...]
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    output_shapes: tuple[tuple[int, ...], ...]
+    output_dtypes: tuple[mx.Dtype, ...]
+    contiguous: bool = False
+
+
+def options(kernel: str) -> Iterator[dict[str, Any]]:
+    """Each row of a kernel's table in `INSTANTIATIONS`, as keyword arguments of its launch function."""
+    names, values = INSTANTIATIONS[kernel].keys(), INSTANTIATIONS[kernel].values()
+    return (dict(zip(names, row, strict=True)) for row in product(*values))
+
+
+def available_backend() -> str | None:
+    """ "metal", "cuda", or None where MLX runs on a CPU alone."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def has_kernel(cell: Cell) -> bool:
+    """True for the four built-in cells and for a cell of a user's that brings its step in MSL."""
+    return cell.msl is not None or _built_in(cell)
+
+
+def newton_launch(
+    cell: Cell,
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    *,
+    masked: bool = False,
+    every: int = 0,
+    info: bool = False,
+    tiling: str | None = None,
+) -> Launch:
+    """Newton on chunk boundaries for u of `shape` (B, heads, T, gates, D / heads) and `dtype`.
+
+    Inputs: u, params (P, D), initial (B, slots, D), tol (1,), max_iters (1,), and mask (B, T) if masked.
+    Outputs: hidden (B, T, D) in `dtype`, last (B, slots, D); states (B, T // every, slots, D) if every > 0;
+    gap (B, chunks, D) and iterations_made (B, D) if info.
+    """
+    B, heads, _, _, W = shape
+    D = heads * W
+    CW, C, S = SHAPES[tiling or _tiling(B, D)]
+    slots = len(cell.slots)
+    memory = 4 * ((slots + 2) * slots * S * 32 + slots * CW + S)
+    if memory > THREADGROUP_MEMORY:
+        raise PararnnError(
+            f"cell {cell.name!r} has {slots} slots, whose Jacobians take {memory} bytes of threadgroup "
+            f"memory where {THREADGROUP_MEMORY} are there; take method='sequential' or backend='ops'"
+        )
+    outputs = _outputs(cell, shape, dtype, every)
+    if info:
+        outputs["gap"] = ((B, S * 32 // CW, D), mx.float32)
+        outputs["iterations_made"] = ((B, D), mx.int32)
+    template = {"InT": dtype, "OutT": dtype, "CW": CW, "C": C, "S": S}
+    return _launch(
+        cell,
+        "recurrence",
+        ("u", "params", "initial", "tol", "max_iters"),
+        outputs,
+        template,
+        masked,
+        every,
+        grid=(-(-D // CW) * S * 32, B, 1),
+        threads=S * 32,
+    )
+
+
+def sequential_launch(
+    cell: Cell, shape: tuple[int, ...], dtype: mx.Dtype, *, masked: bool = False, every: int = 0
+) -> Launch:
+    """One thread a channel straight through time; inputs u, params, initial (and mask), outputs as above."""
+    B, heads, _, _, W = shape
+    blocks = -(-heads * W // _SEQUENTIAL_THREADS)
+    return _launch(
+        cell,
+        "sequential",
+        ("u", "params", "initial"),
+        _outputs(cell, shape, dtype, every),
+        {"InT": dtype, "OutT": dtype},
+        masked,
+        every,
+        grid=(blocks * _SEQUENTIAL_THREADS, B, 1),
+        threads=_SEQUENTIAL_THREADS,
+    )
+
+
+@lru_cache(maxsize=256)
+def decode_launch(cell: Cell, shape: tuple[int, ...], dtype: mx.Dtype, *, gated: bool) -> Launch:
+    """One step of the cell for u of `shape` (B, heads, 1, gates, D / heads); if gated, the gated norm too.
+
+    Inputs, all read by strides: u, without its bias, and `bias` (heads, gates * D / heads), params (P, D),
+    initial (B, slots, D); if gated also gate (B, 1, D), weight (D,), eps (1,).
+    Outputs: y (B, 1, D) in `dtype`, last (B, slots, D).
+    """
+    B, heads, _, _, W = shape
+    D = heads * W
+    most = _NORM_THREADS if gated else _SEQUENTIAL_THREADS
+    threads = min(most, -(-D // 32) * 32)
+    inputs = ("u", "bias", "params", "initial")
+    return _assembled(
+        "decode",
+        cell,
+        {"GATED": int(gated)},
+        (*inputs, "gate", "weight", "eps") if gated else inputs,
+        {"y": ((B, 1, D), dtype), "last": ((B, len(cell.slots), D), mx.float32)},
+        {"OutT": dtype},
+        (threads if gated else -(-D // threads) * threads, B, 1),
+        threads,
+    )
+
+
+@lru_cache(maxsize=256)
+def conv_launch(shape: tuple[int, ...], taps: int, dtype: mx.Dtype) -> Launch:
+    """Causal depthwise convolution with `taps` >= 2 taps and SiLU, for x of `shape` (B, T, D).
+
+    Inputs, all read by strides: x, window (B, taps - 1, D), weight (D, taps), bias (D,).
+    Outputs, in `dtype`: y (B, T, D), new_window (B, taps - 1, D).
+    """
+    B, T, D = shape
+    return _assembled(
+        "conv",
+        None,
+        {},
+        ("x", "window", "weight", "bias"),
+        {"y": ((B, T, D), dtype), "new_window": ((B, taps - 1, D), dtype)},
+        {"OutT": dtype, "K": taps, "STEPS": _CONV_STEPS},
+        (-(-D // _SEQUENTIAL_THREADS) * _SEQUENTIAL_THREADS, -(-T // _CONV_STEPS), B),
+        _SEQUENTIAL_THREADS,
+    )
+
+
+def works_here(
+    what: str, backend: str, outcomes: Callable[[], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
+) -> bool:
+    """Whether a backend gives, on small problems, what plain MLX ops give; if not, a warning says so.
+
+    Nobody has run it on every machine there is: where one does not take it, ops still give the answer.
+
+    Args:
+        what: what is tried, as the warning names it.
+        outcomes: pairs of (what the backend gave, what ops gave).
+    """
+    try:
+        for given, wanted in outcomes():
+            for a, b in zip(given, wanted, strict=True):
+                if not mx.allclose(a, b, rtol=1e-4, atol=1e-4).item():
+                    raise RuntimeError("it gives other numbers than plain MLX ops")
+    except Exception as error:
+        plea = "" if isinstance(error, PararnnError) else "; please report this"
+        warnings.warn(
+            f"the {backend} backend does not work here ({what}: {error}); plain MLX ops are used, which is "
+            f"slower{plea}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def run(launch: Launch, arrays: dict[str, mx.array], backend: str) -> dict[str, mx.array]:
+    """Launch on the GPU: `backend` is "metal" or "cuda"; arrays by input name, all but u row contiguous."""
+    kernel = _compiled(
+        backend, launch.name, launch.input_names, launch.output_names, launch.source, launch.header
+    )
+    outputs = kernel(
+        inputs=[arrays[name] for name in launch.input_names],
+        template=[*launch.template],
+        grid=launch.grid,
+        threadgroup=launch.threadgroup,
+        output_shapes=[*launch.output_shapes],
+        output_dtypes=[*launch.output_dtypes],
+    )
+    return dict(zip(launch.output_names, outputs, strict=True))
+
+
+@lru_cache(maxsize=128)
+def _compiled(
+    backend: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str
+) -> Any:
+    names: dict[str, Any] = {"name": name, "input_names": [*inputs], "output_names": [*outputs]}
+    if backend == "metal":
+        return mx.fast.metal_kernel(
+            **names,
+            source=source,
+            header=header,
+            ensure_row_contiguous=False,
+            compile_options={"math_mode": "safe"},
+        )
+    return mx.fast.cuda_kernel(
+        **names,
+        source=cuda_text(source),
+        header=metal_text("cuda_compat.h") + cuda_text(header),
+        ensure_row_contiguous=False,
+    )
+
+
+def cuda_text(text: str) -> str:
+    """The text without Metal's address spaces, which CUDA's own keywords collide with as macros."""
+    return re.sub(r"(?<![\w])(device|constant|thread) (?=[A-Za-z_])", "", text)
+
+
+def _launch(
+    cell: Cell,
+    kernel: str,
+    inputs: tuple[str, ...],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    template: dict[str, Any],
+    masked: bool,
+    every: int,
+    *,
+    grid: tuple[int, int, int],
+    threads: int,
+) -> Launch:
+    # What a call does not have must not be named in its text either: the preprocessor cuts it out.
+    flags = {"MASKED": int(masked), "EVERY": every, "INFO": int("gap" in outputs)}
+    inputs = (*inputs, "mask") if masked else inputs
+    return _assembled(kernel, cell, flags, inputs, outputs, template, grid, threads)
+
+
+def _assembled(
+    kernel: str,
+    cell: Cell | None,
+    flags: dict[str, int],
+    inputs: tuple[str, ...],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    template: dict[str, Any],
+    grid: tuple[int, int, int],
+    threads: int,
+) -> Launch:
+    name, source, header = _texts(kernel, cell, tuple(flags.items()))
+    return Launch(
+        name=name,
+        input_names=inputs,
+        output_names=tuple(outputs),
+        source=source,
+        header=header,
+        template=tuple(template.items()),
+        grid=grid,
+        threadgroup=(threads, 1, 1),
+        output_shapes=tuple(shape for shape, _ in outputs.values()),
+        output_dtypes=tuple(dtype for _, dtype in outputs.values()),
+    )
+
+
+@lru_cache(maxsize=256)
+def _texts(kernel: str, cell: Cell | None, flags: tuple[tuple[str, int], ...]) -> tuple[str, str, str]:
+    """Name, body and header of a kernel; kept, since every layer asks for them at every token."""
+    header = "".join(f"#define {flag} {value}\n" for flag, value in flags)
+    header += cell_header(cell) if cell else metal_text("dual.h") + metal_text("activations.h")
+    source = metal_text(f"{kernel}.metal")
+    # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
+    digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
+    return f"pararnn_{kernel}_{plain_name(cell) if cell else 'any'}_{digest}", source, header
+
+
+def plain_name(cell: Cell) -> str:
+    """The cell's name as part of an identifier or of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", cell.name)
+
+
+def _outputs(
+    cell: Cell, shape: tuple[int, ...], dtype: mx.Dtype, every: int
+) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    B, heads, T, _, W = shape
+    D, slots = heads * W, len(cell.slots)
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {
+        "hidden": ((B, T, D), dtype),
+        "last": ((B, slots, D), mx.float32),
+    }
+    if every:
+        outputs["states"] = ((B, T // every, slots, D), mx.float32)
+    return outputs
+
+
+def _tiling(B: int, D: int) -> str:
+    """The widest shape that makes enough threadgroups, else the narrowest."""
+    for name, (channels, _, _) in SHAPES.items():
+        if B * -(-D // channels) >= FULL_GPU:
+            return name
+    return "narrow"
+
+
+def _built_in(cell: Cell) -> bool:
+    return type(cell).__module__.startswith(Cell.__module__.rpartition(".")[0] + ".")
+
+
+def cell_header(cell: Cell) -> str:
+    """What a kernel stands behind: dual numbers, activations, the cell's struct, and `Cell`, its name."""
+    if not has_kernel(cell):
+        raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
+    text = cell.msl if cell.msl is not None else metal_text("cells", f"{cell.name}.h")
+    names = [f"pararnn::{_ACTIVATIONS[cell.activations[place]]}" for place in cell.default_activations]
+    struct = f"pararnn::{type(cell).__name__}" + (f"<{', '.join(names)}>" if names else "")
+    counts = {"SLOTS": cell.slots, "GATES": cell.gates, "PARAMS": cell.params}
+    agreed = [f"Cell::{count} == {len(names)}" for count, names in counts.items()]
+    agreed.append(f"Cell::OUTPUT == {cell.output_slot}")
+    return (
+        metal_text("dual.h")
+        + metal_text("activations.h")
+        + f"{text}\nusing Cell = {struct};\n"
+        + f'static_assert({" && ".join(agreed)}, "the Metal text is not the Python class\'s");\n'
+    )
+
+
+@lru_cache(maxsize=32)
+def metal_text(*path: str) -> str:
+    """A file of metal/."""
+    return files("mlx_pararnn.metal").joinpath(*path).read_text()

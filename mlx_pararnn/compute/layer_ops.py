@@ -1,0 +1,327 @@
+"""The elementwise work around the recurrence: convolution, gates, and one token's step with its norm.
+
+Each function is written in plain MLX ops, which differentiate, compile and are right everywhere. Where a GPU
+kernel saves launches (metal/conv.metal, metal/decode.metal), or a CPU's vector unit saves most of the time
+(metal/cpu_elementwise.cpp), it has that too, with the derivatives of the ops; both compute in float32
+whatever the dtype. For mx.vmap take backend="ops".
+
+Letters in shapes: B sequences, T steps, D channels, K taps of the convolution.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.models import activations
+
+from ..cells import Cell
+from ..errors import PararnnError
+from . import cpu, gpu
+from .recurrence import CHUNK, choose_backend, directional, recurrence
+
+GPU = ("metal", "cuda")
+
+Arrays = tuple[mx.array, ...]
+
+
+def backend_for(
+    cell: Cell, backend: str | None = None, method: str = "auto", chunk: int = CHUNK, **_: Any
+) -> str:
+    """The backend of a model with this cell: "metal", "cuda", "cpu" or "ops"; arguments as `recurrence`'s."""
+    return choose_backend(backend, cell, method, chunk, [])
+
+
+def conv_silu(
+    x: mx.array,
+    window: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    spans: Sequence[tuple[int, int]] | None = None,
+    *,
+    backend: str = "ops",
+) -> tuple[mx.array, mx.array]:
+    """Causal depthwise convolution over [window, x], then SiLU; the convolution of the paper's Fig. 9.
+
+    Args:
+        x: (B, T, D).
+        window: (B, K - 1, D), the inputs before x.
+        weight: (D, K), the tap of the current input last.
+        bias: (D,).
+        spans: where each row's real tokens stand (`RecurrentCache.spans`); None if all are real. The window
+            does not see padding.
+
+    Returns:
+        y (B, T, D) and the new window (B, K - 1, D).
+
+    Raises:
+        PararnnError: the window has another shape.
+    """
+    wanted = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if window.shape != wanted:  # from a cache of another model; a kernel would read beyond it
+        raise PararnnError(
+            f"the convolution's window has shape {window.shape}; with this x it must be {wanted}"
+        )
+    arrays = (x, window, weight, bias)
+    if spans is not None or weight.shape[1] == 1:
+        return _conv_ops(*arrays, spans)
+    if backend in GPU and _uniform(arrays) and _conv_works(backend):
+        y, new_window = _conv_kernel(backend)(*arrays)
+    elif at_once(backend, *arrays):
+        y, new_window = _conv_host()(*arrays)
+    else:
+        y, new_window = _conv_ops(*arrays)
+    return y, new_window
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float, *, backend: str = "ops") -> mx.array:
+    """RMSNorm of x (B, T, D) with weight (D,)."""
+    if at_once(backend, x, weight):
+        (y,) = _rms_norm_host(eps)(x, weight)
+        return cast(mx.array, y)
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+def gated_norm(
+    hidden: mx.array, gate: mx.array, weight: mx.array, eps: float, *, backend: str = "ops"
+) -> mx.array:
+    """RMSNorm(hidden) * silu(gate), all of shape (B, T, D) but weight (D,)."""
+    if at_once(backend, hidden, gate, weight):
+        (y,) = _gated_norm_host(eps)(hidden, gate, weight)
+        return cast(mx.array, y)
+    return _gated_norm_ops(eps, hidden, gate, weight)
+
+
+def swiglu(gate: mx.array, up: mx.array, *, backend: str = "ops") -> mx.array:
+    """silu(gate) * up, any shape: one primitive, since MLX-LM compiles it."""
+    if at_once(backend, gate, up):
+        (y,) = _swiglu_host()(gate, up)
+        return cast(mx.array, y)
+    return _swiglu_ops(gate, up)
+
+
+def plain_token(T: int, mask: mx.array | None, options: dict[str, Any]) -> bool:
+    """Whether a call is one token, without padding or a wish about how to solve."""
+    return T == 1 and mask is None and options.keys() <= {"backend"}
+
+
+def decodes(backend: str, T: int, mask: mx.array | None, options: dict[str, Any]) -> bool:
+    """Whether `decode` has a kernel for this call."""
+    return backend in GPU and plain_token(T, mask, options)
+
+
+def decode(
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    bias: mx.array,
+    state: mx.array,
+    gate: mx.array | None = None,
+    weight: mx.array | None = None,
+    eps: float = 0.0,
+    *,
+    backend: str,
+) -> tuple[mx.array, mx.array]:
+    """One step of the cell; with `gate`, its output's gated norm too.
+
+    Args:
+        params: (P, D).
+        u: (B, heads, 1, gates, D / heads), the input projection without its bias.
+        bias: (heads, gates * D / heads).
+        state: (B, slots, D).
+        gate: (B, 1, D), with `weight` (D,) and `eps` as `gated_norm` has them; None for the cell alone.
+
+    Returns:
+        y (B, 1, D) and the new state (B, slots, D), float32.
+    """
+    # to float32 as in `recurrence`; MLX's CUDA side would not tell kernels for other dtypes apart
+    exact = params.astype(mx.float32), state.astype(mx.float32)
+    arrays = (u, bias, *exact) if gate is None or weight is None else (u, bias, *exact, gate, weight)
+    if backend in GPU and _uniform((u, bias, *arrays[4:])) and _decode_works(cell, backend):
+        y, last = _decode_kernel(cell, eps, backend)(*arrays)
+    else:
+        y, last = _decode_ops(cell, eps, backend, *arrays)
+    return y, last
+
+
+def at_once(backend: str, *arrays: mx.array) -> bool:
+    """Whether the CPU backend does this: enough work, outside of transformations."""
+    usable = backend == "cpu" and cpu.is_large(arrays[0]) and _uniform(arrays)
+    return usable and _elementwise_works() and not cpu.in_transformation(*arrays)
+
+
+def _uniform(arrays: Sequence[mx.array]) -> bool:
+    """Whether all have the same dtype, one that the kernels write."""
+    return arrays[0].dtype in gpu.DTYPES and all(a.dtype == arrays[0].dtype for a in arrays)
+
+
+def _conv_ops(
+    x: mx.array,
+    window: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    spans: Sequence[tuple[int, int]] | None = None,
+) -> tuple[mx.array, mx.array]:
+    T, K = x.shape[1], weight.shape[1]
+    inputs = mx.concatenate([window, x], axis=1)
+    if spans is None:
+        # gathered from a prompt, where a view would hold on to the memory of all of it
+        new_window = inputs[:, T:] if T == 1 else inputs[:, mx.arange(T, T + K - 1)]
+    else:
+        begin, end = (mx.array(side)[:, None] for side in zip(*spans, strict=True))
+        # the window moves up to the row's first real token
+        place = mx.arange(T + K - 1)
+        source = mx.where(place < begin + K - 1, mx.maximum(place - begin, 0), place)
+        inputs = mx.take_along_axis(inputs, source[..., None], axis=1)
+        last = end + mx.arange(K - 1)
+        new_window = mx.take_along_axis(inputs, last[..., None], axis=1)
+    taps = [inputs[:, k : k + T] for k in range(K)]
+    return _taps_silu(bias, *mx.split(weight.T, K), *taps), new_window
+
+
+@partial(mx.compile, shapeless=True)
+def _taps_silu(bias: mx.array, *weights_and_taps: mx.array) -> mx.array:
+    # Shifted multiply-adds: MLX's depthwise conv1d takes four times as long on a CPU, and here SiLU joins in.
+    K = len(weights_and_taps) // 2
+    y = bias
+    for weight, tap in zip(weights_and_taps[:K], weights_and_taps[K:], strict=True):
+        y = y + weight * tap
+    return y * mx.sigmoid(y)
+
+
+def _decode_ops(cell: Cell, eps: float, backend: str, *arrays: mx.array) -> Arrays:
+    u, bias, params, state, *gated = arrays
+    _, heads, _, gates, width = u.shape
+    hidden, last = recurrence(cell, params, u + bias.reshape(heads, 1, gates, width), state, backend=backend)
+    if gated:
+        gate, weight = gated
+        hidden = gated_norm(hidden, gate, weight, eps)
+    return hidden, last
+
+
+@lru_cache(maxsize=8)
+def _conv_kernel(backend: str) -> Callable[..., Any]:
+    def launch(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
+        arrays = {"x": x, "window": window, "weight": weight, "bias": bias}
+        outputs = gpu.run(gpu.conv_launch(x.shape, weight.shape[1], x.dtype), arrays, backend)
+        return [outputs["y"], outputs["new_window"]]
+
+    return with_derivatives_of(_conv_ops, launch)
+
+
+@lru_cache(maxsize=64)
+def _decode_kernel(cell: Cell, eps: float, backend: str) -> Callable[..., Any]:
+    epsilon = mx.array([eps], mx.float32)
+
+    def launch(*arrays: mx.array) -> list[mx.array]:
+        u, bias, params, state, *gated = arrays
+        named = {"u": u, "bias": bias, "params": params, "initial": state}
+        if gated:
+            named |= {"gate": gated[0], "weight": gated[1], "eps": epsilon}
+        outputs = gpu.run(gpu.decode_launch(cell, u.shape, u.dtype, gated=bool(gated)), named, backend)
+        return [outputs["y"], outputs["last"]]
+
+    return with_derivatives_of(partial(_decode_ops, cell, eps, "ops"), launch)
+
+
+def with_derivatives_of(
+    ops: Callable[..., Arrays], launch: Callable[..., list[mx.array]]
+) -> Callable[..., Any]:
+    """`launch`, which MLX cannot differentiate, with the derivatives of `ops`, backward and forward."""
+    function = mx.custom_function(launch)
+
+    @function.vjp
+    def vjp(primals: Arrays, cotangents: Arrays, _: Any) -> Arrays:
+        return tuple(mx.vjp(lambda *a: [*ops(*a)], [*primals], [*cotangents])[1])
+
+    @function.jvp
+    def jvp(primals: Arrays, tangents: tuple[mx.array | None, ...]) -> Arrays:
+        return directional(ops, primals, tangents)
+
+    return function
+
+
+def _swiglu_ops(gate: mx.array, up: mx.array) -> mx.array:
+    return activations.swiglu(gate, up)  # type: ignore[no-any-return]
+
+
+def _gated_norm_ops(eps: float, hidden: mx.array, gate: mx.array, weight: mx.array) -> mx.array:
+    return _swiglu_ops(gate, mx.fast.rms_norm(hidden, weight, eps))
+
+
+@lru_cache(maxsize=1)
+def _conv_host() -> Callable[..., Any]:
+    def launch(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
+        return [*cpu.conv_silu(x, window, weight.T, bias)]
+
+    return with_derivatives_of(_conv_ops, launch)
+
+
+@lru_cache(maxsize=1)
+def _swiglu_host() -> Callable[..., Any]:
+    return with_derivatives_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [cpu.swiglu(*a)])
+
+
+@lru_cache(maxsize=8)
+def _rms_norm_host(eps: float) -> Callable[..., Any]:
+    def launch(x: mx.array, weight: mx.array) -> list[mx.array]:
+        return [cpu.rms_norm(x, weight, eps)]
+
+    return with_derivatives_of(lambda x, weight: (mx.fast.rms_norm(x, weight, eps),), launch)
+
+
+@lru_cache(maxsize=8)
+def _gated_norm_host(eps: float) -> Callable[..., Any]:
+    def launch(hidden: mx.array, gate: mx.array, weight: mx.array) -> list[mx.array]:
+        return [cpu.gated_norm(hidden, gate, weight, eps)]
+
+    return with_derivatives_of(lambda *a: (_gated_norm_ops(eps, *a),), launch)
+
+
+@lru_cache(maxsize=8)
+def _conv_works(backend: str) -> bool:
+    def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
+        for T in (1, 40):
+            arrays = _waves(2, T, 80)[..., :72], _waves(2, 3, 72), _waves(72, 4), _waves(72)
+            yield _conv_kernel(backend)(*arrays), _conv_ops(*arrays)
+
+    return gpu.works_here("the convolution", backend, outcomes)
+
+
+@lru_cache(maxsize=64)
+def _decode_works(cell: Cell, backend: str) -> bool:
+    def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
+        D, gates = 1100, len(cell.gates)  # more channels than a threadgroup has threads
+        arrays = [
+            _waves(2, 2, 1, gates, D // 2),
+            _waves(2, gates * D // 2),
+            0.3 * _waves(len(cell.params), D),
+        ]
+        arrays.append(0.5 + 0.3 * _waves(2, len(cell.slots), D))
+        for gated in ([], [_waves(2, 1, 2 * D)[..., :D], _waves(D)]):
+            given = _decode_kernel(cell, 1e-6, backend)(*arrays, *gated)
+            yield given, _decode_ops(cell, 1e-6, "ops", *arrays, *gated)
+
+    return gpu.works_here(f"decoding with {cell.name!r}", backend, outcomes)
+
+
+@lru_cache(maxsize=1)
+def _elementwise_works() -> bool:
+    def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
+        x, up, weight = _waves(2, 20, 80)[..., :43], _waves(2, 20, 43), _waves(43)
+        yield (cpu.swiglu(x, up),), (_swiglu_ops(x, up),)
+        yield (cpu.rms_norm(x, weight, 1e-6),), (mx.fast.rms_norm(x, weight, 1e-6),)
+        yield (cpu.gated_norm(up, x, weight, 1e-6),), (_gated_norm_ops(1e-6, up, x, weight),)
+        yield (cpu.product(up, _waves(37, 43)),), (up @ _waves(37, 43).T,)
+        taps = _waves(43, 4)
+        yield cpu.conv_silu(x, up[:, :3], taps.T, weight), _conv_ops(x, up[:, :3], taps, weight)
+
+    return gpu.works_here("elementwise work", "cpu", outcomes)
+
+
+def _waves(*shape: int) -> mx.array:
+    """Numbers between -1 and 1."""
+    count = 1
+    for n in shape:
+        count *= n
+    return mx.sin(mx.arange(count)).reshape(shape)

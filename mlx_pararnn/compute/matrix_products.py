@@ -1,0 +1,64 @@
+"""Matrix products with a model's weights. On a GPU they are MLX's own. MLX's CPU is fast in float32 alone, so
+there all go by way of float32, and the head of a token is the CPU backend's (metal/cpu_linear.h)."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import cpu
+from .layer_ops import at_once, with_derivatives_of
+
+# Rows from which unpacking 4-bit weights and a float32 product take less than MLX's quantized product.
+_ROWS_TO_UNPACK = 4
+
+
+def linear(module: Any, x: mx.array) -> mx.array:
+    """A linear layer, `MultiLinear`, or an embedding as the head, quantized or not, of x (..., width).
+
+    On a CPU the layer is given float32, and its weights follow; quantized weights are unpacked where there
+    are rows enough to pay for it. The dtype of what comes back is the layer's own.
+    """
+    apply = getattr(module, "as_linear", module)
+    if mx.default_device().type == mx.DeviceType.gpu or x.dtype not in cpu.DTYPES:
+        return cast(mx.array, apply(x))
+    exact = x.astype(mx.float32)
+    if "scales" in module and _rows(x) // math.prod(module.weight.shape[:-2]) >= _ROWS_TO_UNPACK:
+        y = exact @ _unpacked(module).swapaxes(-1, -2)
+        y = y + module.bias if "bias" in module else y
+    else:
+        y = apply(exact)
+    kept = module.get("scales", module.get("weight", x))
+    return cast(mx.array, y.astype(mx.result_type(x, kept)))
+
+
+def _unpacked(module: Any) -> mx.array:
+    scales, biases = module.scales, module.get("biases")
+    if biases is not None:  # of the modes, only affine has them
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    form = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    return mx.dequantize(module.weight, scales, biases, **form, dtype=mx.float32)
+
+
+def head(module: nn.Module, x: mx.array, *, backend: str = "ops") -> mx.array:
+    """`linear` with the largest matrix of a model, or the transpose of an embedding, of x (B, T, width).
+
+    At once for one token of few sequences; for more, which MLX-LM may have read for their state alone, lazy.
+    """
+    plain = type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
+    if plain and x.shape[-2] == 1 and _rows(x) <= cpu.FEW_ROWS and at_once(backend, module.weight, x):
+        (y,) = _product_host()(x, module.weight)
+        return cast(mx.array, y)
+    return linear(module, x)
+
+
+def _rows(x: mx.array) -> int:
+    return x.size // x.shape[-1]
+
+
+@lru_cache(maxsize=1)
+def _product_host() -> Callable[..., Any]:
+    return with_derivatives_of(lambda x, weight: (x @ weight.T,), lambda *a: [cpu.product(*a)])

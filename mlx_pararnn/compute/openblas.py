@@ -1,0 +1,61 @@
+"""A system OpenBLAS for MLX's matrix products on Linux.
+
+The BLAS that MLX's Linux wheel brings is the reference one, many times slower in float32 products. MLX binds
+its symbols when it is loaded, so this runs just before (`registration.py`).
+"""
+
+import ctypes
+import os
+import sys
+
+
+def load_openblas() -> str | None:
+    """Load a system OpenBLAS so that MLX's CPU matrix products use it.
+
+    Returns:
+        The library's name, or None where there is none or it is not needed (macOS). Only what is loaded
+        before `mlx.core` has an effect: symbols are bound when MLX is loaded.
+    """
+    if sys.platform != "linux":
+        return None
+    for name in ("libopenblas.so.0", "libopenblas.so"):
+        try:
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        better = _better_kernels(openblas_core(library))
+        if better:
+            from _ctypes import dlclose
+
+            dlclose(library._handle)
+            os.environ["OPENBLAS_CORETYPE"] = better
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            del os.environ["OPENBLAS_CORETYPE"]
+        return name
+    return None
+
+
+def openblas_core(library: ctypes.CDLL) -> str:
+    """The CPU whose kernels a loaded OpenBLAS uses, by OpenBLAS's name for it; "" if it does not say."""
+    try:
+        library.openblas_get_corename.restype = ctypes.c_char_p
+        return str((library.openblas_get_corename() or b"").decode())
+    except AttributeError:
+        return ""
+
+
+def _better_kernels(core: str) -> str | None:
+    """What OPENBLAS_CORETYPE should say where OpenBLAS is older than the CPU, and so does not know it.
+
+    Then it takes the kernels of a Prescott, without AVX: measured on such a CPU, five times slower.
+    """
+    if core != "Prescott" or "OPENBLAS_CORETYPE" in os.environ:
+        return None
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            features = next((line.split() for line in cpuinfo if line.startswith("flags")), [])
+    except OSError:
+        return None
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= {*features}:
+        return "SkylakeX"
+    return "Haswell" if {"avx2", "fma"} <= {*features} else None

@@ -1,0 +1,410 @@
+"""The one door to the recurrence: checks its arguments, picks a backend and a method, and differentiates.
+
+The gradient does not go through the solver. With s_t = step(s_{t-1}, u_t) solved, the adjoint obeys the
+linear recurrence lambda_t = g_t + J_{t+1}^T lambda_{t+1}, which is one parallel scan backwards in time, and
+the gradients of u, state and weights follow from one batched vector-Jacobian product of `step` (the ParaRNN
+paper, section 3.3). So every method and backend has the same, exact gradient.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+
+from ..cells import Cell
+from ..errors import PararnnError
+from . import cpu, gpu
+from .cpu import in_transformation
+from .newton import Solution, linear_scan, masked_step, newton, sequential, step_jacobian, unstack
+
+METHODS = ("auto", "sequential", "newton")
+BACKENDS = ("metal", "cuda", "cpu", "ops")
+
+CHUNK = 16  # steps, in ops and in the kernels
+TOLERANCE = 1e-6
+
+
+class NewtonInfo(NamedTuple):
+    """How Newton went.
+
+    Attributes:
+        iterations: how many were made; 0 for the sequential method.
+        residual: largest absolute difference between a chunk's end and the start of the next, a scalar array.
+    """
+
+    iterations: int
+    residual: mx.array
+
+
+class _Plan(NamedTuple):
+    """Everything about a call that is not an array: what a differentiable function is cached by."""
+
+    cell: Cell
+    method: str
+    chunk: int
+    tol: float
+    max_iters: int | None
+    masked: bool
+
+
+def recurrence(
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array | None = None,
+    *,
+    mask: mx.array | None = None,
+    return_states: int = 0,
+    method: str = "auto",
+    backend: str | None = None,
+    chunk: int = CHUNK,
+    tol: float = TOLERANCE,
+    max_iters: int | None = None,
+    return_info: bool = False,
+) -> tuple[Any, ...]:
+    """Solve s_t = step(s_{t-1}, u_t; params) for a whole sequence.
+
+    With B sequences, T steps, D channels: computed in float32 whatever the inputs' dtype.
+
+    Args:
+        cell: the cell, as `get_cell` gives it.
+        params: (P, D), the recurrent weight, one row for each of `cell.params`.
+        u: (B, heads, T, gates, D / heads), the input projection with its bias, as the projection leaves it
+            (a strided view is fine).
+        state: (B, slots, D), the state before the first step; None for zeros.
+        mask: (B, T), bool; where False the state passes through unchanged and hidden is 0.
+        return_states: if n > 0, also return the state after every n-th step.
+        method: "sequential", "newton", or "auto": sequential, unless on a GPU with more than one step.
+        backend: "metal" or "cuda", the fused kernels; "cpu", the cell compiled for the machine's vector unit,
+            sequential; "ops", plain MLX; None takes the device's own where the cell has it, else ops. The
+            environment variable MLX_PARARNN_BACKEND goes before None.
+        chunk: Newton's chunk length C; 1 is the paper's scheme, Newton on the whole sequence. Any other than
+            the default runs in ops.
+        tol: Newton stops when no chunk start s moved by more than tol * max(1, |s|); the kernels weigh the
+            movement by how much a difference has grown so far.
+        max_iters: at most so many iterations. Without it the answer is the sequential one whatever the
+            weights. With tol=0 it is the number of iterations made, as in the paper (which makes 3).
+        return_info: also return a `NewtonInfo`. It costs one more pass over the sequence if chunk is 1, and
+            gradients then go through the solver.
+
+    Returns:
+        hidden (B, T, D) in u's dtype; last state (B, slots, D), float32; then, if asked for, the states
+        (B, T // n, slots, D), float32, and the `NewtonInfo`.
+
+    Raises:
+        PararnnError: an argument has the wrong shape or an unknown value.
+
+    The kernels differentiate and compile; for mx.vmap take backend="ops", and ask for `return_info` outside
+    of transformations.
+
+    Inside mx.compile and mx.vmap nothing may be evaluated: there a CPU runs ops, "auto" is sequential, and
+    Newton makes min(max_iters, T / chunk) iterations. GPU kernels need no evaluation and stop by themselves.
+    """
+    _check(cell, params, u, state, mask, method, chunk, max_iters, return_states)
+    B, heads, T, _, width = u.shape
+    slots = len(cell.slots)
+    if state is None:
+        state = mx.zeros((B, slots, heads * width))
+    arguments = [params, u, state, *([] if mask is None else [mask])]
+    backend = choose_backend(backend, cell, method, chunk, arguments)
+    if backend != "ops":
+        if method == "auto":
+            method = "newton" if T > 1 and slots < 4 and backend != "cpu" else "sequential"
+        plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
+        arrays = (
+            mx.contiguous(params.astype(mx.float32)),
+            u if u.dtype in gpu.DTYPES else u.astype(mx.float32),
+            mx.contiguous(state.astype(mx.float32)),
+            mx.zeros((B, 0)) if mask is None else mx.contiguous(mask.astype(mx.bool_)),
+        )
+        if return_info:
+            return _launch(plan, backend, return_states, *arrays, info=True)
+        return tuple(_differentiable_kernel(plan, backend, return_states)(*arrays))
+
+    eager = T == 1 or not in_transformation(*arguments)
+    if method == "auto":
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        method = "newton" if eager and on_gpu and T > 1 and slots < 4 else "sequential"
+    plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
+    arrays = _laid_out(params, u, state, mask)
+    if return_info:
+        solution = _solve(plan, *arrays, eager=eager, want_residual=True)
+        residual = mx.array(0.0) if solution.residual is None else solution.residual
+        info: tuple[NewtonInfo, ...] = (NewtonInfo(solution.iterations, residual),)
+        states = mx.stack([*solution.states])
+    else:
+        info = ()
+        states = _differentiable(plan, eager)(*arrays)
+    return (*_outputs(cell, states, mask, return_states, u.dtype), *info)
+
+
+def choose_backend(
+    backend: str | None, cell: Cell, method: str, chunk: int, arguments: list[mx.array]
+) -> str:
+    """The backend to use; raises PararnnError for one that is not here."""
+    asked = backend or os.environ.get("MLX_PARARNN_BACKEND") or None
+    if asked is not None and asked not in BACKENDS:
+        raise PararnnError(f"unknown backend {asked!r}; choose one of {', '.join(BACKENDS)}")
+    if asked == "ops":
+        return "ops"
+    here = gpu.available_backend() or "cpu"
+    if asked is None:
+        if here == "cpu":
+            # Straight through time, at once: no Newton, nothing inside mx.compile, and no token of few
+            # sequences, which MLX computes as a whole without waiting in the middle.
+            one_token = bool(arguments) and arguments[1].shape[2] == 1 and not cpu.is_large(arguments[1])
+            fits = method != "newton" and not one_token and not in_transformation(*arguments)
+        else:
+            fits = chunk == CHUNK
+        return here if fits and gpu.has_kernel(cell) and _kernels_agree(cell, here) else "ops"
+    if asked != here:
+        raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
+    if here == "cpu":
+        if method == "newton":
+            raise PararnnError("backend 'cpu' goes straight through time; choose 'ops' for method='newton'")
+        if in_transformation(*arguments):
+            raise PararnnError(
+                "backend 'cpu' runs at once, not inside mx.compile or mx.vmap; choose 'ops' there"
+            )
+    elif chunk != CHUNK:
+        raise PararnnError(f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}")
+    return asked
+
+
+@lru_cache(maxsize=64)
+def _kernels_agree(cell: Cell, backend: str) -> bool:
+    """Try the backend on a small problem, once a cell and process: `gpu.works_here`."""
+    width, T = 40, 150
+    params = 0.3 * mx.cos(mx.arange(len(cell.params) * width)).reshape(-1, width)
+    u = mx.sin(mx.arange(2 * T * len(cell.gates) * width)).reshape(2, 1, T, len(cell.gates), width)
+
+    def outcomes() -> Iterator[tuple[tuple[mx.array, ...], tuple[mx.array, ...]]]:
+        wanted = recurrence(cell, params, u, method="sequential", backend="ops")
+        for method in ("sequential",) if backend == "cpu" else ("sequential", "newton"):
+            yield recurrence(cell, params, u, method=method, backend=backend), wanted
+
+    return gpu.works_here(f"the recurrence of {cell.name!r}", backend, outcomes)
+
+
+def _laid_out(
+    params: mx.array, u: mx.array, state: mx.array, mask: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """The arguments in float32 and in the layout of newton.py."""
+    B, heads, _, _, width = u.shape
+    u = u.astype(mx.float32)
+    if mask is not None:
+        u = mx.where(mask[:, None, :, None, None], u, 0)  # what stands in padding, NaN too, has no gradient
+    return (
+        params.astype(mx.float32).reshape(-1, heads, width),
+        u,
+        state.astype(mx.float32).reshape(B, -1, heads, width),
+        mx.zeros((B, 0)) if mask is None else mask,
+    )
+
+
+def _check(
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array | None,
+    mask: mx.array | None,
+    method: str,
+    chunk: int,
+    max_iters: int | None,
+    return_states: int,
+) -> None:
+    gates, slots = len(cell.gates), len(cell.slots)
+    if u.ndim != 5 or u.shape[3] != gates or 0 in u.shape:
+        raise PararnnError(
+            f"u has shape {u.shape}; cell {cell.name!r} needs (batch, heads, T, {gates}, channels / heads), "
+            "none of them 0"
+        )
+    B, heads, T, _, width = u.shape
+    D = heads * width
+    expected: list[tuple[str, mx.array, tuple[int, ...]]] = [("params", params, (len(cell.params), D))]
+    if state is not None:
+        expected.append(("state", state, (B, slots, D)))
+    if mask is not None:
+        expected.append(("mask", mask, (B, T)))
+    for name, array, shape in expected:
+        if array.shape != shape:
+            raise PararnnError(
+                f"{name} has shape {array.shape}; with this u, cell {cell.name!r} needs {shape}"
+            )
+    if method not in METHODS:
+        raise PararnnError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if chunk < 1 or (max_iters is not None and max_iters < 1):
+        raise PararnnError(f"chunk and max_iters must be at least 1 (got {chunk} and {max_iters})")
+    if return_states < 0:
+        raise PararnnError(f"return_states is {return_states}; it must be 0 or a number of steps")
+
+
+@lru_cache(maxsize=256)
+def _differentiable(plan: _Plan, eager: bool) -> Callable[..., Any]:
+    """(params, u, state, mask) -> states (slots, B, heads, T, W), with its own vector-Jacobian product."""
+
+    @mx.custom_function
+    def solve(params: mx.array, u: mx.array, state: mx.array, mask: mx.array) -> mx.array:
+        return mx.stack([*_solve(plan, params, u, state, mask, eager=eager).states])
+
+    @solve.vjp
+    def solve_vjp(
+        primals: tuple[mx.array, ...], cotangent: mx.array, states: mx.array
+    ) -> tuple[mx.array, ...]:
+        return _backward(plan, primals, cotangent, states)
+
+    return solve
+
+
+@lru_cache(maxsize=256)
+def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..., Any]:
+    """(params, u, state, mask) -> hidden, last[, states] by the fused kernel, with gradients."""
+
+    @mx.custom_function
+    def solve(params: mx.array, u: mx.array, state: mx.array, mask: mx.array) -> list[mx.array]:
+        return [*_launch(plan, backend, every, params, u, state, mask)]
+
+    @solve.vjp
+    def solve_vjp(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], _: Any
+    ) -> tuple[mx.array, ...]:
+        params, u, state, mask = primals
+        B, heads, T, _, width = u.shape
+        # All states, from the kernel again, in the layout of newton.py: (slots, B, heads, T, W). Not by
+        # _launch: a second derivative goes through them.
+        states = _differentiable_kernel(plan, backend, 1)(*primals)[2]
+        states = states.reshape(B, T, -1, heads, width).transpose(2, 0, 3, 1, 4)
+        steps = mask if plan.masked else None
+        _, (g,) = mx.vjp(lambda s: [*_outputs(plan.cell, s, steps, every, u.dtype)], [states], [*cotangents])
+        laid_out = _laid_out(params, u, state, steps)
+        gradients = _backward(plan, laid_out, g, states)
+        return tuple(d.reshape(p.shape).astype(p.dtype) for d, p in zip(gradients, primals, strict=True))
+
+    @solve.jvp
+    def solve_jvp(
+        primals: tuple[mx.array, ...], tangents: tuple[mx.array | None, ...]
+    ) -> tuple[mx.array, ...]:
+        mask = primals[3] if plan.masked else None
+
+        def in_ops(params: mx.array, u: mx.array, state: mx.array) -> list[mx.array]:
+            options: dict[str, Any] = {"mask": mask, "return_states": every, "backend": "ops"}
+            return [*recurrence(plan.cell, params, u, state, method="sequential", **options)]
+
+        return directional(in_ops, primals[:3], tangents[:3])
+
+    return solve
+
+
+def directional(
+    function: Callable[..., Sequence[mx.array]],
+    primals: Sequence[mx.array],
+    tangents: Sequence[mx.array | None],
+) -> tuple[mx.array, ...]:
+    """The Jacobian-vector product of `function` as `mx.custom_function.jvp` has it: a tangent may be None."""
+    given = [mx.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
+    return tuple(mx.jvp(lambda *arrays: [*function(*arrays)], [*primals], given)[1])
+
+
+def _launch(
+    plan: _Plan,
+    backend: str,
+    every: int,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array,
+    mask: mx.array,
+    *,
+    info: bool = False,
+) -> tuple[Any, ...]:
+    """hidden, last[, states][, info] by the fused kernel, or by the CPU's."""
+    if backend == "cpu":
+        solved = cpu.solve(plan.cell, params, u, state, mask if plan.masked else None, every)
+        return (*solved, NewtonInfo(0, mx.array(0.0))) if info else solved
+    arrays = {"u": u, "params": params, "initial": state, "mask": mask}
+    cell, masked = plan.cell, plan.masked
+    if plan.method == "sequential":
+        launch = gpu.sequential_launch(cell, u.shape, u.dtype, masked=masked, every=every)
+    else:
+        launch = gpu.newton_launch(cell, u.shape, u.dtype, masked=masked, every=every, info=info)
+        arrays["tol"] = mx.array([plan.tol], mx.float32)
+        arrays["max_iters"] = mx.array([plan.max_iters or 2**31 - 1], mx.int32)
+    outputs = gpu.run(launch, arrays, backend)
+    result: tuple[Any, ...] = (outputs["hidden"], outputs["last"])
+    if every:
+        result += (outputs["states"],)
+    if info:
+        made = outputs["iterations_made"].max().item() if "gap" in outputs else 0
+        gap = outputs["gap"].max() if "gap" in outputs else mx.array(0.0)
+        result += (NewtonInfo(cast(int, made), gap),)
+    return result
+
+
+def _solve(
+    plan: _Plan,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array,
+    mask: mx.array,
+    *,
+    eager: bool,
+    want_residual: bool = False,
+) -> Solution:
+    slots = unstack(state.swapaxes(0, 1))
+    steps = mask if plan.masked else None
+    if plan.method == "sequential":
+        return sequential(plan.cell, params, u, slots, steps, eager=eager)
+    return newton(
+        plan.cell,
+        params,
+        u,
+        slots,
+        steps,
+        chunk=plan.chunk,
+        tol=plan.tol,
+        max_iters=plan.max_iters,
+        eager=eager,
+        want_residual=want_residual,
+    )
+
+
+def _outputs(
+    cell: Cell, states: mx.array, mask: mx.array | None, every: int, dtype: mx.Dtype
+) -> tuple[mx.array, ...]:
+    """hidden (B, T, D), last state (B, slots, D) and, if `every` n > 0, states (B, T // n, slots, D)."""
+    slots, B, heads, T, width = states.shape
+    D = heads * width
+    hidden = states[cell.output_slot].swapaxes(1, 2).reshape(B, T, D)
+    if mask is not None:
+        hidden = mx.where(mask[..., None], hidden, 0.0)
+    # gathered where there are many: a view of the last step would keep the memory of all
+    last = states if T == 1 else states[:, :, :, mx.array([T - 1])]
+    last = last.swapaxes(0, 1).reshape(B, slots, D)
+    if not every:
+        return hidden.astype(dtype), last
+    every_nth = states[:, :, :, every - 1 :: every].transpose(1, 3, 0, 2, 4)
+    return hidden.astype(dtype), last, every_nth.reshape(B, T // every, slots, D)
+
+
+def _backward(
+    plan: _Plan, primals: tuple[mx.array, ...], cotangent: mx.array, states: mx.array
+) -> tuple[mx.array, ...]:
+    """Gradients of params, u, state (and zeros for the mask), given those of all states."""
+    params, u, state, mask = primals
+    before = mx.concatenate([state.swapaxes(0, 1)[:, :, :, None], states[:, :, :, :-1]], axis=3)
+    slots = unstack(before)
+    keep = mask[:, None, :, None] if plan.masked else None
+    weights = params[:, :, None]
+
+    # lambda_t = g_t + J_{t+1}^T lambda_{t+1}: a scan over reversed time
+    JT = step_jacobian(plan.cell, weights, u, keep, slots).swapaxes(0, 1)
+    later = mx.concatenate([JT[..., 1:, :], mx.zeros_like(JT[..., :1, :])], axis=-2)
+    adjoint = linear_scan(later[..., ::-1, :], cotangent[..., ::-1, :])[..., ::-1, :]
+
+    def all_steps(weights: mx.array, u: mx.array, *before: mx.array) -> list[mx.array]:
+        return [*masked_step(plan.cell, weights, u, keep, before)]
+
+    _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *slots], [*unstack(adjoint)])
+    d_state = mx.stack([d[:, :, 0] for d in d_before], axis=1)
+    return d_weights[:, :, 0], d_u, d_state, mx.zeros_like(mask)

@@ -1,0 +1,101 @@
+"""Does a model compute the same numbers whichever way it is run? What `mlx-pararnn verify` asks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import PararnnError
+from ..model import Model
+
+# float32 implementations of one model agree to about 2e-5 in their logits.
+TOLERANCE = 5e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest absolute difference found and the largest allowed.
+
+    Attributes:
+        note: what else there is to say, such as how many greedy tokens agree.
+    """
+
+    name: str
+    difference: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance  # False for NaN
+
+
+def verify_methods(model: Model, tokens: list[int]) -> Iterator[Check]:
+    """Newton, fused kernels if there are any, and decoding against the sequential run of a prompt.
+
+    Args:
+        model: the model.
+        tokens: the prompt, at least two token ids.
+    """
+    inputs = mx.array([tokens])
+    reference = model(inputs, method="sequential", backend="ops")
+    tolerance = _tolerance(model, reference)
+    newton = model(inputs, method="newton", backend="ops")
+    yield _check("Newton against sequential", newton, reference, tolerance)
+    backend = model.layers[0].mixer.cell.backend()
+    if backend != "ops":
+        yield _check(f"{backend} against ops", model(inputs, backend=backend), reference, tolerance)
+    cache = model.make_cache()
+    steps = [model(inputs[:, t : t + 1], cache=cache) for t in range(len(tokens))]
+    decoded = mx.concatenate(steps, axis=1)
+    yield _check("token by token against the whole prompt", decoded, reference, tolerance)
+
+
+def verify_logits(model: Model, file: str | Path) -> Check:
+    """Logits that PyTorch gave, against ours.
+
+    Args:
+        model: the model.
+        file: .safetensors or .npz with `input_ids` (B, T) or (T,) and `logits` (B, T, V) or (T, V).
+
+    Raises:
+        PararnnError: the file is not one, or does not fit the model.
+    """
+    file = Path(file)
+    try:
+        arrays = cast(dict[str, mx.array], mx.load(str(file)))
+        ids, logits = arrays["input_ids"], arrays["logits"].astype(mx.float32)
+    except Exception as error:  # as many kinds as there are wrong files
+        raise PararnnError(
+            f"{file} is no .safetensors or .npz file with input_ids and logits; docs/converting.md shows how "
+            "to export one"
+        ) from error
+    if ids.ndim == 1:
+        ids, logits = ids[None], logits[None] if logits.ndim == 2 else logits
+    expected = (*ids.shape, model.args.vocab_size)
+    if ids.ndim != 2 or logits.shape != expected or not mx.issubdtype(ids.dtype, mx.integer):
+        raise PararnnError(
+            f"{file}: input_ids {ids.shape} and logits {logits.shape} do not fit; the model gives {expected}"
+        )
+    if not mx.all((ids >= 0) & (ids < model.args.vocab_size)).item():
+        raise PararnnError(f"{file}: input_ids go beyond the model's vocabulary of {model.args.vocab_size}")
+    ours = model(ids)
+    return _check(f"logits of {file.name}", ours, logits, _tolerance(model, logits))
+
+
+def _check(name: str, a: mx.array, b: mx.array, tolerance: float) -> Check:
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    same = (mx.argmax(a, axis=-1) == mx.argmax(b, axis=-1)).sum().item()
+    difference = cast(float, mx.abs(a - b).max().item())
+    return Check(name, difference, tolerance, f"{same} of {a[..., 0].size} likeliest tokens equal")
+
+
+def _tolerance(model: Model, logits: mx.array) -> float:
+    """5e-5 in float32; in a narrower format eight roundings of the largest logit."""
+    weights = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    dtypes = {w.dtype for name, w in weights if not name.endswith("recurrent_weight")}
+    epsilon = max(mx.finfo(d).eps for d in dtypes if mx.issubdtype(d, mx.floating))
+    return max(TOLERANCE, 8 * epsilon * cast(float, mx.abs(logits).max().item()))
