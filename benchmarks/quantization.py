@@ -11,9 +11,9 @@ from pathlib import Path
 os.environ["MLX_ENABLE_TF32"] = "0"
 
 from machine import write_results
-from mlx_pararnn.convert.to_mlx import convert_to_mlx
 
 from mlx_pararnn import load_model
+from mlx_pararnn.convert.to_mlx import convert_to_mlx
 
 import mlx.core as mx  # isort: skip - after mlx_pararnn, which loads OpenBLAS
 

@@ -1,1 +1,1 @@
-"""Kernel sources, read as package data: see README.md here and mlx_pararnn/kernels.py."""
+"""Kernel sources, read as package data: see README.md here and mlx_pararnn/compute/texts.py."""

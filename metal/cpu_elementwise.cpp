@@ -1,5 +1,5 @@
-// The elementwise work around the recurrence on a CPU; stands behind cpu.h and cpu_linear.h, whose product it
-// exports too. mlx_pararnn/fused.py has the same in MLX's ops. Arrays of B x T rows of `width` numbers; row strides
+// The elementwise work around the recurrence on a CPU; comes after cpu.h and cpu_linear.h, whose product it
+// exports too. mlx_pararnn/compute/layer_ops.py has the same in MLX's ops. Arrays of B x T rows of `width` numbers; row strides
 // count elements, a row's own numbers are neighbours. Computed in float32.
 
 namespace pararnn {

@@ -1,4 +1,4 @@
-// Matrix-vector products on a CPU, for weights of every dtype; stands behind cpu.h. A BLAS has none for halves,
+// Matrix-vector products on a CPU, for weights of every dtype; comes after cpu.h. A BLAS has none for halves,
 // and MLX asks its BLAS for a product of matrices, which takes twice as long for one row.
 
 namespace pararnn {

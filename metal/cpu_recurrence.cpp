@@ -1,10 +1,10 @@
-// The recurrence straight through time on a CPU: flights of neighbouring channels, shared out to threads.
-// Stands behind cpu.h, cpu_vectors.h, dual.h, activations.h and a cell's text (mlx_pararnn/compute/cpu.py assembles it).
+// The recurrence straight through time on a CPU: groups of vectors of neighbouring channels, shared out to threads.
+// Comes after cpu.h, cpu_vectors.h, dual.h, activations.h and a cell's text (mlx_pararnn/compute/texts.py assembles it).
 
 namespace pararnn {
 
-constexpr int WIDTH = FLIGHT * LANES;  // channels of a flight
-constexpr int FLIGHTS = 2;             // that take turns: one's instructions fill the other's waits
+constexpr int WIDTH = GROUP * LANES;  // channels of a group
+constexpr int INTERLEAVED = 2;             // groups whose instructions are interleaved: one's fill the other's waits
 constexpr int AHEAD = 8;  // steps that u is fetched ahead: a row of it is longer than what hardware guesses
 constexpr int TILE = 64;  // steps that a thread makes for all its channels before it makes the next: pages stay near
 
@@ -22,16 +22,16 @@ struct Call {
   int threads;
 };
 
-// Lanes of a flight's vector i that are among its first `count` channels.
+// Lanes of a group's vector i that are among its first `count` channels.
 inline int lanes(int i, int count) {
   const int left = count - i * LANES;
   return left < 0 ? 0 : left < LANES ? left : LANES;
 }
 
 template <typename T>
-inline Flight load_flight(const T* from, int count) {
-  Flight x;
-  for (int i = 0; i < FLIGHT; ++i) {
+inline VecGroup load_group(const T* from, int count) {
+  VecGroup x;
+  for (int i = 0; i < GROUP; ++i) {
     const int n = lanes(i, count);
     x.v[i] = n > 0 ? load(from + i * LANES, n) : Vec(0.0f);
   }
@@ -39,14 +39,14 @@ inline Flight load_flight(const T* from, int count) {
 }
 
 template <typename T>
-inline void store_flight(T* to, const Flight& x, int count) {
-  for (int i = 0; i < FLIGHT; ++i) {
+inline void store_group(T* to, const VecGroup& x, int count) {
+  for (int i = 0; i < GROUP; ++i) {
     const int n = lanes(i, count);
     if (n > 0) store(to + i * LANES, x.v[i], n);
   }
 }
 
-// Steps from...to of N flights from channel w0 of a head; one alone may have fewer than WIDTH channels. Between
+// Steps from...to of N groups from channel w0 of a head; one alone may have fewer than WIDTH channels. Between
 // calls the state is in call.last.
 template <typename T, int N>
 void run(const Call& call, int64_t b, int64_t head, int64_t w0, int channels, int64_t from, int64_t to) {
@@ -55,10 +55,10 @@ void run(const Call& call, int64_t b, int64_t head, int64_t w0, int channels, in
   const int64_t D = call.heads * call.W;
   const int64_t d0 = head * call.W + w0;
   const float* before = (from > 0 ? call.last : call.initial) + b * SLOTS * D + d0;
-  Flight w[N][PARAMS], state[N][SLOTS];
+  VecGroup w[N][PARAMS], state[N][SLOTS];
   for (int n = 0; n < N; ++n) {
-    for (int p = 0; p < PARAMS; ++p) w[n][p] = load_flight(call.params + p * D + d0 + n * WIDTH, count);
-    for (int s = 0; s < SLOTS; ++s) state[n][s] = load_flight(before + s * D + n * WIDTH, count);
+    for (int p = 0; p < PARAMS; ++p) w[n][p] = load_group(call.params + p * D + d0 + n * WIDTH, count);
+    for (int s = 0; s < SLOTS; ++s) state[n][s] = load_group(before + s * D + n * WIDTH, count);
   }
   const T* u = static_cast<const T*>(call.u) + b * call.u_strides[0] + head * call.u_strides[1] +
                from * call.u_strides[2] + w0;
@@ -67,28 +67,28 @@ void run(const Call& call, int64_t b, int64_t head, int64_t w0, int channels, in
     const bool keep = !call.mask || call.mask[b * call.T + t];
     for (int n = 0; n < N; ++n) {
       if (keep) {
-        Flight x[GATES];
+        VecGroup x[GATES];
         for (int g = 0; g < GATES; ++g) {
           const T* gate = u + g * call.u_strides[3] + n * WIDTH;
-          for (int i = 0; i < FLIGHT; ++i) {
+          for (int i = 0; i < GROUP; ++i) {
             __builtin_prefetch(gate + AHEAD * call.u_strides[2] + i * LANES);
           }
-          x[g] = load_flight(gate, count);
+          x[g] = load_group(gate, count);
         }
         Cell::step(state[n], x, w[n]);
       }
-      store_flight(hidden + n * WIDTH, keep ? state[n][Cell::OUTPUT] : Flight(0.0f), count);
+      store_group(hidden + n * WIDTH, keep ? state[n][Cell::OUTPUT] : VecGroup(0.0f), count);
     }
     if (call.states && (t + 1) % call.every == 0) {
       float* kept = call.states + (b * (call.T / call.every) + t / call.every) * SLOTS * D + d0;
       for (int n = 0; n < N; ++n) {
-        for (int s = 0; s < SLOTS; ++s) store_flight(kept + s * D + n * WIDTH, state[n][s], count);
+        for (int s = 0; s < SLOTS; ++s) store_group(kept + s * D + n * WIDTH, state[n][s], count);
       }
     }
   }
   for (int n = 0; n < N; ++n) {
     for (int s = 0; s < SLOTS; ++s) {
-      store_flight(call.last + (b * SLOTS + s) * D + d0 + n * WIDTH, state[n][s], count);
+      store_group(call.last + (b * SLOTS + s) * D + d0 + n * WIDTH, state[n][s], count);
     }
   }
 }
@@ -96,8 +96,8 @@ void run(const Call& call, int64_t b, int64_t head, int64_t w0, int channels, in
 template <typename T>
 void recurrence(const Call& call) {
   // Which channels go together depends on W alone, so that a channel's rounding depends on neither batch nor T.
-  const int64_t wide = call.W / (FLIGHTS * WIDTH);
-  const int64_t rest = call.W - wide * FLIGHTS * WIDTH;
+  const int64_t wide = call.W / (INTERLEAVED * WIDTH);
+  const int64_t rest = call.W - wide * INTERLEAVED * WIDTH;
   const int64_t blocks = wide + (rest + WIDTH - 1) / WIDTH;
   const int64_t items = call.B * call.heads * blocks;
   // Two pieces a thread: long rows to read, and a core that is slow or busy leaves one to another.
@@ -108,9 +108,9 @@ void recurrence(const Call& call) {
       for (int64_t item = items * piece / pieces; item < items * (piece + 1) / pieces; ++item) {
         const int64_t b = item / (call.heads * blocks), head = item / blocks % call.heads, block = item % blocks;
         if (block < wide) {
-          run<T, FLIGHTS>(call, b, head, block * FLIGHTS * WIDTH, WIDTH, from, to);
+          run<T, INTERLEAVED>(call, b, head, block * INTERLEAVED * WIDTH, WIDTH, from, to);
         } else {
-          const int64_t w0 = wide * FLIGHTS * WIDTH + (block - wide) * WIDTH;
+          const int64_t w0 = wide * INTERLEAVED * WIDTH + (block - wide) * WIDTH;
           run<T, 1>(call, b, head, w0, call.W - w0 < WIDTH ? int(call.W - w0) : WIDTH, from, to);
         }
       }

@@ -1,6 +1,6 @@
 // One token through all layers of a model on a CPU, in one call: what costs MLX some forty primitives a layer.
-// Stands behind cpu.h, cpu_linear.h, cpu_elementwise.cpp, dual.h, activations.h and a cell's text
-// (mlx_pararnn/host_decode.py assembles it and says what stands where; mlx_pararnn/model.py has the same in MLX).
+// Comes after cpu.h, cpu_linear.h, cpu_elementwise.cpp, dual.h, activations.h and a cell's text
+// (mlx_pararnn/compute/texts.py assembles it, compute/cpu_token.py calls it; mlx_pararnn/model.py has the same in MLX).
 // Weights have one dtype T; everything between them is float32.
 //
 // Every thread owns a range of channels. What needs all channels (a norm) every thread computes for itself; where

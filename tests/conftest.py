@@ -29,11 +29,11 @@ def cpu_backend():
     """What the CPU backend needs: a C++ compiler, and MLX's CPU, on a machine with a GPU too."""
     import mlx.core as mx
 
-    from mlx_pararnn.compute import cpu
+    from mlx_pararnn.compute import cpu_build
 
     try:
-        cpu.compiler()
-    except cpu.BuildError as error:
+        cpu_build.compiler()
+    except cpu_build.BuildError as error:
         pytest.skip(str(error))
     device = mx.default_device()
     mx.set_default_device(mx.cpu)

@@ -20,7 +20,7 @@ from test_recurrence import loss_of, problem
 
 from mlx_pararnn import PararnnError, get_cell, load_model, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
-from mlx_pararnn.compute import cpu, gpu, layer_ops
+from mlx_pararnn.compute import cpu, cpu_build, gpu, layer_ops, texts
 from mlx_pararnn.compute.recurrence import _kernels_agree, recurrence
 from mlx_pararnn.tools import doctor
 
@@ -297,7 +297,7 @@ extern "C" void narrow(const float* from, pararnn::Float16* to, int64_t count) {
 def test_every_half(monkeypatch, tmp_path):
     """NumPy's conversions: all halves, and floats at, between and beside them."""
     with fresh_cache(monkeypatch, tmp_path):
-        library = cpu.build(gpu.metal_text("cpu.h") + WIDEN_AND_NARROW, "halves")
+        library = cpu_build.build(texts.metal_text("cpu.h") + WIDEN_AND_NARROW, "halves")
 
     def converted(function, numbers, dtype):
         to = np.empty(numbers.shape, dtype)
@@ -336,8 +336,8 @@ int main() {
 @pytest.mark.skipif(sys.platform != "linux", reason="puts a function in place of Linux's own")
 def test_where_no_more_threads_are_to_be_had(tmp_path):
     source, program = tmp_path / "main.cpp", tmp_path / "main"
-    source.write_text(gpu.metal_text("cpu.h") + NO_THREADS)
-    subprocess.run([cpu.compiler(), "-std=c++17", "-pthread", source, "-o", program], check=True)
+    source.write_text(texts.metal_text("cpu.h") + NO_THREADS)
+    subprocess.run([cpu_build.compiler(), "-std=c++17", "-pthread", source, "-o", program], check=True)
     subprocess.run([program], check=True)
 
 
@@ -358,9 +358,11 @@ def test_a_models_logits(source, converted, however_small):
 @pytest.mark.parametrize("name", CELLS)
 def test_other_vector_units(name, flags, monkeypatch, tmp_path):
     """Four lanes are what arm64 has; here they run on x86-64's oldest unit."""
-    if flags[0] == "-march=x86-64-v3" and "avx2" not in cpu._machine():
+    if flags[0] == "-march=x86-64-v3" and "avx2" not in cpu_build._machine():
         pytest.skip("this CPU has no AVX2")
-    monkeypatch.setattr(cpu, "_flags", lambda: ["-std=c++17", "-O1", *flags, "-shared", "-fPIC", "-pthread"])
+    monkeypatch.setattr(
+        cpu_build, "_flags", lambda: ["-std=c++17", "-O1", *flags, "-shared", "-fPIC", "-pthread"]
+    )
     with fresh_cache(monkeypatch, tmp_path):
         p = OnHost(name, 65, 41, 2, 1, "float32", state=True)
         close(p.solve()[0], p.oracle()[0], p.oracle(np.float32)[0])
@@ -369,9 +371,9 @@ def test_other_vector_units(name, flags, monkeypatch, tmp_path):
 @pytest.mark.parametrize("cxx", ["g++", "clang++", "clang++-19"])
 def test_compilers(cxx, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", cxx)
-    cpu.compiler.cache_clear()
-    found = cpu.compiler()
-    cpu.compiler.cache_clear()
+    cpu_build.compiler.cache_clear()
+    found = cpu_build.compiler()
+    cpu_build.compiler.cache_clear()
     if not found.endswith(cxx):
         pytest.skip(f"no {cxx}")
     with fresh_cache(monkeypatch, tmp_path):
@@ -388,7 +390,7 @@ class fresh_cache:
         monkeypatch.setattr(sys, "platform", "linux")
 
     def __enter__(self):
-        for cached in (cpu.compiler, cpu._machine, cpu.load, _kernels_agree):
+        for cached in (cpu_build.compiler, cpu_build._machine, cpu.load, _kernels_agree):
             cached.cache_clear()
 
     __exit__ = staticmethod(lambda *_: fresh_cache.__enter__(None))
@@ -427,7 +429,9 @@ run = subprocess.run
 def test_other_flags_are_another_library(monkeypatch, tmp_path):
     cell, params, u, _ = problem("nlru", T=5)
     for flags in (["-O0"], ["-O1"]):
-        monkeypatch.setattr(cpu, "_flags", lambda f=flags: ["-std=c++17", *f, "-shared", "-fPIC", "-pthread"])
+        monkeypatch.setattr(
+            cpu_build, "_flags", lambda f=flags: ["-std=c++17", *f, "-shared", "-fPIC", "-pthread"]
+        )
         with fresh_cache(monkeypatch, tmp_path):
             recurrence(cell, mx.array(params), mx.array(u), backend="cpu")
     assert len([*(tmp_path / "mlx-pararnn").iterdir()]) == 2
@@ -485,7 +489,7 @@ def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_
         monkeypatch.delenv("CXX", raising=False)
         said = "no C\\+\\+ compiler; install one"
     elif fault == "text rejected":
-        monkeypatch.setattr(cpu, "host_text", lambda text, *_: text + "not C++;")
+        monkeypatch.setattr(texts, "cpu_text", lambda text, *_: text + "not C++;")
         said = "rejects recurrence-gru"
     elif fault == "folder of others":
         (tmp_path / "mlx-pararnn").mkdir()
@@ -522,7 +526,7 @@ def test_a_cell_may_have_any_name(monkeypatch, tmp_path):
     @register_cell
     class Odd(type(get_cell("nlru"))):
         name = "../odd cell-2"
-        msl = gpu.metal_text("cells", "nlru.h").replace("NLRU", "Odd")
+        msl = texts.metal_text("cells", "nlru.h").replace("NLRU", "Odd")
 
     cell, u = get_cell(Odd.name), mx.ones((1, 1, 4, 2, 8))
     wanted = recurrence(get_cell("nlru"), mx.zeros((1, 8)), u, backend="cpu")[0]

@@ -13,7 +13,7 @@ from msl.instances import DTYPES
 from test_host_decode import TOKENS, make, recorded, replay_text, replayed
 from test_recurrence import problem
 
-from mlx_pararnn.compute import cpu
+from mlx_pararnn.compute import cpu, texts
 from mlx_pararnn.compute.recurrence import recurrence
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -55,7 +55,7 @@ def test_the_same_numbers(name, dtype, tmp_path):
         "params": len(cell.params),
         "slots": len(cell.slots),
     }
-    text = cpu.text_of(cell) + MAIN.replace("T_", TYPES[dtype]) % {**counts, "dtype": dtype}
+    text = texts.cpu_recurrence_text(cell) + MAIN.replace("T_", TYPES[dtype]) % {**counts, "dtype": dtype}
     run(COMPILER, text, tmp_path, "-static", "-o", str(tmp_path / "run"))
     subprocess.run([EMULATOR, tmp_path / "run", tmp_path / "in", tmp_path / "out"], check=True)
     given = np.frombuffer((tmp_path / "out").read_bytes(), cpu.view(wanted).dtype).reshape(wanted.shape)
@@ -75,7 +75,7 @@ def test_a_token_in_one_call(kind, dtype, monkeypatch, tmp_path):
 
 
 def test_elementwise_work_compiles(tmp_path):
-    text = cpu.elementwise_text()
+    text = texts.cpu_elementwise_text()
     run(COMPILER, text, tmp_path, "-shared", "-fPIC", "-o", str(tmp_path / "library.so"))
 
 

@@ -21,7 +21,7 @@ from test_host import fresh_cache
 from test_model import GOLDEN, gap, golden_of
 
 from mlx_pararnn import Model, ModelArgs, PararnnError, load_model
-from mlx_pararnn.compute import cpu, cpu_token, layer_ops
+from mlx_pararnn.compute import cpu, cpu_build, cpu_token, layer_ops, texts
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -316,7 +316,7 @@ int main(int count, char** argv) {
 
 def replay_text(made, dtype):
     cell = made.layers[0].mixer.cell._cell
-    return cpu_token.text_of(cell) + REPLAY.replace("DECODE", f"decode_{dtype}")
+    return texts.cpu_token_text(cell) + REPLAY.replace("DECODE", f"decode_{dtype}")
 
 
 def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
@@ -409,7 +409,7 @@ def test_sanitizers(name, flag, monkeypatch, tmp_path):
     program = tmp_path / "main"
     (tmp_path / "main.cpp").write_text(replay_text(make("gru"), "float32"))
     command = [
-        cpu.compiler(),
+        cpu_build.compiler(),
         "-std=c++17",
         "-O0",
         "-g0",
@@ -441,9 +441,11 @@ def test_sanitizers(name, flag, monkeypatch, tmp_path):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
 @pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"]], ids=["4 lanes", "8 lanes"])
 def test_other_vector_units(flags, monkeypatch, tmp_path, calls):
-    if flags[0] == "-march=x86-64-v3" and "avx2" not in cpu._machine():
+    if flags[0] == "-march=x86-64-v3" and "avx2" not in cpu_build._machine():
         pytest.skip("this CPU has no AVX2")
-    monkeypatch.setattr(cpu, "_flags", lambda: ["-std=c++17", "-O0", *flags, "-shared", "-fPIC", "-pthread"])
+    monkeypatch.setattr(
+        cpu_build, "_flags", lambda: ["-std=c++17", "-O0", *flags, "-shared", "-fPIC", "-pthread"]
+    )
     with nothing_built(monkeypatch, tmp_path):
         for kind, dtype in [("gru", "float32"), ("ml-pararnn", "float32"), ("tiny", "float16")]:
             made = make(kind, DTYPES[dtype])
@@ -456,7 +458,7 @@ def test_other_vector_units(flags, monkeypatch, tmp_path, calls):
 def test_compilers_have_nothing_to_say(cxx, tmp_path):
     if not shutil.which(cxx):
         pytest.skip(f"no {cxx}")
-    (tmp_path / "text.cpp").write_text(cpu_token.text_of(make().layers[0].mixer.cell._cell))
+    (tmp_path / "text.cpp").write_text(texts.cpu_token_text(make().layers[0].mixer.cell._cell))
     flags = [
         "-std=c++17",
         "-Wall",
@@ -501,7 +503,7 @@ def test_no_compiler_means_ops_and_one_warning(monkeypatch, tmp_path, calls):
 def test_only_this_cannot_be_built(fault, monkeypatch, tmp_path, calls):
     made = make()
     wanted = by_token(made, TOKENS, backend="ops")
-    text = cpu_token.text_of
+    text = texts.cpu_token_text
 
     def faulty(cell):
         if fault == "its text":
@@ -510,8 +512,8 @@ def test_only_this_cannot_be_built(fault, monkeypatch, tmp_path, calls):
 
     flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-pthread"]
     with nothing_built(monkeypatch, tmp_path), monkeypatch.context() as inside:
-        inside.setattr(cpu_token, "text_of", faulty)
-        inside.setattr(cpu, "_flags", lambda: flags)
+        inside.setattr(cpu_token, "cpu_token_text", faulty)
+        inside.setattr(cpu_build, "_flags", lambda: flags)
         said = "rejects decode-gru" if fault == "its text" else "gives other numbers than plain MLX ops"
         with pytest.warns(RuntimeWarning, match=said) as warned:
             given = by_token(made, TOKENS)

@@ -2,57 +2,29 @@
 
 MLX's elementwise work on a CPU costs 30 to 40 ns an exponential; a vector unit does one in under 1. So the
 cell texts that make the GPU kernels are compiled again with a vector in place of each float (metal/cpu.h),
-straight through time, channels shared out to vectors and cores. What was built is kept in a folder of the
-user's, by text, flags, compiler and CPU. Everything here runs at once: never inside mx.compile or mx.vmap.
+straight through time, channels shared out to vectors and cores (built and kept by cpu_build.py). Everything
+here runs at once: never inside mx.compile or mx.vmap.
 """
 
 import ctypes
-import hashlib
 import math
 import os
-import platform
-import re
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
-import threading
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from ..cells import Cell
-from ..errors import PararnnError
-from . import gpu
+from .cpu_build import build
+from .texts import cpu_elementwise_text, cpu_recurrence_text, plain_name
 
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 # Fewer numbers than this are done by one thread: starting another takes some 50 microseconds.
 _LARGE = 1 << 15
 # Up to so many rows a product with a matrix is faster here than in MLX, which arranges the matrix first.
 FEW_ROWS = 16
-_lock = threading.Lock()
-
-
-class BuildError(PararnnError):
-    """No C++ compiler, a text it rejects, or no cache folder of the user's own; says which."""
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: a folder of the user's own.
-
-    Raises:
-        BuildError: the user has no home.
-    """
-    try:
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Caches" / "mlx-pararnn"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-pararnn"
-    except RuntimeError:
-        raise BuildError("this user has no home folder to keep compiled kernels in; set HOME") from None
 
 
 def threads() -> int:
@@ -84,107 +56,10 @@ def in_transformation(*arrays: mx.array) -> bool:
     return True
 
 
-@cache
-def compiler() -> str:
-    """The C++ compiler: CXX where it is set, else c++, g++ or clang++.
-
-    Raises:
-        BuildError: there is none.
-    """
-    if sys.platform == "darwin":
-        # without Apple's command line tools /usr/bin/c++ would open a window that offers to install them
-        if subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
-            raise BuildError("no C++ compiler; install one with: xcode-select --install")
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
-    raise BuildError("no C++ compiler; install one, for example: apt install g++")
-
-
-@cache
-def _machine() -> str:
-    """What the same text and flags may be compiled differently for: compiler and CPU."""
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
-    if sys.platform == "darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return version + subprocess.run(asked, capture_output=True, text=True).stdout
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        lines = []
-    wanted = ("model name", "flags", "CPU implementer", "CPU part", "Features")
-    return version + "\n".join(line for line in lines if line.startswith(wanted))
-
-
-def _flags() -> list[str]:
-    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return ["-std=c++17", "-O3", tune, "-fno-math-errno", "-shared", "-fPIC", "-pthread"]
-
-
-def build(text: str, name: str) -> ctypes.CDLL:
-    """The library compiled from `text`, out of the cache folder or built into it.
-
-    Several threads and processes may ask at once: each builds under a name of its own and renames it.
-
-    Raises:
-        BuildError: no compiler, a text it rejects, or a folder that cannot be written or that others can.
-    """
-    key = hashlib.sha256("\0".join([text, *_flags(), compiler(), _machine()]).encode()).hexdigest()[:20]
-    library = cache_folder() / f"{name}-{key}.so"
-    with _lock:
-        try:
-            _make_private(library.parent)
-            if library.exists():
-                try:
-                    return ctypes.CDLL(str(library))
-                except OSError:
-                    pass  # damaged: built again
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                source, built = Path(folder, f"{name}.cpp"), Path(folder, "built.so")
-                source.write_text(text)
-                if sys.stderr.isatty():
-                    print(f"compiling {name} for this CPU, once", file=sys.stderr)
-                command = [compiler(), *_flags(), "-o", str(built), str(source)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    complaint = next((x for x in done.stderr.splitlines() if "error" in x), "no reason given")
-                    raise BuildError(f"{compiler()} rejects {name}: {complaint}")
-                os.replace(built, library)
-        except OSError as error:
-            raise BuildError(f"{library.parent} cannot be written: {error.strerror}") from None
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError as error:
-            raise BuildError(f"{library} cannot be loaded: {error}") from None
-
-
-def _make_private(folder: Path) -> None:
-    """What is loaded from the folder runs: nobody else may have put it there."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise BuildError(
-            f"{folder} can be written by other users, and what is kept there runs; make it yours alone "
-            "(chown, chmod 700) or remove it"
-        )
-
-
-def host_text(text: str, scalar: str = "Vec") -> str:
-    """Metal's text with a vector (cpu.h) or a flight of them (cpu_vectors.h) in place of each float."""
-    return re.sub(r"\bfloat\b", scalar, gpu.cuda_text(text))
-
-
-def text_of(cell: Cell) -> str:
-    """The C++ text of a cell's library; raises PararnnError for a cell without MSL."""
-    header = host_text(gpu.cell_header(cell), "Flight")
-    scalar = gpu.metal_text("cpu.h") + gpu.metal_text("cpu_vectors.h")
-    return scalar + header + gpu.metal_text("cpu_recurrence.cpp")
-
-
 @lru_cache(maxsize=64)
 def load(cell: Cell) -> ctypes.CDLL:
     """The cell's library; raises BuildError, and PararnnError for a cell without MSL."""
-    return build(text_of(cell), f"recurrence-{gpu.plain_name(cell)}")
+    return build(cpu_recurrence_text(cell), f"recurrence-{plain_name(cell)}")
 
 
 class _Call(ctypes.Structure):
@@ -236,12 +111,7 @@ def solve(
 
 @lru_cache(maxsize=1)
 def _elementwise() -> ctypes.CDLL:
-    return build(elementwise_text(), "elementwise")
-
-
-def elementwise_text() -> str:
-    """The C++ text of what needs no cell."""
-    return "".join(map(gpu.metal_text, ("cpu.h", "cpu_linear.h", "cpu_elementwise.cpp")))
+    return build(cpu_elementwise_text(), "elementwise")
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -298,7 +168,7 @@ def product(x: mx.array, weight: mx.array) -> mx.array:
 def _call(
     name: str, arrays: list[mx.array], shape: tuple[int, ...], sizes: list[int], number: float = 0.0
 ) -> mx.array:
-    """One function of `elementwise_text`; the output has the first array's dtype."""
+    """One function of metal/cpu_elementwise.cpp; the output has the first array's dtype."""
     out = _room(shape, arrays[0].dtype)
     mx.eval(out, *arrays)
     function = getattr(_elementwise(), f"{name}_{DTYPES[out.dtype]}")

@@ -20,6 +20,8 @@ from mlx_lm.models.mla import MultiLinear
 from ..cache import RecurrentCache
 from ..cells import Cell
 from . import cpu, gpu
+from .cpu_build import build
+from .texts import cpu_token_text, plain_name
 
 # Weights fewer than this are read by one thread: starting another takes some 50 microseconds.
 _MANY = 1 << 19
@@ -252,15 +254,9 @@ def _run(
     return mx.array(y).view(x.dtype)
 
 
-def text_of(cell: Cell) -> str:
-    """The C++ text of a cell's library; raises PararnnError for a cell without MSL."""
-    header = cpu.host_text(gpu.cell_header(cell))
-    return cpu.elementwise_text() + header + gpu.metal_text("cpu_token.cpp")
-
-
 @lru_cache(maxsize=64)
 def _library(cell: Cell) -> ctypes.CDLL:
-    return cpu.build(text_of(cell), f"decode-{gpu.plain_name(cell)}")
+    return build(cpu_token_text(cell), f"decode-{plain_name(cell)}")
 
 
 @lru_cache(maxsize=64)

@@ -1,16 +1,12 @@
-"""Assembles the kernels of metal/ for one call: text, template parameters, grid, outputs; and launches it.
+"""Launches the kernels of metal/ on a GPU: for one call its text, template parameters, grid and outputs.
 
-One text serves a Mac (mx.fast.metal_kernel), an NVIDIA card (mx.fast.cuda_kernel, behind cuda_compat.h) and
-the conformance harness of tests/msl. metal/README.md explains the algorithm.
+metal/README.md explains the algorithm.
 """
 
-import hashlib
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 from itertools import product
 from typing import Any
 
@@ -18,6 +14,7 @@ import mlx.core as mx
 
 from ..cells import Cell
 from ..errors import PararnnError
+from .texts import cuda_text, kernel_text, metal_text
 
 # The threadgroup shapes there are: (CW channels a simdgroup, C steps a chunk, S simdgroups a threadgroup).
 # Wide: every load of 32 lanes is one line. The others trade that for more chunks in time, where there are too
@@ -51,21 +48,6 @@ _SEQUENTIAL_THREADS = 64
 _NORM_THREADS = 512
 # Steps a thread of the convolution makes: each input is read (STEPS + K - 1) / STEPS times.
 _CONV_STEPS = 16
-
-_ACTIVATIONS = {
-    "identity": "Identity",
-    "relu": "Relu",
-    "leaky_relu": "LeakyRelu",
-    "elu": "Elu",
-    "selu": "Selu",
-    "gelu": "Gelu",
-    "silu": "Silu",
-    "softplus": "Softplus",
-    "sigmoid": "Sigmoid",
-    "half_sigmoid": "HalfSigmoid",
-    "tanh": "Tanh",
-    "exp": "Exp",
-}
 
 
 @dataclass(frozen=True)
@@ -105,11 +87,6 @@ def available_backend() -> str | None:
     if mx.default_device().type != mx.DeviceType.gpu:
         return None
     return "metal" if mx.metal.is_available() else "cuda"
-
-
-def has_kernel(cell: Cell) -> bool:
-    """True for the four built-in cells and for a cell of a user's that brings its step in MSL."""
-    return cell.msl is not None or _built_in(cell)
 
 
 def newton_launch(
@@ -285,11 +262,6 @@ def _compiled(
     )
 
 
-def cuda_text(text: str) -> str:
-    """The text without Metal's address spaces, which CUDA's own keywords collide with as macros."""
-    return re.sub(r"(?<![\w])(device|constant|thread) (?=[A-Za-z_])", "", text)
-
-
 def _launch(
     cell: Cell,
     kernel: str,
@@ -318,7 +290,7 @@ def _assembled(
     grid: tuple[int, int, int],
     threads: int,
 ) -> Launch:
-    name, source, header = _texts(kernel, cell, tuple(flags.items()))
+    name, source, header = kernel_text(kernel, cell, tuple(flags.items()))
     return Launch(
         name=name,
         input_names=inputs,
@@ -331,22 +303,6 @@ def _assembled(
         output_shapes=tuple(shape for shape, _ in outputs.values()),
         output_dtypes=tuple(dtype for _, dtype in outputs.values()),
     )
-
-
-@lru_cache(maxsize=256)
-def _texts(kernel: str, cell: Cell | None, flags: tuple[tuple[str, int], ...]) -> tuple[str, str, str]:
-    """Name, body and header of a kernel; kept, since every layer asks for them at every token."""
-    header = "".join(f"#define {flag} {value}\n" for flag, value in flags)
-    header += cell_header(cell) if cell else metal_text("dual.h") + metal_text("activations.h")
-    source = metal_text(f"{kernel}.metal")
-    # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
-    digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
-    return f"pararnn_{kernel}_{plain_name(cell) if cell else 'any'}_{digest}", source, header
-
-
-def plain_name(cell: Cell) -> str:
-    """The cell's name as part of an identifier or of a file's name."""
-    return re.sub(r"[^A-Za-z0-9_]", "_", cell.name)
 
 
 def _outputs(
@@ -369,31 +325,3 @@ def _tiling(B: int, D: int) -> str:
         if B * -(-D // channels) >= FULL_GPU:
             return name
     return "narrow"
-
-
-def _built_in(cell: Cell) -> bool:
-    return type(cell).__module__.startswith(Cell.__module__.rpartition(".")[0] + ".")
-
-
-def cell_header(cell: Cell) -> str:
-    """What a kernel stands behind: dual numbers, activations, the cell's struct, and `Cell`, its name."""
-    if not has_kernel(cell):
-        raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
-    text = cell.msl if cell.msl is not None else metal_text("cells", f"{cell.name}.h")
-    names = [f"pararnn::{_ACTIVATIONS[cell.activations[place]]}" for place in cell.default_activations]
-    struct = f"pararnn::{type(cell).__name__}" + (f"<{', '.join(names)}>" if names else "")
-    counts = {"SLOTS": cell.slots, "GATES": cell.gates, "PARAMS": cell.params}
-    agreed = [f"Cell::{count} == {len(names)}" for count, names in counts.items()]
-    agreed.append(f"Cell::OUTPUT == {cell.output_slot}")
-    return (
-        metal_text("dual.h")
-        + metal_text("activations.h")
-        + f"{text}\nusing Cell = {struct};\n"
-        + f'static_assert({" && ".join(agreed)}, "the Metal text is not the Python class\'s");\n'
-    )
-
-
-@lru_cache(maxsize=32)
-def metal_text(*path: str) -> str:
-    """A file of metal/."""
-    return files("mlx_pararnn.metal").joinpath(*path).read_text()

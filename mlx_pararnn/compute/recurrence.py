@@ -18,6 +18,7 @@ from ..errors import PararnnError
 from . import cpu, gpu
 from .cpu import in_transformation
 from .newton import Solution, linear_scan, masked_step, newton, sequential, step_jacobian, unstack
+from .texts import has_kernel
 
 METHODS = ("auto", "sequential", "newton")
 BACKENDS = ("metal", "cuda", "cpu", "ops")
@@ -158,7 +159,7 @@ def choose_backend(
             fits = method != "newton" and not one_token and not in_transformation(*arguments)
         else:
             fits = chunk == CHUNK
-        return here if fits and gpu.has_kernel(cell) and _kernels_agree(cell, here) else "ops"
+        return here if fits and has_kernel(cell) and _kernels_agree(cell, here) else "ops"
     if asked != here:
         raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
     if here == "cpu":

@@ -77,7 +77,7 @@ def _backends() -> list[Finding]:
 
 def _cpu_backend(gpu: str | None) -> Finding:
     from ..cells import get_cell
-    from ..compute import cpu
+    from ..compute import cpu, cpu_build
 
     name = "backend cpu"
     if gpu:
@@ -85,10 +85,12 @@ def _cpu_backend(gpu: str | None) -> Finding:
     try:
         begin = time.perf_counter()
         cpu.load(get_cell("gru"))
-    except cpu.BuildError as error:
+    except cpu_build.BuildError as error:
         return Finding(name, "cannot be built: plain MLX ops take its place", str(error))
     seconds = time.perf_counter() - begin
-    return Finding(name, f"present: {cpu.compiler()}, {cpu.threads()} threads, loaded in {seconds:.1f} s")
+    return Finding(
+        name, f"present: {cpu_build.compiler()}, {cpu.threads()} threads, loaded in {seconds:.1f} s"
+    )
 
 
 def _blas(loaded: str | None) -> Finding:
@@ -148,7 +150,7 @@ def _model_cache() -> str:
 
 
 def _compiled_kernels() -> str:
-    from ..compute.cpu import BuildError, cache_folder
+    from ..compute.cpu_build import BuildError, cache_folder
 
     try:
         return str(cache_folder())

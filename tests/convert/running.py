@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from mlx_pararnn.cli.app import app
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
+
+from mlx_pararnn.cli.app import app
 
 
 def convert(*arguments: object) -> Result:

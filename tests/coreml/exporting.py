@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 from conftest import DATA
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
-from mlx_pararnn.cli.app import app
 from typer.testing import CliRunner, Result
 
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs
+from mlx_pararnn.cli.app import app
 
 SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 50, "intermediate_size": 16}
 

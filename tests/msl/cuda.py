@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from mlx_pararnn.compute.gpu import cuda_text
+from mlx_pararnn.compute.texts import cuda_text
 
 from .wrap import FACTS, METAL_TYPES, Input, KernelCall, dtype_name
 

@@ -487,7 +487,7 @@ MUTANTS = [
         "semantics convergence",
     ),
     Mutant(
-        "conv: every run of steps starts behind the window",
+        "conv: every run of steps starts after the window",
         CONV,
         "const int t = begin + k - (K - 1);",
         "const int t = k - (K - 1);",

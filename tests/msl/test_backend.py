@@ -47,9 +47,9 @@ def mac(monkeypatch):
 
 @pytest.fixture
 def launched(mac, monkeypatch):
-    """As `mac`, with the trial at first use behind it."""
-    for trial in ("recurrence._kernels_agree", "fused._conv_works", "fused._decode_works"):
-        monkeypatch.setattr(f"mlx_pararnn.{trial}", lambda *_: True)
+    """As `mac`, after the trial at first use."""
+    for trial in ("recurrence._kernels_agree", "layer_ops._conv_works", "layer_ops._decode_works"):
+        monkeypatch.setattr(f"mlx_pararnn.compute.{trial}", lambda *_: True)
     return mac
 
 

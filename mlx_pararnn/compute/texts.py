@@ -1,0 +1,103 @@
+"""Assembles the sources of metal/: what is compiled for a GPU and what for a CPU, and their names.
+
+One text serves a Mac (mx.fast.metal_kernel), an NVIDIA card (mx.fast.cuda_kernel, with cuda_compat.h before
+it), a CPU (cpu.h: a vector in place of each float) and the conformance harness of tests/msl.
+"""
+
+import hashlib
+import re
+from functools import lru_cache
+from importlib.resources import files
+
+from ..cells import Cell
+from ..errors import PararnnError
+
+_ACTIVATIONS = {
+    "identity": "Identity",
+    "relu": "Relu",
+    "leaky_relu": "LeakyRelu",
+    "elu": "Elu",
+    "selu": "Selu",
+    "gelu": "Gelu",
+    "silu": "Silu",
+    "softplus": "Softplus",
+    "sigmoid": "Sigmoid",
+    "half_sigmoid": "HalfSigmoid",
+    "tanh": "Tanh",
+    "exp": "Exp",
+}
+
+
+@lru_cache(maxsize=32)
+def metal_text(*path: str) -> str:
+    """A file of metal/."""
+    return files("mlx_pararnn.metal").joinpath(*path).read_text()
+
+
+def cell_header(cell: Cell) -> str:
+    """What comes before a kernel: dual numbers, activations, the cell's struct, and `Cell`, its name."""
+    if not has_kernel(cell):
+        raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
+    text = cell.msl if cell.msl is not None else metal_text("cells", f"{cell.name}.h")
+    names = [f"pararnn::{_ACTIVATIONS[cell.activations[place]]}" for place in cell.default_activations]
+    struct = f"pararnn::{type(cell).__name__}" + (f"<{', '.join(names)}>" if names else "")
+    counts = {"SLOTS": cell.slots, "GATES": cell.gates, "PARAMS": cell.params}
+    agreed = [f"Cell::{count} == {len(names)}" for count, names in counts.items()]
+    agreed.append(f"Cell::OUTPUT == {cell.output_slot}")
+    return (
+        metal_text("dual.h")
+        + metal_text("activations.h")
+        + f"{text}\nusing Cell = {struct};\n"
+        + f'static_assert({" && ".join(agreed)}, "the Metal text is not the Python class\'s");\n'
+    )
+
+
+@lru_cache(maxsize=256)
+def kernel_text(kernel: str, cell: Cell | None, flags: tuple[tuple[str, int], ...]) -> tuple[str, str, str]:
+    """Name, body and header of a kernel; kept, since every layer asks for them at every token."""
+    header = "".join(f"#define {flag} {value}\n" for flag, value in flags)
+    header += cell_header(cell) if cell else metal_text("dual.h") + metal_text("activations.h")
+    source = metal_text(f"{kernel}.metal")
+    # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
+    digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
+    return f"pararnn_{kernel}_{plain_name(cell) if cell else 'any'}_{digest}", source, header
+
+
+def cpu_recurrence_text(cell: Cell) -> str:
+    """The C++ text of a cell's recurrence; raises PararnnError for a cell without MSL."""
+    cell_text = cpu_text(cell_header(cell), "VecGroup")
+    return metal_text("cpu.h") + metal_text("cpu_vectors.h") + cell_text + metal_text("cpu_recurrence.cpp")
+
+
+def cpu_elementwise_text() -> str:
+    """The C++ text of what needs no cell."""
+    return "".join(map(metal_text, ("cpu.h", "cpu_linear.h", "cpu_elementwise.cpp")))
+
+
+def cpu_token_text(cell: Cell) -> str:
+    """The C++ text of a token through all layers; raises PararnnError for a cell without MSL."""
+    return cpu_elementwise_text() + cpu_text(cell_header(cell)) + metal_text("cpu_token.cpp")
+
+
+def cuda_text(text: str) -> str:
+    """The text without Metal's address spaces, which CUDA's own keywords collide with as macros."""
+    return re.sub(r"(?<![\w])(device|constant|thread) (?=[A-Za-z_])", "", text)
+
+
+def cpu_text(text: str, scalar: str = "Vec") -> str:
+    """Metal's text with a vector (cpu.h) or a group of them (cpu_vectors.h) in place of each float."""
+    return re.sub(r"\bfloat\b", scalar, cuda_text(text))
+
+
+def has_kernel(cell: Cell) -> bool:
+    """True for the four built-in cells and for a cell of a user's that brings its step in MSL."""
+    return cell.msl is not None or _built_in(cell)
+
+
+def plain_name(cell: Cell) -> str:
+    """The cell's name as part of an identifier or of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", cell.name)
+
+
+def _built_in(cell: Cell) -> bool:
+    return type(cell).__module__.startswith(Cell.__module__.rpartition(".")[0] + ".")
