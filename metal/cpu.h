@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <system_error>
@@ -26,6 +27,24 @@
 #endif
 
 namespace pararnn {
+
+// A struct that Python fills, and beside it the table by which Python checks its own when a library is loaded
+// (compute/cpu_build.py). FIELDS(F) lists the fields as F(type, name); the last entry has the struct's size.
+struct LayoutEntry {
+  const char* name;
+  int64_t offset, size;
+};
+#define PARARNN_FIELD(type, name) type name;
+#define PARARNN_LAYOUT_ENTRY(type, name) {#name, offsetof(Described, name), sizeof(Described::name)},
+#define PARARNN_STRUCT(Struct, FIELDS)                                                                    \
+  struct Struct {                                                                                         \
+    FIELDS(PARARNN_FIELD)                                                                                 \
+  };                                                                                                      \
+  extern "C" const LayoutEntry* pararnn_layout_##Struct() {                                               \
+    typedef Struct Described;                                                                             \
+    static const LayoutEntry all[] = {FIELDS(PARARNN_LAYOUT_ENTRY){nullptr, 0, sizeof(Described)}};       \
+    return all;                                                                                           \
+  }
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Bits __attribute__((vector_size(LANES * 4)));

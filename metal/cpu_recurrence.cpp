@@ -9,18 +9,24 @@ constexpr int AHEAD = 8;  // steps that u is fetched ahead: a row of it is longe
 constexpr int TILE = 64;  // steps that a thread makes for all its channels before it makes the next: pages stay near
 
 // Shapes as in metal/README.md; strides of u count elements, those of its channels are 1.
-struct Call {
-  const void* u;
-  const float* params;
-  const float* initial;
-  const uint8_t* mask;  // or null
-  void* hidden;
-  float* last;
-  float* states;  // or null
-  int64_t u_strides[4];  // sequence, head, step, gate
-  int64_t B, heads, T, W, every;
-  int threads;
-};
+typedef int64_t Strides[4];  // sequence, head, step, gate
+// mask and states may be null; states are those after every `every`-th step.
+#define CALL_FIELDS(FIELD)    \
+  FIELD(const void*, u)       \
+  FIELD(const float*, params) \
+  FIELD(const float*, initial)\
+  FIELD(const uint8_t*, mask) \
+  FIELD(void*, hidden)        \
+  FIELD(float*, last)         \
+  FIELD(float*, states)       \
+  FIELD(Strides, u_strides)   \
+  FIELD(int64_t, B)           \
+  FIELD(int64_t, heads)       \
+  FIELD(int64_t, T)           \
+  FIELD(int64_t, W)           \
+  FIELD(int64_t, every)       \
+  FIELD(int, threads)
+PARARNN_STRUCT(Call, CALL_FIELDS)
 
 // Lanes of a group's vector i that are among its first `count` channels.
 inline int lanes(int i, int count) {

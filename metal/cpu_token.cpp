@@ -9,32 +9,48 @@
 namespace pararnn {
 
 // A null pointer: this model has no such part. Matrices as nn.Linear has them, one row an output.
-struct Layer {
-  const void *norm, *norm_bias;  // (D); with a bias it is LayerNorm, else RMSNorm
-  const void *in_proj;           // (2 D, D): main branch, gate
-  const void *conv, *conv_bias;  // (D, K), (D)
-  const void *cell_proj, *bias;  // (heads, gates * W, W), (heads, gates * W)
-  const float* params;           // (PARAMS, D)
-  const void *mixer_norm, *out_proj;
-  const void* residual_scale;  // (1)
-  const void *mlp_norm, *mlp_norm_bias;
-  const void *gate, *gate_bias, *up, *up_bias;  // (I, D), (I)
-  const void *down, *down_bias;                 // (D, I), (D)
-  const float* state;                           // (B, SLOTS, D)
-  const void* window;                           // (B, K - 1, D)
-  float* new_state;
-  void* new_window;
-};
+#define LAYER_FIELDS(FIELD) \
+  FIELD(const void*, norm) /* (D); with a bias it is LayerNorm, else RMSNorm */ \
+  FIELD(const void*, norm_bias) \
+  FIELD(const void*, in_proj) /* (2 D, D): main branch, gate */ \
+  FIELD(const void*, conv) /* (D, K) */ \
+  FIELD(const void*, conv_bias) /* (D) */ \
+  FIELD(const void*, cell_proj) /* (heads, gates * W, W) */ \
+  FIELD(const void*, bias) /* (heads, gates * W) */ \
+  FIELD(const float*, params) /* (PARAMS, D) */ \
+  FIELD(const void*, mixer_norm) \
+  FIELD(const void*, out_proj) \
+  FIELD(const void*, residual_scale) /* (1) */ \
+  FIELD(const void*, mlp_norm) \
+  FIELD(const void*, mlp_norm_bias) \
+  FIELD(const void*, gate) /* (I, D) */ \
+  FIELD(const void*, gate_bias) /* (I) */ \
+  FIELD(const void*, up) \
+  FIELD(const void*, up_bias) \
+  FIELD(const void*, down) /* (D, I) */ \
+  FIELD(const void*, down_bias) /* (D) */ \
+  FIELD(const float*, state) /* (B, SLOTS, D) */ \
+  FIELD(const void*, window) /* (B, K - 1, D) */ \
+  FIELD(float*, new_state) \
+  FIELD(void*, new_window)
+PARARNN_STRUCT(Layer, LAYER_FIELDS)
 
-struct Token {
-  const Layer* layers;
-  const void *norm, *norm_bias;
-  const void* x;  // (B, D)
-  void* y;        // (B, D): the last norm's output
-  int64_t depth, B, heads, W, taps, wide;  // wide: I, the width of the MLP
-  float eps;
-  int mlp_residual, threads;
-};
+#define TOKEN_FIELDS(FIELD) \
+  FIELD(const Layer*, layers) \
+  FIELD(const void*, norm) \
+  FIELD(const void*, norm_bias) \
+  FIELD(const void*, x) /* (B, D) */ \
+  FIELD(void*, y)       /* (B, D): the last norm's output */ \
+  FIELD(int64_t, depth) \
+  FIELD(int64_t, B) \
+  FIELD(int64_t, heads) \
+  FIELD(int64_t, W) \
+  FIELD(int64_t, taps) \
+  FIELD(int64_t, wide) /* I, the width of the MLP */ \
+  FIELD(float, eps) \
+  FIELD(int, mlp_residual) \
+  FIELD(int, threads)
+PARARNN_STRUCT(Token, TOKEN_FIELDS)
 
 template <typename T>
 void layer_norm(const float* x, const T* weight, const T* bias, int64_t width, float eps, float* y) {

@@ -244,13 +244,13 @@ def test_threads(kind, monkeypatch, calls):
 
 def test_how_many_threads(monkeypatch):
     asked = []
-    together = cpu_token._Token
+    together = cpu_token.Token
 
     def token(*fields):
         asked.append(fields[-1])
         return together(*fields)
 
-    monkeypatch.setattr(cpu_token, "_Token", token)
+    monkeypatch.setattr(cpu_token, "Token", token)
     monkeypatch.setattr(cpu, "threads", lambda: 2)
     for size in (64, 256):
         by_token(make(hidden_size=size, intermediate_size=size), TOKENS[:, :1])
@@ -346,7 +346,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
         sizes = {**bytes_of, "state": token.B * len(cell.slots) * D, "window": token.B * (K - 1) * D}
         sizes |= {"new_state": sizes["state"], "new_window": sizes["window"]}
         for i in range(token.depth):
-            for name, _ in cpu_token._Layer._fields_:
+            for name, _ in cpu_token.Layer._fields_:
                 add(getattr(token.layers[i], name), sizes[name] * (4 if name in floats else dtype.size))
         for name, size in (("norm", D), ("norm_bias", D), ("x", token.B * D), ("y", token.B * D)):
             add(getattr(token, name), size * dtype.size)

@@ -56,13 +56,7 @@ def in_transformation(*arrays: mx.array) -> bool:
     return True
 
 
-@lru_cache(maxsize=64)
-def load(cell: Cell) -> ctypes.CDLL:
-    """The cell's library; raises BuildError, and PararnnError for a cell without MSL."""
-    return build(cpu_recurrence_text(cell), f"recurrence-{plain_name(cell)}")
-
-
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
     """struct Call of metal/cpu_recurrence.cpp."""
 
     _fields_ = (
@@ -71,6 +65,12 @@ class _Call(ctypes.Structure):
         *((n, ctypes.c_int64) for n in ("B", "heads", "T", "W", "every")),
         ("threads", ctypes.c_int),
     )
+
+
+@lru_cache(maxsize=64)
+def load(cell: Cell) -> ctypes.CDLL:
+    """The cell's library; raises BuildError, and PararnnError for a cell without MSL."""
+    return build(cpu_recurrence_text(cell), f"recurrence-{plain_name(cell)}", (Call,))
 
 
 def solve(
@@ -89,7 +89,7 @@ def solve(
     mx.eval(params, state, hidden, last, *([] if mask is None else [mask]), *([states] if every else []))
     u = _lines(u)
     read = view(u)
-    call = _Call(
+    call = Call(
         read.ctypes.data,
         address(params),
         address(state),

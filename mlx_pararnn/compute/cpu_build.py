@@ -75,14 +75,54 @@ def _flags() -> list[str]:
     return ["-std=c++17", "-O3", tune, "-fno-math-errno", "-shared", "-fPIC", "-pthread"]
 
 
-def build(text: str, name: str) -> ctypes.CDLL:
+def build(text: str, name: str, structs: tuple[type[ctypes.Structure], ...] = ()) -> ctypes.CDLL:
     """The library compiled from `text`, out of the cache folder or built into it.
 
     Several threads and processes may ask at once: each builds under a name of its own and renames it.
 
+    Args:
+        text: C++, complete.
+        name: what the library is called, in its file's name and in errors.
+        structs: those that the library's functions are given; PARARNN_STRUCT of metal/cpu.h declares them
+            under the same names.
+
     Raises:
-        BuildError: no compiler, a text it rejects, or a folder that cannot be written or that others can.
+        BuildError: no compiler, a text it rejects, a folder that cannot be written or that others can, or a
+            struct that Python and the text lay out differently.
     """
+    library = _built(text, name)
+    for struct in structs:
+        _check_layout(library, name, struct)
+    return library
+
+
+class _LayoutEntry(ctypes.Structure):
+    """struct LayoutEntry of metal/cpu.h."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64))
+
+
+def _check_layout(library: ctypes.CDLL, name: str, struct: type[ctypes.Structure]) -> None:
+    table = library[f"pararnn_layout_{struct.__name__}"]
+    table.restype = ctypes.POINTER(_LayoutEntry)
+    native: dict[str, tuple[int, int]] = {}
+    for entry in table():
+        if entry.name is None:
+            native["the whole"] = 0, entry.size
+            break
+        native[entry.name.decode()] = entry.offset, entry.size
+    fields = [(field[0], getattr(struct, field[0])) for field in struct._fields_]
+    here = {field: (place.offset, place.size) for field, place in fields}
+    here["the whole"] = 0, ctypes.sizeof(struct)
+    if here != native:
+        wrong = next(f for f in {**native, **here} if here.get(f) != native.get(f))
+        raise BuildError(
+            f"struct {struct.__name__} of {name} has {wrong!r} at {native.get(wrong, 'no place')} (offset, "
+            f"size) in C++ and at {here.get(wrong, 'no place')} in Python; install mlx-pararnn again"
+        )
+
+
+def _built(text: str, name: str) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join([text, *_flags(), compiler(), _machine()]).encode()).hexdigest()[:20]
     library = cache_folder() / f"{name}-{key}.so"
     with _lock:

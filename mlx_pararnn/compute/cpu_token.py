@@ -37,7 +37,7 @@ _BITS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 _MOST_THREADS = 16
 
 
-class _Layer(ctypes.Structure):
+class Layer(ctypes.Structure):
     """struct Layer of metal/cpu_token.cpp."""
 
     _fields_ = tuple(
@@ -51,11 +51,11 @@ class _Layer(ctypes.Structure):
     )
 
 
-class _Token(ctypes.Structure):
+class Token(ctypes.Structure):
     """struct Token of metal/cpu_token.cpp."""
 
     _fields_ = (
-        ("layers", ctypes.POINTER(_Layer)),
+        ("layers", ctypes.POINTER(Layer)),
         *((name, ctypes.c_void_p) for name in ("norm", "norm_bias", "x", "y")),
         *((name, ctypes.c_int64) for name in ("depth", "B", "heads", "W", "taps", "wide")),
         ("eps", ctypes.c_float),
@@ -222,7 +222,7 @@ def _run(
         mx.eval(kept)
         return cpu.address(kept[-1])
 
-    layers = (_Layer * depth)()
+    layers = (Layer * depth)()
     for i, (layer, c) in enumerate(zip(layers, cache, strict=True)):
         for name, array in weights[i].items():
             setattr(layer, name, place(array))
@@ -231,7 +231,7 @@ def _run(
         layer.window = zeros if window is None else place(window)
         layer.new_state, layer.new_window = states[i].ctypes.data, windows[i].ctypes.data
     many = sum(array.size for array in first.values()) * depth >= _MANY
-    token = _Token(
+    token = Token(
         layers,
         *(place(weights[-1][name]) if name in weights[-1] else None for name in ("norm", "norm_bias")),
         place(x),
@@ -256,7 +256,7 @@ def _run(
 
 @lru_cache(maxsize=64)
 def _library(cell: Cell) -> ctypes.CDLL:
-    return build(cpu_token_text(cell), f"decode-{plain_name(cell)}")
+    return build(cpu_token_text(cell), f"decode-{plain_name(cell)}", (Layer, Token))
 
 
 @lru_cache(maxsize=64)

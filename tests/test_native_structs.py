@@ -1,0 +1,95 @@
+"""The structs that Python shares with C++ are checked when a library is loaded."""
+
+import ctypes
+
+import pytest
+
+from mlx_pararnn.cells import get_cell
+from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+STRUCTS = {
+    "Call": (cpu.Call, texts.cpu_recurrence_text, "FIELD(int64_t, heads)", "FIELD(int64_t, T)"),
+    "Token": (cpu_token.Token, texts.cpu_token_text, "FIELD(int64_t, heads)", "FIELD(int64_t, W)"),
+    "Layer": (
+        cpu_token.Layer,
+        texts.cpu_token_text,
+        "FIELD(const void*, up_bias)",
+        "FIELD(const void*, down)",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_optimization(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_build, "_flags", lambda: ["-std=c++17", "-O0", "-shared", "-fPIC", "-pthread"])
+
+
+def only_structs(text):
+    """The text without the functions that use the fields: it compiles whatever the fields are."""
+    begin = text.rindex("PARARNN_STRUCT(")
+    return text[: text.index("\n", begin)] + "\n}  // namespace pararnn\n"
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+@pytest.mark.parametrize("fault", ["none", "dropped", "swapped", "added", "added at the end", "other type"])
+@pytest.mark.parametrize("side", ["C++", "Python"])
+def test_a_field_that_differs_is_found(side, fault, name):
+    struct, text_of, first, second = STRUCTS[name]
+    text = only_structs(text_of(get_cell("gru")))
+    assert text.count(first) == text.count(second) == 1
+    fields = list(struct._fields_)
+    at = [field for field, _ in fields].index(first.split(", ")[1][:-1])
+    extra, wide = ("extra", ctypes.c_int), ctypes.c_int64 * 2
+    if fault == "none":
+        pass
+    elif side == "Python":
+        if fault == "dropped":
+            del fields[at]
+        elif fault == "swapped":
+            fields[at], fields[at + 1] = fields[at + 1], fields[at]
+        elif fault == "added":
+            fields.insert(at, extra)
+        elif fault == "added at the end":  # into padding, where there is some
+            fields.append(extra)
+        else:
+            fields[at] = (fields[at][0], wide)
+    elif fault == "dropped":
+        text = text.replace(first, "")
+    elif fault == "swapped":
+        text = text.replace(first, "SWAP").replace(second, first).replace("SWAP", second)
+    elif fault == "added":
+        text = text.replace(first, f"FIELD(int, extra) {first}")
+    elif fault == "added at the end":
+        text = text.replace(f"PARARNN_STRUCT({name}, ", f"PARARNN_STRUCT({name}, WITH_")
+        table = {"Call": "CALL_FIELDS", "Token": "TOKEN_FIELDS", "Layer": "LAYER_FIELDS"}[name]
+        text = text.replace(
+            f"PARARNN_STRUCT({name}, ",
+            f"#define WITH_{table}(FIELD) {table}(FIELD) FIELD(int, extra)\nPARARNN_STRUCT({name}, ",
+        )
+    else:
+        text = text.replace(first, first.replace("int64_t", "Wide").replace("const void*", "Wide"))
+        text = text.replace("struct LayoutEntry {", "typedef int64_t Wide[2];\nstruct LayoutEntry {")
+    used = type(name, (ctypes.Structure,), {"_fields_": tuple(fields)})
+    if fault == "none":
+        assert cpu_build.build(text, "structs", (used,))
+    else:
+        with pytest.raises(
+            cpu_build.BuildError, match=rf"struct {name} of structs .* install mlx-pararnn again"
+        ):
+            cpu_build.build(text, "structs", (used,))
+
+
+def test_every_struct_of_a_library_is_checked(monkeypatch):
+    checked = []
+    monkeypatch.setattr(cpu_build, "_check_layout", lambda _, name, struct: checked.append((name, struct)))
+    cell = get_cell("nlru")
+    cpu.load.__wrapped__(cell)
+    cpu_token._library.__wrapped__(cell)
+    assert checked == [
+        ("recurrence-nlru", cpu.Call),
+        ("decode-nlru", cpu_token.Layer),
+        ("decode-nlru", cpu_token.Token),
+    ]
