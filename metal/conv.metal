@@ -1,5 +1,20 @@
-  // Causal depthwise convolution over [window, x] with K taps, SiLU, and the window that comes next.
-  // One thread: STEPS steps of one channel. Inputs, outputs and template parameters: metal/README.md.
+// Causal depthwise convolution over [window, x] with K taps, SiLU, and the window that comes next.
+// One thread: STEPS steps of one channel. Inputs, outputs and template parameters: metal/README.md.
+
+#include "standalone.h"
+
+[[kernel]] void conv(const device OutT* x [[buffer(0)]],
+                     const constant int* x_shape [[buffer(1)]],
+                     const constant int64_t* x_strides [[buffer(2)]],
+                     const device OutT* window [[buffer(3)]],
+                     const constant int64_t* window_strides [[buffer(4)]],
+                     const device OutT* weight [[buffer(5)]],
+                     const constant int64_t* weight_strides [[buffer(6)]],
+                     const device OutT* bias [[buffer(7)]],
+                     const constant int64_t* bias_strides [[buffer(8)]],
+                     device OutT* y [[buffer(9)]],
+                     device OutT* new_window [[buffer(10)]],
+                     uint3 thread_position_in_grid [[thread_position_in_grid]]) {
   const int d = int(thread_position_in_grid.x);
   const int begin = int(thread_position_in_grid.y) * STEPS;
   const int b = int(thread_position_in_grid.z);
@@ -17,8 +32,8 @@
   }
   for (int k = 0; k < K - 1; ++k) {
     const int t = begin + k - (K - 1);
-    tap[k] = t < 0 ? float(window[window_row + (t + K - 1) * window_strides[1]])
-                   : float(x[row + t * x_strides[1]]);
+    tap[k] =
+        t < 0 ? float(window[window_row + (t + K - 1) * window_strides[1]]) : float(x[row + t * x_strides[1]]);
   }
   const int end = min(begin + STEPS, T);
   for (int t = begin; t < end; ++t) {
@@ -37,3 +52,4 @@
       new_window[(size_t(b) * (K - 1) + k) * D + d] = static_cast<OutT>(tap[k]);
     }
   }
+}

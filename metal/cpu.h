@@ -36,14 +36,14 @@ struct LayoutEntry {
 };
 #define PARARNN_FIELD(type, name) type name;
 #define PARARNN_LAYOUT_ENTRY(type, name) {#name, offsetof(Described, name), sizeof(Described::name)},
-#define PARARNN_STRUCT(Struct, FIELDS)                                                                    \
-  struct Struct {                                                                                         \
-    FIELDS(PARARNN_FIELD)                                                                                 \
-  };                                                                                                      \
-  extern "C" const LayoutEntry* pararnn_layout_##Struct() {                                               \
-    typedef Struct Described;                                                                             \
-    static const LayoutEntry all[] = {FIELDS(PARARNN_LAYOUT_ENTRY){nullptr, 0, sizeof(Described)}};       \
-    return all;                                                                                           \
+#define PARARNN_STRUCT(Struct, FIELDS)                                                              \
+  struct Struct {                                                                                   \
+    FIELDS(PARARNN_FIELD)                                                                           \
+  };                                                                                                \
+  extern "C" const LayoutEntry* pararnn_layout_##Struct() {                                         \
+    typedef Struct Described;                                                                       \
+    static const LayoutEntry all[] = {FIELDS(PARARNN_LAYOUT_ENTRY){nullptr, 0, sizeof(Described)}}; \
+    return all;                                                                                     \
   }
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
@@ -225,9 +225,9 @@ inline void store(Float16* to, Vec x, int count) {
   memcpy(&tiny, &shifted, sizeof tiny);
   tiny -= 0x3f000000;
   const Words none = bits & 0;
-  Words half = size < 0x38800000 ? tiny : normal;  // 2^-14
+  Words half = size < 0x38800000 ? tiny : normal;    // 2^-14
   half = size >= 0x47800000 ? none + 0x7c00 : half;  // 2^16
-  half = size > 0x7f800000 ? none + 0x7e00 : half;  // NaN
+  half = size > 0x7f800000 ? none + 0x7e00 : half;   // NaN
   const Halves halves = __builtin_convertvector(half | ((bits >> 16) & 0x8000), Halves);
   memcpy(to, &halves, count * sizeof(Float16));
 }

@@ -30,8 +30,15 @@ inline void dot_products(const T* weight, const float* x, int64_t width, float* 
 // y[b, begin ... end) = the rows begin ... end of weight (rows, width) times x[b], for B vectors x that are
 // x_stride numbers apart.
 template <typename T>
-void product_rows(const T* weight, const float* x, int64_t x_stride, int64_t width, int64_t B, float* y,
-                  int64_t y_stride, int64_t begin, int64_t end) {
+void product_rows(const T* weight,
+                  const float* x,
+                  int64_t x_stride,
+                  int64_t width,
+                  int64_t B,
+                  float* y,
+                  int64_t y_stride,
+                  int64_t begin,
+                  int64_t end) {
   int64_t row = begin;
   for (; row + ROWS_AT_ONCE <= end; row += ROWS_AT_ONCE) {
     for (int64_t b = 0; b < B; ++b) {
@@ -58,9 +65,8 @@ void product(const void* const* in, void* out, const int64_t* size, const float*
     product_rows(weight, x.data(), width, width, rows, y.data(), height, begin, end);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t first = row * height + begin;
-      vectors(end - begin, [&](int64_t i, int n) {
-        store(static_cast<T*>(out) + first + i, load(&y[first + i], n), n);
-      });
+      vectors(end - begin,
+              [&](int64_t i, int n) { store(static_cast<T*>(out) + first + i, load(&y[first + i], n), n); });
     }
   });
 }

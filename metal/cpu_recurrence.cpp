@@ -4,27 +4,28 @@
 namespace pararnn {
 
 constexpr int WIDTH = GROUP * LANES;  // channels of a group
-constexpr int INTERLEAVED = 2;             // groups whose instructions are interleaved: one's fill the other's waits
+constexpr int INTERLEAVED = 2;        // groups whose instructions are interleaved: one's fill the other's waits
 constexpr int AHEAD = 8;  // steps that u is fetched ahead: a row of it is longer than what hardware guesses
-constexpr int TILE = 64;  // steps that a thread makes for all its channels before it makes the next: pages stay near
+constexpr int TILE =
+    64;  // steps that a thread makes for all its channels before it makes the next: pages stay near
 
 // Shapes as in metal/README.md; strides of u count elements, those of its channels are 1.
 typedef int64_t Strides[4];  // sequence, head, step, gate
 // mask and states may be null; states are those after every `every`-th step.
-#define CALL_FIELDS(FIELD)    \
-  FIELD(const void*, u)       \
-  FIELD(const float*, params) \
-  FIELD(const float*, initial)\
-  FIELD(const uint8_t*, mask) \
-  FIELD(void*, hidden)        \
-  FIELD(float*, last)         \
-  FIELD(float*, states)       \
-  FIELD(Strides, u_strides)   \
-  FIELD(int64_t, B)           \
-  FIELD(int64_t, heads)       \
-  FIELD(int64_t, T)           \
-  FIELD(int64_t, W)           \
-  FIELD(int64_t, every)       \
+#define CALL_FIELDS(FIELD)     \
+  FIELD(const void*, u)        \
+  FIELD(const float*, params)  \
+  FIELD(const float*, initial) \
+  FIELD(const uint8_t*, mask)  \
+  FIELD(void*, hidden)         \
+  FIELD(float*, last)          \
+  FIELD(float*, states)        \
+  FIELD(Strides, u_strides)    \
+  FIELD(int64_t, B)            \
+  FIELD(int64_t, heads)        \
+  FIELD(int64_t, T)            \
+  FIELD(int64_t, W)            \
+  FIELD(int64_t, every)        \
   FIELD(int, threads)
 PARARNN_STRUCT(Call, CALL_FIELDS)
 
@@ -112,7 +113,8 @@ void recurrence(const Call& call) {
     for (int64_t from = 0; from < call.T; from += TILE) {
       const int64_t to = from + TILE < call.T ? from + TILE : call.T;
       for (int64_t item = items * piece / pieces; item < items * (piece + 1) / pieces; ++item) {
-        const int64_t b = item / (call.heads * blocks), head = item / blocks % call.heads, block = item % blocks;
+        const int64_t b = item / (call.heads * blocks), head = item / blocks % call.heads,
+                      block = item % blocks;
         if (block < wide) {
           run<T, INTERLEAVED>(call, b, head, block * INTERLEAVED * WIDTH, WIDTH, from, to);
         } else {

@@ -9,46 +9,46 @@
 namespace pararnn {
 
 // A null pointer: this model has no such part. Matrices as nn.Linear has them, one row an output.
-#define LAYER_FIELDS(FIELD) \
+#define LAYER_FIELDS(FIELD)                                                     \
   FIELD(const void*, norm) /* (D); with a bias it is LayerNorm, else RMSNorm */ \
-  FIELD(const void*, norm_bias) \
-  FIELD(const void*, in_proj) /* (2 D, D): main branch, gate */ \
-  FIELD(const void*, conv) /* (D, K) */ \
-  FIELD(const void*, conv_bias) /* (D) */ \
-  FIELD(const void*, cell_proj) /* (heads, gates * W, W) */ \
-  FIELD(const void*, bias) /* (heads, gates * W) */ \
-  FIELD(const float*, params) /* (PARAMS, D) */ \
-  FIELD(const void*, mixer_norm) \
-  FIELD(const void*, out_proj) \
-  FIELD(const void*, residual_scale) /* (1) */ \
-  FIELD(const void*, mlp_norm) \
-  FIELD(const void*, mlp_norm_bias) \
-  FIELD(const void*, gate) /* (I, D) */ \
-  FIELD(const void*, gate_bias) /* (I) */ \
-  FIELD(const void*, up) \
-  FIELD(const void*, up_bias) \
-  FIELD(const void*, down) /* (D, I) */ \
-  FIELD(const void*, down_bias) /* (D) */ \
-  FIELD(const float*, state) /* (B, SLOTS, D) */ \
-  FIELD(const void*, window) /* (B, K - 1, D) */ \
-  FIELD(float*, new_state) \
+  FIELD(const void*, norm_bias)                                                 \
+  FIELD(const void*, in_proj)   /* (2 D, D): main branch, gate */               \
+  FIELD(const void*, conv)      /* (D, K) */                                    \
+  FIELD(const void*, conv_bias) /* (D) */                                       \
+  FIELD(const void*, cell_proj) /* (heads, gates * W, W) */                     \
+  FIELD(const void*, bias)      /* (heads, gates * W) */                        \
+  FIELD(const float*, params)   /* (PARAMS, D) */                               \
+  FIELD(const void*, mixer_norm)                                                \
+  FIELD(const void*, out_proj)                                                  \
+  FIELD(const void*, residual_scale) /* (1) */                                  \
+  FIELD(const void*, mlp_norm)                                                  \
+  FIELD(const void*, mlp_norm_bias)                                             \
+  FIELD(const void*, gate)      /* (I, D) */                                    \
+  FIELD(const void*, gate_bias) /* (I) */                                       \
+  FIELD(const void*, up)                                                        \
+  FIELD(const void*, up_bias)                                                   \
+  FIELD(const void*, down)      /* (D, I) */                                    \
+  FIELD(const void*, down_bias) /* (D) */                                       \
+  FIELD(const float*, state)    /* (B, SLOTS, D) */                             \
+  FIELD(const void*, window)    /* (B, K - 1, D) */                             \
+  FIELD(float*, new_state)                                                      \
   FIELD(void*, new_window)
 PARARNN_STRUCT(Layer, LAYER_FIELDS)
 
-#define TOKEN_FIELDS(FIELD) \
-  FIELD(const Layer*, layers) \
-  FIELD(const void*, norm) \
-  FIELD(const void*, norm_bias) \
-  FIELD(const void*, x) /* (B, D) */ \
+#define TOKEN_FIELDS(FIELD)                                  \
+  FIELD(const Layer*, layers)                                \
+  FIELD(const void*, norm)                                   \
+  FIELD(const void*, norm_bias)                              \
+  FIELD(const void*, x) /* (B, D) */                         \
   FIELD(void*, y)       /* (B, D): the last norm's output */ \
-  FIELD(int64_t, depth) \
-  FIELD(int64_t, B) \
-  FIELD(int64_t, heads) \
-  FIELD(int64_t, W) \
-  FIELD(int64_t, taps) \
-  FIELD(int64_t, wide) /* I, the width of the MLP */ \
-  FIELD(float, eps) \
-  FIELD(int, mlp_residual) \
+  FIELD(int64_t, depth)                                      \
+  FIELD(int64_t, B)                                          \
+  FIELD(int64_t, heads)                                      \
+  FIELD(int64_t, W)                                          \
+  FIELD(int64_t, taps)                                       \
+  FIELD(int64_t, wide) /* I, the width of the MLP */         \
+  FIELD(float, eps)                                          \
+  FIELD(int, mlp_residual)                                   \
   FIELD(int, threads)
 PARARNN_STRUCT(Token, TOKEN_FIELDS)
 
@@ -89,8 +89,16 @@ template <typename T>
 class Decoder {
  public:
   Decoder(const Token& token, float* shared, int member, int members)
-      : t(token), D(token.heads * token.W), B(token.B), x(shared), gate(x + B * D), input(gate + B * D),
-        u(input + B * D), hidden(u + B * Cell::GATES * D), mid(hidden + B * D), mine(B * (D + t.wide)) {
+      : t(token),
+        D(token.heads * token.W),
+        B(token.B),
+        x(shared),
+        gate(x + B * D),
+        input(gate + B * D),
+        u(input + B * D),
+        hidden(u + B * Cell::GATES * D),
+        mid(hidden + B * D),
+        mine(B * (D + t.wide)) {
     const auto share = [&](int64_t width, int64_t i) {
       return i == members ? width : width / LANES * i / members * LANES;
     };
@@ -132,7 +140,12 @@ class Decoder {
   }
 
   // y[b, begin ... end) = those rows of weight times what stands in `from`
-  void product(const void* weight, const float* from, int64_t width, float* y, int64_t stride, int64_t first,
+  void product(const void* weight,
+               const float* from,
+               int64_t width,
+               float* y,
+               int64_t stride,
+               int64_t first,
                int64_t last) {
     product_rows(at(weight), from, width, width, B, y, stride, first, last);
   }

@@ -25,11 +25,21 @@ inline To each(const Function& function, const From&... from) {
   return to;
 }
 
-inline VecGroup operator+(VecGroup a, VecGroup b) { return each([](Vec x, Vec y) { return x + y; }, a, b); }
-inline VecGroup operator-(VecGroup a, VecGroup b) { return each([](Vec x, Vec y) { return x - y; }, a, b); }
-inline VecGroup operator*(VecGroup a, VecGroup b) { return each([](Vec x, Vec y) { return x * y; }, a, b); }
-inline VecGroup operator/(VecGroup a, VecGroup b) { return each([](Vec x, Vec y) { return x / y; }, a, b); }
-inline VecGroup operator-(VecGroup a) { return each([](Vec x) { return -x; }, a); }
+inline VecGroup operator+(VecGroup a, VecGroup b) {
+  return each([](Vec x, Vec y) { return x + y; }, a, b);
+}
+inline VecGroup operator-(VecGroup a, VecGroup b) {
+  return each([](Vec x, Vec y) { return x - y; }, a, b);
+}
+inline VecGroup operator*(VecGroup a, VecGroup b) {
+  return each([](Vec x, Vec y) { return x * y; }, a, b);
+}
+inline VecGroup operator/(VecGroup a, VecGroup b) {
+  return each([](Vec x, Vec y) { return x / y; }, a, b);
+}
+inline VecGroup operator-(VecGroup a) {
+  return each([](Vec x) { return -x; }, a);
+}
 inline MaskGroup operator>(VecGroup a, VecGroup b) {
   return each<MaskGroup>([](Vec x, Vec y) { return x > y; }, a, b);
 }
@@ -52,14 +62,24 @@ namespace metal {
 
 using pararnn::VecGroup;
 
-inline VecGroup fabs(VecGroup x) { return pararnn::each([](Vec y) { return fabs(y); }, x); }
+inline VecGroup fabs(VecGroup x) {
+  return pararnn::each([](Vec y) { return fabs(y); }, x);
+}
 
 namespace precise {
 
-inline VecGroup exp(VecGroup x) { return pararnn::each([](Vec y) { return exp(y); }, x); }
-inline VecGroup tanh(VecGroup x) { return pararnn::each([](Vec y) { return tanh(y); }, x); }
-inline VecGroup log(VecGroup x) { return pararnn::each([](Vec y) { return log(y); }, x); }
-inline VecGroup sqrt(VecGroup x) { return pararnn::each([](Vec y) { return sqrt(y); }, x); }
+inline VecGroup exp(VecGroup x) {
+  return pararnn::each([](Vec y) { return exp(y); }, x);
+}
+inline VecGroup tanh(VecGroup x) {
+  return pararnn::each([](Vec y) { return tanh(y); }, x);
+}
+inline VecGroup log(VecGroup x) {
+  return pararnn::each([](Vec y) { return log(y); }, x);
+}
+inline VecGroup sqrt(VecGroup x) {
+  return pararnn::each([](Vec y) { return sqrt(y); }, x);
+}
 
 }  // namespace precise
 }  // namespace metal

@@ -89,9 +89,8 @@ METAL_FUNC uint metal_compat_thread_index() {
   return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
 }
 METAL_FUNC dim3 metal_compat_position() {
-  return dim3(
-      blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y,
-      blockIdx.z * blockDim.z + threadIdx.z);
+  return dim3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y,
+              blockIdx.z * blockDim.z + threadIdx.z);
 }
 #define thread_index_in_threadgroup (metal_compat_thread_index())
 #define thread_index_in_simdgroup (metal_compat_thread_index() & 31u)

@@ -1,6 +1,33 @@
-  // One step of the cell, for decoding. If GATED, RMSNorm of its output times silu(gate) follows; then one
-  // threadgroup works on a whole sequence, since the norm asks every channel.
-  // Inputs, outputs and template parameters: metal/README.md.
+// One step of the cell, for decoding. If GATED, RMSNorm of its output times silu(gate) follows; then one
+// threadgroup works on a whole sequence, since the norm asks every channel.
+// Inputs, outputs and template parameters: metal/README.md.
+
+#include "standalone.h"
+
+[[kernel]] void decode(const device OutT* u [[buffer(0)]],
+                       const constant int* u_shape [[buffer(1)]],
+                       const constant int64_t* u_strides [[buffer(2)]],
+                       const device OutT* bias [[buffer(3)]],
+                       const constant int64_t* bias_strides [[buffer(4)]],
+                       const device float* params [[buffer(5)]],
+                       const constant int64_t* params_strides [[buffer(6)]],
+                       const device float* initial [[buffer(7)]],
+                       const constant int64_t* initial_strides [[buffer(8)]],
+#if GATED
+                       const device OutT* gate [[buffer(9)]],
+                       const constant int64_t* gate_strides [[buffer(10)]],
+                       const device OutT* weight [[buffer(11)]],
+                       const constant int64_t* weight_strides [[buffer(12)]],
+                       const constant float* eps [[buffer(13)]],
+#endif
+                       device OutT* y [[buffer(14)]],
+                       device float* last [[buffer(15)]],
+                       uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
+                       uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
+                       uint3 thread_position_in_grid [[thread_position_in_grid]],
+                       uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]],
+                       uint3 threadgroups_per_grid [[threadgroups_per_grid]],
+                       uint3 threads_per_threadgroup [[threads_per_threadgroup]]) {
   const int first = int(thread_position_in_grid.x);
   const int threads = int(threads_per_threadgroup.x * threadgroups_per_grid.x);  // of a sequence
   const int b = int(threadgroup_position_in_grid.y);
@@ -25,7 +52,7 @@
     float x[Cell::GATES];
     for (int g = 0; g < Cell::GATES; ++g) {
       x[g] = float(u[base + g * u_strides[3]]) +
-          float(bias[head * bias_strides[0] + (int64_t(g) * W + column) * bias_strides[1]]);
+             float(bias[head * bias_strides[0] + (int64_t(g) * W + column) * bias_strides[1]]);
     }
     Cell::step(state, x, w);
     for (int s = 0; s < Cell::SLOTS; ++s) {
@@ -56,3 +83,4 @@
     y[size_t(b) * D + d] = static_cast<OutT>(h * scale * float(weight[d * weight_strides[0]]) * open);
   }
 #endif
+}

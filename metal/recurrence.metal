@@ -1,9 +1,37 @@
-  // Newton's method on the boundaries of chunks (multiple shooting), one tile of S * 32 / CW chunks after the
-  // other. Threads: CW neighbouring channels x the tile's chunks of C steps. metal/README.md has the picture,
-  // the inputs, outputs and template parameters.
-  constexpr int ROWS = 32 / CW;       // chunks a simdgroup works on
-  constexpr int CHUNKS = S * ROWS;    // chunks of a tile
-  constexpr int TILE = CHUNKS * C;    // steps of a tile
+// Newton's method on the boundaries of chunks (multiple shooting), one tile of S * 32 / CW chunks after the
+// other. Threads: CW neighbouring channels x the tile's chunks of C steps. metal/README.md has the picture,
+// the inputs, outputs and template parameters.
+
+#include "standalone.h"
+
+[[kernel]] void recurrence(const device InT* u [[buffer(0)]],
+                           const constant int* u_shape [[buffer(1)]],
+                           const constant int64_t* u_strides [[buffer(2)]],
+                           const device float* params [[buffer(3)]],
+                           const device float* initial [[buffer(4)]],
+                           const constant float* tol [[buffer(5)]],
+                           const constant int* max_iters [[buffer(6)]],
+#if STATES
+                           const constant int* every [[buffer(7)]],
+#endif
+#if MASKED
+                           const device bool* mask [[buffer(8)]],
+#endif
+                           device OutT* hidden [[buffer(9)]],
+                           device float* last [[buffer(10)]],
+#if STATES
+                           device float* states [[buffer(11)]],
+#endif
+#if INFO
+                           device float* gap [[buffer(12)]],
+                           device int* iterations_made [[buffer(13)]],
+#endif
+                           uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
+                           uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
+                           uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+  constexpr int ROWS = 32 / CW;     // chunks a simdgroup works on
+  constexpr int CHUNKS = S * ROWS;  // chunks of a tile
+  constexpr int TILE = CHUNKS * C;  // steps of a tile
   constexpr int SLOTS = Cell::SLOTS;
   constexpr int GATES = Cell::GATES;
   threadgroup float shared_jacobian[SLOTS * SLOTS * CHUNKS * CW];
@@ -41,6 +69,9 @@
   for (int s = 0; s < SLOTS; ++s) {
     growth[s] = 1.0f;
   }
+#if STATES
+  const int interval = every[0];
+#endif
 #if INFO
   int most_iterations = 0;
   float largest_gap = 0.0f;
@@ -138,7 +169,7 @@
         growth[s] = max(growth[s], grown);
         const float movement = fabs(corrected[s] - start[s]) * growth[s];
         const bool settled = corrected[s] == start[s] || movement <= tol[0] * max(1.0f, fabs(corrected[s])) ||
-            (isnan(corrected[s]) && isnan(start[s]));
+                             (isnan(corrected[s]) && isnan(start[s]));
         moved = moved || !settled;
         start[s] = corrected[s];
       }
@@ -169,10 +200,10 @@
       const int t = begin + i;
       if (i < steps && writes) {
         hidden[(size_t(b) * T + t) * D + d] = static_cast<OutT>(keep[i] ? state[Cell::OUTPUT].v : 0.0f);
-#if EVERY
-        if ((t + 1) % EVERY == 0) {
+#if STATES
+        if ((t + 1) % interval == 0) {
           for (int s = 0; s < SLOTS; ++s) {
-            states[((size_t(b) * (T / EVERY) + t / EVERY) * SLOTS + s) * D + d] = state[s].v;
+            states[((size_t(b) * (T / interval) + t / interval) * SLOTS + s) * D + d] = state[s].v;
           }
         }
 #endif
@@ -217,3 +248,4 @@
     }
   }
 #endif
+}

@@ -30,8 +30,8 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 # The cells of metal/cells/.
 CELLS = ("gru", "lstm", "slstm", "nlru")
 # Every instantiation of the kernels: for each text of metal/ what its launch function takes, each with each,
-# for all DTYPES and, but for the convolution, all CELLS and their activations. Where a number is free (every
-# n-th state, taps), it stands here with those that the tests take.
+# for all DTYPES and, but for the convolution, all CELLS and their activations. A free number (taps) stands
+# here with those that the tests take; of `every` only whether it is 0 is compiled in.
 INSTANTIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "recurrence": {
         "tiling": tuple(SHAPES),
@@ -101,7 +101,8 @@ def newton_launch(
 ) -> Launch:
     """Newton on chunk boundaries for u of `shape` (B, heads, T, gates, D / heads) and `dtype`.
 
-    Inputs: u, params (P, D), initial (B, slots, D), tol (1,), max_iters (1,), and mask (B, T) if masked.
+    Inputs: u, params (P, D), initial (B, slots, D), tol (1,), max_iters (1,), every (1,) if every > 0, and
+    mask (B, T) if masked.
     Outputs: hidden (B, T, D) in `dtype`, last (B, slots, D); states (B, T // every, slots, D) if every > 0;
     gap (B, chunks, D) and iterations_made (B, D) if info.
     """
@@ -136,7 +137,7 @@ def newton_launch(
 def sequential_launch(
     cell: Cell, shape: tuple[int, ...], dtype: mx.Dtype, *, masked: bool = False, every: int = 0
 ) -> Launch:
-    """One thread a channel straight through time; inputs u, params, initial (and mask), outputs as above."""
+    """One thread a channel straight through time; u, params, initial (every, mask) in, outputs as above."""
     B, heads, _, _, W = shape
     blocks = -(-heads * W // _SEQUENTIAL_THREADS)
     return _launch(
@@ -275,8 +276,8 @@ def _launch(
     threads: int,
 ) -> Launch:
     # What a call does not have must not be named in its text either: the preprocessor cuts it out.
-    flags = {"MASKED": int(masked), "EVERY": every, "INFO": int("gap" in outputs)}
-    inputs = (*inputs, "mask") if masked else inputs
+    flags = {"MASKED": int(masked), "STATES": int(every > 0), "INFO": int("gap" in outputs)}
+    inputs = (*inputs, *(["every"] if every else []), *(["mask"] if masked else []))
     return _assembled(kernel, cell, flags, inputs, outputs, template, grid, threads)
 
 

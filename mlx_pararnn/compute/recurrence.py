@@ -323,7 +323,7 @@ def _launch(
     if backend == "cpu":
         solved = cpu.solve(plan.cell, params, u, state, mask if plan.masked else None, every)
         return (*solved, NewtonInfo(0, mx.array(0.0))) if info else solved
-    arrays = {"u": u, "params": params, "initial": state, "mask": mask}
+    arrays = {"u": u, "params": params, "initial": state, "mask": mask, "every": mx.array([every], mx.int32)}
     cell, masked = plan.cell, plan.masked
     if plan.method == "sequential":
         launch = gpu.sequential_launch(cell, u.shape, u.dtype, masked=masked, every=every)

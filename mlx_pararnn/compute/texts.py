@@ -57,10 +57,16 @@ def kernel_text(kernel: str, cell: Cell | None, flags: tuple[tuple[str, int], ..
     """Name, body and header of a kernel; kept, since every layer asks for them at every token."""
     header = "".join(f"#define {flag} {value}\n" for flag, value in flags)
     header += cell_header(cell) if cell else metal_text("dual.h") + metal_text("activations.h")
-    source = metal_text(f"{kernel}.metal")
+    source = kernel_body(metal_text(f"{kernel}.metal"))
     # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
     return f"pararnn_{kernel}_{plain_name(cell) if cell else 'any'}_{digest}", source, header
+
+
+def kernel_body(text: str) -> str:
+    """What stands between the braces of a .metal file's kernel; MLX writes each call's signature."""
+    signature = text.index("[[kernel]]")
+    return text[text.index("{\n", signature) + 2 : text.rindex("\n}")]
 
 
 def cpu_recurrence_text(cell: Cell) -> str:

@@ -67,6 +67,7 @@ class Case:
             "initial": self.initial,
             "tol": np.full(1, tol, np.float32),
             "max_iters": np.full(1, iterations, np.int32),
+            "every": np.full(1, self.made.every, np.int32),
             "mask": self.mask,
         }
         launch = change(self.made.launch)

@@ -128,7 +128,7 @@ def decode(
 
 
 def all_calls() -> Iterator[Call]:
-    """Those of these kernels in kernels.INSTANTIATIONS."""
+    """Those of these kernels in gpu.INSTANTIATIONS."""
     for dtype in DTYPES:
         for row in options("conv"):
             yield conv(2, 40, 9, row["taps"], dtype)

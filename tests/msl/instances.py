@@ -27,6 +27,7 @@ class Instance:
     u_shape: tuple[int, ...]
     dtype: str
     masked: bool
+    every: int
     activation: str  # the one that is not the default, if any
 
     def __str__(self) -> str:
@@ -43,6 +44,7 @@ class Instance:
             "initial": Input((B, len(self.cell.slots), D), "float32"),
             "tol": Input((1,), "float32"),
             "max_iters": Input((1,), "int32"),
+            "every": Input((1,), "int32"),
             "mask": Input((B, T), "bool"),
         }
         return [known[name] for name in self.launch.input_names]
@@ -71,12 +73,12 @@ def instance(
     words = [cell_name, *(activations or {}).values(), dtype, tiling or "sequential"]
     words += [word for word, on in (("masked", masked), ("states", every), ("info", info)) if on]
     return Instance(
-        "-".join(words), cell, launch, u_shape, dtype, masked, " ".join((activations or {}).values())
+        "-".join(words), cell, launch, u_shape, dtype, masked, every, " ".join((activations or {}).values())
     )
 
 
 def all_instances() -> Iterator[Instance]:
-    """Those of the recurrence in kernels.INSTANTIATIONS; every activation in each cell's first place."""
+    """Those of the recurrence in gpu.INSTANTIATIONS; every activation in each cell's first place."""
     for cell, dtype in itertools.product(CELLS, DTYPES):
         for row in options("recurrence"):
             yield instance(cell, dtype, **row)
@@ -112,6 +114,7 @@ def arrays(of: Instance, seed: int = 0, scale: float = 1.0) -> dict[str, np.ndar
         "initial": rng.uniform(-0.5, 0.5, (B, len(of.cell.slots), D)).astype(np.float32),
         "tol": np.full(1, 1e-6, np.float32),
         "max_iters": np.full(1, 1000, np.int32),
+        "every": np.full(1, of.every, np.int32),
         "mask": rng.random((B, T)) < 0.7,
     }
     return {name: given[name] for name in of.launch.input_names}

@@ -19,6 +19,7 @@ from .wrap import METAL_TYPES, KernelCall, Wrapped, dtype_name
 # OpenCL's generic address space stays on: without it no struct can be copied. So clang takes a pointer that
 # names no space, which Metal does not; lint.py objects to those.
 HEADERS = Path(__file__).parent / "clang"
+METAL = Path(__file__).parents[2] / "metal"
 
 CLANG = ["-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-fsyntax-only", "-cl-no-stdinc"]
 CLANG += [
@@ -62,10 +63,24 @@ def to_opencl(call: KernelCall, wrapped: Wrapped) -> str:
 
 def address_spaces(call: KernelCall, wrapped: Wrapped) -> list[str]:
     """What clang objects to; [] if nothing."""
+    return _objections(to_opencl(call, wrapped))
+
+
+def whole_file(path: Path) -> list[str]:
+    """What clang objects to in a .metal file as it stands; [] if nothing.
+
+    Of the text only `[[kernel]]` is written otherwise: OpenCL has a word for it. Other attributes are passed
+    over; <metal_stdlib> is clang/'s.
+    """
+    text = path.read_text().replace("[[kernel]]", "__kernel")
+    return _objections(text, "-Wno-unknown-attributes", "-Wno-unknown-pragmas", "-I", str(METAL))
+
+
+def _objections(text: str, *flags: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.clcpp"
-        path.write_text(to_opencl(call, wrapped))
-        command = [clang(), *CLANG, "-I", str(HEADERS), str(path)]
+        path.write_text(text)
+        command = [clang(), *CLANG, *flags, "-I", str(HEADERS), str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
     complaints = [s for s in done.stderr.splitlines() if re.search(r": (fatal )?(error|warning):", s)]
     return complaints or ([done.stderr] if done.returncode else [])

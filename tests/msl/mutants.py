@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_pararnn.compute.gpu import Launch
+from mlx_pararnn.compute.texts import kernel_body
 
 METAL = Path(__file__).parents[2] / "metal"
 
@@ -36,6 +37,8 @@ class Mutant:
     def apply(self, launch: Launch) -> Launch:
         """The launch with this mutation's text; unchanged if it does not contain the file."""
         text = (METAL / self.file).read_text()
+        if self.file.endswith(".metal"):
+            text = kernel_body(text)
         if text.count(self.old) != 1:
             raise ValueError(f"{self.file} contains {text.count(self.old)} times: {self.old!r}")
         broken = text.replace(self.old, self.new)
@@ -188,8 +191,8 @@ MUTANTS = [
     Mutant(
         "states stored one step late",
         NEWTON,
-        "if ((t + 1) % EVERY == 0) {",
-        "if (t % EVERY == 0) {",
+        "if ((t + 1) % interval == 0) {",
+        "if (t % interval == 0) {",
         "semantics convergence",
     ),
     # offsets of 32 bits

@@ -43,6 +43,10 @@ def widened(array, dtype):
     )
 
 
+def interval(every):
+    return {"every": np.array([every], np.int32)} if every else {}
+
+
 class Problem:
     """Inputs of one call, in the kernel's form and in the oracle's."""
 
@@ -123,13 +127,13 @@ class Problem:
             info=info,
         )
         extra = {"tol": np.array([tol], np.float32), "max_iters": np.array([max_iters], np.int32)}
-        return self._run(launch, extra, **options)
+        return self._run(launch, extra | interval(every), **options)
 
     def sequential(self, *, every=0, **options):
         launch = sequential_launch(
             self.cell, self.u.shape, DTYPES[self.dtype], masked=self.masked, every=every
         )
-        return self._run(launch, {}, **options)
+        return self._run(launch, interval(every), **options)
 
     def _run(self, launch, extra, **options):
         inputs = {"u": self.u, "params": self.params, "initial": self.initial, **extra}

@@ -1,0 +1,30 @@
+// What stands before a kernel when its .metal file is opened or compiled as it is (`xcrun metal -c`): the headers,
+// and one choice of cell, dtypes, sizes and options. For a call of MLX compute/texts.py and MLX itself write these.
+
+#pragma once
+
+#include <metal_stdlib>
+
+using namespace metal;
+
+#include "dual.h"
+#include "activations.h"
+#include "cells/gru.h"
+
+using Cell = pararnn::GRU<pararnn::Sigmoid, pararnn::Sigmoid, pararnn::Tanh>;
+using InT = float;
+using OutT = float;
+
+// recurrence.metal
+constant constexpr int CW = 32;
+constant constexpr int C = 16;
+constant constexpr int S = 8;
+// conv.metal
+constant constexpr int K = 4;
+constant constexpr int STEPS = 16;
+
+// Options: a kernel must not name an argument that it does not have.
+#define MASKED 1
+#define STATES 1
+#define INFO 1
+#define GATED 1
