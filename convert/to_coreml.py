@@ -25,6 +25,7 @@ from safetensors.numpy import save
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.loading import load_model, load_tokenizer
 from mlx_pararnn.model import Model, ModelArgs
+from mlx_pararnn.model_files import TOKENIZER_FILES
 
 from .coreml.constants import Half, Stored, stored, total_bytes
 from .coreml.form import Form, state_dtypes, state_shapes
@@ -38,7 +39,7 @@ from .readers.wording import shown
 from .to_mlx import convert_to_mlx
 from .writers.output_folder import check_output, whole_or_nothing
 from .writers.quantize import is_matrix
-from .writers.tokenizer import TOKENIZER_FILES, prepare_tokenizer
+from .writers.tokenizer import prepare_tokenizer
 
 # (what is being done, share done from 0 to 1)
 Progress = Callable[[str, float], None]

@@ -1,31 +1,22 @@
 """Models from folders and from the Hugging Face hub. No Python file of a model folder is ever run."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx_lm.utils
-from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.utils import logging as transformers_logging
 
 from .errors import PararnnError
+from .hub import download, is_hub_name
 from .model import Model, ModelArgs, RecurrentLayer
+from .model_files import VOCABULARY_FILES, read_json
 
 DEMO = Path(__file__).parent / "demo"
 
 # What is fetched of a repository on the hub: never a Python file.
 MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt")
-# Any one of these makes a tokenizer.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 def load(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, TokenizerWrapper]:
@@ -76,7 +67,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     Raises:
         PararnnError: there is none, or it cannot be read.
     """
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
+    if not any((path / name).exists() for name in ("tokenizer_config.json", *VOCABULARY_FILES)):
         raise PararnnError(
             f"no tokenizer in {path}; convert again with --tokenizer DIR, REPO or bytes, or work with token "
             "ids through mlx_pararnn.load_model"
@@ -134,32 +125,22 @@ def find_model(path_or_hf_repo: str | Path) -> Path:
     if path.is_dir():
         return path
     name = str(path_or_hf_repo)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_name(name, with_owner=True):
         raise PararnnError(
             f"no such model folder: {name}; give one that mlx-pararnn convert wrote, or owner/name on the "
             "Hugging Face hub"
         )
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
-    except (
-        Exception
-    ) as error:  # huggingface_hub, its HTTP client and the operating system each have their own
-        raise PararnnError(
-            f"{name} is neither a folder here nor a model that the Hugging Face hub gave "
-            f"({_in_one_line(error)})"
-        ) from error
+    return download(name, MODEL_FILES, "pass a folder that mlx-pararnn convert wrote")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file)
     except FileNotFoundError:
         raise PararnnError(
             f"no config.json in {path}: not a model folder; make one with mlx-pararnn convert CKPT -o OUT"
         ) from None
-    except (OSError, ValueError) as error:
-        raise PararnnError(f"{file} cannot be read ({_in_one_line(error)})") from error
     if not isinstance(config, dict):
         raise PararnnError(f"{file} is not a JSON object")
     return config

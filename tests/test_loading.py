@@ -137,7 +137,7 @@ def test_a_hub_model_comes_from_the_local_cache(folder, tmp_path, monkeypatch):
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     result = run(code, env=env)
     assert result.stdout.startswith("self"), result.stderr
-    assert "someone/else is neither a folder here nor a model that the Hugging Face hub gave" in result.stderr
+    assert "someone/else: not a folder here, and Hugging Face could not be reached" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.hub import download, is_hub_name
 
 from .dcp import METADATA
 from .dtypes import FLOATS
 from .forms import COREML_FILE, COREML_PACKAGE, SUFFIXES, find_weights, read_json_object, read_weights
-from .hub import is_hub_name, snapshot
 from .links import check_link
 from .tensors import Tensor
 from .wording import shown
@@ -90,9 +90,9 @@ def _from_hub(name: str) -> Path:
         looks_like_path = "/" in name or "." in name
         other = "" if looks_like_path else ", and not a Hugging Face name (owner/name)"
         raise PararnnError(f"{shown(name)}: no such file or folder{other}")
-    folder = snapshot(name, (*_BESIDE, "model*.safetensors"), _CHOICES)
+    folder = download(name, (*_BESIDE, "model*.safetensors"), _CHOICES)
     if not any(folder.glob("model*.safetensors")):
-        folder = snapshot(
+        folder = download(
             name, (*_BESIDE, METADATA, *(f"*{suffix}" for suffix in (*SUFFIXES, ".distcp"))), _CHOICES
         )
     return folder

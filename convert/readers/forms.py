@@ -1,19 +1,19 @@
 """The forms that weights come in: one file, several with an index, a distributed checkpoint's folder."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.model_files import read_json
 
 from .dcp import METADATA, read_dcp
 from .links import check_link
 from .safetensors_file import read_safetensors
 from .tensors import Tensor
 from .torch_file import read_torch_file
-from .wording import listed, shown
+from .wording import listed
 
 # What a folder holds that `convert --to coreml` wrote.
 COREML_PACKAGE = "model.mlpackage"
@@ -76,12 +76,10 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     Raises:
         PararnnError: it cannot be parsed or is not an object.
     """
-    if not path.is_file():
-        return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PararnnError(f"{path}: not valid JSON ({shown(str(error))})") from error
+        value = read_json(path)
+    except FileNotFoundError:
+        return None
     if not isinstance(value, dict):
         raise PararnnError(f"{path}: a JSON object was expected")
     return value

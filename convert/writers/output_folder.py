@@ -8,10 +8,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.model_files import TOKENIZER_FILES
 
 from ..readers.forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE, read_json_object
 from ..readers.wording import shown
-from .tokenizer import TOKENIZER_FILES
 
 MODEL_FILE = "pararnn.py"
 # What a conversion may write.

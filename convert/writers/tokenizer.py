@@ -7,21 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.hub import download, is_hub_name
+from mlx_pararnn.model_files import TOKENIZER_FILES, VOCABULARY_FILES
 
 from ..overrides import is_token_ids
 from ..readers.forms import read_json_object
-from ..readers.hub import is_hub_name, snapshot
 from ..readers.links import check_link
 from ..readers.wording import shown
 from .byte_tokenizer import BYTE_COUNT, byte_tokenizer_files
 
-# Anything else (Python files above all) is never copied.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)  # fmt: skip
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _GENERATION = "generation_config.json"
 _CHOICES = "pass --tokenizer with a folder, a Hugging Face name, bytes (byte-level models) or none (ids only)"
 
@@ -69,7 +63,7 @@ def prepare_tokenizer(
             folder = _folder_of(choice)
             files = _from_folder(folder)
             if not _has_vocabulary(files):
-                raise PararnnError(f"{choice}: no tokenizer files there ({', '.join(_VOCABULARIES)})")
+                raise PararnnError(f"{choice}: no tokenizer files there ({', '.join(VOCABULARY_FILES)})")
     own_generation = beside / _GENERATION
     if own_generation.is_file():
         check_link(own_generation, beside)
@@ -89,7 +83,7 @@ def _from_folder(folder: Path) -> TokenizerFiles:
 
 
 def _has_vocabulary(files: TokenizerFiles) -> bool:
-    return any(name in files.copies for name in _VOCABULARIES)
+    return any(name in files.copies for name in VOCABULARY_FILES)
 
 
 def _folder_of(choice: str | Path) -> Path:
@@ -102,7 +96,7 @@ def _folder_of(choice: str | Path) -> Path:
         )
     if not isinstance(choice, str) or not is_hub_name(choice):
         raise PararnnError(f"{choice}: no such folder; {_CHOICES}")
-    return snapshot(choice, TOKENIZER_FILES, _CHOICES)
+    return download(choice, TOKENIZER_FILES, _CHOICES)
 
 
 def _check_size(copies: dict[str, Path], vocab_size: int, where: str | Path) -> None:

@@ -4,21 +4,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_pararnn.errors import PararnnError
+from .errors import PararnnError
 
-from .wording import shown
-
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
 def is_hub_name(name: str, with_owner: bool = False) -> bool:
+    """Whether `name` can be a repository's: owner/name, or a bare name unless `with_owner`."""
     return bool(_NAME.fullmatch(name)) and ("/" in name or not with_owner)
 
 
-def snapshot(name: str, patterns: Sequence[str], advice: str) -> Path:
+def download(name: str, patterns: Sequence[str], advice: str) -> Path:
     """The local folder with those files of the repository `name` that match `patterns`.
 
     Args:
+        name: one that `is_hub_name` takes.
         advice: what else the user could pass, for messages.
 
     Raises:
@@ -35,7 +35,7 @@ def snapshot(name: str, patterns: Sequence[str], advice: str) -> Path:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise PararnnError(
-            f"{shown(name)}: neither a folder here nor a repository on Hugging Face; {advice}"
+            f"{name}: neither a folder here nor a repository on Hugging Face; {advice}"
         ) from error
     except Exception as error:  # the hub client lets its HTTP library's own exceptions through
         raise PararnnError(

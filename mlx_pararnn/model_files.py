@@ -1,0 +1,79 @@
+"""The small files of a model folder: their names, and how those that others made are opened.
+
+A file may be a pipe or a device, which would wait for ever, and a small JSON text may unfold into gigabytes.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import PararnnError
+
+# What a tokenizer is made of; of a model folder's other text files none is copied or fetched for it.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+# Any one of these holds its tokens.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+# The largest tokenizer.json in use are a third of these.
+_MAX_JSON_BYTES = 64 << 20
+_MAX_JSON_ENTRIES = 3_000_000
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, without waiting for anything.
+
+    Raises:
+        PararnnError: it is a folder, a pipe, a device or a socket, or may not be read.
+        FileNotFoundError: there is nothing there.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PararnnError(f"{path} cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PararnnError(
+            f"{path} cannot be read: not a regular file (a folder, a pipe or a device); put a copy of the "
+            "file there"
+        )
+    return open(descriptor, "rb")
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file at `path` says.
+
+    Raises:
+        PararnnError: it is not a regular file, too large, or not valid JSON.
+        FileNotFoundError: there is nothing there.
+    """
+    try:
+        with open_regular(path) as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PararnnError(f"{path} cannot be read ({error.strerror})") from error
+    if len(text) > _MAX_JSON_BYTES or json_entries(text) > _MAX_JSON_ENTRIES:
+        raise PararnnError(
+            f"{path} cannot be read: larger than any model's ({_MAX_JSON_BYTES >> 20} MB, "
+            f"{_MAX_JSON_ENTRIES:,} entries at most); put the model's own file there"
+        )
+    try:
+        return json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PararnnError(
+            f"{path} cannot be read: not valid JSON ({' '.join(str(error).split())})"
+        ) from error
+
+
+def json_entries(text: bytes) -> int:
+    """At most so many values stand in a JSON text: each but the first follows one of these characters."""
+    return sum(text.count(mark) for mark in (b",", b"[", b"{", b":"))
