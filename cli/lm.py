@@ -3,7 +3,7 @@
 import argparse
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ def lm(
         raise typer.BadParameter(f"no MLX-LM command {command!r}; one of: {', '.join(COMMANDS)}")
     from mlx_lm.cli import main
 
+    _run_no_tokenizer_code(command, context.args)
     if command == "generate":
         _remember_for_draft(context.args)
     if command in ("dwq", "lora", "perplexity"):
@@ -33,6 +34,25 @@ def lm(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a server's threads would outlive ours
     sys.argv = ["mlx_lm", command, *context.args]
     main()
+
+
+def _run_no_tokenizer_code(command: str, args: list[str]) -> None:
+    """Without --trust-remote-code a tokenizer's Python is refused.
+
+    Left to themselves some commands say nothing about it, so that transformers asks on stdin, and `benchmark`
+    allows it always.
+    """
+    from transformers import AutoTokenizer
+
+    trusted = any(len(arg) > 3 and "--trust-remote-code".startswith(arg) for arg in args)
+    from_pretrained = AutoTokenizer.from_pretrained
+
+    def refusing(*positional: Any, **options: Any) -> Any:
+        allowed = options.get("trust_remote_code") or False
+        options["trust_remote_code"] = allowed and (trusted or command != "benchmark")
+        return from_pretrained(*positional, **options)
+
+    AutoTokenizer.from_pretrained = refusing  # type: ignore[method-assign]
 
 
 def _remember_for_draft(args: list[str]) -> None:

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx_lm.tokenizer_utils
 import mlx_lm.utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from .errors import PararnnError
@@ -17,6 +19,10 @@ DEMO = Path(__file__).parent / "demo"
 
 # What is fetched of a repository on the hub: never a Python file.
 MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt")
+
+# What transformers calls a tokenizer that is its tokenizer.json and nothing else; any model type that has one
+# gives that class.
+PLAIN_TOKENIZER_TYPE = "glm4"
 
 
 def load(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, TokenizerWrapper]:
@@ -72,14 +78,36 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             f"no tokenizer in {path}; convert again with --tokenizer DIR, REPO or bytes, or work with token "
             "ids through mlx_pararnn.load_model"
         )
+    # transformers asks on stdin whether it may run a folder's Python unless it is told. Given a config it
+    # does not read config.json, whose model_type it does not know and whose auto_map may name Python too.
+    options: dict[str, Any] = {"trust_remote_code": False, "config": PreTrainedConfig()}
+    if _names_python(path):
+        if not (path / "tokenizer.json").is_file():
+            raise PararnnError(
+                f"the tokenizer in {path} is Python code (auto_map in tokenizer_config.json), which is never "
+                "run; convert again with --tokenizer and a folder that has a tokenizer.json"
+            )
+        options["tokenizer_type"] = PLAIN_TOKENIZER_TYPE
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns of every model_type that is not its own
     try:
-        return mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+        return mlx_lm.tokenizer_utils.load(path, options, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises whatever the broken file leads it to
         raise PararnnError(f"the tokenizer in {path} cannot be read ({_in_one_line(error)})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _names_python(path: Path) -> bool:
+    """Whether the tokenizer's class is in a Python file, of the folder or of another repository."""
+    file = path / "tokenizer_config.json"
+    if not file.exists():
+        return False
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PararnnError(f"{file} cannot be read ({_in_one_line(error)})") from error
+    return isinstance(config, dict) and "auto_map" in config
 
 
 def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
