@@ -101,12 +101,10 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
 def _names_python(path: Path) -> bool:
     """Whether the tokenizer's class is in a Python file, of the folder or of another repository."""
     file = path / "tokenizer_config.json"
-    if not file.exists():
-        return False
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PararnnError(f"{file} cannot be read ({_in_one_line(error)})") from error
+        config = read_json(file)
+    except FileNotFoundError:
+        return False
     return isinstance(config, dict) and "auto_map" in config
 
 
