@@ -37,7 +37,7 @@ from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE
 from .readers.wording import shown
 from .to_mlx import convert_to_mlx
-from .writers.output_folder import check_output, whole_or_nothing
+from .writers.output_folder import MLX_PART, check_output, whole_or_nothing
 from .writers.quantize import is_matrix
 from .writers.tokenizer import prepare_tokenizer
 
@@ -131,7 +131,7 @@ def convert_to_coreml(
             model_folder = checkpoint.folder
             prepare_tokenizer(tokenizer, model_folder, vocab_size, {}).write(folder)
         else:
-            model_folder = folder / "mlx"
+            model_folder = folder / MLX_PART
             convert_to_mlx(
                 source,
                 model_folder,
@@ -157,7 +157,7 @@ def convert_to_coreml(
             iterations = iterations_needed(model, tokens, length, dtype)
         del model  # its float32 weights are not needed any more
         mx.clear_cache()
-        shutil.rmtree(folder / "mlx", ignore_errors=True)
+        shutil.rmtree(folder / MLX_PART, ignore_errors=True)
         form = Form(state == "graph", argmax)
         functions = {"decode": 1} | ({"prefill": length} if iterations else {})
         settings = _settings(args, model_config, form, functions, iterations, weights, parameters)

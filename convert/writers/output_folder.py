@@ -1,6 +1,13 @@
-"""A folder that appears whole or not at all: filled beside its place, then renamed into it."""
+"""A folder that appears whole or not at all: filled beside its place, then renamed into it.
 
+While it is filled it is `.OUT-<random>.partial`, locked by the process that fills it. One that nobody holds
+locked is left over from a process that was killed; the next conversion into OUT removes it.
+"""
+
+import errno
+import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +19,7 @@ from mlx_pararnn.model_files import TOKENIZER_FILES
 
 from ..readers.forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE, read_json_object
 from ..readers.wording import shown
+from .exchange import exchange
 
 MODEL_FILE = "pararnn.py"
 # What a conversion may write.
@@ -25,6 +33,7 @@ _OURS = (
     *TOKENIZER_FILES,
 )
 _OURS_IN_COREML = (COREML_PACKAGE, COREML_FILE, COREML_REFERENCE, *TOKENIZER_FILES)
+MLX_PART = "mlx"  # the MLX model that is made on the way to a Core ML package
 
 
 @contextmanager
@@ -40,20 +49,22 @@ def whole_or_nothing(out: Path, force: bool, keep: Path, nbytes: int) -> Iterato
     """
     check_output(out, force, keep)
     out = _absolute(out)
+    _finish_killed_runs(out)
     created = _make_parents(out.parent)
-    partial = out.parent / f".{out.name}-{os.urandom(4).hex()}.partial"
+    partial, lock = _locked_folder(out)
     try:
-        _make_folder(partial)
         _check_room(out, nbytes)
         yield partial
-        _put_in_place(partial, out)
+        _put_in_place(partial, out, force)
         created = []
     except OSError as error:
         raise PararnnError(
             f"{out}: it could not be written ({error.strerror}); make room, or choose another output folder"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if _is_locked_by(partial, lock):  # and is not what stood in `out`
+            shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
         for folder in reversed(created):
             with suppress(OSError):
                 folder.rmdir()
@@ -69,7 +80,7 @@ def check_output(out: Path, force: bool, keep: Path) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise PararnnError(f"{out}: already exists and is not a folder; choose another output folder")
-    if not any(out.iterdir()):
+    if not _visible(out):
         return
     if _same(keep, out) or _inside(keep, out):
         raise PararnnError(
@@ -95,12 +106,19 @@ def _foreign(out: Path) -> str | None:
     else:
         config = read_json_object(out / "config.json") or {}
         if config.get("model_type") not in ("pararnn", "pararnn_cell"):
-            return "config.json of another kind" if config else next(out.iterdir()).name
-    for entry in sorted(out.iterdir()):
+            return "config.json of another kind" if config else _visible(out)[0].name
+    for entry in _visible(out):
         is_folder = entry.is_dir() and entry.name != COREML_PACKAGE
         if is_folder or not any(fnmatch(entry.name, pattern) for pattern in ours):
             return entry.name
     return None
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in `folder`, but for what macOS and file managers put everywhere, hidden."""
+    return sorted(
+        path for path in folder.iterdir() if path.name != ".DS_Store" and not path.name.startswith("._")
+    )
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -137,34 +155,122 @@ def _make_parents(parent: Path) -> list[Path]:
     created: list[Path] = []
     for folder in reversed(missing):
         try:
-            _make_folder(folder)
-        except BaseException:
+            folder.mkdir()
+        except FileExistsError:  # another process makes the same parents
+            continue
+        except OSError as error:
             for made in reversed(created):
                 made.rmdir()
-            raise
+            raise _unwritable(folder.parent, error) from error
         created.append(folder)
     return created
 
 
-def _make_folder(folder: Path) -> None:
+def _unwritable(folder: Path, error: OSError) -> PararnnError:
+    return PararnnError(f"{folder}: cannot write there ({error.strerror}); choose another output folder")
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
+    """A new folder beside `out`, and the file descriptor that holds its lock."""
+    while True:
+        partial = out.parent / f".{out.name}-{os.urandom(4).hex()}.partial"
+        try:
+            partial.mkdir()
+        except OSError as error:
+            raise _unwritable(out.parent, error) from error
+        lock = _lock(partial)
+        if lock is not None and _is_locked_by(partial, lock):
+            return partial, lock
+        if lock is not None:  # another process took it for a left-over before it was locked
+            os.close(lock)
+
+
+def _lock(folder: Path, *, surely: bool = False) -> int | None:
+    """A file descriptor that keeps `folder` locked until it is closed; None if another process has it.
+
+    Where the file system has no such locks, the descriptor comes without one, or with `surely` not at all.
+    """
     try:
-        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise PararnnError(
-            f"{folder.parent}: cannot write there ({error.strerror}); choose another output folder"
-        ) from error
+        if surely or isinstance(error, BlockingIOError):
+            os.close(descriptor)
+            return None
+    return descriptor
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
-    if not out.exists() or not any(out.iterdir()):
-        partial.rename(out)
-        return
-    old = partial.with_suffix(".old")
+def _is_locked_by(folder: Path, lock: int) -> bool:
+    """Whether that name still belongs to the folder that was locked."""
     try:
+        return os.path.samestat(folder.stat(), os.fstat(lock))
+    except OSError:
+        return False
+
+
+def _finish_killed_runs(out: Path) -> None:
+    """Remove what killed conversions into `out` left beside it; put back what they had moved aside."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}-[0-9a-f]{{8}}\.(partial|old)")
+    with suppress(OSError):  # a parent that is not there yet, or cannot be listed
+        for folder in list(out.parent.iterdir()):
+            match = pattern.fullmatch(folder.name)
+            lock = _lock(folder, surely=True) if match else None
+            if match is None or lock is None:
+                continue
+            if match[1] == "old" and not out.exists():
+                folder.rename(out)
+            elif all(_may_be_ours(path.name) for path in _visible(folder)):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _may_be_ours(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in (*_OURS, *_OURS_IN_COREML, MLX_PART))
+
+
+def _put_in_place(partial: Path, out: Path, force: bool) -> None:
+    """Give `partial` the name `out`, and delete what had it: nothing but what may be replaced."""
+    try:
+        partial.rename(out)  # a folder takes the place of nothing and of an empty folder, and of no other
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    if not out.is_dir() or out.is_symlink() or (_visible(out) and not force):
+        raise _written_meanwhile(out)
+    old = partial
+    if not exchange(partial, out):
+        old = partial.with_suffix(".old")
         out.rename(old)
-        partial.rename(out)
+    try:
+        if old != partial:
+            partial.rename(out)
+        # Looked at again, now that nobody finds it under its name and puts something there.
+        if _visible(old) and not (force and _is_replaceable(old)):
+            raise _written_meanwhile(out)
     except BaseException:
-        if old.exists() and not out.exists():
+        if old == partial:
+            exchange(partial, out)
+        else:
+            if out.exists():
+                out.rename(partial)
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_replaceable(folder: Path) -> bool:
+    try:
+        return _foreign(folder) is None
+    except PararnnError:  # a file of ours that cannot be parsed
+        return False
+
+
+def _written_meanwhile(out: Path) -> PararnnError:
+    return PararnnError(
+        f"{out}: something else was written there during the conversion and is kept; choose another output "
+        "folder"
+    )

@@ -234,3 +234,214 @@ def test_a_file_system_that_is_really_full(small_disk, data, monkeypatch):
     monkeypatch.undo()
     result = convert(data / "lm/paragru_s64/state_dict.pt", "-o", small_disk / "out", "--tokenizer", "none")
     assert "the model takes 1 MB and the disk has 0 MB left" in result.stderr
+
+
+STARTED = """
+import sys, time
+from pathlib import Path
+import mlx_pararnn.convert.writers.output_folder as output_folder
+place, work = output_folder._put_in_place, Path(sys.argv.pop(1))
+def when_told(*arguments):
+    (work / f"ready-{time.monotonic_ns()}").touch()
+    while not (work / "go").exists():
+        time.sleep(0.01)
+    return place(*arguments)
+output_folder._put_in_place = when_told
+from mlx_pararnn.cli.app import main
+main()
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """A function that starts conversions which wait before their last step, and one that lets them go on."""
+    work = tmp_path / "signals"
+    work.mkdir()
+    running = []
+
+    def start(count, *arguments):
+        for _ in range(count):
+            command = [sys.executable, "-c", STARTED, work, "convert", *arguments, "--tokenizer", "none"]
+            running.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        deadline = time.monotonic() + 120
+        while len(list(work.glob("ready-*"))) < len(running):
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in running), running[0].communicate()
+            time.sleep(0.01)
+        return running
+
+    def go():
+        (work / "go").touch()
+        return sorted((process.communicate(timeout=60)[1], process.returncode) for process in running)
+
+    yield start, go
+    for process in running:
+        process.kill()
+
+
+FORMS = pytest.mark.parametrize("form", [[], ["--to", "coreml"]], ids=["mlx", "coreml"])
+
+
+def needs(form):
+    if form:
+        pytest.importorskip("coremltools")
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "force"),
+    [
+        ([], "notes.txt", []),
+        ([], "config.json", []),
+        ([], "notes.txt", ["--force"]),
+        ([], "config.json", ["--force"]),
+        (["--to", "coreml"], "notes.txt", []),
+    ],
+)
+def test_what_is_put_into_out_meanwhile_is_kept(form, name, force, waiting, model, tmp_path):
+    needs(form)
+    start, go = waiting
+    start(1, model, "-o", tmp_path / "work/out", *form, *force)
+    (tmp_path / "work/out").mkdir()
+    (tmp_path / "work/out" / name).write_text("mine")
+    [(message, code)] = go()
+    assert code == 1
+    assert message.startswith(f"error: {tmp_path}/work/out: ")
+    assert message.count("\n") == 1
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
+    assert (tmp_path / "work/out" / name).read_text() == "mine"
+
+
+@FORMS
+def test_of_two_conversions_into_one_folder_one_succeeds(form, waiting, model, tmp_path):
+    needs(form)
+    start, go = waiting
+    start(2, model, "-o", tmp_path / "work/out", *form)
+    (_, first), (message, second) = go()
+    assert (first, second) == (0, 1)
+    assert "something else was written there during the conversion and is kept" in message
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
+
+
+def test_only_what_no_living_process_writes_is_removed(waiting, model, accepted, tmp_path):
+    start, go = waiting
+    out = accepted(model)
+    dead = out.parent / f".{out.name}-00c0ffee.partial"
+    dead.mkdir()
+    (dead / "model.safetensors").write_text("half")
+    theirs = out.parent / f".{out.name}-00c0ffe1.partial"
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("years of work")
+    start(1, model, "-o", out, "--force")
+    [alive] = {path.name for path in out.parent.iterdir()} - {out.name, theirs.name}
+    assert convert(model, "-o", out, "--tokenizer", "none", "--force").exit_code == 0
+    assert {path.name for path in out.parent.iterdir()} == {out.name, theirs.name, alive}
+    assert go()[0][1] == 0
+    assert {path.name for path in out.parent.iterdir()} == {out.name, theirs.name}
+
+
+# At each moment at which the converter opens, makes, renames or removes something, a process of its own is
+# killed. Prints the moment at which nothing was left to be killed at.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mlx_pararnn.convert.to_mlx import convert_to_mlx
+from mlx_pararnn.convert.writers import exchange, output_folder
+
+new, out, by_two_renames = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
+if by_two_renames:
+    output_folder.exchange = lambda a, b: False
+files = ("config.json", "model.safetensors", "README.md")
+old = {name: (out / name).read_bytes() for name in files}
+
+def at(moment):
+    left = moment
+    def hook(event, arguments):
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir",
+                     "shutil.rmtree", "ctypes.dlsym") and (event == "ctypes.dlsym" or any(
+                         str(out.parent) in str(argument) for argument in arguments)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    convert_to_mlx(new, out, tokenizer="none", force=True)
+    os._exit(0)
+
+seen, moment = set(), 0
+while True:
+    moment += 1
+    if (child := os.fork()) == 0:
+        at(moment)
+    status = os.waitpid(child, 0)[1]
+    if by_two_renames and not out.exists():
+        output_folder._finish_killed_runs(out)
+    now = {name: (out / name).read_bytes() for name in files}
+    seen.add("old" if now == old else "new")
+    if now != old:
+        assert now["model.safetensors"][:8] == old["model.safetensors"][:8]
+        assert now["config.json"] == old["config.json"] and len(now) == 3
+    if status == 0:
+        break
+    assert os.WIFSIGNALED(status), status
+print(moment, sorted(seen), [path.name for path in out.parent.iterdir()])
+"""
+
+
+@pytest.mark.parametrize("by_two_renames", [False, True])
+def test_kill_9_at_every_moment_of_a_replacement(by_two_renames, model, accepted, tmp_path):
+    """Out is whole then, old or new; and the next conversion leaves nothing of it beside out."""
+    out = accepted(model)
+    other = write_pt(tmp_path / "other.pt", apple_gru() | {"final_norm.weight": np.ones(4, np.float32)})
+    arguments = [sys.executable, "-c", KILLED, other, out, str(by_two_renames)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    moments, rest = done.stdout.split(maxsplit=1)
+    assert int(moments) > 10
+    assert rest == f"['new', 'old'] ['{out.name}']\n"
+
+
+CUT = """
+import os, signal, sys
+event, times = sys.argv.pop(1), int(sys.argv.pop(1))
+def hook(name, arguments):
+    global times
+    if name == event and ".out-" in str(arguments[0]):
+        times -= 1
+        if not times:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+from mlx_pararnn.cli.app import main
+main()
+"""
+
+
+@pytest.mark.parametrize("moment", [("os.rename", 2), ("shutil.rmtree", 2)])
+def test_kill_9_of_an_export(moment, model, tmp_path):
+    needs("coreml")
+    out = tmp_path / "work/out"
+    arguments = ["convert", model, "-o", out, "--to", "coreml", "--tokenizer", "none", "--chunk", "2"]
+    assert convert(*arguments[1:]).exit_code == 0
+    before = (out / "pararnn.json").read_bytes()
+    command = [sys.executable, "-c", CUT, moment[0], str(moment[1]), *arguments, "--force", "--argmax"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert len(list(out.parent.iterdir())) == 2
+    replaced = (out / "pararnn.json").read_bytes() != before
+    assert replaced == (moment[0] == "shutil.rmtree")
+    assert convert(*arguments[1:], "--force").exit_code == 0
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("hidden", [".DS_Store", "._config.json"])
+def test_what_macos_puts_into_folders_counts_neither_as_a_model_nor_as_a_users_file(
+    hidden, model, accepted, tmp_path
+):
+    folder = accepted(model)
+    (folder / hidden).write_text("x")
+    assert convert(model, "-o", folder, "--tokenizer", "none", "--force").exit_code == 0
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / hidden).write_text("x")
+    assert convert(model, "-o", empty, "--tokenizer", "none").exit_code == 0
+    assert (empty / "config.json").exists()
