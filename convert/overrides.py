@@ -10,6 +10,7 @@ from mlx_pararnn.errors import PararnnError
 from .readers.checkpoint import Checkpoint
 from .readers.forms import read_json_object
 from .readers.wording import listed, shown
+from .writers.tokenizer import is_token_ids
 
 # What the tensors alone decide: naming it is allowed, contradicting them is an error.
 _FROM_TENSORS = (
@@ -91,9 +92,3 @@ def _fits(name: str, value: Any) -> bool:
     if name in ("eos_token_id", "bos_token_id"):
         return is_token_ids(value)
     return True
-
-
-def is_token_ids(value: Any) -> bool:
-    """A token id or a list of them."""
-    ids = value if isinstance(value, list) else [value]
-    return bool(ids) and all(type(token) is int and token >= 0 for token in ids)

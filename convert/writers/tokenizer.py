@@ -10,13 +10,14 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.hub import download, is_hub_name
 from mlx_pararnn.model_files import TOKENIZER_FILES, VOCABULARY_FILES
 
-from ..overrides import is_token_ids
 from ..readers.forms import read_json_object
 from ..readers.links import check_link
 from ..readers.wording import shown
 from .byte_tokenizer import BYTE_COUNT, byte_tokenizer_files
 
 _GENERATION = "generation_config.json"
+_SETTINGS = "tokenizer_config.json"
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 _CHOICES = "pass --tokenizer with a folder, a Hugging Face name, bytes (byte-level models) or none (ids only)"
 
 
@@ -72,7 +73,14 @@ def prepare_tokenizer(
     files.token_ids = _token_ids(files.copies, beside, given_ids, vocab_size)
     if files.token_ids and _GENERATION not in files.copies:
         files.texts[_GENERATION] = _json_text(files.token_ids)
+    _leave_out_python(files)
     return files
+
+
+def is_token_ids(value: Any) -> bool:
+    """A token id or a list of them."""
+    ids = value if isinstance(value, list) else [value]
+    return bool(ids) and all(type(token) is int and token >= 0 for token in ids)
 
 
 def _from_folder(folder: Path) -> TokenizerFiles:
@@ -80,6 +88,26 @@ def _from_folder(folder: Path) -> TokenizerFiles:
     for path in copies.values():
         check_link(path, folder)
     return TokenizerFiles(copies=copies)
+
+
+def _leave_out_python(files: TokenizerFiles) -> None:
+    """Take auto_map out of the tokenizer's settings: the Python that it names is neither copied nor run."""
+    path = files.copies.get(_SETTINGS)
+    settings = (read_json_object(path) or {}) if path else {}
+    if path is None or "auto_map" not in settings:
+        return
+    del settings["auto_map"]
+    if "tokenizer.json" not in files.copies:
+        import transformers
+
+        name = settings.get("tokenizer_class")
+        if not isinstance(name, str) or not hasattr(transformers, name):
+            raise PararnnError(
+                f"{path}: the tokenizer is Python code ({shown(str(name))}), which is never run; pass "
+                "--tokenizer with a folder that has its tokenizer.json"
+            )
+    del files.copies[_SETTINGS]
+    files.texts[_SETTINGS] = _json_text(settings)
 
 
 def _has_vocabulary(files: TokenizerFiles) -> bool:
@@ -109,7 +137,7 @@ def _check_size(copies: dict[str, Path], vocab_size: int, where: str | Path) -> 
 
 
 def _vocabulary(copies: dict[str, Path]) -> dict[str, int]:
-    """Token -> id, from the files that say it in JSON; a SentencePiece model's is not read."""
+    """Token -> id, as the tokenizer's files say it."""
     entries: dict[str, Any] = {}
     if path := copies.get("tokenizer.json"):
         content = read_json_object(path) or {}
@@ -126,6 +154,8 @@ def _vocabulary(copies: dict[str, Path]) -> dict[str, int]:
             if isinstance(item, dict):
                 entries[str(item.get("content"))] = item.get("id")
     else:
+        if model := _sentencepiece(copies):
+            entries |= {model.id_to_piece(id_): id_ for id_ in range(model.get_piece_size())}
         for name in ("vocab.json", "added_tokens.json"):
             if name in copies:
                 entries |= read_json_object(copies[name]) or {}
@@ -135,7 +165,7 @@ def _vocabulary(copies: dict[str, Path]) -> dict[str, int]:
 def _token_ids(
     copies: dict[str, Path], beside: Path, given: dict[str, Any], vocab_size: int
 ) -> dict[str, Any]:
-    """eos_token_id and bos_token_id: from --config, else config.json, generation settings, the tokenizer."""
+    """eos_token_id and bos_token_id: from --config, else config.json, generation settings, its tokenizer."""
     generation = read_json_object(copies[_GENERATION]) if _GENERATION in copies else None
     sources = [given, read_json_object(beside / "config.json"), generation, _named_ids(copies)]
     found: dict[str, Any] = {}
@@ -153,17 +183,33 @@ def _token_ids(
 
 
 def _named_ids(copies: dict[str, Path]) -> dict[str, Any]:
-    if "tokenizer_config.json" not in copies:
-        return {}
-    config = read_json_object(copies["tokenizer_config.json"]) or {}
+    """The ids of the tokens that the tokenizer's own files call the end and the start of a text."""
     vocabulary = _vocabulary(copies)
-    found = {}
+    found: dict[str, Any] = {}
     for key in ("eos_token", "bos_token"):
-        token = config.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and token in vocabulary:
-            found[f"{key}_id"] = vocabulary[token]
+        for name in (_SETTINGS, "special_tokens_map.json"):
+            token = (read_json_object(copies[name]) or {}).get(key) if name in copies else None
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token in vocabulary:
+                found.setdefault(f"{key}_id", vocabulary[token])
+    if "tokenizer.json" not in copies and (model := _sentencepiece(copies)):
+        for key, id_ in (("eos_token_id", model.eos_id()), ("bos_token_id", model.bos_id())):
+            if id_ >= 0:
+                found.setdefault(key, id_)
     return found
+
+
+def _sentencepiece(copies: dict[str, Path]) -> Any:
+    """The SentencePiece model among the files, or None."""
+    path = next((copies[name] for name in _SENTENCEPIECE if name in copies), None)
+    if path is None:
+        return None
+    from sentencepiece import SentencePieceProcessor  # MLX-LM brings it
+
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise PararnnError(f"{path}: not a SentencePiece model; pass --tokenizer with a whole one") from error
 
 
 def _json_text(value: dict[str, Any]) -> str:

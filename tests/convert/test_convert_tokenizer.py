@@ -223,3 +223,56 @@ def test_an_empty_vocabulary_entry_does_no_harm(accepted, source):
         '{"model": {"vocab": {"a": "x", "b": null}}, "added_tokens": [3]}'
     )
     assert np.isfinite(config(accepted(source, "--force"))["vocab_size"])
+
+
+@pytest.mark.parametrize("where", ["tokenization_custom.Custom", "someone/else--tokenization.Custom"])
+def test_python_that_a_tokenizer_names_is_left_out(where, accepted, source):
+    from mlx_pararnn.loading import load_tokenizer
+
+    for name, text in byte_tokenizer_files().items():
+        (source.parent / name).write_text(text)
+    settings = json.loads((source.parent / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [where, None]}, "tokenizer_class": "Custom"}
+    (source.parent / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source.parent / "tokenization_custom.py").write_text("raise SystemExit('ran')")
+    folder = accepted(source, "--force")
+    assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text())
+    assert not list(folder.glob("*.py"))
+    assert load_tokenizer(folder, {}).encode("hé") == list("hé".encode())
+
+
+def test_a_tokenizer_of_python_alone_is_refused(refused, source):
+    (source.parent / "vocab.json").write_text('{"a": 0}')
+    (source.parent / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["t.Custom", null]}, "tokenizer_class": "Custom"}'
+    )
+    assert "the tokenizer is Python code (Custom), which is never run" in refused(source, "--force")
+
+
+def test_end_ids_that_stand_in_special_tokens_map_alone(accepted, source):
+    (source.parent / "tokenizer.json").write_text(tokenizer_json(10, {"</s>": 3, "<s>": 4}))
+    (source.parent / "tokenizer_config.json").write_text('{"eos_token": null}')
+    (source.parent / "special_tokens_map.json").write_text(
+        '{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}'
+    )
+    assert {"eos_token_id": 3, "bos_token_id": 4}.items() <= config(accepted(source, "--force")).items()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_end_ids_of_a_sentencepiece_model(name, accepted, refused, tmp_path):
+    import sentencepiece
+
+    text = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 5
+    with open(tmp_path / name, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_writer=file, vocab_size=60, eos_id=5, bos_id=-1,
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    source = write_pt(tmp_path / "model.pt", apple_gru(vocab=256))
+    fields = config(accepted(source, "--force"))
+    assert fields["eos_token_id"] == 5
+    assert "bos_token_id" not in fields
+    small = write_pt(tmp_path / "model.pt", apple_gru(vocab=20))
+    assert "more tokens than the model" in refused(small, "--force")
+    (tmp_path / name).write_bytes(b"no model")
+    assert "not a SentencePiece model" in refused(source, "--force")
