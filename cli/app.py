@@ -1,6 +1,8 @@
 """`mlx-pararnn`: the list of commands. Each command imports what it needs when it runs."""
 
+import os
 import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -42,9 +44,9 @@ app.command()(doctor)
 
 def _print_version(value: bool) -> None:
     if value:
-        from importlib.metadata import version as package_version  # slow to import
+        from mlx_pararnn import __version__  # slow: it is looked up
 
-        typer.echo(f"mlx-pararnn {package_version('mlx-pararnn')}")
+        typer.echo(f"mlx-pararnn {__version__}")
         raise typer.Exit
 
 
@@ -58,8 +60,23 @@ def main_options(
 
 
 def main() -> None:
+    _open_streams()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _leave)
     app()
+
+
+def _open_streams() -> None:
+    """Standard streams that the caller closed: their numbers would go to the first files that are opened."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def _leave(number: int, frame: object) -> None:

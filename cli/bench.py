@@ -14,7 +14,7 @@ from mlx_pararnn.errors import PararnnError
 
 from . import options
 from .progress import progress_bar
-from .report import Debug, reports_errors
+from .report import Debug, expand_home, reports_errors
 
 if TYPE_CHECKING:
     from mlx_pararnn.model import Model
@@ -53,6 +53,7 @@ def bench(
         str | None,
         typer.Argument(
             metavar="MODEL",
+            callback=expand_home,
             help="A folder that `mlx-pararnn convert` wrote, or a name on Hugging Face. Default: a preset.",
         ),
     ] = None,

@@ -13,7 +13,7 @@ import typer
 
 from . import options
 from .progress import progress_bar
-from .report import Debug, reports_errors
+from .report import Debug, expand_home, reports_errors
 
 
 class Dtype(StrEnum):
@@ -64,6 +64,7 @@ def convert(
         str,
         typer.Argument(
             metavar="CKPT",
+            callback=expand_home,
             help="A .pt, .pth, .bin or .safetensors file; a folder that holds one, several with an index, or "
             "a torch.distributed.checkpoint; or a Hugging Face name. For Core ML an MLX model folder, too.",
             show_default=False,
@@ -98,6 +99,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="DIR|REPO|bytes|none",
+            callback=expand_home,
             help="Where the tokenizer is: a folder, a Hugging Face name (EleutherAI/gpt-neox-20b), 'bytes' "
             "for models of raw bytes, 'none' for ids only. Default: the files beside the checkpoint.",
         ),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .report import Debug, reports_errors
+from .report import Debug, expand_home, reports_errors
 
 
 @reports_errors
@@ -15,7 +15,9 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="PATH", help="A checkpoint in any form that convert takes, or a model folder."
+            metavar="PATH",
+            callback=expand_home,
+            help="A checkpoint in any form that convert takes, or a model folder.",
         ),
     ],
     as_json: Annotated[

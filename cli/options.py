@@ -8,6 +8,8 @@ import typer
 
 from mlx_pararnn.errors import PararnnError
 
+from .report import expand_home
+
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -30,6 +32,7 @@ ModelPath = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
+        callback=expand_home,
         help="A folder that `mlx-pararnn convert` wrote, or a Hugging Face repository; "
         "the bundled demo if left out.",
     ),

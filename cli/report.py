@@ -4,7 +4,8 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -29,12 +30,15 @@ Debug = Annotated[
 
 
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn what `command` raises into one sentence and an exit code: 1, or 130 for Ctrl-C."""
+    """Turn what `command` raises into one sentence and an exit code: 1, or 130 for Ctrl-C.
+
+    Of paths among its arguments ~ is replaced by the home folder, which no shell does in --output='~/x'.
+    """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            return command(*args, **{name: _expanded(value) for name, value in kwargs.items()})
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
@@ -50,8 +54,23 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
                 raise
             typer.echo(f"error: {_sentence(error)}", err=True)
             raise typer.Exit(1) from None
+        except BaseException as error:
+            if _debug or type(error).__name__ != "PanicException":
+                raise
+            # A panic of a library written in Rust (tokenizers, safetensors), which is no Exception.
+            typer.echo(f"error: a library failed on this input: {_first_line(error)}", err=True)
+            raise typer.Exit(1) from None
 
     return wrapper
+
+
+def expand_home(value: str | None) -> str | None:
+    """A path or a name, with ~ in front replaced by the home folder, for options that are either."""
+    return value if value is None else os.path.expanduser(value)
+
+
+def _expanded(value: Any) -> Any:
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def _sentence(error: Exception) -> str:
@@ -65,5 +84,8 @@ def _sentence(error: Exception) -> str:
             f"MLX cannot be loaded here ({error}); on Linux install it with pip install 'mlx-pararnn[cpu]' "
             "or, for an NVIDIA GPU, 'mlx-pararnn[cuda]'"
         )
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-    return f"{type(error).__name__}: {first_line} (run again with --debug for the traceback)"
+    return f"{type(error).__name__}: {_first_line(error)} (run again with --debug for the traceback)"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 from safetensors.numpy import save
 
+from mlx_pararnn import __version__
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.loading import load_model, load_tokenizer
 from mlx_pararnn.model import Model, ModelArgs
@@ -289,7 +289,7 @@ def _settings(
         "bos_token_id": config.get("bos_token_id"),
         **{field.name: getattr(args, field.name) for field in fields(args) if field.name != "model_type"},
         "parameters": parameters,
-        "version": version("mlx-pararnn"),
+        "version": __version__,
     }
 
 

@@ -14,6 +14,7 @@ TYPE_CHECKING = False  # typing's, which is slow to import
 if TYPE_CHECKING:
     from typing import Any
 
+    __version__: str
     from .cells import Cell, get_cell, register_cell
     from .errors import PararnnError
     from .generation import generate, stream_generate
@@ -39,6 +40,7 @@ __all__ = [
     "Model",
     "ModelArgs",
     "PararnnError",
+    "__version__",
     "cells",
     "generate",
     "get_cell",
@@ -53,11 +55,27 @@ registration.install()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name == "cells":
         return import_module(".cells", __name__)
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """Of the package as installed; of a checkout that is not, what its pyproject.toml says."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mlx-pararnn")
+    except PackageNotFoundError:
+        import tomllib
+        from pathlib import Path
+
+        text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        return str(tomllib.loads(text)["project"]["version"])
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """MLX-LM's generator, with what it lacks: stop strings, the end of learned positions, drafts that rewind."""
 
-import sys
+import logging
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -14,6 +14,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .cache import RECENT_STEPS
 from .errors import PararnnError
 from .model import Model
+
+logger = logging.getLogger(__name__)
 
 
 def stream_generate(
@@ -29,7 +31,7 @@ def stream_generate(
     """Generate text piece by piece: `mlx_lm.stream_generate` for ParaRNN models.
 
     Where a sequence reaches the last learned position of a model that has them, generation stops with
-    finish_reason "length" and one sentence on stderr.
+    finish_reason "length" and a sentence in the log.
 
     Args:
         model: the model.
@@ -68,9 +70,8 @@ def stream_generate(
         finish_reason = response.finish_reason
         yield response
     if limited and finish_reason == "length":
-        print(
-            f"stopped: the model's {model.args.max_position_embeddings} learned positions are used up",
-            file=sys.stderr,
+        logger.warning(
+            "stopped: the model's %d learned positions are used up", model.args.max_position_embeddings
         )
 
 

@@ -1,8 +1,9 @@
 """README.md of a converted model: where it came from and how it was made."""
 
 import json
-from importlib.metadata import version
 from typing import Any
+
+from mlx_pararnn import __version__
 
 from ..readers.checkpoint import Checkpoint
 from ..readers.wording import shown
@@ -52,7 +53,7 @@ def model_card(
         pipeline="pipeline_tag: text-generation\n" if is_model else "",
         title=f"ParaRNN {config['cell'].upper()}, {parameters / 1e6:.1f}M parameters",
         what="language model" if is_model else "cell",
-        version=version("mlx-pararnn"),
+        version=__version__,
     )
     card += "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     if notes:
