@@ -65,7 +65,8 @@ class Line(NamedTuple):
 
 def products(model, tokens):
     """A function that makes the matrix products, and no others, by which `model` reads a prompt as
-    generate_step has it read: in pieces, without what the last layer needs for the last token alone."""
+    generate_step has it read: in pieces, without what the last layer needs for the last token alone.
+    """
     pieces = [min(STEP, tokens - 1 - begin) for begin in range(0, tokens - 1, STEP)]
     widths = (models.D, models.INTERMEDIATE)
     inputs = {(rows, width): mx.random.normal((1, rows, width)) for rows in {1, *pieces} for width in widths}
@@ -94,7 +95,8 @@ def products(model, tokens):
 
 def sgemv(model):
     """A function that makes the matrix-vector products of one token by OpenBLAS's sgemv, which MLX does not
-    call; None where there is no OpenBLAS."""
+    call; None where there is no OpenBLAS.
+    """
     try:
         function = ctypes.CDLL("libopenblas.so.0").cblas_sgemv
     except (OSError, AttributeError):
@@ -160,7 +162,7 @@ def measure_prefill(sizes):
 
 
 def measure_decode(sizes):
-    """(lines, header, rows, {who: [(context, tokens/s)]})"""
+    """Returns (lines, header, rows, {who: [(context, tokens/s)]})."""
     ours, llama, mamba2 = models.pararnn(), models.llama(), models.mamba2()
     after = _caches_of_ours(ours, sizes.contexts)
     keys = mx.random.normal((1, 16, max(sizes.contexts), 64))

@@ -29,7 +29,7 @@ class Form:
 
 
 def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:
-    """Name -> shape of the states, one row a layer. (`state` alone is a word of MIL and can be no name.)"""
+    """Name -> shape of the states, one row a layer.; `state` alone is a word of MIL and can be no name."""
     padded = -(-args.hidden_size // LANES) * LANES
     slots = len(get_cell(args.cell, args.activations).slots)
     shapes = {"cell_state": (args.num_hidden_layers, slots, padded)}

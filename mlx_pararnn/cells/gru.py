@@ -1,3 +1,5 @@
+"""ParaGRU."""
+
 from typing import ClassVar
 
 from .cell import Cell

@@ -1,3 +1,5 @@
+"""ParaLSTM."""
+
 from typing import ClassVar
 
 from .cell import Cell

@@ -1,3 +1,5 @@
+"""NLRU, the nonlinear linear recurrent unit."""
+
 from .cell import Cell
 
 

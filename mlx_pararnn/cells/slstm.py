@@ -1,3 +1,5 @@
+"""sLSTM."""
+
 from .cell import Cell
 
 # The cell's own constant in pararnn-torch, not a model's norm_eps.

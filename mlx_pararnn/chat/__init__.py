@@ -1,0 +1,1 @@
+"""Conversations: the session in a terminal or program, stored states, the server."""

@@ -1,5 +1,6 @@
 """Matrix products with a model's weights. On a GPU they are MLX's own. MLX's CPU is fast in float32 alone, so
-there all go by way of float32, and the head of a token is the CPU backend's (metal/cpu_linear.h)."""
+there all go by way of float32, and the head of a token is the CPU backend's (metal/cpu_linear.h).
+"""
 
 import math
 from collections.abc import Callable

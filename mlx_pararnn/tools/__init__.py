@@ -1,0 +1,1 @@
+"""Measuring and checking: `benchmark`, `verification`, `doctor`."""

@@ -263,7 +263,8 @@ def _decode_cases(model: Model, sizes: Sizes) -> Iterator[Case]:
 
 def _cache_after(model: Model, context: int) -> list[Any]:
     """A cache that has counted `context` tokens, of which it has read at most 32: its size and the work of a
-    step are the same whatever it has read."""
+    step are the same whatever it has read.
+    """
     caches = model.make_cache()
     if context:
         model(mx.zeros((1, min(context, 32)), mx.int32), cache=caches)
