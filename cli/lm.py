@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,8 @@ def lm(
     _run_no_tokenizer_code(command, context.args)
     if command == "generate":
         _remember_for_draft(context.args)
+    if command in ("convert", "fuse"):
+        _dequantize_every_matrix(command)
     if command in ("dwq", "lora", "perplexity"):
         _read_texts_without_an_end()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a server's threads would outlive ours
@@ -66,6 +69,33 @@ def _remember_for_draft(args: list[str]) -> None:
         from mlx_pararnn.model import Model
 
         Model.recent_steps = max(RECENT_STEPS, known.num_draft_tokens)
+
+
+def _dequantize_every_matrix(command: str) -> None:
+    """MLX-LM's --dequantize passes over quantized MultiLinear, and writes a model that does not load."""
+    module = import_module(f"mlx_lm.{command}")
+    import mlx.core as mx
+    from mlx.nn import Module
+    from mlx.utils import tree_unflatten
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+
+    of_mlx_lm = module.dequantize_model
+
+    def dequantized(name: str, packed: Any) -> tuple[str, Module]:
+        weight = mx.dequantize(
+            packed.weight, packed.scales, packed.get("biases"), packed.group_size, packed.bits, packed.mode
+        )
+        heads, width, inputs = weight.shape
+        linear = MultiLinear(inputs, width, heads)
+        linear.weight = weight
+        return name, linear
+
+    def dequantize_model(model: Module) -> Module:
+        packed = [pair for pair in model.named_modules() if isinstance(pair[1], QuantizedMultiLinear)]
+        model.update_modules(tree_unflatten([dequantized(*pair) for pair in packed]))
+        return of_mlx_lm(model)
+
+    module.dequantize_model = dequantize_model  # type: ignore[attr-defined]
 
 
 def _read_texts_without_an_end() -> None:

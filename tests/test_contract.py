@@ -31,3 +31,23 @@ def test_mlx_lm_tokenizer_utils_has(name):
     import mlx_lm.tokenizer_utils
 
     assert hasattr(mlx_lm.tokenizer_utils, name), f"mlx_lm.tokenizer_utils.{name} is gone; see loading.py"
+
+
+@pytest.mark.parametrize("command", ["convert", "fuse"])
+def test_mlx_lm_commands_dequantize_by_that_name(command):
+    from importlib import import_module
+
+    import mlx_lm.utils
+
+    assert import_module(f"mlx_lm.{command}").dequantize_model is mlx_lm.utils.dequantize_model, (
+        f"mlx_lm.{command} dequantizes another way: cli/lm.py would not reach quantized MultiLinear"
+    )
+
+
+@pytest.mark.parametrize("name", ["weight", "scales", "group_size", "bits", "mode"])
+def test_mlx_lm_quantized_multi_linear_has(name):
+    from mlx_lm.models.mla import QuantizedMultiLinear
+
+    assert name in QuantizedMultiLinear(64, 32, 2, 32, 4, "affine") or hasattr(
+        QuantizedMultiLinear(64, 32, 2, 32, 4, "affine"), name
+    ), f"mlx_lm's QuantizedMultiLinear.{name} is gone; see cli/lm.py"

@@ -81,6 +81,17 @@ def test_convert_leaves_float_what_the_group_size_does_not_divide(lm, tmp_path):
 
 
 @needs_datasets
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_a_dequantized_model_loads_and_gives_the_same_text(mode, lm, converted, tmp_path):
+    packed = converted("trained/paragru/final.pt", tokenizer="bytes", quantize=True, q_mode=mode)
+    lm("convert", "--hf-path", packed, "--mlx-path", "plain", "-d")
+    model, config = mlx_pararnn.load_model(tmp_path / "plain")
+    assert "quantization" not in config
+    tokens = mx.array([list(b"def f(x):")])
+    wanted = mlx_pararnn.load_model(packed)[0](tokens)
+    assert mx.allclose(model(tokens), wanted, atol=1e-3 * mx.abs(wanted).max().item()).item()
+
+
 def test_dwq_on_a_local_folder(lm, texts, tmp_path):
     """The packed numbers stay; their scales and biases are learned, and all that is not packed."""
     lm("convert", "--hf-path", DEMO, "--mlx-path", "before", "-q", "--q-bits", 2, "--q-group-size", 32)
