@@ -25,7 +25,7 @@ from mlx_lm.models.cache import KVCache
 from timing import alternating
 
 from mlx_pararnn.tools.benchmark import decode, read_prompt, resident_bytes
-from mlx_pararnn.tools.chart import Panel, svg
+from mlx_pararnn.tools.plot import Panel, draw
 
 OURS, LLAMA, MAMBA2 = "mlx-pararnn", "mlx-lm llama", "mlx-lm mamba2"
 PRODUCTS = "matrix products alone"
@@ -365,10 +365,10 @@ def main():
             print(*table(header, rows), sep="\n")
             write("decode", f"{about} {_sizes_of_models()} {_CONTEXTS}", header, rows)
             if not args.quick:
-                drawing = svg(
-                    [Panel("Generating, d = 1024, 4 layers, float32", "context, tokens", "tokens/s", curves)]
+                panel = Panel(
+                    "Generating, d = 1024, 4 layers, float32", "context, tokens", "tokens/s", curves
                 )
-                result_file("decode", "svg").write_text(drawing)
+                draw([panel], result_file("decode", "svg"))
         else:
             found = measure_memory(sizes) if part == "memory" else measure_start(sizes)
         lines += found

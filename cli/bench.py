@@ -14,7 +14,7 @@ from mlx_pararnn.errors import PararnnError
 
 from . import options
 from .progress import progress_bar
-from .report import Debug, expand_home, reports_errors
+from .report import Debug, expand_home, reports_errors, size
 
 if TYPE_CHECKING:
     from mlx_pararnn.model import Model
@@ -120,7 +120,9 @@ def bench(
             help="Runs that a median is of; fewer where they take more than 8 seconds.",
         ),
     ] = 5,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the numbers.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the numbers, as .svg, .png or .pdf.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object instead of the table.")
     ] = False,
@@ -138,6 +140,10 @@ def bench(
     options.import_modules(modules)
     from mlx_pararnn.tools import benchmark
 
+    if plot is not None:
+        from mlx_pararnn.tools.plot import require_matplotlib
+
+        require_matplotlib()
     loaded = _load(model, preset or PRESET, cell or "gru", dtype.value if dtype else "float32")
     sizes = _sizes(
         benchmark.fitting(loaded, benchmark.FULL if full else benchmark.SHORT),
@@ -157,7 +163,7 @@ def bench(
             results.append(case.measure(trials))
     about = benchmark.describe(loaded, model or preset or PRESET)
     if plot is not None:
-        plot.write_text(_drawn(results))
+        _draw(results, plot)
     if as_json:
         typer.echo(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=2))
         return
@@ -191,7 +197,7 @@ def _print_table(section: str, results: "list[Measurement]") -> None:
         return
     if section == "memory":
         header = [name.removesuffix("_bytes").replace("_", " ") for name in results[0].values]
-        rows = [[_size(value) for value in results[0].values.values()]]
+        rows = [[size(value) for value in results[0].values.values()]]
     else:
         header = [*results[0].settings, *(name.replace("_", " ") for name in results[0].values)]
         rows = [
@@ -204,12 +210,8 @@ def _print_table(section: str, results: "list[Measurement]") -> None:
         typer.echo("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
 
 
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
-
-
-def _drawn(results: "list[Measurement]") -> str:
-    from mlx_pararnn.tools.chart import Panel, svg
+def _draw(results: "list[Measurement]", file: Path) -> None:
+    from mlx_pararnn.tools.plot import Panel, draw
 
     panels: dict[str, Panel] = {}
     for section, x, y, title in (
@@ -225,7 +227,7 @@ def _drawn(results: "list[Measurement]") -> str:
             others = {name: value for name, value in result.settings.items() if name != x}
             points = panel.lines.setdefault(_in_words(others) or section, [])
             points.append((result.settings[x], result.values[y]))
-    return svg(list(panels.values()))
+    draw(list(panels.values()), file)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import typer
 
 from . import options
 from .progress import progress_bar
-from .report import Debug, expand_home, reports_errors
+from .report import Debug, expand_home, reports_errors, size
 
 
 class Dtype(StrEnum):
@@ -222,7 +222,7 @@ def convert(
         )
     typer.echo(
         f"{done.path}: {done.family}, {done.config['cell']}, {done.parameters:,} parameters, "
-        f"{' and '.join(done.dtypes)}, {_size(done.nbytes)}"
+        f"{' and '.join(done.dtypes)}, {size(done.nbytes)}"
     )
     if quantize:
         asked = done.config["quantization"]
@@ -248,7 +248,7 @@ def _to_coreml(source: str, output: Path, **how: Any) -> None:
     made = done.settings
     typer.echo(
         f"{done.path}: Core ML, {made['cell']}, {made['parameters']:,} parameters, {made['weights']}, "
-        f"{_size(done.nbytes)}"
+        f"{size(done.nbytes)}"
     )
     typer.echo(
         f"stored weights against float32: logits differ by {done.error:.1e} (relative), {done.agreeing} of "
@@ -278,10 +278,6 @@ def _to_coreml(source: str, output: Path, **how: Any) -> None:
 def _usage_error(message: str) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .report import Debug, expand_home, reports_errors
+from .report import Debug, expand_home, reports_errors, size
 
 
 @reports_errors
@@ -44,13 +44,9 @@ def inspect(
     rows["parameters"] = f"{found.parameters:,}"
     rows["stored as"] = ", ".join(f"{name} ({count:,})" for name, count in found.dtypes.items())
     rows["state"] = f"{found.state_bytes:,} bytes a sequence, however long"
-    rows["memory"] = ", ".join(f"{name} {_size(size)}" for name, size in found.memory.items())
+    rows["memory"] = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found.memory.items())
     if found.kind == "checkpoint":
         rows["convert writes"] = f"{found.config['model_type']}, {found.parameters:,} parameters, types kept"
     width = max(map(len, rows))
     for name, value in rows.items():
         typer.echo(f"{name:<{width}}  {value}")
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

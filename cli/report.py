@@ -69,6 +69,13 @@ def expand_home(value: str | None) -> str | None:
     return value if value is None else os.path.expanduser(value)
 
 
+def size(nbytes: float) -> str:
+    """A number of bytes, in words."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
+
+
 def _expanded(value: Any) -> Any:
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 

@@ -74,6 +74,12 @@ def _packed_that_differ(output: Output, tensors: dict[str, Tensor], config: dict
     ]
     tag = tensors["model.norm.weight"].dtype  # what all but the recurrent weights were cast to
     rows = cast(_whole(output), output.dtype, tag).reshape(-1, output.shape[-1])
+    shapes = [entry.shape for entry in how.entries(output.name, output.shape, tag)]
+    if [tensors[name].shape for name in names] != shapes:
+        raise PararnnError(
+            f"{output.name} is {tensors[names[0]].shape} in the model, packed, and {output.shape} in the "
+            f"checkpoint, which would give {shapes[0]}"
+        )
     differing = 0
     for name, expected in zip(names, how.quantized(rows, tag), strict=True):
         stored = tensors[name].read()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,11 @@ def convert_to_mlx(
     checkpoint = open_checkpoint(source)
     check_output(out, force, checkpoint.source)
     if (checkpoint.config or {}).get("model_type") in ("pararnn", "pararnn_cell"):
-        raise PararnnError(f"{source}: this is an MLX model already, nothing to convert")
+        todo = "; to quantize it: mlx-pararnn lm convert --hf-path {} --mlx-path OUT -q" if asked else ""
+        raise PararnnError(
+            f"{source}: this is an MLX model already, nothing to convert"
+            + todo.format(shlex.quote(str(checkpoint.folder)))
+        )
     if not allow_nonfinite:
         checkpoint = finite(checkpoint)
     chosen = find_family(checkpoint, family)

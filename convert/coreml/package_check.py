@@ -1,7 +1,9 @@
 """Does a package give on this Mac what MLX gave when it was exported? `mlx-pararnn verify OUT`."""
 
 import json
+import os
 import platform
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ Array = npt.NDArray[Any]
 
 # ||logits - MLX's|| / ||MLX's||. Float16 computed on paper stays under half of it (docs/coreml.md).
 TOLERANCE = 1e-2
+# What stands before each weight in weight.bin: a mark, its type, its size and its place.
+_BLOB, _BLOB_MARK = struct.Struct("<IIQQ"), 0xDEADBEEF
 # coremltools' names of the processors that a package may run on, and ours.
 UNITS = {"CPU_ONLY": "CPU", "CPU_AND_GPU": "GPU", "CPU_AND_NE": "Neural Engine"}
 
@@ -87,14 +91,49 @@ def _checked_settings(folder: Path) -> dict[str, Any]:
 
     try:
         with quiet():
-            description = ct.utils.load_spec(str(package)).description
+            spec = ct.utils.load_spec(str(package))
+        description = spec.description
+        whole = _holds_its_weights(package, spec)
     except Exception as error:  # coremltools has its own for each thing that may be missing
         raise PararnnError(f"{package}: is no whole Core ML package; export the model again") from error
+    if not whole:
+        raise PararnnError(f"{package}: its weights are cut short; copy it again, or export the model again")
     inside = description.metadata.userDefined.get("pararnn", "{}")
     functions = [function.name for function in description.functions]
     if json.loads(inside) != settings or functions != settings["functions"]:
         raise PararnnError(f"{package}: is not the package that {COREML_FILE} describes; export again")
     return settings
+
+
+def _holds_its_weights(package: Path, spec: Any) -> bool:
+    """Whether every weight that the program names lies in its file from the first byte to the last."""
+    [model] = package.rglob("*.mlmodel")
+    for name, offset in {(value.fileName, value.offset) for value in _file_values(spec.mlProgram)}:
+        with open(model.parent / name.removeprefix("@model_path/"), "rb") as file:
+            file.seek(offset)
+            header = file.read(_BLOB.size)
+            if len(header) < _BLOB.size:
+                return False
+            mark, _, nbytes, begin = _BLOB.unpack(header)
+            if mark != _BLOB_MARK or begin + nbytes > file.seek(0, os.SEEK_END):
+                return False
+    return True
+
+
+def _file_values(message: Any) -> Iterator[Any]:
+    """The references to a file of weights inside a message of the MIL program."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        if field.message_type.GetOptions().map_entry:
+            parts = [part for part in value.values() if hasattr(part, "ListFields")]
+        else:
+            parts = value if field.is_repeated else [value]
+        for part in parts:
+            if field.name == "blobFileValue":
+                yield part
+            else:
+                yield from _file_values(part)
 
 
 def _read(settings: Mapping[str, Any], functions: Mapping[str, Any], tokens: Array) -> list[Any]:

@@ -1,5 +1,6 @@
 """Opens a checkpoint, whatever its form: the one place that knows which file to read and what it is."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     tensors = _unwrapped(weights.tensors, file)
     if not tensors:
         raise PararnnError(f"{file}: there are no tensors inside")
-    _refuse_quantized(tensors, file)
     folder = path if path.is_dir() else path.parent
-    config = folder / "config.json"
-    check_link(config, folder)
+    check_link(folder / "config.json", folder)
+    config = read_json_object(folder / "config.json")
+    _refuse_quantized(tensors, file, config or {})
     return Checkpoint(
         path=file,
         source=path,
@@ -80,7 +81,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         folder=folder,
         tensors=tensors,
         tied=_ties(tensors, weights.aliases),
-        config=read_json_object(config),
+        config=config,
         training_config=weights.training_config,
     )
 
@@ -105,7 +106,13 @@ def _title(source: str, path: Path) -> str:
     )
 
 
-def _refuse_quantized(tensors: dict[str, Tensor], file: Path) -> None:
+def _refuse_quantized(tensors: dict[str, Tensor], file: Path, config: dict[str, Any]) -> None:
+    if config.get("model_type") == "pararnn" and "quantization" in config:
+        raise PararnnError(
+            f"{file}: it looks quantized, a model that convert -q wrote; convert the checkpoint that it came "
+            f"from, or unpack it first: mlx-pararnn lm convert --hf-path {shlex.quote(str(file.parent))} "
+            "--mlx-path UNPACKED -d"
+        )
     for name, tensor in tensors.items():
         if name.endswith(_QUANTIZED_NAMES) or (name.endswith(".weight") and tensor.dtype not in FLOATS):
             raise PararnnError(

@@ -72,6 +72,11 @@ def whole_or_nothing(out: Path, force: bool, keep: Path, nbytes: int) -> Iterato
 
 def check_output(out: Path, force: bool, keep: Path) -> None:
     """Raise what can be known before the work begins."""
+    if out.suffix == ".mlpackage":
+        raise PararnnError(
+            f"{out}: OUT is a folder, which holds {COREML_PACKAGE} and what belongs to it for Core ML; give "
+            f"it a name without .mlpackage, such as {out.with_suffix('')}"
+        )
     if keep.is_dir() and not _same(out, keep) and _inside(out, keep):
         raise PararnnError(
             f"{out}: lies inside the checkpoint's own folder {keep}; choose an output folder outside"

@@ -4,6 +4,7 @@ What the packages compute is tested in tests/coreml.
 """
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -360,7 +361,8 @@ def test_what_is_no_model_to_export(tmp_path, model, no_export):
     quantized = tmp_path / "quantized"
     source = write_pt(tmp_path / "a.pt", apple_gru(d=64))
     assert convert(source, "-o", quantized, "--tokenizer", "none", "-q").exit_code == 0
-    assert "it looks quantized" in no_export(quantized)
+    assert "it looks quantized" in (message := no_export(quantized))
+    assert f"mlx-pararnn lm convert --hf-path {quantized} --mlx-path UNPACKED -d" in message
     assert "an MLX model already" in no_export(model, "--family", "babylm", "--tokenizer", "none")
     assert "no such file or folder" in no_export("nowhere.pt")
     package = tmp_path / "package"
@@ -453,6 +455,17 @@ def test_verify_without_a_mac_says_what_it_did_not_do(packages, monkeypatch):
     assert "the package is whole" in result.stderr
     assert "none of its numbers were compared; run this on a Mac" in result.stderr
     assert verify(packages(), "--against", "x").exit_code == 2
+
+
+@pytest.mark.parametrize("left", [0.5, 0.99, 0.0])
+def test_verify_sees_that_weights_are_cut_short(left, packages, tmp_path):
+    package = shutil.copytree(packages(), tmp_path / "cut")
+    [file] = package.rglob("weight.bin")
+    os.truncate(file, int(left * file.stat().st_size))
+    result = verify(package)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "its weights are cut short" in result.stderr
 
 
 class StandIn:

@@ -445,3 +445,9 @@ def test_what_macos_puts_into_folders_counts_neither_as_a_model_nor_as_a_users_f
     (empty / hidden).write_text("x")
     assert convert(model, "-o", empty, "--tokenizer", "none").exit_code == 0
     assert (empty / "config.json").exists()
+
+
+@FORMS
+def test_a_folder_is_not_named_as_a_package(form, model, refused, tmp_path):
+    message = refused(model, "--tokenizer", "none", *form, out=tmp_path / "final.mlpackage")
+    assert message.endswith(f"give it a name without .mlpackage, such as {tmp_path}/final")

@@ -11,8 +11,10 @@ from running import config, convert
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small_models import TORCH_CELLS, apple_gru, babylm, torch_lm
+from typer.testing import CliRunner
 
 import mlx_pararnn
+from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.readers import buffers
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers.quantize import MODES, Plan, quantization
@@ -208,3 +210,22 @@ def test_a_quantized_model_is_not_converted_again(refused, converted):
     folder = converted("trained/paragru/final.pt", quantize=True)
     assert "quantized" in refused(folder)
     assert json.loads((folder / "config.json").read_text())["quantization"]["bits"] == 4
+
+
+def test_an_mlx_model_names_the_command_that_quantizes_or_unpacks_it(accepted, refused, tmp_path):
+    source = write_pt(tmp_path / "model.pt", apple_gru(d=32))
+    folder = accepted(source)
+    message = refused(folder, "-q", "--tokenizer", "none")
+    assert message.endswith(f"to quantize it: mlx-pararnn lm convert --hf-path {folder} --mlx-path OUT -q")
+    packed = accepted(source, "-q", "--tokenizer", "none")
+    assert f"lm convert --hf-path {packed} --mlx-path UNPACKED -d" in refused(packed)
+
+
+def test_verify_against_another_checkpoint_than_the_quantized_models_own(accepted, tmp_path):
+    packed = accepted(write_pt(tmp_path / "a.pt", apple_gru(d=32)), "-q", "--tokenizer", "none")
+    other = write_pt(tmp_path / "b.pt", apple_gru(d=64))
+    result = CliRunner().invoke(app, ["verify", str(packed), "--against", str(other)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "in the checkpoint" in result.stderr
+    assert "--debug" not in result.stderr
