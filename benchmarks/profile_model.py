@@ -44,7 +44,7 @@ LEAVES = (
     (nn.RMSNorm, "__call__", "RMSNorm"),
     (layer_ops, "rms_norm", "RMSNorm"),
     (nn.Embedding, "__call__", "embedding"),
-    (model_file, "recurrence", "recurrence"),
+    (model_file, "solve", "recurrence"),
     (layer_ops, "conv_silu", "convolution + SiLU"),
     (layer_ops, "gated_norm", "gated RMSNorm"),
     (layer_ops, "swiglu", "SwiGLU"),
@@ -52,11 +52,11 @@ LEAVES = (
 )
 BRANCHES = (
     (model_file.CausalConv, "__call__", "convolution + SiLU"),
-    (model_file.RecurrentLayer, "__call__", "bias and layout of the gates"),
+    (model_file.RecurrentLayer, "run", "bias and layout of the gates"),
     (model_file.GatedConvMixer, "__call__", "masks, cache, Python"),
     (model_file.MLP, "__call__", "masks, cache, Python"),
     (model_file.Layer, "__call__", "residual sums"),
-    (model_file.PararnnModel, "__call__", "masks, cache, Python"),
+    (model_file.PararnnModel, "read", "masks, cache, Python"),
     (model_file.Model, "__call__", "masks, cache, Python"),
 )
 

@@ -22,7 +22,8 @@ from timing import alternating
 
 from mlx_pararnn import PararnnError, get_cell
 from mlx_pararnn.cells.activations import Functions
-from mlx_pararnn.compute.recurrence import BACKENDS, recurrence
+from mlx_pararnn.compute.choice import BACKENDS
+from mlx_pararnn.compute.recurrence import recurrence
 
 THREADS = os.cpu_count()
 COPY, EAGER = "copy of as many bytes, all threads", "MLX, eager step loop"

@@ -7,18 +7,22 @@ projection. "plain" is pararnn-torch's: the cell alone. Both are followed by an 
 Letters in shapes: B sequences, T tokens, D channels (hidden_size), V vocabulary.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.mla import MultiLinear
 
 from .cache import RecurrentCache
-from .cells import get_cell
+from .cells import Cell, get_cell
 from .compute import cpu_token, layer_ops, matrix_products
-from .compute.recurrence import recurrence
+from .compute.choice import Choice
+from .compute.recurrence import choice_for, recurrence, solve
 from .errors import PararnnError
 
 
@@ -186,20 +190,38 @@ class RecurrentLayer(nn.Module):
         u = self._project(x, self.bias[:, None])
         return recurrence(self._cell, self.recurrent_weight, u, state, mask=mask, **options)
 
-    def backend(self, **options: Any) -> str:
-        """The backend that `recurrence` takes with these options."""
-        return layer_ops.backend_for(self._cell, **options)
+    def run(
+        self,
+        x: mx.array,
+        state: mx.array | None,
+        mask: mx.array | None,
+        every: int,
+        where: Choice,
+        *gated_norm: Any,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """`__call__` where it was decided, with the states after every n-th step if n = `every` > 0.
 
-    def decode(
-        self, x: mx.array, state: mx.array | None, backend: str, *gated_norm: Any
-    ) -> tuple[mx.array, mx.array]:
-        """One token; `gated_norm`: the gate, weight and eps of `layer_ops.decode`, or nothing."""
-        if state is None:
-            state = mx.zeros((x.shape[0], len(self._cell.slots), self.recurrent_weight.shape[1]))
-        u = self._project(x)
-        return layer_ops.decode(
-            self._cell, self.recurrent_weight, u, self.bias, state, *gated_norm, backend=backend
-        )
+        Args:
+            gated_norm: nothing, or the gate (B, T, D), weight and eps of `layer_ops.gated_norm`, which hidden
+                then goes through.
+        """
+        if where.step:
+            if state is None:
+                state = mx.zeros((x.shape[0], len(self._cell.slots), self.recurrent_weight.shape[1]))
+            exact = self.recurrent_weight, self._project(x), self.bias, state
+            return layer_ops.decode(self._cell, *exact, *gated_norm, backend=where.state)
+        u = self._project(x, self.bias[:, None])
+        options |= {"mask": mask, "return_states": every}
+        hidden, *states = solve(where, self._cell, self.recurrent_weight, u, state, **options)
+        if gated_norm:
+            hidden = layer_ops.gated_norm(hidden, *gated_norm, backend=where.output)
+        return hidden, *states
+
+    def token_arrays(self) -> dict[str, mx.array]:
+        """What a token reads, by its names in struct Layer of metal/cpu_token.cpp."""
+        arrays = {"bias": self["bias"], "params": self["recurrent_weight"]}
+        return arrays | _plain("cell_proj", self["input_proj"])
 
     def _project(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """u (B, heads, T, gates, D / heads), a strided view."""
@@ -231,12 +253,15 @@ class CausalConv(nn.Module):
         x: mx.array,
         window: mx.array | None,
         spans: list[tuple[int, int]] | None,
-        backend: str = "ops",
+        where: Choice,
     ) -> tuple[mx.array, mx.array]:
         """`layer_ops.conv_silu` of x (B, T, D) behind its last K - 1 inputs, `window`; None for zeros."""
         if window is None:
             window = mx.zeros((x.shape[0], self.weight.shape[1] - 1, x.shape[2]), x.dtype)
-        return layer_ops.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=backend)
+        return layer_ops.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=where.state)
+
+    def token_arrays(self) -> dict[str, mx.array]:
+        return {"conv": self["weight"], "conv_bias": self["bias"]}
 
 
 class GatedConvMixer(nn.Module):
@@ -250,27 +275,24 @@ class GatedConvMixer(nn.Module):
         self.out_proj = nn.Linear(D, D, bias=False)
 
     def __call__(
-        self,
-        x: mx.array,
-        cache: RecurrentCache,
-        mask: mx.array | None,
-        here: str,
-        behind: str,
-        **options: Any,
+        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice, **options: Any
     ) -> mx.array:
-        T = x.shape[1]
+        T, window = x.shape[1], cache[1]
         main, gate = mx.split(matrix_products.linear(self.in_proj, x), 2, axis=-1)
-        window = cache[1]
-        x, cache[1] = self.conv1d(main, window, cache.spans(T), here)
+        x, cache[1] = self.conv1d(main, window, cache.spans(T), where)
         norm = gate, self.norm.weight, self.norm.eps
-        if layer_ops.decodes(here, T, mask, options):
-            y, cache[0] = self.cell.decode(x, cache[0], here, *norm)
-        else:
-            every = cache.stride(T)
-            hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
-            cache.keep(states, T, window, main)
-            y = layer_ops.gated_norm(hidden, *norm, backend=behind)
+        y, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), where, *norm, **options)
+        cache.keep(states, T, window, main)
         return matrix_products.linear(self.out_proj, y)
+
+    def token_arrays(self, eps: float) -> dict[str, mx.array]:
+        return (
+            _plain("in_proj", self["in_proj"])
+            | _handed(self["conv1d"], CausalConv)
+            | _handed(self["cell"], RecurrentLayer)
+            | _norm("mixer_norm", self["norm"], eps)
+            | _plain("out_proj", self["out_proj"])
+        )
 
 
 class PlainMixer(nn.Module):
@@ -281,22 +303,15 @@ class PlainMixer(nn.Module):
         )
 
     def __call__(
-        self,
-        x: mx.array,
-        cache: RecurrentCache,
-        mask: mx.array | None,
-        here: str,
-        behind: str,
-        **options: Any,
+        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice, **options: Any
     ) -> mx.array:
         T = x.shape[1]
-        if layer_ops.decodes(here, T, mask, options):
-            hidden, cache[0] = self.cell.decode(x, cache[0], here)
-        else:
-            every = cache.stride(T)
-            hidden, cache[0], *states = self.cell(x, cache[0], mask, return_states=every, **options)
-            cache.keep(states, T)
+        hidden, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), where, **options)
+        cache.keep(states, T)
         return hidden
+
+    def token_arrays(self, eps: float) -> dict[str, mx.array]:
+        return _handed(self["cell"], RecurrentLayer)
 
 
 class MLP(nn.Module):
@@ -308,17 +323,21 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=args.mlp_bias)
         self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
 
-    def __call__(self, x: mx.array, backend: str = "ops") -> mx.array:
+    def __call__(self, x: mx.array, where: Choice) -> mx.array:
         up = matrix_products.linear(self.up_proj, x)
         if "gate_proj" in self:
-            y = layer_ops.swiglu(matrix_products.linear(self.gate_proj, x), up, backend=backend)
+            y = layer_ops.swiglu(matrix_products.linear(self.gate_proj, x), up, backend=where.output)
         else:
             y = nn.gelu(up)
         return matrix_products.linear(self.down_proj, y)
 
+    def token_arrays(self) -> dict[str, mx.array]:
+        gate = _plain("gate", self["gate_proj"]) if "gate_proj" in self else {}
+        return gate | _plain("up", self["up_proj"]) | _plain("down", self["down_proj"])
+
 
 class Layer(nn.Module):
-    def __init__(self, args: ModelArgs, last: bool) -> None:
+    def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         norm = nn.RMSNorm if args.norm == "rms" else nn.LayerNorm
         self.norm = norm(args.hidden_size, eps=args.norm_eps)
@@ -328,23 +347,71 @@ class Layer(nn.Module):
         if args.residual_scale:
             self.residual_scale = mx.ones(1)
         self._mlp_residual = args.mlp_residual
-        self._last = last
 
-    def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, **options: Any) -> mx.array:
-        here = self.mixer.cell.backend(**options)  # what `options` may leave open
-        # The CPU backend works at once. Who reads a prompt for its state alone, as generate_step does, never
-        # asks for what stands behind the last recurrence, so that stays lazy.
-        behind = "ops" if self._last and here == "cpu" else here
-        mixed = self.mixer(_normed(self.norm, x, here), cache, mask, here, behind, **options)
+    def __call__(
+        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice, **options: Any
+    ) -> mx.array:
+        mixed = self.mixer(_normed(self.norm, x, where), cache, mask, where, **options)
         x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
-        y = self.mlp(_normed(self.mlp_norm, x, behind), behind)
+        y = self.mlp(_normed(self.mlp_norm, x, where), where)
         return x + y if self._mlp_residual else y
 
+    def token_arrays(self, eps: float) -> dict[str, mx.array]:
+        scale = {"residual_scale": self["residual_scale"]} if "residual_scale" in self else {}
+        return (
+            scale
+            | _norm("norm", self["norm"], eps)
+            | _handed(self["mixer"], GatedConvMixer, PlainMixer, eps=eps)
+            | _norm("mlp_norm", self["mlp_norm"], eps)
+            | _handed(self["mlp"], MLP)
+        )
 
-def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, backend: str) -> mx.array:
+    def token_constants(self) -> tuple[Cell, int, bool]:
+        """What one call for all layers needs to be the same in each: cell, heads, whether the MLP adds."""
+        cell = self["mixer"]["cell"]
+        return cell._cell, cell.num_heads, self._mlp_residual
+
+
+def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, where: Choice) -> mx.array:
     if isinstance(norm, nn.RMSNorm):
-        return layer_ops.rms_norm(x, norm.weight, norm.eps, backend=backend)
+        return layer_ops.rms_norm(x, norm.weight, norm.eps, backend=where.output)
     return norm(x)
+
+
+class _Changed(Exception):
+    """A module is not as this file makes it, so its arrays do not say what it computes."""
+
+
+# Modules of MLX that are read as their arrays, and those they must have.
+_PLAIN: dict[type, set[str]] = {
+    nn.Linear: {"weight"},
+    MultiLinear: {"weight"},
+    nn.RMSNorm: {"weight"},
+    nn.LayerNorm: {"weight", "bias"},
+}
+
+
+def _plain(name: str, module: nn.Module) -> dict[str, mx.array]:
+    """The arrays of a module of MLX's; raises _Changed for a quantized one, an adapter and the like."""
+    wanted = _PLAIN.get(type(module))
+    if wanted is None or not wanted <= module.keys():
+        raise _Changed
+    arrays = {name: module["weight"]}
+    return arrays | {f"{name}_bias": module["bias"]} if "bias" in module else arrays
+
+
+def _norm(name: str, module: nn.Module, eps: float) -> dict[str, mx.array]:
+    arrays = _plain(name, module)
+    if module.eps != eps:
+        raise _Changed
+    return arrays
+
+
+def _handed(module: Any, *kinds: type, **arguments: Any) -> dict[str, mx.array]:
+    """What a module of this file hands out; raises _Changed for any other, a subclass too."""
+    if type(module) not in kinds:
+        raise _Changed
+    return module.token_arrays(**arguments)  # type: ignore[no-any-return]
 
 
 class PararnnModel(nn.Module):
@@ -356,7 +423,7 @@ class PararnnModel(nn.Module):
         if args.max_position_embeddings is not None:
             self.embed_positions = nn.Embedding(args.max_position_embeddings, args.hidden_size)
         count = args.num_hidden_layers
-        self.layers = [Layer(args, last=i == count - 1) for i in range(count)]
+        self.layers = [Layer(args) for _ in range(count)]
         norm = nn.RMSNorm if args.norm == "rms" else nn.LayerNorm
         self.norm = norm(args.hidden_size, eps=args.norm_eps)
 
@@ -367,23 +434,55 @@ class PararnnModel(nn.Module):
         input_embeddings: mx.array | None = None,
         **options: Any,
     ) -> mx.array:
+        return self.read(inputs, cache, input_embeddings, **options)[0]
+
+    def read(
+        self,
+        inputs: mx.array,
+        cache: list[RecurrentCache],
+        input_embeddings: mx.array | None = None,
+        backend: str | None = None,
+        **options: Any,
+    ) -> tuple[mx.array, Choice]:
+        """What `__call__` gives, and where it was computed."""
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        B, T, _ = x.shape
+        B, T, D = x.shape
         for c in cache:
             c.open(B)
         if "embed_positions" in self:
             x = x + self._positions(cache[0], T)
         mask = cache[0].make_mask(T)
-        y = None
-        if layer_ops.plain_token(T, mask, options) and self.layers[0].mixer.cell.backend(**options) == "cpu":
-            y = cpu_token.decode(self, x, cache)
+        where = choice_for(
+            self.layers[0].mixer.cell._cell,
+            lambda: [x, *_arrays(cache), *dict(tree_flatten(self.parameters())).values()],
+            **{"rows": B, "tokens": T, "width": D, "padded": mask is not None, "backend": backend, **options},
+        )
+        y = self._in_one_call(x, cache) if where.one_call else None
         if y is None:
-            for layer, c in zip(self.layers, cache, strict=True):
-                x = layer(x, c, mask, **options)
-            y = self.norm(x)
+            wheres = [where] * (len(cache) - 1) + [where.deferred()]
+            for layer, c, here in zip(self.layers, cache, wheres, strict=True):
+                x = layer(x, c, mask, here, **options)
+            y = _normed(self.norm, x, where.deferred())
         for c in cache:
             c.advance(T)
-        return y
+        return y, where
+
+    def _in_one_call(self, x: mx.array, cache: list[RecurrentCache]) -> mx.array | None:
+        weights = self.token_weights()
+        return None if weights is None else cpu_token.decode(weights, x, cache, _token_trial)
+
+    def token_weights(self) -> cpu_token.Weights | None:
+        """What one call for a token of all layers reads; None where modules or settings do not allow it."""
+        eps: float = getattr(self["norm"], "eps", math.nan)
+        try:
+            layers = [_handed(layer, Layer, eps=eps) for layer in self["layers"]]
+            last = _plain("norm", self["norm"])
+        except _Changed:
+            return None
+        cell, heads, mlp_residual = first = self["layers"][0].token_constants()
+        if any(layer.token_constants() != first for layer in self["layers"][1:]):
+            return None
+        return cpu_token.Weights(layers, last, cell, heads, mlp_residual, eps)
 
     def _positions(self, cache: RecurrentCache, T: int) -> mx.array:
         spans = cache.spans(T) or [(0, T)] * cache.batch_size
@@ -436,9 +535,9 @@ class Model(nn.Module):
         """
         if cache is None:
             cache = self.make_cache(inputs.shape[0])
-        out = self.model(inputs, cache, input_embeddings, **options)
+        out, where = self.model.read(inputs, cache, input_embeddings, **options)
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
-        return matrix_products.head(head, out, backend=self.layers[0].mixer.cell.backend(**options))
+        return matrix_products.head(head, out, backend=where.head)
 
     @property
     def layers(self) -> list[Layer]:
@@ -469,3 +568,28 @@ class Model(nn.Module):
             isinstance(module, (nn.Linear, nn.Embedding, MultiLinear))
             and not (path.endswith("embed_positions"))
         )
+
+
+def _arrays(cache: list[RecurrentCache]) -> list[mx.array]:
+    return [array for c in cache for array in c.cache if array is not None]
+
+
+def _token_trial(cell: Cell) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
+    """What the one call for a token gives, and what MLX's ops give, for a small model with this cell."""
+
+    def waves(shape: tuple[int, ...]) -> mx.array:
+        return 0.5 * mx.sin(mx.arange(math.prod(shape))).reshape(shape)
+
+    args = ModelArgs(72, 2, 8, 80, cell=cell.name, num_heads=2, activations=cell.activations)
+    high, low = cast(Any, mx.random.state)[0].tolist()
+    model = PararnnModel(args)
+    mx.random.seed(high << 32 | low)  # the user's numbers stay what they would have been
+    model.update(tree_map(lambda array: waves(array.shape), model.parameters()))
+    x, caches = waves((2, 1, 72)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
+    for c in caches[0] + caches[1]:
+        c.cache = [waves((2, len(cell.slots), 72)), waves((2, 3, 72))]
+    weights = cast(cpu_token.Weights, model.token_weights())
+    given = [cpu_token.run(weights, x, caches[0]), *_arrays(caches[0])]
+    for layer, c in zip(model.layers, caches[1], strict=True):
+        x = layer(x, c, None, Choice.plain())
+    yield given, [model.norm(x), *_arrays(caches[1])]

@@ -35,25 +35,9 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def is_large(array: mx.array) -> bool:
+def is_large(numbers: int) -> bool:
     """Whether work on so many numbers is worth a second thread, and to MLX a wait for it."""
-    return array.size >= _LARGE
-
-
-def in_transformation(*arrays: mx.array) -> bool:
-    """True where MLX forbids evaluation: inside mx.compile and mx.vmap (it has no other way to ask).
-
-    Under mx.grad alone it allows `eval` but not `async_eval`.
-    """
-    if not arrays:
-        return False
-    for evaluate in (mx.async_eval, mx.eval):
-        try:
-            evaluate(arrays)
-            return False
-        except ValueError:
-            continue
-    return True
+    return numbers >= _LARGE
 
 
 class Call(ctypes.Structure):
@@ -103,7 +87,7 @@ def solve(
         T,
         W,
         every,
-        threads() if is_large(u) else 1,
+        threads() if is_large(u.size) else 1,
     )
     getattr(load(cell), f"pararnn_{name}")(ctypes.byref(call))
     return (hidden, last) if states is None else (hidden, last, states)
@@ -154,7 +138,7 @@ def conv_silu(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -
     read = view(x)
     sizes = [B, T, D, K, *(stride // read.itemsize for stride in read.strides[:2])]
     y = _call("conv_silu", [x, window, _exact(weight), _exact(bias)], x.shape, sizes)
-    moved = np.concatenate([view(window), read[:, -(K - 1) :]], axis=1)[:, -(K - 1) :]
+    moved = np.concatenate([view(window), read[:, -(K - 1) :]], axis=1)[:, -(K - 1) :].copy()
     return y, mx.array(moved).view(x.dtype)
 
 
@@ -177,7 +161,7 @@ def _call(
         ctypes.c_void_p(address(out)),
         (ctypes.c_int64 * len(sizes))(*sizes),
         ctypes.byref(ctypes.c_float(number)),
-        threads() if any(is_large(array) for array in (out, *arrays)) else 1,
+        threads() if any(is_large(array.size) for array in (out, *arrays)) else 1,
     )
     return out
 

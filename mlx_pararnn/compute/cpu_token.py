@@ -6,32 +6,21 @@ and all between the weights is float32 whatever their dtype.
 """
 
 import ctypes
-import math
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
-from mlx_lm.models.mla import MultiLinear
 
-from ..cache import RecurrentCache
 from ..cells import Cell
-from . import cpu, gpu
+from . import cpu
+from .choice import Evaluation, evaluation, works_here
 from .cpu_build import build
 from .texts import cpu_token_text, plain_name
 
 # Weights fewer than this are read by one thread: starting another takes some 50 microseconds.
 _MANY = 1 << 19
-# Modules whose arrays are read where they lie, and those they must have.
-_PLAIN: dict[type, set[str]] = {
-    nn.Linear: {"weight"},
-    MultiLinear: {"weight"},
-    nn.RMSNorm: {"weight"},
-    nn.LayerNorm: {"weight", "bias"},
-}
 _BITS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 # Memory is read no faster by more, and every token starts them anew. A bound by reasoning: two were measured.
 _MOST_THREADS = 16
@@ -64,118 +53,73 @@ class Token(ctypes.Structure):
     )
 
 
-def decode(model: Any, x: mx.array, cache: Sequence[Any]) -> mx.array | None:
-    """All layers and the last norm of a `PararnnModel` for one token, at once; `cache` gets the new states.
+class Weights(NamedTuple):
+    """What a model hands to `decode`.
+
+    Attributes:
+        layers: of each layer the arrays that a token reads, by their names in struct Layer.
+        last: the same of the norm behind the layers.
+        cell, heads, mlp_residual, eps: as `ModelArgs` has them, the same in all layers and norms.
+    """
+
+    layers: list[dict[str, mx.array]]
+    last: dict[str, mx.array]
+    cell: Cell
+    heads: int
+    mlp_residual: bool
+    eps: float
+
+
+Trial = Callable[[Cell], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
+
+
+def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) -> mx.array | None:
+    """All layers and the norm behind them for one token, at once; `cache` gets the new states.
 
     Args:
         x: (B, 1, D), what the first layer reads.
         cache: one `RecurrentCache` a layer.
+        trial: pairs of what this gives for a cell and what MLX's ops give, compared at the first use.
 
     Returns:
-        (B, 1, D), or None, with the cache as it was, where this has no code for the call: many sequences,
-        weights that are not plain matrices of x's dtype (quantized ones, adapters), a transformation of MLX
-        such as mx.grad, no working C++ compiler.
+        (B, 1, D), or None, with the cache as it was, where this has no code for the call: weights of several
+        dtypes or of other shapes than a model's, a transformation of MLX such as mx.grad, no compiler.
     """
-    if not 0 < x.shape[0] <= cpu.FEW_ROWS or x.shape[1] != 1 or x.dtype not in _BITS:
-        return None
-    cell, weights = model.layers[0].mixer.cell._cell, _weights(model, x)
-    if weights is None or not _fits(cache, x, cell, weights):
+    if x.dtype not in _BITS or not _consistent(weights, x) or not _fits(cache, x, weights):
         return None
     states = [array for c in cache for array in c.cache if array is not None]
-    # A new array: of one that was evaluated before, async_eval would not notice that mx.grad traces it.
-    (x,) = mx.depends([x], [*states, *(array for arrays in weights for array in arrays.values())])
-    try:
-        mx.async_eval(x)  # other than `eval` it is not allowed under mx.grad
-    except ValueError:
-        return None
-    if not _works(cell):
+    reads = [array for arrays in (*weights.layers, weights.last) for array in arrays.values()]
+    if evaluation([x, *states, *reads]) < Evaluation.FREE or not _works(weights.cell, trial):
         return None
     mx.eval(x)
-    return _run(model, cell, weights, x, cache)
+    return run(weights, x, cache)
 
 
-@lru_cache(maxsize=1)
-def _kinds() -> frozenset[type]:
-    from .. import model  # which imports this file
-
-    mixers = model.GatedConvMixer, model.CausalConv, model.PlainMixer, model.RecurrentLayer
-    return frozenset((model.Layer, *mixers, model.MLP))
-
-
-def _weights(model: Any, x: mx.array) -> list[dict[str, mx.array]] | None:
-    """Of each layer, and last of what stands behind them, the arrays by their names in struct Layer.
-
-    None where a module is another than this file knows, or layers differ in more than their numbers.
-    """
-    kinds, eps, shared = _kinds(), getattr(model.norm, "eps", None), None
-    found: list[dict[str, mx.array]] = []
-    for layer in model.layers:
-        if type(layer) not in kinds:
-            return None
-        mixer, mlp = layer["mixer"], layer["mlp"]  # by key: an attribute takes MLX ten times as long
-        if type(mixer) not in kinds or type(mlp) not in kinds or type(mixer["cell"]) not in kinds:
-            return None
-        recurrent = mixer["cell"]
-        constants = recurrent._cell, recurrent.num_heads, layer._mlp_residual
-        if shared is not None and constants != shared:
-            return None
-        shared = constants
-        arrays = {"bias": recurrent["bias"], "params": recurrent["recurrent_weight"]}
-        if "conv1d" in mixer:
-            if type(mixer["conv1d"]) not in kinds:
-                return None
-            arrays |= {"conv": mixer["conv1d"]["weight"], "conv_bias": mixer["conv1d"]["bias"]}
-        if "residual_scale" in layer:
-            arrays["residual_scale"] = layer["residual_scale"]
-        modules = {
-            "norm": layer["norm"],
-            "in_proj": mixer.get("in_proj"),
-            "cell_proj": recurrent["input_proj"],
-            "mixer_norm": mixer.get("norm"),
-            "out_proj": mixer.get("out_proj"),
-            "mlp_norm": layer["mlp_norm"],
-            "gate": mlp.get("gate_proj"),
-            "up": mlp["up_proj"],
-            "down": mlp["down_proj"],
-        }
-        if not all(
-            _read(arrays, name, module, eps) for name, module in modules.items() if module is not None
-        ):
-            return None
-        found.append(arrays)
-    cell, heads, _ = constants
-    first, last = found[0], dict[str, mx.array]()
-    if not _read(last, "norm", model.norm, eps):
-        return None
-    found.append(last)
-    taps = first["conv"].shape[1] if "conv" in first else 2
-    shapes = _shapes(cell, x.shape[2], heads, taps, first["up"].shape[0])
-    for arrays in found:
-        for name, array in arrays.items():
-            dtype = mx.float32 if name == "params" else x.dtype
-            if array.dtype != dtype or array.shape != shapes.get(name):
-                return None
-    return found if taps > 1 and all(arrays.keys() == first.keys() for arrays in found[:-1]) else None
-
-
-def _read(arrays: dict[str, mx.array], name: str, module: Any, eps: float | None) -> bool:
-    """Put a module's arrays into `arrays`; False for one that is not plain, or a norm with another eps."""
-    wanted = _PLAIN.get(type(module))
-    if wanted is None or not wanted <= module.keys():
+def _consistent(weights: Weights, x: mx.array) -> bool:
+    """Whether all arrays have the shapes that the first layer's imply, and x's dtype."""
+    first, taps = weights.layers[0], _taps(weights)
+    if taps == 1 and "conv" in first:  # no window, which the text does not foresee
         return False
-    arrays[name] = module["weight"]
-    if "bias" in module:
-        arrays[f"{name}_bias"] = module["bias"]
-    return "norm" not in name or module.eps == eps
+    shapes = _shapes(weights.cell, x.shape[2], weights.heads, taps, first["up"].shape[0])
+    return all(arrays.keys() == first.keys() for arrays in weights.layers) and all(
+        array.dtype == (mx.float32 if name == "params" else x.dtype) and array.shape == shapes.get(name)
+        for arrays in (*weights.layers, weights.last)
+        for name, array in arrays.items()
+    )
 
 
-def _fits(cache: Sequence[Any], x: mx.array, cell: Cell, weights: list[dict[str, mx.array]]) -> bool:
+def _taps(weights: Weights) -> int:
+    first = weights.layers[0]
+    return first["conv"].shape[1] if "conv" in first else 1
+
+
+def _fits(cache: Sequence[Any], x: mx.array, weights: Weights) -> bool:
     """Whether the cache has this model's shapes and as many rows as x; one from a file may have any."""
     B, _, D = x.shape
-    expected = [((B, len(cell.slots), D), mx.float32)]
-    if "conv" in weights[0]:
-        expected.append(((B, weights[0]["conv"].shape[1] - 1, D), x.dtype))
-    return len(cache) == len(weights) - 1 and all(
+    expected = [((B, len(weights.cell.slots), D), mx.float32)]
+    if "conv" in weights.layers[0]:
+        expected.append(((B, _taps(weights) - 1, D), x.dtype))
+    return len(cache) == len(weights.layers) and all(
         c[i] is None or (c[i].shape, c[i].dtype) == wanted for c in cache for i, wanted in enumerate(expected)
     )
 
@@ -200,13 +144,11 @@ def _shapes(cell: Cell, D: int, heads: int, taps: int, wide: int) -> dict[str, t
     return shapes
 
 
-def _run(
-    model: Any, cell: Cell, weights: list[dict[str, mx.array]], x: mx.array, cache: Sequence[Any]
-) -> mx.array:
+def run(weights: Weights, x: mx.array, cache: Sequence[Any]) -> mx.array:
+    """`decode` without its checks."""
     B, _, D = x.shape
-    depth, first, bits = len(cache), weights[0], _BITS[x.dtype]
-    heads = model.layers[0].mixer.cell.num_heads
-    taps = first["conv"].shape[1] if "conv" in first else 1
+    depth, first, cell, bits = len(cache), weights.layers[0], weights.cell, _BITS[x.dtype]
+    taps = _taps(weights)
     y = np.empty((B, 1, D), bits)
     states = np.empty((depth, B, len(cell.slots), D), np.float32)
     windows = np.empty((depth, B, taps - 1, D), bits)
@@ -224,7 +166,7 @@ def _run(
 
     layers = (Layer * depth)()
     for i, (layer, c) in enumerate(zip(layers, cache, strict=True)):
-        for name, array in weights[i].items():
+        for name, array in weights.layers[i].items():
             setattr(layer, name, place(array))
         state, window = c.cache
         layer.state = zeros if state is None else place(state)
@@ -233,17 +175,17 @@ def _run(
     many = sum(array.size for array in first.values()) * depth >= _MANY
     token = Token(
         layers,
-        *(place(weights[-1][name]) if name in weights[-1] else None for name in ("norm", "norm_bias")),
+        *(place(weights.last[name]) if name in weights.last else None for name in ("norm", "norm_bias")),
         place(x),
         y.ctypes.data,
         depth,
         B,
-        heads,
-        D // heads,
+        weights.heads,
+        D // weights.heads,
         taps,
         first["up"].shape[0],
-        model.norm.eps,
-        model.layers[0]._mlp_residual,
+        weights.eps,
+        weights.mlp_residual,
         min(cpu.threads(), _MOST_THREADS) if many else 1,
     )
     getattr(_library(cell), f"decode_{cpu.DTYPES[x.dtype]}")(ctypes.byref(token))
@@ -260,28 +202,5 @@ def _library(cell: Cell) -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=64)
-def _works(cell: Cell) -> bool:
-    from ..model import ModelArgs, PararnnModel  # which import this file
-
-    def waves(shape: tuple[int, ...]) -> mx.array:
-        return 0.5 * mx.sin(mx.arange(math.prod(shape))).reshape(shape)
-
-    def outcomes() -> Iterator[tuple[list[mx.array], list[mx.array]]]:
-        args = ModelArgs(72, 2, 8, 80, cell=cell.name, num_heads=2, activations=cell.activations)
-        high, low = cast(Any, mx.random.state)[0].tolist()
-        model = PararnnModel(args)
-        mx.random.seed(high << 32 | low)  # the user's numbers stay what they would have been
-        model.update(tree_map(lambda array: waves(array.shape), model.parameters()))
-        x, caches = waves((2, 1, 72)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
-        for c in caches[0] + caches[1]:
-            c.cache = [waves((2, len(cell.slots), 72)), waves((2, 3, 72))]
-        weights = _weights(model, x) or []
-        given = [_run(model, cell, weights, x, caches[0])]
-        for layer, c in zip(model.layers, caches[1], strict=True):
-            x = layer(x, c, None, backend="ops")
-        wanted = [model.norm(x)]
-        for outcome, used in ((given, caches[0]), (wanted, caches[1])):
-            outcome += [array for c in used for array in c.cache]
-        yield given, wanted
-
-    return gpu.works_here(f"decoding with {cell.name!r}", "cpu", outcomes)
+def _works(cell: Cell, trial: Trial) -> bool:
+    return works_here(f"decoding with {cell.name!r}", "cpu", partial(trial, cell))

@@ -3,8 +3,7 @@
 metal/README.md explains the algorithm.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -196,34 +195,6 @@ def conv_launch(shape: tuple[int, ...], taps: int, dtype: mx.Dtype) -> Launch:
         (-(-D // _SEQUENTIAL_THREADS) * _SEQUENTIAL_THREADS, -(-T // _CONV_STEPS), B),
         _SEQUENTIAL_THREADS,
     )
-
-
-def works_here(
-    what: str, backend: str, outcomes: Callable[[], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
-) -> bool:
-    """Whether a backend gives, on small problems, what plain MLX ops give; if not, a warning says so.
-
-    Nobody has run it on every machine there is: where one does not take it, ops still give the answer.
-
-    Args:
-        what: what is tried, as the warning names it.
-        outcomes: pairs of (what the backend gave, what ops gave).
-    """
-    try:
-        for given, wanted in outcomes():
-            for a, b in zip(given, wanted, strict=True):
-                if not mx.allclose(a, b, rtol=1e-4, atol=1e-4).item():
-                    raise RuntimeError("it gives other numbers than plain MLX ops")
-    except Exception as error:
-        plea = "" if isinstance(error, PararnnError) else "; please report this"
-        warnings.warn(
-            f"the {backend} backend does not work here ({what}: {error}); plain MLX ops are used, which is "
-            f"slower{plea}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
 
 
 def run(launch: Launch, arrays: dict[str, mx.array], backend: str) -> dict[str, mx.array]:

@@ -18,18 +18,12 @@ from mlx_lm.models import activations
 from ..cells import Cell
 from ..errors import PararnnError
 from . import cpu, gpu
-from .recurrence import CHUNK, choose_backend, directional, recurrence
+from .choice import Choice, works_here
+from .recurrence import directional, solve
 
 GPU = ("metal", "cuda")
 
 Arrays = tuple[mx.array, ...]
-
-
-def backend_for(
-    cell: Cell, backend: str | None = None, method: str = "auto", chunk: int = CHUNK, **_: Any
-) -> str:
-    """The backend of a model with this cell: "metal", "cuda", "cpu" or "ops"; arguments as `recurrence`'s."""
-    return choose_backend(backend, cell, method, chunk, [])
 
 
 def conv_silu(
@@ -100,16 +94,6 @@ def swiglu(gate: mx.array, up: mx.array, *, backend: str = "ops") -> mx.array:
     return _swiglu_ops(gate, up)
 
 
-def plain_token(T: int, mask: mx.array | None, options: dict[str, Any]) -> bool:
-    """Whether a call is one token, without padding or a wish about how to solve."""
-    return T == 1 and mask is None and options.keys() <= {"backend"}
-
-
-def decodes(backend: str, T: int, mask: mx.array | None, options: dict[str, Any]) -> bool:
-    """Whether `decode` has a kernel for this call."""
-    return backend in GPU and plain_token(T, mask, options)
-
-
 def decode(
     cell: Cell,
     params: mx.array,
@@ -145,9 +129,8 @@ def decode(
 
 
 def at_once(backend: str, *arrays: mx.array) -> bool:
-    """Whether the CPU backend does this: enough work, outside of transformations."""
-    usable = backend == "cpu" and cpu.is_large(arrays[0]) and _uniform(arrays)
-    return usable and _elementwise_works() and not cpu.in_transformation(*arrays)
+    """Whether the CPU backend takes these arrays: all of one dtype, and it is right on this machine."""
+    return backend == "cpu" and _uniform(arrays) and _elementwise_works()
 
 
 def _uniform(arrays: Sequence[mx.array]) -> bool:
@@ -192,7 +175,8 @@ def _taps_silu(bias: mx.array, *weights_and_taps: mx.array) -> mx.array:
 def _decode_ops(cell: Cell, eps: float, backend: str, *arrays: mx.array) -> Arrays:
     u, bias, params, state, *gated = arrays
     _, heads, _, gates, width = u.shape
-    hidden, last = recurrence(cell, params, u + bias.reshape(heads, 1, gates, width), state, backend=backend)
+    u = u + bias.reshape(heads, 1, gates, width)
+    hidden, last = solve(Choice(backend, backend), cell, params, u, state)
     if gated:
         gate, weight = gated
         hidden = gated_norm(hidden, gate, weight, eps)
@@ -285,7 +269,7 @@ def _conv_works(backend: str) -> bool:
             arrays = _waves(2, T, 80)[..., :72], _waves(2, 3, 72), _waves(72, 4), _waves(72)
             yield _conv_kernel(backend)(*arrays), _conv_ops(*arrays)
 
-    return gpu.works_here("the convolution", backend, outcomes)
+    return works_here("the convolution", backend, outcomes)
 
 
 @lru_cache(maxsize=64)
@@ -302,7 +286,7 @@ def _decode_works(cell: Cell, backend: str) -> bool:
             given = _decode_kernel(cell, 1e-6, backend)(*arrays, *gated)
             yield given, _decode_ops(cell, 1e-6, "ops", *arrays, *gated)
 
-    return gpu.works_here(f"decoding with {cell.name!r}", backend, outcomes)
+    return works_here(f"decoding with {cell.name!r}", backend, outcomes)
 
 
 @lru_cache(maxsize=1)
@@ -316,7 +300,7 @@ def _elementwise_works() -> bool:
         taps = _waves(43, 4)
         yield cpu.conv_silu(x, up[:, :3], taps.T, weight), _conv_ops(x, up[:, :3], taps, weight)
 
-    return gpu.works_here("elementwise work", "cpu", outcomes)
+    return works_here("elementwise work", "cpu", outcomes)
 
 
 def _waves(*shape: int) -> mx.array:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import cpu
+from .choice import evaluation
 from .layer_ops import at_once, with_derivatives_of
 
 # Rows from which unpacking 4-bit weights and a float32 product take less than MLX's quantized product.
@@ -47,10 +48,13 @@ def _unpacked(module: Any) -> mx.array:
 def head(module: nn.Module, x: mx.array, *, backend: str = "ops") -> mx.array:
     """`linear` with the largest matrix of a model, or the transpose of an embedding, of x (B, T, width).
 
-    At once for one token of few sequences; for more, which MLX-LM may have read for their state alone, lazy.
+    On the backend "cpu" one token of few sequences at once; more stay lazy, since whoever reads a prompt for
+    its state never asks for them.
     """
     plain = type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
-    if plain and x.shape[-2] == 1 and _rows(x) <= cpu.FEW_ROWS and at_once(backend, module.weight, x):
+    few = plain and x.shape[-2] == 1 and _rows(x) <= cpu.FEW_ROWS and cpu.is_large(module.weight.size)
+    # whether MLX traces the head's own weight was not asked when the call began
+    if few and at_once(backend, module.weight, x) and evaluation([module.weight, x]):
         (y,) = _product_host()(x, module.weight)
         return cast(mx.array, y)
     return linear(module, x)

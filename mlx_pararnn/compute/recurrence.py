@@ -1,4 +1,4 @@
-"""The one door to the recurrence: checks its arguments, picks a backend and a method, and differentiates.
+"""The recurrence: checks the arguments, takes the backend that was chosen, solves and differentiates.
 
 The gradient does not go through the solver. With s_t = step(s_{t-1}, u_t) solved, the adjoint obeys the
 linear recurrence lambda_t = g_t + J_{t+1}^T lambda_{t+1}, which is one parallel scan backwards in time, and
@@ -6,7 +6,6 @@ the gradients of u, state and weights follow from one batched vector-Jacobian pr
 paper, section 3.3). So every method and backend has the same, exact gradient.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -16,14 +15,10 @@ import mlx.core as mx
 from ..cells import Cell
 from ..errors import PararnnError
 from . import cpu, gpu
-from .cpu import in_transformation
+from .choice import CHUNK, Choice, choose, works_here
 from .newton import Solution, linear_scan, masked_step, newton, sequential, step_jacobian, unstack
-from .texts import has_kernel
 
 METHODS = ("auto", "sequential", "newton")
-BACKENDS = ("metal", "cuda", "cpu", "ops")
-
-CHUNK = 16  # steps, in ops and in the kernels
 TOLERANCE = 1e-6
 
 
@@ -103,13 +98,46 @@ def recurrence(
     Inside mx.compile and mx.vmap nothing may be evaluated: there a CPU runs ops, "auto" is sequential, and
     Newton makes min(max_iters, T / chunk) iterations. GPU kernels need no evaluation and stop by themselves.
     """
+    _check_input(cell, u)
+    wanted: dict[str, Any] = {"method": method, "chunk": chunk, "max_iters": max_iters}
+    inputs = [params, u, *(a for a in (state, mask) if a is not None)]
+    B, heads, T, gates, width = u.shape
+    where = choice_for(
+        cell, lambda: inputs, rows=B, tokens=T, width=gates * heads * width, backend=backend, **wanted
+    )
+    options = {**wanted, "tol": tol, "return_info": return_info}
+    return solve(where, cell, params, u, state, mask=mask, return_states=return_states, **options)
+
+
+def choice_for(cell: Cell, reads: Callable[[], Sequence[mx.array]], **call: Any) -> Choice:
+    """`choice.choose` for a call with this cell, whose kernels are tried at their first use."""
+    if call.get("max_iters", 0) is None:
+        del call["max_iters"]
+    return choose(cell, reads, trial=_kernels_agree, **call)
+
+
+def solve(
+    where: Choice,
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array | None = None,
+    *,
+    mask: mx.array | None = None,
+    return_states: int = 0,
+    method: str = "auto",
+    chunk: int = CHUNK,
+    tol: float = TOLERANCE,
+    max_iters: int | None = None,
+    return_info: bool = False,
+) -> tuple[Any, ...]:
+    """`recurrence` on the backend `where.state`, which the caller chose; arguments and results as there."""
     _check(cell, params, u, state, mask, method, chunk, max_iters, return_states)
     B, heads, T, _, width = u.shape
     slots = len(cell.slots)
     if state is None:
         state = mx.zeros((B, slots, heads * width))
-    arguments = [params, u, state, *([] if mask is None else [mask])]
-    backend = choose_backend(backend, cell, method, chunk, arguments)
+    backend = where.state
     if backend != "ops":
         if method == "auto":
             method = "newton" if T > 1 and slots < 4 and backend != "cpu" else "sequential"
@@ -124,59 +152,25 @@ def recurrence(
             return _launch(plan, backend, return_states, *arrays, info=True)
         return tuple(_differentiable_kernel(plan, backend, return_states)(*arrays))
 
-    eager = T == 1 or not in_transformation(*arguments)
     if method == "auto":
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        method = "newton" if eager and on_gpu and T > 1 and slots < 4 else "sequential"
+        method = "newton" if where.eager and on_gpu and T > 1 and slots < 4 else "sequential"
     plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
     arrays = _laid_out(params, u, state, mask)
     if return_info:
-        solution = _solve(plan, *arrays, eager=eager, want_residual=True)
+        solution = _solve(plan, *arrays, eager=where.eager, want_residual=True)
         residual = mx.array(0.0) if solution.residual is None else solution.residual
         info: tuple[NewtonInfo, ...] = (NewtonInfo(solution.iterations, residual),)
         states = mx.stack([*solution.states])
     else:
         info = ()
-        states = _differentiable(plan, eager)(*arrays)
+        states = _differentiable(plan, where.eager)(*arrays)
     return (*_outputs(cell, states, mask, return_states, u.dtype), *info)
-
-
-def choose_backend(
-    backend: str | None, cell: Cell, method: str, chunk: int, arguments: list[mx.array]
-) -> str:
-    """The backend to use; raises PararnnError for one that is not here."""
-    asked = backend or os.environ.get("MLX_PARARNN_BACKEND") or None
-    if asked is not None and asked not in BACKENDS:
-        raise PararnnError(f"unknown backend {asked!r}; choose one of {', '.join(BACKENDS)}")
-    if asked == "ops":
-        return "ops"
-    here = gpu.available_backend() or "cpu"
-    if asked is None:
-        if here == "cpu":
-            # Straight through time, at once: no Newton, nothing inside mx.compile, and no token of few
-            # sequences, which MLX computes as a whole without waiting in the middle.
-            one_token = bool(arguments) and arguments[1].shape[2] == 1 and not cpu.is_large(arguments[1])
-            fits = method != "newton" and not one_token and not in_transformation(*arguments)
-        else:
-            fits = chunk == CHUNK
-        return here if fits and has_kernel(cell) and _kernels_agree(cell, here) else "ops"
-    if asked != here:
-        raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
-    if here == "cpu":
-        if method == "newton":
-            raise PararnnError("backend 'cpu' goes straight through time; choose 'ops' for method='newton'")
-        if in_transformation(*arguments):
-            raise PararnnError(
-                "backend 'cpu' runs at once, not inside mx.compile or mx.vmap; choose 'ops' there"
-            )
-    elif chunk != CHUNK:
-        raise PararnnError(f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}")
-    return asked
 
 
 @lru_cache(maxsize=64)
 def _kernels_agree(cell: Cell, backend: str) -> bool:
-    """Try the backend on a small problem, once a cell and process: `gpu.works_here`."""
+    """Try the backend on a small problem, once a cell and process: `choice.works_here`."""
     width, T = 40, 150
     params = 0.3 * mx.cos(mx.arange(len(cell.params) * width)).reshape(-1, width)
     u = mx.sin(mx.arange(2 * T * len(cell.gates) * width)).reshape(2, 1, T, len(cell.gates), width)
@@ -186,7 +180,7 @@ def _kernels_agree(cell: Cell, backend: str) -> bool:
         for method in ("sequential",) if backend == "cpu" else ("sequential", "newton"):
             yield recurrence(cell, params, u, method=method, backend=backend), wanted
 
-    return gpu.works_here(f"the recurrence of {cell.name!r}", backend, outcomes)
+    return works_here(f"the recurrence of {cell.name!r}", backend, outcomes)
 
 
 def _laid_out(
@@ -216,14 +210,9 @@ def _check(
     max_iters: int | None,
     return_states: int,
 ) -> None:
-    gates, slots = len(cell.gates), len(cell.slots)
-    if u.ndim != 5 or u.shape[3] != gates or 0 in u.shape:
-        raise PararnnError(
-            f"u has shape {u.shape}; cell {cell.name!r} needs (batch, heads, T, {gates}, channels / heads), "
-            "none of them 0"
-        )
+    _check_input(cell, u)
     B, heads, T, _, width = u.shape
-    D = heads * width
+    D, slots = heads * width, len(cell.slots)
     expected: list[tuple[str, mx.array, tuple[int, ...]]] = [("params", params, (len(cell.params), D))]
     if state is not None:
         expected.append(("state", state, (B, slots, D)))
@@ -240,6 +229,15 @@ def _check(
         raise PararnnError(f"chunk and max_iters must be at least 1 (got {chunk} and {max_iters})")
     if return_states < 0:
         raise PararnnError(f"return_states is {return_states}; it must be 0 or a number of steps")
+
+
+def _check_input(cell: Cell, u: mx.array) -> None:
+    gates = len(cell.gates)
+    if u.ndim != 5 or u.shape[3] != gates or 0 in u.shape:
+        raise PararnnError(
+            f"u has shape {u.shape}; cell {cell.name!r} needs (batch, heads, T, {gates}, channels / heads), "
+            "none of them 0"
+        )
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import BatchGenerator, generate_step
 
 from ..cells import get_cell
-from ..compute.recurrence import BACKENDS, recurrence
+from ..compute.choice import BACKENDS
+from ..compute.recurrence import recurrence
 from ..errors import PararnnError
 from ..model import Model, ModelArgs
 

@@ -1,0 +1,169 @@
+"""Which backend computes a call: decided here, once, and handed down.
+
+Four backends exist. "metal" and "cuda" are the fused kernels of a GPU, "cpu" is the machine's vector unit
+through its C++ compiler, "ops" is plain MLX: the reference, right everywhere and under every
+transformation. A GPU's kernels are recorded like any operation of MLX. The CPU backend computes at once, so
+it needs to know whether MLX allows evaluation, and must not compute what nobody asks for.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..cells import Cell
+from ..errors import PararnnError
+from . import cpu, gpu
+from .texts import has_kernel
+
+BACKENDS = ("metal", "cuda", "cpu", "ops")
+CHUNK = 16  # steps of a chunk, in ops and in the kernels
+
+
+class Choice(NamedTuple):
+    """Who computes what in one call.
+
+    Attributes:
+        state: the backend of what makes the state: the convolution and the recurrence.
+        output: that of what only the output needs: norms and gates.
+        head: that of the last matrix product, to the logits.
+        step: a GPU's kernel for one token takes the cell and its gated norm.
+        one_call: the CPU backend may take all layers of a token in one call.
+        eager: MLX allows evaluation.
+    """
+
+    state: str
+    output: str
+    head: str = "ops"
+    step: bool = False
+    one_call: bool = False
+    eager: bool = True
+
+    @classmethod
+    def plain(cls, eager: bool = True) -> "Choice":
+        """Plain MLX everywhere."""
+        return cls("ops", "ops", eager=eager)
+
+    def deferred(self) -> "Choice":
+        """For the last layer: what its output alone needs is recorded, not computed at once.
+
+        Whoever reads a prompt for its state, as all but the last piece of a prompt are read, never asks for
+        that output, and MLX never computes what is not asked for.
+        """
+        return self._replace(output="ops") if self.output == "cpu" else self
+
+
+class Evaluation(IntEnum):
+    """What MLX allows at this place."""
+
+    NEVER = 0  # inside mx.compile or mx.vmap
+    GRADIENT = 1  # inside mx.grad: values are known, but a result needs a derivative
+    FREE = 2
+
+
+def evaluation(arrays: Sequence[mx.array]) -> Evaluation:
+    """What MLX allows for results of these arrays. It has no other way to ask than to try."""
+    if not arrays:
+        return Evaluation.FREE
+    # A new array: of one that was evaluated before, async_eval would not notice that mx.grad traces it.
+    probe = mx.depends([arrays[0]], [*arrays[1:]]) if len(arrays) > 1 else [mx.stop_gradient(arrays[0])]
+    for allowed, evaluate in ((Evaluation.FREE, mx.async_eval), (Evaluation.GRADIENT, mx.eval)):
+        try:
+            evaluate(probe)
+            return allowed
+        except ValueError:
+            continue
+    return Evaluation.NEVER
+
+
+def choose(
+    cell: Cell,
+    reads: Callable[[], Sequence[mx.array]],
+    *,
+    rows: int,
+    tokens: int,
+    width: int,
+    trial: Callable[[Cell, str], bool],
+    padded: bool = False,
+    backend: str | None = None,
+    method: str = "auto",
+    chunk: int = CHUNK,
+    **wishes: Any,
+) -> Choice:
+    """Decide once for a call on `rows` sequences of `tokens` tokens, `width` channels each.
+
+    Args:
+        reads: gives the arrays that the results depend on; asked only where it matters.
+        trial: whether a backend's kernels give, for this cell on this machine, what ops give.
+        padded: whether some tokens are padding.
+        backend: what the caller asks for; the environment variable MLX_PARARNN_BACKEND goes before None.
+        method, chunk, wishes: how the recurrence shall be solved (`recurrence`).
+
+    Raises:
+        PararnnError: a backend was asked for that is unknown, not on this machine, or unable to do this.
+    """
+    asked = backend or os.environ.get("MLX_PARARNN_BACKEND") or None
+    if asked is not None and asked not in BACKENDS:
+        raise PararnnError(f"unknown backend {asked!r}; choose one of {', '.join(BACKENDS)}")
+    here = gpu.available_backend() or "cpu"
+    if asked not in (None, "ops", here):
+        raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
+    plain_token = tokens == 1 and not padded and not wishes and (method, chunk) == ("auto", CHUNK)
+
+    if asked != "ops" and here != "cpu":
+        if chunk == CHUNK and (asked or (has_kernel(cell) and trial(cell, here))):
+            return Choice(here, here, step=plain_token)
+        if asked:
+            raise PararnnError(
+                f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}"
+            )
+    elif asked != "ops" and (asked or (method != "newton" and has_kernel(cell))):
+        on_cpu = Choice("cpu", "ops", head="cpu", one_call=plain_token and rows <= cpu.FEW_ROWS)
+        if cpu.is_large(rows * tokens * width):
+            on_cpu = on_cpu._replace(output="cpu")
+        elif asked is None and tokens == 1:
+            # Few numbers: a token that cannot be one call is MLX's, which does not wait in the middle.
+            return on_cpu._replace(state="ops") if trial(cell, here) else Choice.plain()
+        if asked and method == "newton":
+            raise PararnnError("backend 'cpu' goes straight through time; choose 'ops' for method='newton'")
+        if evaluation(reads()):
+            if asked or trial(cell, here):
+                return on_cpu
+        elif asked:
+            raise PararnnError(
+                "backend 'cpu' runs at once, not inside mx.compile or mx.vmap; choose 'ops' there"
+            )
+        else:
+            return Choice.plain(eager=False)
+    return Choice.plain(eager=tokens == 1 or evaluation(reads()) > Evaluation.NEVER)
+
+
+def works_here(
+    what: str, backend: str, outcomes: Callable[[], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
+) -> bool:
+    """Whether a backend gives, on small problems, what plain MLX ops give; if not, a warning says so.
+
+    Nobody has run it on every machine there is: where one does not take it, ops still give the answer.
+
+    Args:
+        what: what is tried, as the warning names it.
+        outcomes: pairs of (what the backend gave, what ops gave).
+    """
+    try:
+        for given, wanted in outcomes():
+            for a, b in zip(given, wanted, strict=True):
+                if not mx.allclose(a, b, rtol=1e-4, atol=1e-4).item():
+                    raise RuntimeError("it gives other numbers than plain MLX ops")
+    except Exception as error:
+        plea = "" if isinstance(error, PararnnError) else "; please report this"
+        warnings.warn(
+            f"the {backend} backend does not work here ({what}: {error}); plain MLX ops are used, which is "
+            f"slower{plea}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
