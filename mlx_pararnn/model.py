@@ -21,7 +21,7 @@ from mlx_lm.models.mla import MultiLinear
 from .cache import RecurrentCache
 from .cells import Cell, get_cell
 from .compute import cpu_token, layer_ops, matrix_products
-from .compute.choice import Choice
+from .compute.choice import PLAIN, Choice
 from .compute.recurrence import choice_for, recurrence, solve
 from .errors import PararnnError
 
@@ -253,7 +253,7 @@ class CausalConv(nn.Module):
         x: mx.array,
         window: mx.array | None,
         spans: list[tuple[int, int]] | None,
-        where: Choice,
+        where: Choice = PLAIN,
     ) -> tuple[mx.array, mx.array]:
         """`layer_ops.conv_silu` of x (B, T, D) behind its last K - 1 inputs, `window`; None for zeros."""
         if window is None:
@@ -349,7 +349,7 @@ class Layer(nn.Module):
         self._mlp_residual = args.mlp_residual
 
     def __call__(
-        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice, **options: Any
+        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice = PLAIN, **options: Any
     ) -> mx.array:
         mixed = self.mixer(_normed(self.norm, x, where), cache, mask, where, **options)
         x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
@@ -591,5 +591,5 @@ def _token_trial(cell: Cell) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
     weights = cast(cpu_token.Weights, model.token_weights())
     given = [cpu_token.run(weights, x, caches[0]), *_arrays(caches[0])]
     for layer, c in zip(model.layers, caches[1], strict=True):
-        x = layer(x, c, None, Choice.plain())
+        x = layer(x, c, None, PLAIN)
     yield given, [model.norm(x), *_arrays(caches[1])]

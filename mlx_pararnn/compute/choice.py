@@ -42,11 +42,6 @@ class Choice(NamedTuple):
     one_call: bool = False
     eager: bool = True
 
-    @classmethod
-    def plain(cls, eager: bool = True) -> "Choice":
-        """Plain MLX everywhere."""
-        return cls("ops", "ops", eager=eager)
-
     def deferred(self) -> "Choice":
         """For the last layer: what its output alone needs is recorded, not computed at once.
 
@@ -54,6 +49,9 @@ class Choice(NamedTuple):
         that output, and MLX never computes what is not asked for.
         """
         return self._replace(output="ops") if self.output == "cpu" else self
+
+
+PLAIN = Choice("ops", "ops")
 
 
 class Evaluation(IntEnum):
@@ -121,12 +119,12 @@ def choose(
                 f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}"
             )
     elif asked != "ops" and (asked or (method != "newton" and has_kernel(cell))):
-        on_cpu = Choice("cpu", "ops", head="cpu", one_call=plain_token and rows <= cpu.FEW_ROWS)
+        on_cpu = Choice("cpu", "ops", head="cpu", one_call=plain_token and 0 < rows <= cpu.FEW_ROWS)
         if cpu.is_large(rows * tokens * width):
             on_cpu = on_cpu._replace(output="cpu")
         elif asked is None and tokens == 1:
             # Few numbers: a token that cannot be one call is MLX's, which does not wait in the middle.
-            return on_cpu._replace(state="ops") if trial(cell, here) else Choice.plain()
+            return on_cpu._replace(state="ops") if trial(cell, here) else PLAIN
         if asked and method == "newton":
             raise PararnnError("backend 'cpu' goes straight through time; choose 'ops' for method='newton'")
         if evaluation(reads()):
@@ -137,8 +135,8 @@ def choose(
                 "backend 'cpu' runs at once, not inside mx.compile or mx.vmap; choose 'ops' there"
             )
         else:
-            return Choice.plain(eager=False)
-    return Choice.plain(eager=tokens == 1 or evaluation(reads()) > Evaluation.NEVER)
+            return PLAIN._replace(eager=False)
+    return PLAIN._replace(eager=tokens == 1 or evaluation(reads()) > Evaluation.NEVER)
 
 
 def works_here(
