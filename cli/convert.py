@@ -220,6 +220,8 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
+    if not os.path.isfile(checkpoint):
+        typer.echo(f"Read: {done.weights}", err=True)
     typer.echo(
         f"{done.path}: {done.family}, {done.config['cell']}, {done.parameters:,} parameters, "
         f"{' and '.join(done.dtypes)}, {size(done.nbytes)}"

@@ -11,7 +11,7 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model import ModelArgs
 
 from .families import find_family
-from .readers.checkpoint import open_checkpoint
+from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.dtypes import NAMES, STORED_AS
 from .readers.forms import find_weights, read_json_object, read_weights
 from .writers.quantize import is_matrix
@@ -52,7 +52,12 @@ def inspect(path: str | Path) -> Inspection:
     config = read_json_object(Path(path) / "config.json") if Path(path).is_dir() else None
     if config and config.get("model_type") in ("pararnn", "pararnn_cell"):
         return _model(Path(path), config)
-    checkpoint = replace(open_checkpoint(path), headers_only=True)
+    return inspect_checkpoint(open_checkpoint(path))
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """`inspect` of a checkpoint that is open already."""
+    checkpoint = replace(checkpoint, headers_only=True)
     family = find_family(checkpoint)
     canonical = family.map(checkpoint, None)
     shapes = {output.name: output.shape for output in canonical.outputs}

@@ -32,7 +32,7 @@ from .coreml.form import Form, state_dtypes, state_shapes
 from .coreml.iterations import iterations_needed
 from .coreml.memory import check_memory
 from .coreml.tools import require_coremltools
-from .inspection import inspect
+from .inspection import inspect_checkpoint
 from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE
 from .readers.wording import shown
@@ -133,7 +133,7 @@ def convert_to_coreml(
         else:
             model_folder = folder / MLX_PART
             convert_to_mlx(
-                source,
+                checkpoint,
                 model_folder,
                 tokenizer=tokenizer,
                 family=family,
@@ -197,7 +197,7 @@ def _measured(checkpoint: Checkpoint, source: str | Path) -> tuple[bool, int, in
     if config.get("model_type") == "pararnn":
         parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
         return True, parameters, ModelArgs.from_dict(config).vocab_size
-    found = inspect(source)
+    found = inspect_checkpoint(checkpoint)
     if found.config["model_type"] == "pararnn_cell":
         raise PararnnError(f"{source}: a single cell is no language model; Core ML export takes models only")
     return False, found.parameters, found.config["vocab_size"]

@@ -35,6 +35,7 @@ class Converted(os.PathLike[str]):
     """What a conversion wrote; usable as the path of the folder.
 
     Attributes:
+        weights: the file that was read: the weights, or what says where they are.
         parameters: how many numbers the weights hold.
         dtypes: formats of those that are not quantized, most numbers first ("float32", "bfloat16", ...).
         nbytes: size of the weights.
@@ -43,6 +44,7 @@ class Converted(os.PathLike[str]):
     """
 
     path: Path
+    weights: Path
     family: str
     config: dict[str, Any]
     parameters: int
@@ -59,7 +61,7 @@ class Converted(os.PathLike[str]):
 
 
 def convert_to_mlx(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     out: str | Path,
     *,
     dtype: str | None = None,
@@ -75,9 +77,10 @@ def convert_to_mlx(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Convert the checkpoint `source` (a file, a folder or a Hugging Face name) to the model folder `out`.
+    """Convert the checkpoint `source` to the model folder `out`.
 
     Args:
+        source: a file, a folder or a Hugging Face name; or what `open_checkpoint` made of one.
         dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own (float64 becomes float32,
             MLX's widest on a GPU). Where a dtype is given, recurrent weights are stored as float32.
         quantize: pack the matrices into `q_bits` (default 4) bits a weight with a scale for each group of
@@ -98,12 +101,13 @@ def convert_to_mlx(
         raise PararnnError(f"dtype {dtype!r}: choose float32, float16 or bfloat16")
     asked = quantization(q_bits, q_group_size, q_mode) if quantize else None
     overrides = read_overrides(None if config is None else Path(config))
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    where = checkpoint.source if isinstance(source, Checkpoint) else source
     check_output(out, force, checkpoint.source)
     if (checkpoint.config or {}).get("model_type") in ("pararnn", "pararnn_cell"):
         todo = "; to quantize it: mlx-pararnn lm convert --hf-path {} --mlx-path OUT -q" if asked else ""
         raise PararnnError(
-            f"{source}: this is an MLX model already, nothing to convert"
+            f"{where}: this is an MLX model already, nothing to convert"
             + todo.format(shlex.quote(str(checkpoint.folder)))
         )
     if not allow_nonfinite:
@@ -111,17 +115,18 @@ def convert_to_mlx(
     chosen = find_family(checkpoint, family)
     model = chosen.map(checkpoint, overrides.get("tie_word_embeddings"))
     if asked and model.model_type == "pararnn_cell":
-        raise PararnnError(f"{source}: a single cell is not quantized; convert it without --quantize")
+        raise PararnnError(f"{where}: a single cell is not quantized; convert it without --quantize")
     check_source_config(checkpoint, model.args)
     args = apply_overrides(model.args, model.model_type, overrides, str(checkpoint.path))
     files = _tokenizer_files(tokenizer, checkpoint, model, args)
     if model_file and model.model_type == "pararnn_cell":
-        raise PararnnError(f"{source}: a single cell is no model for MLX-LM; convert it without --model-file")
+        raise PararnnError(f"{where}: a single cell is no model for MLX-LM; convert it without --model-file")
     plan = Plan(model.outputs, asked)
     jobs = [weight_job(output, dtype, plan, checkpoint.path) for output in model.outputs]
     total = sum(job.nbytes for job in jobs)
     result = Converted(
         path=out,
+        weights=checkpoint.path,
         family=chosen.name,
         config={"model_type": model.model_type}
         | files.token_ids

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ def _folder_of(choice: str | Path) -> Path:
         raise PararnnError(
             f"{choice}: --tokenizer takes the folder that holds the tokenizer files, not a file"
         )
+    if meant := get_close_matches(str(choice), ("bytes", "none"), 1, 0.7):
+        raise PararnnError(f"--tokenizer {choice}: there is no such folder; did you mean {meant[0]}?")
     if not isinstance(choice, str) or not is_hub_name(choice):
         raise PararnnError(f"{choice}: no such folder; {_CHOICES}")
     return download(choice, TOKENIZER_FILES, _CHOICES)

@@ -32,6 +32,7 @@ from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.coreml import memory, package_check
 from mlx_pararnn.convert.coreml.constants import Half, Linear, Palette, stored
 from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
+from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 
 pytest_plugins = ("conversion_fixtures",)
 
@@ -519,3 +520,19 @@ def test_verify_of_a_package_that_is_not_whole(packages, tmp_path, monkeypatch):
     assert "reference.safetensors: cannot be read" in verify(out).stderr
     shutil.rmtree(out / "model.mlpackage/Data")
     assert "is no whole Core ML package" in verify(out).stderr
+
+
+def test_a_checkpoint_is_opened_once(model, tmp_path, monkeypatch):
+    from mlx_pararnn.convert import to_coreml, to_mlx
+
+    opened = []
+
+    def spy(source):
+        opened.append(source)
+        return open_checkpoint(source)
+
+    for module in (to_coreml, to_mlx):
+        monkeypatch.setattr(module, "open_checkpoint", spy)
+    options = ("--to", "coreml", "--tokenizer", "none", "--chunk", 4)
+    assert convert(model, "-o", tmp_path / "once", *options).exit_code == 0
+    assert opened == [str(model)]

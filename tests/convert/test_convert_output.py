@@ -451,3 +451,10 @@ def test_what_macos_puts_into_folders_counts_neither_as_a_model_nor_as_a_users_f
 def test_a_folder_is_not_named_as_a_package(form, model, refused, tmp_path):
     message = refused(model, "--tokenizer", "none", *form, out=tmp_path / "final.mlpackage")
     assert message.endswith(f"give it a name without .mlpackage, such as {tmp_path}/final")
+
+
+def test_of_a_folder_the_file_that_was_read_is_named(model, tmp_path):
+    result = convert(tmp_path, "-o", tmp_path.parent / f"{tmp_path.name}-out", "--tokenizer", "none")
+    assert result.exit_code == 0
+    assert f"Read: {model}\n" in result.stderr
+    assert "Read: " not in convert(model, "-o", tmp_path / "out", "--tokenizer", "none").stderr

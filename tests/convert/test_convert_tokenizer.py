@@ -276,3 +276,8 @@ def test_end_ids_of_a_sentencepiece_model(name, accepted, refused, tmp_path):
     assert "more tokens than the model" in refused(small, "--force")
     (tmp_path / name).write_bytes(b"no model")
     assert "not a SentencePiece model" in refused(source, "--force")
+
+
+@pytest.mark.parametrize(("word", "meant"), [("byte", "bytes"), ("Bytes", "bytes"), ("non", "none")])
+def test_a_misspelt_choice_is_answered(word, meant, refused, source):
+    assert f"did you mean {meant}?" in refused(source, "--tokenizer", word)
