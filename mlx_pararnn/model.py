@@ -445,6 +445,12 @@ class PararnnModel(nn.Module):
         **options: Any,
     ) -> tuple[mx.array, Choice]:
         """What `__call__` gives, and where it was computed."""
+        cell = self.layers[0].mixer.cell._cell
+        if options.get("max_iters") is not None and not cell.few_iterations:
+            raise PararnnError(
+                f"max_iters={options['max_iters']}: for cell {cell.name!r} the states after a few Newton "
+                "iterations are of no use; leave max_iters out, and Newton ends with the sequential answer"
+            )
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         B, T, D = x.shape
         for c in cache:
@@ -453,7 +459,7 @@ class PararnnModel(nn.Module):
             x = x + self._positions(cache[0], T)
         mask = cache[0].make_mask(T)
         where = choice_for(
-            self.layers[0].mixer.cell._cell,
+            cell,
             lambda: [x, *_arrays(cache), *dict(tree_flatten(self.parameters())).values()],
             **{"rows": B, "tokens": T, "width": D, "padded": mask is not None, "backend": backend, **options},
         )

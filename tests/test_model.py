@@ -80,6 +80,15 @@ def test_three_iterations_on_the_whole_sequence_are_what_the_original_does(conve
     assert gap(logits, golden["logits_parallel3"]) < 5e-5
 
 
+def test_a_few_iterations_are_refused_where_they_do_not_converge():
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "vocab_size": 5, "intermediate_size": 8}
+    model = Model(ModelArgs(**sizes, cell="slstm"))
+    with pytest.raises(PararnnError, match=r"max_iters=3: for cell 'slstm' .* leave max_iters out"):
+        model(mx.array([[1, 2, 3]]), method="newton", chunk=1, tol=0.0, max_iters=3)
+    wanted = model(mx.array([[1, 2, 3]]), method="sequential", backend="ops")
+    assert mx.allclose(model(mx.array([[1, 2, 3]]), method="newton", chunk=1), wanted, atol=1e-5)
+
+
 def test_held_out_cross_entropy(converted):
     model, _ = mlx_pararnn.load_model(converted("trained/paragru/final.pt"))
     golden = golden_of("trained/paragru")

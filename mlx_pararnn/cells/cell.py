@@ -24,6 +24,8 @@ class Cell:
         default_activations: place -> activation, where a checkpoint may name another (`get_cell`).
         msl: for the fused kernels, the text of a struct pararnn::<class name> with the same step in Metal's
             language (metal/README.md); None where there is none. The built-in cells' stand in metal/cells.
+        few_iterations: whether a few of Newton's iterations come near the answer, as they do for the paper's
+            cells. Where they do not, a model refuses `max_iters`.
         activations: those of this instance.
     """
 
@@ -34,6 +36,7 @@ class Cell:
     params: ClassVar[tuple[str, ...]]
     default_activations: ClassVar[Mapping[str, str]] = {}
     msl: ClassVar[str | None] = None
+    few_iterations: ClassVar[bool] = True
 
     def __init__(self, activations: Mapping[str, str] | None = None) -> None:
         chosen = dict(activations or {})
