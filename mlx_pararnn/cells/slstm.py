@@ -18,8 +18,8 @@ class SLSTM(Cell):
     slots = ("c", "n", "m", "h")
     output = "h"
     params = ("r_i", "r_f", "r_z", "r_o")
-    # m takes a maximum, n and c grow with the length: from step(0, u), and from the unroll without R h too, the
-    # iterates are often further from the answer than where they began.
+    # m takes a maximum, n and c grow with the length: from step(0, u), and from the unroll without R h too,
+    # the iterates are often further from the answer than where they began.
     few_iterations = False
 
     def step(self, state, u, params, F):
