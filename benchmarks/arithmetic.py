@@ -2,8 +2,9 @@
 
 python benchmarks/arithmetic.py [--write]      prints a table, or writes results/arithmetic-*.md
 
-Nothing is run or measured here. Bytes follow from the shapes; launches are those that tests/test_fused.py
-counts in the recorded graph and pins; the GPU's figures are others', and stand below with their sources.
+Nothing is run or measured here. Bytes follow from the shapes; launches are those that
+tests/compute/test_layer_ops.py counts in the recorded graph and pins; the GPU's figures are others',
+and stand below with their sources.
 """
 
 import argparse
@@ -14,9 +15,9 @@ from machine import table, write_results
 
 from mlx_pararnn import ModelArgs
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/ is not installed
 
-from test_fused import COUNTS
+from tests.support.launches import COUNTS
 
 # Memory bandwidth, GB/s: Apple's announcements (M4: 120, M4 Pro: 273, M4 Max: up to 546).
 CHIPS = {"M4": 120, "M4 Pro": 273, "M4 Max": 546}
@@ -108,7 +109,8 @@ def main():
             f"{1e6 * LAUNCH:.2f} microseconds a dependent kernel (MLX issue 4521: 3,200 of them in 8.8 ms on "
             f"an M3 Ultra). A prompt is read in pieces of {PROMPT} tokens; its activations are counted in "
             f"float16, its bound at the {M4_FLOPS / 1e12} TFLOP/s that arXiv 2502.05317 measured for float32 "
-            "products on an M4. Launches as pinned by tests/test_fused.py, plus the last norm and the head.",
+            "products on an M4. Launches as pinned by tests/compute/test_layer_ops.py, plus the last norm "
+            "and the head.",
             header,
             found,
             measured=False,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from machine import write_results
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "convert"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/ is not installed
 
-from big_checkpoint import peak_anonymous_memory, write_big_checkpoint
+from tests.support.big_checkpoint import peak_anonymous_memory, write_big_checkpoint
 
 REPEATS = 5
 COLD_REPEATS = 3

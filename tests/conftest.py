@@ -2,15 +2,13 @@ import os
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX's first matrix product: parity needs float32 ones
 
-import json
 from pathlib import Path
 
 import pytest
 
 import mlx_pararnn  # noqa: F401 - loads OpenBLAS before a test imports MLX
 from mlx_pararnn import cells
-
-DATA = Path(__file__).parent / "data"
+from tests.support.golden import DATA
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +78,3 @@ def converted(tmp_path_factory):
         return folders[key]
 
     return convert
-
-
-def cell_cases() -> list[dict]:
-    """The cases of golden/cells, by their metadata."""
-    return json.loads((DATA / "cells" / "metadata.json").read_text())["cases"]

@@ -5,13 +5,14 @@ import copy
 import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx_lm.generate import BatchGenerator, batch_generate, generate_step
+from mlx_lm.generate import BatchGenerator, batch_generate
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import can_trim_prompt_cache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 import mlx_pararnn
 from mlx_pararnn.cache import RecurrentCache
 from mlx_pararnn.loading import DEMO
+from tests.support.generation import greedy, same_until_a_near_tie
 
 PROMPTS = ["def main(", "import os\n\nclass Reader:\n    def read(self, ", "x", "for i in range(10):\n"]
 
@@ -19,20 +20,6 @@ PROMPTS = ["def main(", "import os\n\nclass Reader:\n    def read(self, ", "x", 
 @pytest.fixture(scope="module")
 def demo():
     return mlx_pararnn.load()
-
-
-def greedy(model, tokens, n, cache=None):
-    steps = generate_step(mx.array(tokens), model, max_tokens=n, prompt_cache=cache)
-    return [token for token, _ in steps]
-
-
-def same_until_a_near_tie(model, prompt, a, b):
-    """DESIGN's "equal" for tokens: the same until a step whose two best logits are within 1e-3."""
-    for n, (x, y) in enumerate(zip(a, b, strict=True)):
-        if x != y:
-            best = mx.sort(model(mx.array([prompt + a[:n]]))[0, -1])[-2:]
-            return (best[1] - best[0]).item() < 1e-3
-    return True
 
 
 def test_mlx_lm_finds_the_class():

@@ -5,7 +5,6 @@ import json
 
 import mlx.core as mx
 import pytest
-from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
@@ -13,32 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
-
-# source of the weights, its golden file, prefix of the golden names, conversion options
-GOLDEN = [
-    ("lm/paragru_s64/state_dict.pt", "lm/paragru_s64", "T50.", {}),
-    ("lm/paragru_s64/state_dict.pt", "lm/paragru_s64", "T1.", {}),
-    ("lm/paragru_s64/ckpt_bf16.pt", "lm/paragru_s64", "bf16w.", {"dtype": "float32"}),
-    ("lm/paralstm_s96/state_dict.pt", "lm/paralstm_s96", "T50.", {}),
-    ("lm/paralstm_s96/state_dict.pt", "lm/paralstm_s96", "T1.", {}),
-    ("lm/paralstm_s96/ckpt_bf16.pt", "lm/paralstm_s96", "bf16w.", {"dtype": "float32"}),
-    ("trained/paragru/final.pt", "trained/paragru", "", {}),
-    ("pararnn_torch/paraslstm_causal_lm_0", "pararnn_torch/paraslstm_causal_lm_0", "", {}),
-    ("pararnn_torch/paraslstm_causal_lm_1", "pararnn_torch/paraslstm_causal_lm_1", "", {}),
-    ("pararnn_torch/babylm_paragru", "pararnn_torch/babylm_paragru", "", {}),
-    ("pararnn_torch/babylm_paralstm", "pararnn_torch/babylm_paralstm", "", {}),
-    ("pararnn_torch/babylm_paraslstm", "pararnn_torch/babylm_paraslstm", "", {}),
-    ("pararnn_torch/babylm_paranlru", "pararnn_torch/babylm_paranlru", "", {}),
-]
-
-
-def golden_of(folder, prefix=""):
-    arrays = mx.load(str(DATA / folder / "golden.safetensors"))
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
-def gap(a, b):
-    return mx.abs(a - b).max().item()
+from tests.support.golden import DATA, GOLDEN, gap, golden_of
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
-from serving import demo_in_float32
-from test_cache import greedy, same_until_a_near_tie
 
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
 from mlx_pararnn.cache import RecurrentCache
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.loading import DEMO
+from tests.support.generation import greedy, same_until_a_near_tie
+from tests.support.serving import demo_in_float32
 
 TEXT = b"import os\n\nclass Reader:\n    def read(self, name):\n        return open(name)\n" * 8
 

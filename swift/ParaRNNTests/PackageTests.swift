@@ -6,7 +6,7 @@
   @testable import ParaRNN
 
   /// The demo model's package: on Linux what it was recorded to answer, on Apple systems the folders `graph` and
-  /// `io` in $PARARNN_PACKAGES, each with a transcript.json of its own (tests/coreml/record_transcript.py).
+  /// `io` in $PARARNN_PACKAGES, each with a transcript.json of its own (tests/support/coreml/record_transcript.py).
   enum DemoPackage {
     static let states = ["graph", "io"]
 

@@ -7,12 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from pt_writer import Call, write_archive, write_pt
-from running import config, convert, weights
 from safetensors.numpy import save_file
-from small_models import apple_gru, babylm, torch_lm
 
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import config, convert, weights
+from tests.support.pt_writer import Call, write_archive, write_pt
+from tests.support.small_models import apple_gru, babylm, torch_lm
 
 
 @pytest.fixture

@@ -6,17 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from pt_writer import Call, Made, Named, write_pt
-from running import weights
 from safetensors.numpy import save_file
-from small_models import apple_gru
-from test_convert_forms import write_shards
 
 from mlx_pararnn.convert.readers import dcp, pickle_names
 from mlx_pararnn.convert.readers.pickles import load_pickle
 from mlx_pararnn.errors import PararnnError
-
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import weights
+from tests.support.pt_writer import Call, Made, Named, write_pt
+from tests.support.small_models import apple_gru, write_shards
 
 INDEX = "model.safetensors.index.json"
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pt_writer import write_pt
-from running import config, weights
 from safetensors.numpy import load_file, save_file
 
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import config, weights
+from tests.support.pt_writer import write_pt
 
 CELLS = Path(__file__).parents[1] / "data" / "cells"
 CASES = [

@@ -1,6 +1,6 @@
 """`mlx-pararnn convert --to coreml` and `verify` of what it wrote, as a user has them.
 
-What the packages compute is tested in tests/coreml.
+What the packages compute is tested in tests/convert/coreml.
 """
 
 import json
@@ -20,9 +20,6 @@ pytest.importorskip("coremltools", reason="coremltools has no wheel for this Pyt
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
-from pt_writer import write_pt
-from running import convert
-from small_models import apple_gru, babylm
 from typer.testing import CliRunner
 
 from mlx_pararnn import Cell, Model, ModelArgs, register_cell
@@ -33,8 +30,10 @@ from mlx_pararnn.convert.coreml import memory, package_check
 from mlx_pararnn.convert.coreml.constants import Half, Linear, Palette, stored
 from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
-
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import convert
+from tests.support.coreml.interpreter import Package
+from tests.support.pt_writer import write_pt
+from tests.support.small_models import apple_gru, babylm
 
 
 def export(source, out, *options):
@@ -470,12 +469,9 @@ def test_verify_sees_that_weights_are_cut_short(left, packages, tmp_path):
 
 
 class StandIn:
-    """In place of a coremltools model on a Mac: the interpreter of tests/coreml, and an error on request."""
+    """In place of a coremltools model on a Mac: the interpreter of the tests, and an error on request."""
 
     def __init__(self, package, name, wrong=0.0):
-        sys.path.append(str(Path(__file__).parents[1] / "coreml"))
-        from interpreter import Package
-
         self.function, self.wrong = Package(package).function(name), wrong
 
     def make_state(self):

@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pt_writer import write_pt
-from running import config, weights
 from safetensors import safe_open
-from small_models import apple_gru, torch_lm
 
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from mlx_pararnn.convert.readers.dtypes import cast
-
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import config, weights
+from tests.support.pt_writer import write_pt
+from tests.support.small_models import apple_gru, torch_lm
 
 RECURRENT = "model.layers.0.mixer.cell.recurrent_weight"
 

@@ -4,15 +4,13 @@ from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
-from pt_writer import write_pt
-from running import config, weights
-from small_models import TORCH_CELLS, apple_gru, babylm, torch_lm
 
 from mlx_pararnn.convert import families
 from mlx_pararnn.convert.families.base import Canonical, Source, copied
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
-
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import config, weights
+from tests.support.pt_writer import write_pt
+from tests.support.small_models import TORCH_CELLS, apple_gru, babylm, torch_lm
 
 
 class OneMatrix:

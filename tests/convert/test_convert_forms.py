@@ -1,6 +1,5 @@
 """Forms of several files: shards with an index, distributed folders, Hugging Face folders and names."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,33 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from pt_writer import View, write_pt
-from running import config, convert, weights
 from safetensors.numpy import load_file, save_file
-from small_models import apple_gru, babylm, torch_lm
-from test_convert_tokenizer import tokenizer_json
 
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
-
-pytest_plugins = ("conversion_fixtures",)
-
-
-def write_shards(folder, model, suffix=".safetensors", count=3):
-    """`model` in `count` files and an index, as Hugging Face's save_pretrained and MLX-LM write them."""
-    folder.mkdir(exist_ok=True)
-    stem = "model" if suffix == ".safetensors" else "pytorch_model"
-    weight_map = {}
-    for i in range(count):
-        name = f"{stem}-{i + 1:05}-of-{count:05}{suffix}"
-        part = dict(list(model.items())[i::count])
-        if suffix == ".safetensors":
-            save_file(part, folder / name, {"format": "pt"})
-        else:
-            write_pt(folder / name, part)
-        weight_map |= dict.fromkeys(part, name)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
-    return folder
+from tests.support.converting import config, convert, weights
+from tests.support.pt_writer import View, write_pt
+from tests.support.small_models import apple_gru, babylm, tokenizer_json, torch_lm, write_shards
 
 
 def same(folder, expected) -> bool:

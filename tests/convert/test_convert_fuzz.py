@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pt_writer import write_pt
 from safetensors.numpy import save_file
-from small_models import apple_gru, torch_lm
 
 from mlx_pararnn.convert.readers.pickles import load_pickle
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.errors import PararnnError
+from tests.support.pt_writer import write_pt
+from tests.support.small_models import apple_gru, torch_lm
 
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -5,13 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-from running import config, weights
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
-
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import config, weights
 
 GRU, LSTM = "lm/paragru_s64", "lm/paralstm_s96"
 FLOAT32_FORMS = [

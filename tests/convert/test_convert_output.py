@@ -10,15 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pt_writer import write_pt
-from running import convert
 from safetensors.numpy import save_file
-from small_models import apple_gru, torch_lm
 
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers import output_folder
-
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import convert
+from tests.support.pt_writer import write_pt
+from tests.support.small_models import apple_gru, torch_lm
 
 
 @pytest.fixture

@@ -7,14 +7,12 @@ import zipfile
 
 import numpy as np
 import pytest
-from pt_writer import Call, Raw, View, write_archive, write_pt
-from running import weights
-from small_models import apple_gru
 
 from mlx_pararnn.convert.readers.pickles import load_pickle
 from mlx_pararnn.errors import PararnnError
-
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import weights
+from tests.support.pt_writer import Call, Raw, View, write_archive, write_pt
+from tests.support.small_models import apple_gru
 
 RESAVE = 'torch.save(model.state_dict(), "weights.pt")'
 

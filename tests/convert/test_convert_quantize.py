@@ -6,11 +6,8 @@ from pathlib import Path
 import mlx_lm.utils
 import numpy as np
 import pytest
-from pt_writer import write_pt
-from running import config, convert
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import TORCH_CELLS, apple_gru, babylm, torch_lm
 from typer.testing import CliRunner
 
 import mlx_pararnn
@@ -19,11 +16,12 @@ from mlx_pararnn.convert.readers import buffers
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers.quantize import MODES, Plan, quantization
 from mlx_pararnn.errors import PararnnError
+from tests.support.converting import config, convert
+from tests.support.pt_writer import write_pt
+from tests.support.small_models import TORCH_CELLS, apple_gru, babylm, torch_lm
 
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
-
-pytest_plugins = ("conversion_fixtures",)
 
 # 128 divides some widths, 64 and 32 others, none the rest.
 GOLDEN = ["lm/paragru_s64/state_dict.pt", "lm/paralstm_s96/state_dict.pt", "trained/paragru/final.pt",

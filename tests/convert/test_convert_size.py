@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from big_checkpoint import peak_anonymous_memory, write_big_checkpoint
 
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
+from tests.support.big_checkpoint import peak_anonymous_memory, write_big_checkpoint
 
 ROOM = 8_000_000_000
 BOUND = 700_000_000

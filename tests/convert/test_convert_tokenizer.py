@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pt_writer import write_pt
-from running import config
-from small_models import apple_gru
 
 from mlx_pararnn.convert.writers.byte_tokenizer import byte_tokenizer_files
-
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import config
+from tests.support.pt_writer import write_pt
+from tests.support.small_models import apple_gru, tokenizer_json
 
 
 @pytest.fixture
@@ -21,16 +19,6 @@ def source(tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()
     return write_pt(folder / "model.pt", apple_gru(vocab=256))
-
-
-def tokenizer_json(tokens: int, added: dict[str, int] | None = None) -> str:
-    vocab = {f"t{i}": i for i in range(tokens)}
-    return json.dumps(
-        {
-            "model": {"type": "BPE", "vocab": vocab, "merges": []},
-            "added_tokens": [{"id": id_, "content": token} for token, id_ in (added or {}).items()],
-        }
-    )
 
 
 def names(folder) -> set[str]:

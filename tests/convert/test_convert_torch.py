@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from running import weights
-from small_models import apple_gru
 
-pytest_plugins = ("conversion_fixtures",)
+from tests.support.converting import weights
+from tests.support.small_models import apple_gru
 
 torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
 

@@ -15,8 +15,6 @@ from mlx_pararnn.convert.readers.tensors import boxes
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers import safetensors_writer
 
-pytest_plugins = ("conversion_fixtures",)
-
 SOURCE = "lm/paragru_s64/state_dict.pt"
 
 

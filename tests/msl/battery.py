@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
-import oracle
 
 from mlx_pararnn.compute.gpu import SHAPES, Launch
+from tests.support import oracle
 
 from . import language
 from .build import CompileError

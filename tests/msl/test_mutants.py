@@ -4,9 +4,9 @@ import pytest
 
 from . import language
 from .battery import newton_cases, objection, sequential_cases
-from .fused import conv_cases, decode_cases
 from .harness import missing
 from .instances import CELLS
+from .layer_kernels import conv_cases, decode_cases
 from .mutants import CONV, DECODE, MUTANTS, NEWTON, STRAIGHT, Mutant
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())

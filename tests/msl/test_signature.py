@@ -5,9 +5,9 @@ import re
 import pytest
 
 from . import language
-from .fused import all_calls
 from .instances import all_instances
 from .language import METAL
+from .layer_kernels import all_calls
 from .wrap import METAL_TYPES, dtype_name, wrap
 
 FILES = sorted(METAL.glob("*.metal"), key=lambda path: path.stem)

@@ -5,7 +5,6 @@ exactly this text, after its preamble, is MLX's word (metal/custom_kernel.cpp) a
 """
 
 import dataclasses
-import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,44 +13,9 @@ import pytest
 from mlx_pararnn.compute import gpu
 
 from .instances import all_instances
+from .mlx_text import assert_same, mlx_text
 from .sample import Sample
-from .wrap import METAL_TYPES, Input, KernelCall, wrap
-
-PRINTED = re.compile(r"Generated source code for `.*?`:\n```\n(.*)\n```\n", re.DOTALL)
-
-
-def mlx_text(call: KernelCall, inputs: list[Input], folder, capfd) -> str:
-    kernel = mx.fast.metal_kernel(
-        name=call.name,
-        input_names=list(call.input_names),
-        output_names=list(call.output_names),
-        source=call.source,
-        header=call.header,
-        ensure_row_contiguous=call.contiguous,
-    )
-
-    def function(*arrays):
-        return kernel(
-            inputs=list(arrays),
-            template=list(call.template),
-            grid=call.grid,
-            threadgroup=call.threadgroup,
-            output_shapes=list(call.output_shapes),
-            output_dtypes=list(call.output_dtypes),
-            verbose=True,
-        )
-
-    arrays = [mx.zeros(i.shape, getattr(mx, i.dtype if i.dtype != "bool" else "bool_")) for i in inputs]
-    capfd.readouterr()
-    mx.export_function(str(folder / "kernel.mlxfn"), function, *arrays)
-    printed = PRINTED.search(capfd.readouterr().out)
-    assert printed, "MLX printed no kernel"
-    return printed[1]
-
-
-def assert_same(call, inputs, tmp_path, capfd) -> None:
-    assert wrap(call, inputs).text == mlx_text(call, inputs, tmp_path, capfd)
-
+from .wrap import METAL_TYPES, Input, wrap
 
 BODY = "  uint i = thread_position_in_grid.x;\n  y[i] = x[i];"
 

@@ -1,0 +1,144 @@
+"""`mlx-pararnn lm COMMAND` runs MLX-LM's real command: quantizing with dwq, measuring on local data."""
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlx_pararnn
+from tests.support.golden import DATA
+
+mx = pytest.importorskip("mlx.core")
+
+DEMO = Path(mlx_pararnn.__file__).parent / "demo"
+# Shorter than what the commands cut them to; and the demo's tokenizer has no token to end them with.
+TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(24)]
+
+needs_datasets = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="MLX-LM reads data with the datasets package"
+)
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="mlx_lm.evaluate needs the lm-eval package"
+)
+
+
+@pytest.fixture
+def lm(tmp_path, monkeypatch):
+    """A function that runs a command in a folder of its own, with no network, and gives what it printed."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments: object) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "mlx_pararnn.cli.app", "lm", *map(str, arguments)],
+            capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return folder
+
+
+@pytest.mark.parametrize(("bits", "group_size", "mode"), [(3, 32, "affine"), (4, 32, "mxfp4")])
+def test_convert_quantizes_as_our_convert_does(bits, group_size, mode, lm, converted, tmp_path):
+    plain = converted("trained/paragru/final.pt", tokenizer="bytes")
+    options = {"q_bits": bits, "q_group_size": group_size, "q_mode": mode}
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
+    lm("convert", "--hf-path", plain, "--mlx-path", "theirs", "-q", *flags)
+    theirs = mx.load(str(tmp_path / "theirs" / "model.safetensors"))
+    ours = mx.load(str(converted("trained/paragru/final.pt", quantize=True, **options) / "model.safetensors"))
+    assert theirs.keys() == ours.keys()
+    for name, value in ours.items():
+        assert theirs[name].dtype == value.dtype, name
+        assert mx.array_equal(theirs[name], value), name
+
+
+def test_convert_leaves_float_what_the_group_size_does_not_divide(lm, tmp_path):
+    """MLX-LM's rule; `mlx-pararnn convert -q` takes smaller groups there."""
+    lm("convert", "--hf-path", DEMO, "--mlx-path", "out", "-q", "--q-group-size", 64)
+    weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    packed = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    assert {name.split(".")[-1] for name in packed} == {
+        "embed_tokens", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    model, tokenizer = mlx_pararnn.load(tmp_path / "out")
+    assert len(mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=5)) == 5
+
+
+@needs_datasets
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_a_dequantized_model_loads_and_gives_the_same_text(mode, lm, converted, tmp_path):
+    packed = converted("trained/paragru/final.pt", tokenizer="bytes", quantize=True, q_mode=mode)
+    lm("convert", "--hf-path", packed, "--mlx-path", "plain", "-d")
+    model, config = mlx_pararnn.load_model(tmp_path / "plain")
+    assert "quantization" not in config
+    tokens = mx.array([list(b"def f(x):")])
+    wanted = mlx_pararnn.load_model(packed)[0](tokens)
+    assert mx.allclose(model(tokens), wanted, atol=1e-3 * mx.abs(wanted).max().item()).item()
+
+
+def test_dwq_on_a_local_folder(lm, texts, tmp_path):
+    """The packed numbers stay; their scales and biases are learned, and all that is not packed."""
+    lm("convert", "--hf-path", DEMO, "--mlx-path", "before", "-q", "--q-bits", 2, "--q-group-size", 32)
+    lm(
+        "dwq", "--model", DEMO, "--quantized-model", "before", "--mlx-path", "after", "--data-path", texts,
+        "--num-samples", 4, "--max-seq-length", 33, "--batch-size", 4, "--learning-rate", 1e-2,
+    )  # fmt: skip
+    before, after = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if value.dtype == mx.uint32:
+            assert mx.array_equal(after[name], value), name
+        else:
+            assert after[name].dtype == mx.bfloat16, name
+            assert not mx.array_equal(after[name], value.astype(mx.bfloat16)), name
+    model, tokenizer = mlx_pararnn.load(tmp_path / "after")
+    assert mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=5)
+
+
+@needs_datasets
+def test_perplexity_is_that_of_the_texts_bytes(lm, texts, converted):
+    folder = converted("trained/paragru/final.pt", tokenizer="bytes")  # float32, unlike the demo
+    out = lm(
+        "perplexity", "--model", folder, "--data-path", texts, "--sequence-length", 32, "--num-samples", 16,
+        "--batch-size", 4,
+    )  # fmt: skip
+    printed = float(re.search(r"Perplexity: ([\d.]+)", out)[1])
+    np.random.seed(123)
+    order = np.random.permutation(len(TEXTS))
+    data = np.frombuffer("".join(TEXTS[i] for i in order).encode(), np.uint8)[: 16 * 32].reshape(16, 32)
+    model, _ = mlx_pararnn.load(folder)
+    logits = model(mx.array(data[:, :-1].astype(np.int32)))
+    chosen = mx.take_along_axis(logits, mx.array(data[:, 1:, None].astype(np.int32)), axis=-1)[..., 0]
+    loss = (mx.logsumexp(logits, axis=-1) - chosen).mean().item()
+    assert printed == pytest.approx(math.exp(loss), abs=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_benchmark(batch, lm):
+    out = lm("benchmark", "--model", DEMO, "-p", 20, "-g", 6, "-n", 1, "-b", batch)
+    assert re.search(r"Averages: prompt_tps=\d+.*generation_tps=\d+", out)
+
+
+@needs_lm_eval
+def test_evaluate_on_a_task_of_ones_own(lm, tmp_path):
+    shutil.copytree(DATA / "task", tmp_path, dirs_exist_ok=True)
+    lm("evaluate", "--model", DEMO, "--tasks", "lines.yaml", "--output-dir", "results")
+    (results,) = (tmp_path / "results").iterdir()
+    assert json.loads(results.read_text())["lines"]["acc,none"] == 1.0

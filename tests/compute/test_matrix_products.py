@@ -1,0 +1,87 @@
+"""Linear layers and heads on a CPU: half precision, quantized weights, and products for few rows."""
+
+import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.models.mla import MultiLinear
+
+from mlx_pararnn.compute import cpu, layer_ops, matrix_products
+from tests.msl.instances import DTYPES
+from tests.support.random_models import TOKENS, by_token, distance, exact, make, numbers
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_linear_in_half_precision(dtype, rows):
+    """Within a rounding of float32, quantized or not, with a bias or heads."""
+    rng, step = np.random.default_rng(0), {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    x = mx.array(rng.normal(size=(2, rows, 128))).astype(DTYPES[dtype])
+    modules = [nn.Linear(128, 192), nn.Linear(128, 192, bias=False), MultiLinear(128, 64, 2)]
+    modules.append(nn.Embedding(64, 128))
+    for module in modules:
+        module.update(tree_map(lambda a: a.astype(DTYPES[dtype]), module.parameters()))
+        for m in (module, module.to_quantized(group_size=64, bits=4)):
+            given = matrix_products.linear(m, x)
+            widened = copy.deepcopy(m)
+            float32 = [
+                (p, a if a.dtype == mx.uint32 else a.astype(mx.float32))
+                for p, a in tree_flatten(m.parameters())
+            ]
+            widened.update(tree_unflatten(float32))
+            wanted = getattr(widened, "as_linear", widened)(x.astype(mx.float32))
+            assert given.dtype == DTYPES[dtype]
+            assert distance(numbers(given), numbers(wanted)) < 1.01 * step
+
+
+def test_linear_promotes_as_mlx_does():
+    for x_type in DTYPES.values():
+        for w_type in DTYPES.values():
+            for module in (nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Embedding(8, 8)):
+                module.update(tree_map(lambda a, t=w_type: a.astype(t), module.parameters()))
+                x = mx.ones((2, 3, 8), x_type)
+                wanted = getattr(module, "as_linear", module)(x)
+                assert matrix_products.linear(module, x).dtype == wanted.dtype, (x_type, w_type)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(8, 5), (72, 301), (200, 1000)])
+@pytest.mark.parametrize("module", [nn.Linear, nn.Embedding])
+def test_head(dtype, size, module, monkeypatch):
+    width, height = size
+    rng = np.random.default_rng(0)
+    made = nn.Linear(width, height, bias=False) if module is nn.Linear else nn.Embedding(height, width)
+    made.weight = mx.array(rng.normal(size=(height, width))).astype(DTYPES[dtype])
+    at_once = []
+    product = cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *a: at_once.append(1) or product(*a))
+    monkeypatch.setattr(cpu, "_LARGE", 0)
+    layer_ops._elementwise_works()
+    for shape in ((1, 1), (2, 1), (1, 3), (4, 1), (cpu.FEW_ROWS + 1, 1)):
+        x = mx.array(rng.normal(size=(*shape, width))).astype(DTYPES[dtype])
+        wanted = numbers(x) @ numbers(made.weight).T
+        step = {"float32": 1e-6, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+        for weight in (made.weight, mx.contiguous(made.weight.T).T):
+            made.weight = weight
+            at_once.clear()
+            given = matrix_products.head(made, x, backend="cpu")
+            assert bool(at_once) == (shape[1] == 1 and shape[0] <= cpu.FEW_ROWS)
+            assert given.shape == (*shape, height)
+            assert given.dtype == DTYPES[dtype]
+            assert distance(numbers(given), wanted) < 1.01 * step
+            monkeypatch.setattr(cpu, "threads", lambda: 3)
+
+
+def test_head_of_a_model(calls):
+    for tied in (False, True):
+        made = make(vocab_size=1000, tie_word_embeddings=tied)
+        assert distance(numbers(by_token(made, TOKENS)), exact(made, TOKENS)[0]) < 1e-5
+    made.lm_head = nn.Linear(72, 1000, bias=True)
+    made.args.tie_word_embeddings = False
+    x = mx.ones((1, 1, 72))
+    assert mx.allclose(matrix_products.head(made.lm_head, x, backend="cpu"), made.lm_head(x), atol=1e-5)

@@ -1,0 +1,148 @@
+"""Models to export, and the command that exports them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from typer.testing import CliRunner, Result
+
+import mlx_pararnn
+from mlx_pararnn import Model, ModelArgs
+from mlx_pararnn.cli.app import app
+from tests.support.golden import DATA
+
+SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 50, "intermediate_size": 16}
+
+TRAINED = "trained/paragru/final.pt"
+ONE = {"num_hidden_layers": 1}
+KINDS = {
+    "gru": {"cell": "gru", "num_heads": 3},
+    "lstm": {"cell": "lstm", "num_heads": 2, "conv_kernel": 2, **ONE},
+    "nlru": {"cell": "nlru", "conv_kernel": 1, "tie_word_embeddings": True, "norm_eps": 2**-4},
+    "slstm": {"cell": "slstm", "mixer": "plain", "mlp_bias": True, **ONE},
+    "slstm_conv": {"cell": "slstm", "norm": "layer", "norm_eps": 1e-5, "mlp": "gelu", **ONE},
+    "ml_pararnn": {
+        "cell": "gru",
+        "mlp_residual": False,
+        "residual_scale": True,
+        "tie_word_embeddings": True,
+    },
+    "babylm": {
+        "cell": "nlru",
+        "mixer": "plain",
+        "norm": "layer",
+        "mlp": "gelu",
+        "mlp_bias": True,
+        "max_position_embeddings": 40,
+        "tie_word_embeddings": True,
+    },
+    "gru_activations": {
+        "cell": "gru",
+        "activations": {"update": "half_sigmoid", "reset": "relu", "state": "softplus"},
+    },
+    "lstm_exp": {
+        "cell": "lstm",
+        "activations": {"f": "half_sigmoid", "o": "tanh", "c": "elu", "state": "exp"},
+        **ONE,
+    },
+    "lstm_more": {
+        "cell": "lstm",
+        "activations": {"f": "half_sigmoid", "o": "identity", "c": "gelu", "state": "silu"},
+        **ONE,
+    },
+    "lstm_constants": {"cell": "lstm", "activations": {"o": "leaky_relu", "state": "selu"}, **ONE},
+}
+QUANTIZED = {
+    "int8": ("-q", "--q-bits", 8),
+    "int4": ("-q", "--q-bits", 4),
+    "palette4": ("--palettize", 4),
+}
+
+
+def small_model(
+    folder: Path, seed: int = 0, embedding_scale: float = 1, recurrent_scale: float = 2, **fields
+) -> Path:
+    """An MLX model folder of random weights; the recurrent ones are large, so that the state counts."""
+    args = {"model_type": "pararnn", "cell": "gru", **SMALL, **fields}
+    mx.random.seed(seed)
+    model = Model(ModelArgs.from_dict(args))
+
+    def adjusted(path, p):
+        if path.endswith("recurrent_weight"):
+            return recurrent_scale * p
+        if "embed_tokens" in path:
+            return embedding_scale * p
+        return p + mx.random.normal(p.shape) / 4 if p.ndim == 1 else p
+
+    model.update(tree_map_with_path(adjusted, model.parameters()))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(args))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return folder
+
+
+def rounded_model(folder: Path) -> Model:
+    """The MLX model of a folder, its weights rounded to float16 and computing in float32."""
+    model, _ = mlx_pararnn.load_model(folder)
+    model.update(tree_map(lambda p: p.astype(mx.float16).astype(mx.float32), model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def export(source: Path | str, out: Path, *options: object):
+    """`mlx-pararnn convert SOURCE --to coreml -o OUT OPTIONS`, in this process."""
+    arguments = ["convert", source, "--to", "coreml", "-o", out, *options]
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+class Exports:
+    """Models and what was exported from them, each made once a session."""
+
+    def __init__(self, root: Path, converted: Callable) -> None:
+        self._root, self._converted = root, converted
+        self._made: dict[tuple, Path] = {}
+        self._models: dict[Path, Model] = {}
+
+    def source(self, name: str) -> Path:
+        """A golden checkpoint's MLX folder, by its path in tests/data."""
+        return self._converted(name)
+
+    def small(self, **fields) -> Path:
+        key = ("small", *sorted((k, str(v)) for k, v in fields.items()))
+        if key not in self._made:
+            self._made[key] = small_model(self._root / f"small{len(self._made)}", **fields)
+        return self._made[key]
+
+    def model(self, folder: Path) -> Model:
+        if folder not in self._models:
+            self._models[folder] = rounded_model(folder)
+        return self._models[folder]
+
+    def __call__(self, source: Path, *options: object) -> Path:
+        key = (source, *map(str, options))
+        if key not in self._made:
+            self._made[key] = self.run(source, *options)[1]
+        return self._made[key]
+
+    def run(self, source: Path, *options: object) -> tuple[Result, Path]:
+        """What the command printed, and the folder it made."""
+        out = self._root / f"export{len(list(self._root.iterdir()))}"
+        tokenizer = () if "--tokenizer" in options else ("--tokenizer", "none")
+        result = export(source, out, *options, *tokenizer)
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        return result, out
+
+
+def golden(name: str) -> dict[str, mx.array]:
+    return mx.load(str(DATA / name / "golden.safetensors"))
+
+
+def held_out(count):
+    return np.array(golden("trained/paragru")["heldout_input_ids"]).ravel()[:count]
+
+
+def some_ids(vocab, count, seed=0):
+    return np.random.default_rng(seed).integers(0, vocab, count)

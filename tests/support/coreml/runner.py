@@ -1,0 +1,76 @@
+"""Feeds an exported folder as docs/coreml.md tells an app to: prefill in chunks, then token by token."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.coreml.interpreter import Package
+
+
+class Runner:
+    """One sequence read by the package of an exported folder.
+
+    Attributes:
+        info: pararnn.json.
+        package: the package.
+        position: tokens read so far.
+        predictions: those made so far: the function's name, its inputs and its outputs.
+    """
+
+    def __init__(self, folder, mode="float16", package=None):
+        folder = Path(folder)
+        self.info = json.loads((folder / "pararnn.json").read_text())
+        self.package = package or Package(folder / self.info["package"])
+        self._functions = {name: self.package.function(name, mode) for name in self.info["functions"]}
+        self.reset()
+
+    def reset(self):
+        self.position, self.predictions = 0, []
+        self._passed = {}
+        self.state = self._functions["decode"].new_state()
+        if self.info["state"] == "io":
+            self.state = self._passed = {
+                s["name"]: np.zeros(s["shape"], s["dtype"]) for s in self.info["states"]
+            }
+
+    def call(self, name, tokens):
+        """One prediction; returns the logits (vocab_size,), or the token with --argmax."""
+        function = self._functions[name]
+        inputs = {"tokens": np.array([tokens], np.int32)} | self._passed
+        if self.info["max_position_embeddings"] is not None:
+            inputs["position"] = np.array([self.position], np.int32)
+        outputs = function(inputs, {} if self._passed else self.state)
+        self.predictions.append((name, inputs, outputs))
+        if self._passed:
+            self.state = self._passed = {name: outputs[f"{name}_out"] for name in self._passed}
+        self.position += len(tokens)
+        y = outputs[self.info["output"]]
+        if self.info["output"] == "token":
+            return int(y.item())
+        return y[0, 0]
+
+    def read(self, tokens):
+        """A whole piece of text; returns what the last call gave."""
+        chunk = self.info["chunk"]
+        tokens = [int(t) for t in tokens]
+        whole = len(tokens) - len(tokens) % chunk if chunk else 0
+        result = None
+        for start in range(0, whole, chunk or 1):
+            result = self.call("prefill", tokens[start : start + chunk])
+        for token in tokens[whole:]:
+            result = self.call("decode", [token])
+        return result
+
+    def decode(self, tokens):
+        """Token by token; returns all logits (T, vocab_size)."""
+        return np.stack([self.call("decode", [int(t)]) for t in tokens])
+
+    def generate(self, prompt, count):
+        """The greedy continuation."""
+        result, tokens = self.read(prompt), []
+        while True:
+            tokens.append(result if self.info["output"] == "token" else int(np.argmax(result)))
+            if len(tokens) == count:
+                return tokens
+            result = self.call("decode", tokens[-1:])

@@ -1,0 +1,151 @@
+"""The one call of a token, recorded in a file and replayed by a C++ program without Python."""
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_pararnn.compute import cpu_token, texts
+from tests.support.random_models import TOKENS, by_token, numbers
+
+# The recorded call of one token, again and without Python: what the compilers' sanitizers look at.
+# File: how often; of struct Token the numbers; each array with its size before it, -1 for none.
+REPLAY = """
+#include <cstdio>
+#include <cstdlib>
+#include <sys/types.h>
+FILE* in;
+int64_t number() {
+  int64_t n;
+  if (fread(&n, 8, 1, in) != 1) exit(2);
+  return n;
+}
+struct Part {
+  int64_t size = number();
+  void* data = size < 0 ? nullptr : malloc(size);
+  Part() {
+    if (size > 0 && fread(data, 1, size, in) != size_t(size)) exit(3);
+  }
+  void write(FILE* out) const {
+    if (size > 0) fwrite(data, 1, size, out);
+  }
+};
+int replay(char** argv) {
+  in = fopen(argv[0], "rb");
+  const int64_t times = number();
+  pararnn::Token token{};
+  for (int64_t* to : {&token.depth, &token.B, &token.heads, &token.W, &token.taps, &token.wide}) {
+    *to = number();
+  }
+  token.mlp_residual = int(number()), token.threads = int(number());
+  token.eps = float(number()) * 1e-9f;
+  constexpr int FIELDS = sizeof(pararnn::Layer) / sizeof(void*);
+  std::vector<std::vector<Part>> parts(token.depth);
+  std::vector<pararnn::Layer> layers(token.depth);
+  for (int64_t i = 0; i < token.depth; ++i) {
+    for (int k = 0; k < FIELDS; ++k) {
+      parts[i].emplace_back();
+      memcpy(reinterpret_cast<char*>(&layers[i]) + k * sizeof(void*), &parts[i][k].data, sizeof(void*));
+    }
+  }
+  const Part norm, norm_bias, x, y;
+  token.layers = layers.data();
+  token.norm = norm.data, token.norm_bias = norm_bias.data, token.x = x.data, token.y = y.data;
+  for (int64_t n = 0; n < times; ++n) DECODE(&token);
+  FILE* out = fopen(argv[1], "wb");
+  y.write(out);
+  for (const auto& layer : parts) layer[FIELDS - 2].write(out), layer[FIELDS - 1].write(out);
+  return fclose(in) + fclose(out);
+}
+int main(int count, char** argv) {
+  int failed = 0;
+  for (int i = 1; i < count; i += 2) failed += replay(argv + i);
+  return failed;
+}
+"""
+
+
+def replay_text(made, dtype):
+    cell = made.layers[0].mixer.cell._cell
+    return texts.cpu_token_text(cell) + REPLAY.replace("DECODE", f"decode_{dtype}")
+
+
+def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
+    """Decode `tokens` (B, T), write what the last of them reads into `file`, and give what it came to."""
+    args, bytes_of = made.args, {}
+    dtype = made.model.embed_tokens.weight.dtype
+    parts = []
+
+    def add(pointer, size):
+        size = -1 if not pointer else size
+        parts.append(
+            np.int64(size).tobytes() + (cpu_token.ctypes.string_at(pointer, size) if size > 0 else b"")
+        )
+
+    def note(reference):
+        token = reference._obj
+        D, K = token.heads * token.W, token.taps
+        cell = made.layers[0].mixer.cell._cell
+        bytes_of.update(
+            {k: int(np.prod(v)) for k, v in cpu_token._shapes(cell, D, token.heads, K, token.wide).items()}
+        )
+        parts.clear()
+        integers = [times, token.depth, token.B, token.heads, token.W, K, token.wide]
+        integers += [token.mlp_residual, threads, round(args.norm_eps * 1e9)]
+        parts.append(np.array(integers, np.int64).tobytes())
+        floats = {"params", "state", "new_state"}
+        sizes = {**bytes_of, "state": token.B * len(cell.slots) * D, "window": token.B * (K - 1) * D}
+        sizes |= {"new_state": sizes["state"], "new_window": sizes["window"]}
+        for i in range(token.depth):
+            for name, _ in cpu_token.Layer._fields_:
+                add(getattr(token.layers[i], name), sizes[name] * (4 if name in floats else dtype.size))
+        for name, size in (("norm", D), ("norm_bias", D), ("x", token.B * D), ("y", token.B * D)):
+            add(getattr(token, name), size * dtype.size)
+
+    library = cpu_token._library
+
+    class Noting:
+        def __init__(self, cell):
+            self.cell = cell
+
+        def __getattr__(self, name):
+            def call(reference):
+                note(reference)
+                return getattr(library(self.cell), name)(reference)
+
+            return call
+
+    cache, last = made.make_cache(tokens.shape[0]), None
+    y = []
+    with monkeypatch.context() as inside:
+        inside.setattr(cpu_token, "_library", Noting)
+        real = cpu_token.run
+        inside.setattr(cpu_token, "run", lambda *a: y.append(real(*a)) or y[-1])
+        by_token(made, tokens, cache)
+    last = y[-1]
+    file.write_bytes(b"".join(parts))
+    floats = [numbers(last).ravel()]
+    for c in cache:
+        floats += [numbers(c[0]).ravel(), *([] if c[1] is None else [numbers(c[1]).ravel()])]
+    return np.concatenate(floats)
+
+
+def replayed(made, file):
+    """What a replay wrote into `file`, as `recorded` gives it."""
+    dtype, B = made.model.embed_tokens.weight.dtype, TOKENS.shape[0]
+    cell, D = made.layers[0].mixer.cell._cell, made.args.hidden_size
+    window = (made.args.conv_kernel - 1) * D * B if made.args.mixer == "gated_conv" else 0
+    data, floats = file.read_bytes(), []
+
+    def take(count, kind):
+        nonlocal data
+        size = count * kind.size
+        bits = np.frombuffer(data[:size], np.float32 if kind == mx.float32 else np.uint16)
+        floats.append(numbers(mx.array(bits).view(kind)))
+        data = data[size:]
+
+    take(B * D, dtype)
+    for _ in made.layers:
+        take(B * len(cell.slots) * D, mx.float32)
+        if window:
+            take(window, dtype)
+    assert not data
+    return np.concatenate(floats)
