@@ -4,7 +4,7 @@ A family of your own: an object with `name`, `title`, `detect(checkpoint)` and `
 (see base.Family), named by an entry point of the group `mlx_pararnn.families`.
 """
 
-from importlib.metadata import entry_points
+from importlib import metadata
 
 from mlx_pararnn.errors import PararnnError
 
@@ -14,9 +14,9 @@ from .babylm import BabyLM
 from .bare_cell import BareCell
 from .base import Canonical, Family
 from .ml_pararnn import MlPararnn
+from .names import ENTRY_POINT_GROUP, family_names, installed_names
 from .pararnn_torch import PararnnTorch
 
-ENTRY_POINT_GROUP = "mlx_pararnn.families"
 _BUILT_IN: tuple[Family, ...] = (MlPararnn(), BabyLM(), PararnnTorch(), BareCell())
 
 __all__ = ["Canonical", "Family", "family_names", "find_family"]
@@ -38,7 +38,7 @@ def find_family(checkpoint: Checkpoint, name: str | None = None) -> Family:
     for family in _BUILT_IN:
         if family.detect(checkpoint):
             return family
-    for other in _installed_names():
+    for other in installed_names():
         if (family := _installed(other)).detect(checkpoint):
             return family
     names = list(checkpoint.tensors)
@@ -48,17 +48,8 @@ def find_family(checkpoint: Checkpoint, name: str | None = None) -> Family:
     )
 
 
-def family_names() -> list[str]:
-    return [family.name for family in _BUILT_IN] + _installed_names()
-
-
-def _installed_names() -> list[str]:
-    built_in = {family.name for family in _BUILT_IN}
-    return sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)} - built_in)
-
-
 def _installed(name: str) -> Family:
-    (entry, *_) = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    (entry, *_) = metadata.entry_points(group=ENTRY_POINT_GROUP, name=name)
     try:
         loaded = entry.load()
         return loaded() if isinstance(loaded, type) else loaded

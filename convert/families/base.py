@@ -14,6 +14,7 @@ from ..readers.checkpoint import Checkpoint
 from ..readers.dtypes import FLOATS, STORED_AS, Array, cast, transposed, widened
 from ..readers.tensors import Box, Piece, Tensor, boxes
 from ..readers.wording import listed, shape_text, shown
+from .names import family_names
 
 Shape = tuple[int, ...]
 Pieces = Callable[[], Iterable[Piece]]
@@ -149,8 +150,6 @@ class Source:
         surplus = self._surplus() if self._taken else []
         if surplus:
             parts.append(f"not expected ({len(surplus)}): {listed(surplus)}")
-        from . import family_names  # here, because that file imports this one
-
         return PararnnError(
             f"{self.checkpoint.path}: it does not fit the family {self.family} (families considered: "
             f"{', '.join(family_names())}); {'; '.join(parts)}"

@@ -21,6 +21,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import BatchGenerator, generate_step
 
+from .. import __version__
 from ..cells import get_cell
 from ..compute.choice import BACKENDS
 from ..compute.recurrence import recurrence
@@ -353,6 +354,6 @@ def describe(model: Model, name: str) -> dict[str, Any]:
         "device": f"{mx.default_device()}, {mx.device_info().get('device_name', platform.machine())}",
         "system": platform.system(),
         "mlx": version("mlx"),
-        "mlx-pararnn": version("mlx-pararnn"),
+        "mlx-pararnn": __version__,
         "date": str(date.today()),
     }

@@ -1,5 +1,6 @@
 """Which family a checkpoint belongs to, and families that other packages bring."""
 
+from importlib import metadata
 from importlib.metadata import EntryPoint
 
 import numpy as np
@@ -37,7 +38,7 @@ def entry_points(value: str):
 
 @pytest.mark.parametrize("options", [(), ("--family", "one-matrix")])
 def test_a_family_of_another_package_is_found(options, accepted, monkeypatch, tmp_path):
-    monkeypatch.setattr(families, "entry_points", entry_points("test_convert_families:OneMatrix"))
+    monkeypatch.setattr(metadata, "entry_points", entry_points("test_convert_families:OneMatrix"))
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
     folder = accepted(write_pt(tmp_path / "m.pt", {"matrix": matrix}), *(options or ("--force",)))
     assert np.array_equal(weights(folder)["recurrent_weight"], matrix)
@@ -45,7 +46,7 @@ def test_a_family_of_another_package_is_found(options, accepted, monkeypatch, tm
 
 
 def test_a_family_that_cannot_be_loaded_is_named(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(families, "entry_points", entry_points("no_such_module:Family"))
+    monkeypatch.setattr(metadata, "entry_points", entry_points("no_such_module:Family"))
     message = refused(write_pt(tmp_path / "m.pt", {"matrix": np.zeros((2, 3), np.float32)}))
     assert "the family one-matrix (no_such_module:Family) cannot be loaded" in message
 
