@@ -1,11 +1,16 @@
 """`mlx-pararnn`: the list of commands. Each command imports what it needs when it runs."""
 
+import logging
 import os
 import signal
 import sys
-from typing import Annotated
+import warnings
+from pathlib import Path
+from typing import Annotated, TextIO
 
 import typer
+
+import mlx_pararnn
 
 from .bench import bench
 from .chat import chat
@@ -63,6 +68,7 @@ def main() -> None:
     _open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _leave)
+    show_messages()
     app()
 
 
@@ -77,6 +83,30 @@ def _open_streams() -> None:
                 os.dup2(null, number)
                 os.close(null)
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+def show_messages() -> None:
+    """What the library logs and warns of, a line each on stderr; on a terminal also what it waits for."""
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("mlx_pararnn")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    show = warnings.showwarning
+
+    def show_ours(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if Path(filename).is_relative_to(Path(mlx_pararnn.__file__).parent):
+            logger.warning("%s", message)
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show_ours
 
 
 def _leave(number: int, frame: object) -> None:

@@ -1,6 +1,7 @@
 """What happens when `mlx_pararnn` is imported: a few modules are watched for, none is imported.
 
-* `mlx.core`: just before its first import a system OpenBLAS is loaded, on Linux (`compute/openblas.py`).
+* `mlx.core`: just before its first import a system OpenBLAS is loaded, on Linux (`compute/openblas.py`), and
+  it is made sure that the folder where MLX compiles for a CPU is the user's own (`compute/mlx_folder.py`).
 * `mlx_lm.models.pararnn`: MLX-LM finds a model class by importing a module of that name; it gets `model.py`.
 * `mlx_lm.models.cache`: MLX-LM's saved prompt caches name their class; ours is put there.
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 def install() -> None:
     """Register with MLX-LM; called once, by the package's `__init__`."""
+    if "mlx.core" in sys.modules:
+        _secure_mlx_folder()
     if "mlx_lm.models.cache" in sys.modules:
         _import_cache()
     if not any(type(finder).__name__ == _Watcher.__name__ for finder in sys.meta_path):  # a reload
@@ -35,6 +38,12 @@ def _import_cache() -> None:
     import_module(f"{__package__}.cache")  # puts its class into MLX-LM's module at its end
 
 
+def _secure_mlx_folder() -> None:
+    from .compute.mlx_folder import secure_mlx_folder
+
+    secure_mlx_folder()
+
+
 class _Watcher:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -43,6 +52,7 @@ class _Watcher:
             from .compute.openblas import load_openblas
 
             load_openblas()
+            _secure_mlx_folder()
         elif name == "mlx_lm.models.pararnn":
             return ModuleSpec(name, _ModelModule())  # type: ignore[arg-type]
         elif name == "mlx_lm.models.cache":

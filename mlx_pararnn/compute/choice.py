@@ -156,12 +156,14 @@ def works_here(
                 if not mx.allclose(a, b, rtol=1e-4, atol=1e-4).item():
                     raise RuntimeError("it gives other numbers than plain MLX ops")
     except Exception as error:
-        plea = "" if isinstance(error, PararnnError) else "; please report this"
+        # Of what is wrong with the machine one text, from one line: Python shows such a warning once.
+        known = isinstance(error, PararnnError)
+        reason, plea = (f"{error}", "") if known else (f"{what}: {error}", "; please report this")
         warnings.warn(
-            f"the {backend} backend does not work here ({what}: {error}); plain MLX ops are used, which is "
+            f"the {backend} backend does not work here ({reason}); plain MLX ops are used, which is "
             f"slower{plea}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=1,
         )
         return False
     return True

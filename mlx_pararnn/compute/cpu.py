@@ -203,6 +203,7 @@ def view(array: mx.array) -> np.ndarray:
 
 # DLPack's DLTensor: data, device, axes, dtype, shape, strides, offset in bytes.
 _TENSOR = struct.Struct("P2ii4xPPQ")
+_CPU_MEMORY = (1, 0)  # DLPack's device kDLCPU and its number
 _pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
@@ -210,9 +211,12 @@ _pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char
 
 def dense_address(array: mx.array) -> int | None:
     """Where an evaluated array stands, if row contiguous; quicker than `view` and `address`."""
-    capsule = array.__dlpack__()
+    # MLX built with Metal gives a buffer object of Metal's unless memory of the CPU is asked for.
+    capsule = array.__dlpack__(dl_device=_CPU_MEMORY)
     tensor = ctypes.string_at(_pointer_in(capsule, b"dltensor"), _TENSOR.size)
-    data, _, _, axes, _, strides, offset = _TENSOR.unpack(tensor)
+    data, device, _, axes, _, strides, offset = _TENSOR.unpack(tensor)
+    if device != _CPU_MEMORY[0]:
+        return None
     if ctypes.string_at(strides, 8 * axes) != _dense_strides(array.shape):
         return None
     return int(data) + int(offset)

@@ -1,13 +1,16 @@
 """Compiles C++ texts for this machine and keeps the libraries, in a folder of the user's own.
 
-A library is kept by its text, flags, compiler and CPU.
+A library is kept by its text, flags and CPU, and by its own hash, which is checked before it is loaded.
 """
 
+import atexit
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,6 +20,7 @@ from pathlib import Path
 
 from ..errors import PararnnError
 
+logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
@@ -24,18 +28,26 @@ class BuildError(PararnnError):
     """No C++ compiler, a text it rejects, or no cache folder of the user's own; says which."""
 
 
+class NoCompilerError(BuildError):
+    """There is no C++ compiler."""
+
+
+class NoCacheError(BuildError):
+    """The user has no home."""
+
+
 def cache_folder() -> Path:
     """Where compiled libraries are kept: a folder of the user's own.
 
     Raises:
-        BuildError: the user has no home.
+        NoCacheError: the user has no home.
     """
     try:
         if sys.platform == "darwin":
             return Path.home() / "Library" / "Caches" / "mlx-pararnn"
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-pararnn"
     except RuntimeError:
-        raise BuildError("this user has no home folder to keep compiled kernels in; set HOME") from None
+        raise NoCacheError("this user has no home folder to keep compiled kernels in; set HOME") from None
 
 
 @cache
@@ -43,31 +55,34 @@ def compiler() -> str:
     """The C++ compiler: CXX where it is set, else c++, g++ or clang++.
 
     Raises:
-        BuildError: there is none.
+        NoCompilerError: there is none.
     """
     if sys.platform == "darwin":
         # without Apple's command line tools /usr/bin/c++ would open a window that offers to install them
         if subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
-            raise BuildError("no C++ compiler; install one with: xcode-select --install")
+            raise NoCompilerError("no C++ compiler; install one with: xcode-select --install")
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and (found := shutil.which(name)):
             return found
-    raise BuildError("no C++ compiler; install one, for example: apt install g++")
+    raise NoCompilerError("no C++ compiler; install one, for example: apt install g++")
 
 
 @cache
 def _machine() -> str:
-    """What the same text and flags may be compiled differently for: compiler and CPU."""
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    """What the same text and flags may be compiled differently for: the CPU, and a compiler asked for by CXX.
+
+    Not the compiler found: a library that is there is used on a machine that has none (any more).
+    """
+    asked_for = os.environ.get("CXX", "")
     if sys.platform == "darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return version + subprocess.run(asked, capture_output=True, text=True).stdout
+        name = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return asked_for + subprocess.run(name, capture_output=True, text=True).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         lines = []
     wanted = ("model name", "flags", "CPU implementer", "CPU part", "Features")
-    return version + "\n".join(line for line in lines if line.startswith(wanted))
+    return "\n".join([asked_for, platform.machine(), *(line for line in lines if line.startswith(wanted))])
 
 
 def _flags() -> list[str]:
@@ -78,7 +93,8 @@ def _flags() -> list[str]:
 def build(text: str, name: str, structs: tuple[type[ctypes.Structure], ...] = ()) -> ctypes.CDLL:
     """The library compiled from `text`, out of the cache folder or built into it.
 
-    Several threads and processes may ask at once: each builds under a name of its own and renames it.
+    Several threads and processes may ask at once: each builds under a name of its own and renames it. A file
+    that is not what was built (cut short, zeroed, of another machine) is built again.
 
     Args:
         text: C++, complete.
@@ -87,8 +103,8 @@ def build(text: str, name: str, structs: tuple[type[ctypes.Structure], ...] = ()
             under the same names.
 
     Raises:
-        BuildError: no compiler, a text it rejects, a folder that cannot be written or that others can, or a
-            struct that Python and the text lay out differently.
+        BuildError: no compiler, a text it rejects, a cache folder that others can write, or a struct that
+            Python and the text lay out differently.
     """
     library = _built(text, name)
     for struct in structs:
@@ -123,33 +139,98 @@ def _check_layout(library: ctypes.CDLL, name: str, struct: type[ctypes.Structure
 
 
 def _built(text: str, name: str) -> ctypes.CDLL:
-    key = hashlib.sha256("\0".join([text, *_flags(), compiler(), _machine()]).encode()).hexdigest()[:20]
-    library = cache_folder() / f"{name}-{key}.so"
+    key = hashlib.sha256("\0".join([text, *_flags(), _machine()]).encode()).hexdigest()[:20]
     with _lock:
+        folder, reason = library_folder()
         try:
-            _make_private(library.parent)
-            if library.exists():
-                try:
-                    return ctypes.CDLL(str(library))
-                except OSError:
-                    pass  # damaged: built again
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                source, built = Path(folder, f"{name}.cpp"), Path(folder, "built.so")
-                source.write_text(text)
-                if sys.stderr.isatty():
-                    print(f"compiling {name} for this CPU, once", file=sys.stderr)
-                command = [compiler(), *_flags(), "-o", str(built), str(source)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    complaint = next((x for x in done.stderr.splitlines() if "error" in x), "no reason given")
-                    raise BuildError(f"{compiler()} rejects {name}: {complaint}")
-                os.replace(built, library)
+            for path in sorted(folder.glob(f"{name}-{key}-*.so")):
+                if library := _loaded(path):
+                    return library
+                path.unlink(missing_ok=True)  # damaged, or from another machine: built again
+            compiler()  # without one it does not matter where it would write
+            if reason:
+                _say_where(reason, folder)
+            return ctypes.CDLL(str(_compiled(text, name, key, folder)))
         except OSError as error:
-            raise BuildError(f"{library.parent} cannot be written: {error.strerror}") from None
+            raise BuildError(f"{name} cannot be built in {folder}: {error.strerror or error}") from None
+
+
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    """The library, if the file is what was built: a damaged one would end the process, now or later.
+
+    Its name ends in its own hash, so that no second file could be lost or fall behind.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        return None
+    if _digest(path) != path.stem.rpartition("-")[2]:
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
+
+
+def _compiled(text: str, name: str, key: str, folder: Path) -> Path:
+    command = [compiler(), *_flags()]
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        source, built = Path(inside, f"{name}.cpp"), Path(inside, "built.so")
+        source.write_text(text)
+        logger.info("compiling %s for this CPU, once", name)
+        done = subprocess.run([*command, "-o", str(built), str(source)], capture_output=True, text=True)
+        if done.returncode:
+            complaint = next((x for x in done.stderr.splitlines() if "error" in x), "no reason given")
+            raise BuildError(f"{compiler()} rejects {name}: {complaint}")
+        with open(built, "rb+") as file:
+            os.fchmod(file.fileno(), 0o700)
+            os.fsync(file.fileno())  # a name must not outlive a loss of power that its bytes do not
+        library = folder / f"{name}-{key}-{_digest(built)}.so"
+        os.replace(built, library)
+        return library
+
+
+def library_folder() -> tuple[Path, str]:
+    """`cache_folder`, made, and ""; or a folder among temporary files, and why it cannot be that one.
+
+    Raises:
+        BuildError: others can write to the cache folder.
+    """
+    try:
+        folder = cache_folder()
+        _make_private(folder)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder, ""
+        reason = f"{folder} cannot be written"
+    except NoCacheError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{folder} cannot be written: {error.strerror}"
+    return _temporary_folder(reason), reason
+
+
+@cache
+def _say_where(reason: str, folder: Path) -> None:
+    logger.warning("%s; compiled kernels are kept in %s", reason, folder)
+
+
+@cache
+def _temporary_folder(reason: str) -> Path:
+    folder = Path(tempfile.gettempdir(), f"mlx-pararnn-{os.geteuid()}")
+    try:
+        _make_private(folder)
+        if folder.is_symlink():
+            raise BuildError(f"{folder} is a link")
+    except (BuildError, OSError):  # someone else has made it
         try:
-            return ctypes.CDLL(str(library))
+            folder = Path(tempfile.mkdtemp(prefix="mlx-pararnn-"))
         except OSError as error:
-            raise BuildError(f"{library} cannot be loaded: {error}") from None
+            raise BuildError(f"{reason}, and there is no folder for temporary files: {error}") from None
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _make_private(folder: Path) -> None:

@@ -227,6 +227,8 @@ def _check(
         raise PararnnError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if chunk < 1 or (max_iters is not None and max_iters < 1):
         raise PararnnError(f"chunk and max_iters must be at least 1 (got {chunk} and {max_iters})")
+    if max_iters is not None and max_iters >= 2**31:
+        raise PararnnError(f"max_iters is {max_iters}; it must be below 2**31; leave it out for no limit")
     if return_states < 0:
         raise PararnnError(f"return_states is {return_states}; it must be 0 or a number of steps")
 

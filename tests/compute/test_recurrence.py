@@ -291,6 +291,7 @@ def test_a_cell_of_ones_own():
         ({"backend": "vulkan"}, "unknown backend 'vulkan'"),
         ({"chunk": 0}, "chunk and max_iters must be at least 1"),
         ({"max_iters": 0}, "chunk and max_iters must be at least 1"),
+        ({"max_iters": 2**31}, "max_iters is 2147483648; it must be below 2**31"),
         ({"return_states": -1}, "return_states is -1"),
     ],
 )

@@ -1,0 +1,135 @@
+"""MLX compiles for a CPU in a folder that others can reach: nothing of theirs is loaded, and it works."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_pararnn.compute import cpu_build
+
+pytestmark = [
+    pytest.mark.usefixtures("cpu_backend"),
+    pytest.mark.skipif(sys.platform != "linux", reason="MLX compiles for a CPU in a shared folder on Linux"),
+]
+
+ANOTHER = 65534
+COMPILE = """
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+print(mx.compile(lambda x: mx.exp(x) + x * x)(mx.zeros((3,))).sum().item())
+"""
+CHECK = """
+import os, tempfile
+print(tempfile.gettempdir() == os.environ["TMPDIR"] == %r)
+"""
+IMPORTS = {
+    "before MLX": "import mlx_pararnn\n" + COMPILE,
+    "after MLX": "import mlx.core\nimport mlx_pararnn\n" + COMPILE,
+    "by MLX-LM": "import mlx_pararnn\nimport mlx_lm.models\n" + COMPILE,
+}
+GENERATE = [
+    "-m",
+    "mlx_pararnn.cli.app",
+    "generate",
+    "-p",
+    "def main",
+    "-m",
+    "3",
+    "--temp",
+    "0.8",
+    "--top-k",
+    "9",
+]
+
+
+@pytest.fixture
+def shared(tmp_path) -> Path:
+    """A folder for temporary files as /tmp is."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    return folder
+
+
+def run(shared, tmp_path, *arguments):
+    variables = {**os.environ, "TMPDIR": str(shared), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables)
+
+
+def plant(shared, tmp_path):
+    """Libraries that end the process that loads them, under every name that MLX asks for, of another user."""
+    first = run(shared, tmp_path, "-c", COMPILE)  # plain MLX: the names
+    assert first.returncode == 0, first.stderr
+    source = tmp_path / "planted.cpp"
+    source.write_text("__attribute__((constructor)) static void run() { __builtin_trap(); }")
+    planted = tmp_path / "planted.so"
+    subprocess.run([cpu_build.compiler(), "-shared", "-fPIC", "-o", planted, source], check=True)
+    libraries = [*shared.glob("mlx/*/cpu/*.so")]
+    assert libraries
+    for library in libraries:
+        library.unlink()
+        library.write_bytes(planted.read_bytes())
+    assert run(shared, tmp_path, "-c", COMPILE).returncode < 0  # plain MLX runs them
+
+
+def give_away(folder):
+    if os.geteuid():
+        pytest.skip("only root gives files away")
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, ANOTHER, ANOTHER)
+
+
+@pytest.mark.parametrize("order", IMPORTS)
+@pytest.mark.parametrize("whose", ["another's", "all may write", "a link"])
+def test_a_planted_library_is_not_loaded(whose, order, shared, tmp_path):
+    plant(shared, tmp_path)
+    if whose == "another's":
+        give_away(shared / "mlx")
+    elif whose == "all may write":
+        (shared / "mlx").chmod(0o777)
+    else:
+        (shared / "mlx").rename(tmp_path / "elsewhere")
+        (shared / "mlx").symlink_to(tmp_path / "elsewhere")
+    code = IMPORTS[order] + CHECK % str(shared)
+    done = run(shared, tmp_path, "-c", code)
+    assert (done.returncode, done.stdout) == (0, "3.0\nTrue\n"), done.stderr
+    (used,) = (tmp_path / "cache" / "mlx-pararnn").iterdir()
+    assert used.stat().st_mode & 0o777 == 0o700
+    assert [*used.glob("mlx/*/cpu/*.so")]
+
+
+@pytest.mark.parametrize("place", ["mlx", "mlx/VERSION", "mlx/VERSION/cpu"])
+def test_a_folder_of_anothers_does_not_end_generation(place, shared, tmp_path):
+    folder = shared / place.replace("VERSION", mx.__version__)
+    folder.mkdir(parents=True)
+    folder.chmod(0o700)
+    give_away(folder)
+    done = run(shared, tmp_path, *GENERATE)
+    assert done.returncode == 0, done.stderr
+    assert not [*folder.rglob("*.so")]
+
+
+def test_a_folder_of_ones_own_is_used_and_a_missing_one_made(shared, tmp_path):
+    for _ in range(2):
+        done = run(shared, tmp_path, "-c", IMPORTS["before MLX"])
+        assert (done.returncode, done.stdout) == (0, "3.0\n"), done.stderr
+        assert len([*shared.glob("mlx/*/cpu/*.so")]) == 1
+    assert (shared / "mlx").stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_the_sticky_bit_nothing_there_is_trusted(shared, tmp_path):
+    """Others could put a folder of theirs in the place of ours."""
+    shared.chmod(0o777)
+    done = run(shared, tmp_path, "-c", IMPORTS["before MLX"])
+    assert (done.returncode, done.stdout) == (0, "3.0\n"), done.stderr
+    assert not [*shared.iterdir()]
+
+
+def test_a_private_folder_for_temporary_files_is_left_alone(shared, tmp_path):
+    shared.chmod(0o700)
+    run(shared, tmp_path, "-c", "import mlx_pararnn, mlx.core")
+    assert not [*shared.iterdir()]
