@@ -1,0 +1,153 @@
+"""Imports run one way through the rooms, and no two files import each other, at the top or in a function."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# room: the rooms whose files its own may import, and with them all that those lead to
+ARROWS = {
+    "__main__": "cli",
+    "cli": "chat tools convert.to_mlx convert.to_coreml convert.inspection convert.comparison",
+    "convert.to_coreml": "convert.to_mlx convert.coreml convert.inspection",
+    "convert.to_mlx": "convert.overrides convert.writers",
+    "convert.comparison": "convert.writers tools",
+    "convert.inspection": "convert.writers model",
+    "convert.overrides": "convert.writers cells",
+    "convert.coreml": "convert.families tools",
+    "convert.writers": "convert.families",
+    "convert.families": "convert.readers",
+    "convert.readers": "hub model_files",
+    "chat": "package",
+    "tools": "package",
+    "package": "loading generation registration",
+    "registration": "compute",
+    "loading": "model hub model_files",
+    "generation": "model",
+    "model": "compute cache",
+    "compute": "cells",
+    "cells": "errors",
+    "cache": "errors",
+    "hub": "errors",
+    "model_files": "errors",
+    "errors": "",
+    "convert": "",
+    "metal": "",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every file of the library by its name; those of convert/, cli/ and metal/ by the name they have in it."""
+    found = {}
+    for top in ("mlx_pararnn", "convert", "cli", "metal"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if top == "mlx_pararnn":
+                if len(parts) > 1 and (ROOT / top / parts[1]).is_symlink():
+                    continue
+                parts = parts[1:]
+            found[".".join(parts).removesuffix("__init__").removesuffix(".") or "package"] = path
+    return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    first, *rest = module.split(".")
+    return f"convert.{rest[0]}" if first == "convert" and rest else first
+
+
+def imports(module: str, source: str) -> set[str]:
+    """The library's own modules that a file imports, wherever in it the statement stands."""
+    path = MODULES[module]
+    package = path.relative_to(ROOT).parent.parts
+    package = package if package[:1] == ("mlx_pararnn",) else ("mlx_pararnn", *package)
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.partition(".")[0] == "mlx_pararnn" and name != "mlx_pararnn.__version__":
+                while (inside := name.partition(".")[2] or "package") not in MODULES:
+                    name = name.rpartition(".")[0]
+                found.add(inside)
+    return found - {module}
+
+
+def reachable(start: str) -> set[str]:
+    rooms = set(ARROWS[start].split())
+    return rooms.union(*map(reachable, rooms))
+
+
+def offences(module: str, source: str) -> list[str]:
+    allowed = reachable(room(module)) | {room(module)}
+    return sorted(
+        f"{module} imports {other}" for other in imports(module, source) if room(other) not in allowed
+    )
+
+
+GRAPH = {module: imports(module, path.read_text()) for module, path in MODULES.items()}
+
+
+def test_every_room_is_declared():
+    assert {room(module) for module in MODULES} == set(ARROWS)
+
+
+def test_the_rooms_make_no_circle():
+    TopologicalSorter({name: arrows.split() for name, arrows in ARROWS.items()}).prepare()
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_a_room_imports_only_what_its_arrows_lead_to(name):
+    inside = [module for module in MODULES if room(module) == name]
+    assert [line for module in inside for line in offences(module, MODULES[module].read_text())] == []
+
+
+def test_no_two_files_import_each_other():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "offence"),
+    [
+        ("cells.gru", "from ..model import Model", "cells.gru imports model"),
+        ("compute.cpu_token", "def f():\n    from .. import model", "compute.cpu_token imports model"),
+        (
+            "convert.readers.pickles",
+            "import mlx_pararnn.convert.families.base",
+            "imports convert.families.base",
+        ),
+        ("convert.writers.quantize", "from mlx_pararnn.convert import to_mlx", "imports convert.to_mlx"),
+        ("convert.coreml.program", "from ..writers import quantize", "imports convert.writers.quantize"),
+        ("chat.session", "from ..cli.app import main", "chat.session imports cli.app"),
+        ("tools.doctor", "from ..convert import to_mlx", "tools.doctor imports convert.to_mlx"),
+        ("model", "from mlx_pararnn import load", "model imports package"),
+        ("errors", "from .cells import Cell", "errors imports cells"),
+    ],
+)
+def test_an_import_against_the_arrows_is_seen(module, statement, offence):
+    (seen,) = offences(module, statement)
+    assert offence in seen
+
+
+def test_no_test_module_imports_another():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            )
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            parts = [part for name in names for part in name.split(".")]
+            assert not [part for part in parts if part.startswith(("test_", "conftest"))], path
