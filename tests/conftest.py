@@ -8,7 +8,7 @@ import pytest
 
 import mlx_pararnn  # noqa: F401 - loads OpenBLAS before a test imports MLX
 from mlx_pararnn import cells
-from tests.support.golden import DATA
+from tests.support.golden import DATA, golden_file
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def converted(tmp_path_factory):
         if key not in folders:
             out = tmp_path_factory.mktemp("converted") / "model"
             options.setdefault("tokenizer", "none")
-            convert_to_mlx(DATA / source, out, **options)
+            convert_to_mlx(golden_file(source), out, **options)
             folders[key] = out
         return folders[key]
 

@@ -39,7 +39,7 @@ ARROWS = {
 
 
 def modules() -> dict[str, Path]:
-    """Every file of the library by its name; those of convert/, cli/ and metal/ by the name they have in it."""
+    """Every file of the library by its name inside mlx_pararnn."""
     found = {}
     for top in ("mlx_pararnn", "convert", "cli", "metal"):
         for path in sorted((ROOT / top).rglob("*.py")):
@@ -144,10 +144,11 @@ def test_an_import_against_the_arrows_is_seen(module, statement, offence):
 
 def test_no_test_module_imports_another():
     for path in sorted((ROOT / "tests").rglob("*.py")):
+        names = []
         for node in ast.walk(ast.parse(path.read_text())):
-            names = (
-                [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-            )
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            parts = [part for name in names for part in name.split(".")]
-            assert not [part for part in parts if part.startswith(("test_", "conftest"))], path
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names += [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+        parts = [part for name in names for part in name.split(".")]
+        assert not [part for part in parts if part.startswith(("test_", "conftest"))], path

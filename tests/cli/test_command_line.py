@@ -9,13 +9,14 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
+from tests.support.golden import golden_file
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn"]
 
 
 @pytest.fixture
-def checkpoint(data):
-    return data / "lm/paragru_s64/state_dict.pt"
+def checkpoint():
+    return golden_file("lm/paragru_s64/state_dict.pt")
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

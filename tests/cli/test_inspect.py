@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.loading import DEMO
+from tests.support.golden import golden_file
 
 FINAL = "trained/paragru/final.pt"
 
@@ -44,11 +45,11 @@ def test_a_checkpoint_and_what_becomes_of_it_are_the_same_model(converted, data)
     "source",
     ["lm/paragru_s64/model.safetensors", "lm/paralstm_s96/state_dict.pt", "pararnn_torch/babylm_paraslstm"],
 )
-def test_the_state_is_as_large_as_it_says(converted, data, source):
+def test_the_state_is_as_large_as_it_says(converted, source):
     model, _ = mlx_pararnn.load_model(converted(source))
     cache = model.make_cache()
     model(mx.array([[1, 2, 3]]), cache=cache)
-    assert found(data / source)["state_bytes"] == sum(c.nbytes for c in cache)
+    assert found(golden_file(source))["state_bytes"] == sum(c.nbytes for c in cache)
 
 
 def test_a_config_that_leaves_out_what_has_a_default(converted, tmp_path):
@@ -75,15 +76,15 @@ def test_a_table_for_people(data):
         assert line in result.stdout
 
 
-def test_headers_alone_are_read(data, tmp_path, monkeypatch):
+def test_headers_alone_are_read(tmp_path, monkeypatch):
     """Every byte of the weights may be wrong, as long as the headers are right."""
-    file = shutil.copy(data / "lm/paragru_s64/model.safetensors", tmp_path)
+    file = shutil.copy(golden_file("lm/paragru_s64/model.safetensors"), tmp_path)
     size = os.path.getsize(file)
     with open(file, "r+b") as opened:
         begin = 8 + int.from_bytes(opened.read(8), "little")
         opened.seek(begin)
         opened.write(os.urandom(size - begin))
-    assert found(file)["parameters"] == found(data / "lm/paragru_s64/model.safetensors")["parameters"]
+    assert found(file)["parameters"] == found(golden_file("lm/paragru_s64/model.safetensors"))["parameters"]
 
 
 @pytest.mark.parametrize("path", ["nowhere.pt", "."])
@@ -127,8 +128,8 @@ def test_one_changed_number_is_seen(converted, data, tmp_path):
     assert "FAIL" in result.stdout
 
 
-def test_another_models_checkpoint(converted, data):
-    result = run("verify", converted(FINAL), "--against", data / "lm/paragru_s64/state_dict.pt")
+def test_another_models_checkpoint(converted):
+    result = run("verify", converted(FINAL), "--against", golden_file("lm/paragru_s64/state_dict.pt"))
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
 

@@ -1,29 +1,11 @@
-"""Golden models in every form, and conversions that must succeed or fail."""
+"""Conversions that must succeed or fail."""
 
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.converting import convert
-
-
-@pytest.fixture(scope="session")
-def golden_form(data, tmp_path_factory) -> Callable[[str], Path]:
-    """A function that gives a form of a golden model ("lm/paragru_s64/dcp_flat"), unpacked if need be."""
-    unpacked: list[Path] = []
-
-    def find(name: str) -> Path:
-        if (data / name).exists():
-            return data / name
-        if not unpacked:
-            unpacked.append(tmp_path_factory.mktemp("golden"))
-            with tarfile.open(data / "lm/forms.tar.xz") as archive:
-                archive.extractall(unpacked[0] / "lm", filter="data")
-        return unpacked[0] / name
-
-    return find
 
 
 @pytest.fixture

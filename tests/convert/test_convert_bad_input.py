@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.support.converting import config, convert, weights
+from tests.support.golden import golden_file
 from tests.support.pt_writer import Call, write_archive, write_pt
 from tests.support.small_models import apple_gru, babylm, torch_lm
 
@@ -31,8 +32,8 @@ def test_an_empty_file(name, refused, tmp_path):
 
 @pytest.mark.parametrize("kept", [0.05, 0.5, 0.999])
 @pytest.mark.parametrize("form", ["state_dict.pt", "model.safetensors"])
-def test_a_truncated_file(form, kept, refused, data, tmp_path):
-    content = (data / "lm/paragru_s64" / form).read_bytes()
+def test_a_truncated_file(form, kept, refused, tmp_path):
+    content = (golden_file(f"lm/paragru_s64/{form}")).read_bytes()
     (tmp_path / form).write_bytes(content[: int(len(content) * kept)])
     assert "cut short" in refused(tmp_path / form)
 

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from mlx_pararnn.convert.readers.dtypes import cast
 from tests.support.converting import config, weights
+from tests.support.golden import golden_file
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import apple_gru, torch_lm
 
@@ -35,9 +36,9 @@ def test_every_weight_is_cast_but_the_recurrent_ones(dtype, tag, accepted, tmp_p
     assert f"--dtype {dtype}" in (folder / "README.md").read_text()
 
 
-def test_bfloat16_becomes_float32_exactly(converted, data):
+def test_bfloat16_becomes_float32_exactly(converted):
     wide = weights(converted("lm/paragru_s64/ckpt_bf16.pt", dtype="float32"))
-    bits = open_checkpoint(data / "lm/paragru_s64/ckpt_bf16.pt").tensors["embedding.weight"].read()
+    bits = open_checkpoint(golden_file("lm/paragru_s64/ckpt_bf16.pt")).tensors["embedding.weight"].read()
     assert np.array_equal(wide["model.embed_tokens.weight"].view(np.uint32), bits.astype(np.uint32) << 16)
 
 

@@ -10,6 +10,9 @@ from safetensors.numpy import load_file
 
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import config, weights
+from tests.support.golden import golden_file
+from tests.support.pt_writer import write_pt
+from tests.support.small_models import apple_gru
 
 GRU, LSTM = "lm/paragru_s64", "lm/paralstm_s96"
 FLOAT32_FORMS = [
@@ -80,9 +83,9 @@ def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 @pytest.mark.parametrize("form", FLOAT32_FORMS)
-def test_every_float32_form_gives_the_same_bits(form, converted, golden_form):
-    plain = golden_form(f"{form.rpartition('/')[0]}/model.safetensors")
-    folder = converted(golden_form(form))
+def test_every_float32_form_gives_the_same_bits(form, converted):
+    plain = golden_file(f"{form.rpartition('/')[0]}/model.safetensors")
+    folder = converted(golden_file(form))
     assert same_bits(weights(folder), canonical_apple(load_file(plain)))
     sizes = {
         GRU: {"cell": "gru", "hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 256, "num_heads": 4,
@@ -98,8 +101,8 @@ def test_every_float32_form_gives_the_same_bits(form, converted, golden_form):
 
 
 @pytest.mark.parametrize("model", [GRU, LSTM])
-def test_both_bfloat16_forms_give_the_same_bits_and_keep_the_format(model, converted, golden_form):
-    forms = [golden_form(f"{model}/{name}") for name in ("ckpt_bf16.pt", "model_bf16.safetensors")]
+def test_both_bfloat16_forms_give_the_same_bits_and_keep_the_format(model, converted):
+    forms = [golden_file(f"{model}/{name}") for name in ("ckpt_bf16.pt", "model_bf16.safetensors")]
     folders = [converted(form) for form in forms]
     files = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert files[0] == files[1]
@@ -123,9 +126,16 @@ def test_a_training_checkpoint_keeps_its_configuration_for_the_card_and_nothing_
     assert "`final.pt`" in card
     assert '"d_model": 128' in card
     assert str(data) not in card
-    assert (folder / "model.safetensors").stat().st_size < (
-        data / "trained/paragru/final.pt"
-    ).stat().st_size / 2.9
+    assert not [name for name in weights(folder) if "exp_avg" in name or "optim" in name]
+
+
+def test_the_state_of_the_optimizer_is_left_out(accepted, tmp_path):
+    model = apple_gru()
+    state = {i: {"exp_avg": 0 * a, "exp_avg_sq": 0 * a} for i, a in enumerate(model.values())}
+    plain = accepted(write_pt(tmp_path / "plain.pt", model))
+    whole = {"step": 3, "model_state_dict": model, "optimizer_state_dict": {"state": state}}
+    folder = accepted(write_pt(tmp_path / "whole.pt", whole))
+    assert (folder / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["babylm_paragru", "babylm_paralstm", "babylm_paraslstm", "babylm_paranlru",
@@ -191,13 +201,14 @@ def test_save_pretrained_folders(name, tied, converted):
     assert "clamped to [-0.5, 0.5]" in (folder / "README.md").read_text()
 
 
-def test_everything_is_converted_without_torch_and_without_mlx(data, tmp_path):
+def test_everything_is_converted_without_torch_and_without_mlx(tmp_path):
     import subprocess
 
+    source, out = str(golden_file(f"{GRU}/ckpt.pt")), str(tmp_path / "out")
     code = (
         "import sys; sys.modules['torch'] = sys.modules['mlx'] = None\n"
         "from mlx_pararnn.convert.to_mlx import convert_to_mlx\n"
-        f"convert_to_mlx({str(data / GRU / 'ckpt.pt')!r}, {str(tmp_path / 'out')!r}, tokenizer='bytes')"
+        f"convert_to_mlx({source!r}, {out!r}, tokenizer='bytes')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert json.loads((tmp_path / "out/config.json").read_text())["cell"] == "gru"

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers import output_folder
 from tests.support.converting import convert
+from tests.support.golden import golden_file
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import apple_gru, torch_lm
 
@@ -222,15 +223,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_file_system_that_is_really_full(small_disk, data, monkeypatch):
+def test_a_file_system_that_is_really_full(small_disk, monkeypatch):
     # Room is promised and not there, as when another program fills the disk meanwhile.
     monkeypatch.setattr(output_folder, "_check_room", lambda *_: None)
-    result = convert(data / "lm/paragru_s64/state_dict.pt", "-o", small_disk / "out", "--tokenizer", "none")
+    result = convert(
+        golden_file("lm/paragru_s64/state_dict.pt"), "-o", small_disk / "out", "--tokenizer", "none"
+    )
     assert result.exit_code == 1
     assert "it could not be written (No space left on device); make room" in result.stderr
     assert list(small_disk.iterdir()) == []
     monkeypatch.undo()
-    result = convert(data / "lm/paragru_s64/state_dict.pt", "-o", small_disk / "out", "--tokenizer", "none")
+    result = convert(
+        golden_file("lm/paragru_s64/state_dict.pt"), "-o", small_disk / "out", "--tokenizer", "none"
+    )
     assert "the model takes 1 MB and the disk has 0 MB left" in result.stderr
 
 

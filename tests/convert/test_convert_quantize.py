@@ -17,6 +17,7 @@ from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers.quantize import MODES, Plan, quantization
 from mlx_pararnn.errors import PararnnError
 from tests.support.converting import config, convert
+from tests.support.golden import golden_file
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import TORCH_CELLS, apple_gru, babylm, torch_lm
 
@@ -62,10 +63,10 @@ def quantized_by_mlx(folder: Path, choice: dict, dtype: str | None) -> tuple[dic
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("source", GOLDEN[:3])
-def test_bits_scales_and_config_are_mlx_lms(source, dtype, choice, converted, data, tmp_path, monkeypatch):
+def test_bits_scales_and_config_are_mlx_lms(source, dtype, choice, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(buffers, "PIECE_BYTES", 10_000)  # so that matrices are quantized in many blocks
     done = convert_to_mlx(
-        data / source, tmp_path / "q", tokenizer="none", quantize=True, dtype=dtype, **choice
+        golden_file(source), tmp_path / "q", tokenizer="none", quantize=True, dtype=dtype, **choice
     )
     expected, settings = quantized_by_mlx(converted(source), choice, dtype)
     ours = mx.load(str(tmp_path / "q" / "model.safetensors"))
@@ -107,10 +108,10 @@ def test_a_matrix_that_the_group_size_does_not_divide(converted):
     }
 
 
-def test_the_summary_says_what_is_not_as_asked(data, tmp_path):
+def test_the_summary_says_what_is_not_as_asked(tmp_path):
     def summary(source, *options):
         result = convert(
-            data / source, "-o", tmp_path / "out", "--tokenizer", "none", "--force", "-q", *options
+            golden_file(source), "-o", tmp_path / "out", "--tokenizer", "none", "--force", "-q", *options
         )
         assert result.exit_code == 0, result.output
         return result.stdout.splitlines()[-1]

@@ -14,18 +14,19 @@ from mlx_pararnn.convert.readers.dtypes import all_finite, cast, transposed
 from mlx_pararnn.convert.readers.tensors import boxes
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers import safetensors_writer
+from tests.support.golden import golden_file
 
 SOURCE = "lm/paragru_s64/state_dict.pt"
 
 
 @pytest.fixture
-def sharded(data, tmp_path):
+def sharded(tmp_path):
     """A function that converts with shards of at most 100 kB."""
 
     def run(**options):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(safetensors_writer, "MAX_SHARD_BYTES", 100_000)
-            convert_to_mlx(data / SOURCE, tmp_path / "sharded", tokenizer="none", **options)
+            convert_to_mlx(golden_file(SOURCE), tmp_path / "sharded", tokenizer="none", **options)
         return tmp_path / "sharded"
 
     return run
@@ -72,11 +73,11 @@ def test_a_small_model_is_one_file_without_an_index(converted):
     }  # fmt: skip
 
 
-def test_progress_counts_every_byte_once(data, tmp_path, monkeypatch):
+def test_progress_counts_every_byte_once(tmp_path, monkeypatch):
     monkeypatch.setattr(buffers, "PIECE_BYTES", 10_000)
     seen = []
     done = convert_to_mlx(
-        data / SOURCE, tmp_path / "out", tokenizer="none", progress=lambda *state: seen.append(state)
+        golden_file(SOURCE), tmp_path / "out", tokenizer="none", progress=lambda *state: seen.append(state)
     )
     assert len(seen) > 50
     assert seen == sorted(seen)
@@ -85,12 +86,12 @@ def test_progress_counts_every_byte_once(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": True}, {"dtype": "bfloat16"}, {"dtype": "float16"}])
-def test_the_size_of_the_pieces_changes_nothing(options, converted, data, tmp_path, monkeypatch):
+def test_the_size_of_the_pieces_changes_nothing(options, converted, tmp_path, monkeypatch):
     whole = (converted(SOURCE, **options) / "model.safetensors").read_bytes()
     for piece_bytes in (1_000, 3_001, 60_000):
         monkeypatch.setattr(buffers, "PIECE_BYTES", piece_bytes)
         out = tmp_path / str(piece_bytes)
-        convert_to_mlx(data / SOURCE, out, tokenizer="none", **options)
+        convert_to_mlx(golden_file(SOURCE), out, tokenizer="none", **options)
         assert (out / "model.safetensors").read_bytes() == whole
 
 

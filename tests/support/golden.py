@@ -1,6 +1,9 @@
 """Recorded numbers in tests/data: cells, language models, and what counts as equal to them."""
 
 import json
+import tarfile
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,6 +12,20 @@ import numpy as np
 from mlx_pararnn import get_cell
 
 DATA = Path(__file__).parents[1] / "data"
+
+
+@cache
+def unpacked() -> tempfile.TemporaryDirectory:
+    """The files of lm/forms.tar.xz, which repeat each other's bytes, in a folder of this process."""
+    folder = tempfile.TemporaryDirectory(prefix="mlx-pararnn-golden-")
+    with tarfile.open(DATA / "lm" / "forms.tar.xz") as archive:
+        archive.extractall(Path(folder.name) / "lm", filter="data")
+    return folder
+
+
+def golden_file(name: str | Path) -> Path:
+    """A file or folder by its path in tests/data ("lm/paragru_s64/dcp_flat"), unpacked if need be."""
+    return DATA / name if (DATA / name).exists() else Path(unpacked().name) / name
 
 
 def cell_cases() -> list[dict]:
