@@ -25,6 +25,15 @@ def serve(
             help="What every request must carry: as a bearer token, or as the password a browser asks for.",
         ),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="NAME",
+            help="A page or desktop app that may use the server (app://obsidian.md), or a name under which "
+            "it may be reached (host.docker.internal). Can be given several times.",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", min=1, help="The most that one answer may have.")
     ] = 4096,
@@ -51,6 +60,7 @@ def serve(
         host=host,
         port=port,
         api_key=api_key,
+        allowed_origins=tuple(allow_origin or ()),
         max_tokens=max_tokens,
         temperature=temp,
         top_p=top_p,

@@ -142,3 +142,13 @@ def test_evaluate_on_a_task_of_ones_own(lm, tmp_path):
     lm("evaluate", "--model", DEMO, "--tasks", "lines.yaml", "--output-dir", "results")
     (results,) = (tmp_path / "results").iterdir()
     assert json.loads(results.read_text())["lines"]["acc,none"] == 1.0
+
+
+def test_a_server_with_a_draft_is_refused():
+    from typer.testing import CliRunner
+
+    from mlx_pararnn.cli.app import app
+
+    result = CliRunner().invoke(app, ["lm", "server", "--model", "x", "--draft-model=y"])
+    assert result.exit_code == 2
+    assert "takes no --draft-model" in result.output

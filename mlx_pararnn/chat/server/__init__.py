@@ -1,0 +1,11 @@
+"""`mlx-pararnn serve`: one model behind OpenAI's protocol, and a chat page.
+
+`listen` takes connections, `access` turns away who may not ask, `app` has the paths, `schema` reads requests,
+`prompts` makes tokens of them, `service` and `answers` bring what `engine`, the model's one thread, generates
+into OpenAI's form.
+"""
+
+from .listen import serve
+from .settings import Settings
+
+__all__ = ["Settings", "serve"]

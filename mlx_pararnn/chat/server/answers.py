@@ -1,0 +1,151 @@
+"""Answers in OpenAI's words: choices, log probabilities, calls of tools, usage; whole and in chunks."""
+
+import json
+import logging
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+
+from .engine import Job, TokenInfo
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Part:
+    """A piece of a message: text, reasoning and calls of tools as OpenAI has them."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def delta(self) -> dict[str, Any]:
+        """The fields of a streamed message, those that are not empty."""
+        named = {"content": self.content, "reasoning": self.reasoning, "tool_calls": self.calls}
+        return {name: value for name, value in named.items() if value}
+
+
+class MessageParser:
+    """Divides an answer's text into what is said, what is thought and which tools are called."""
+
+    def __init__(self, tokenizer: Any, tools: list[dict[str, Any]], reasoning: bool) -> None:
+        self._tokenizer, self._tools = tokenizer, tools
+        self._state: Any = None
+        if tokenizer.has_thinking or tokenizer.has_tool_calling:
+            start = tokenizer.response_initial_state or ("reasoning" if reasoning else "normal")
+            self._state = make_text_state_machine(tokenizer).make_state(start)
+        self._call = ""
+        self.calls = 0
+
+    def add(self, text: str, last: bool = False) -> Part:
+        """What can be told after some more text; `last` where none follows."""
+        if self._state is None:
+            return Part(text)
+        self._state, segments = TextStateMachine.split(self._state, text)
+        if last:
+            self._state, held, state = TextStateMachine.flush(self._state)
+            segments.append((state, held))
+        part = Part()
+        for state, said in segments:
+            if state == "tool":
+                self._call += said
+                continue
+            self._end_call(part)
+            if state == "reasoning":
+                part.reasoning += said
+            else:
+                part.content += said
+        if last:
+            self._end_call(part)
+        return part
+
+    def _end_call(self, part: Part) -> None:
+        text, self._call = self._call, ""
+        if not text.strip():
+            return
+        try:
+            parsed = self._tokenizer.tool_parser(text, self._tools)
+            for call in parsed if isinstance(parsed, list) else [parsed]:
+                arguments = call["arguments"]
+                part.calls.append(
+                    {
+                        "index": self.calls,
+                        "id": call.get("id") or f"call_{uuid.uuid4().hex[:24]}",
+                        "type": "function",
+                        "function": {
+                            "name": call["name"],
+                            "arguments": json.dumps(arguments, ensure_ascii=False),
+                        },
+                    }
+                )
+                self.calls += 1
+        except Exception as error:  # each format's parser has its own; a call that was cut short, mostly
+            logger.warning("a call of a tool cannot be read: %s", error)
+            part.content += text
+
+
+class TokenTexts:
+    """The text and the bytes of single tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def bytes(self, token: int) -> bytes:
+        """A token's own bytes, which may be part of a character."""
+        return str(self._tokenizer.decode([token])).encode()
+
+    def text(self, token: int) -> str:
+        """As text, and where it is part of a character as OpenAI writes that: bytes:\\xf0."""
+        raw = self.bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def chat_logprobs(texts: TokenTexts, tokens: Iterable[TokenInfo]) -> dict[str, Any]:
+    """`logprobs` of a chat's choice."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        raw = texts.bytes(token)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+    return {
+        "content": [
+            {**entry(info.id, info.logprob), "top_logprobs": [entry(*best) for best in info.top]}
+            for info in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(texts: TokenTexts, tokens: Iterable[TokenInfo], shift: int = 0) -> dict[str, Any]:
+    """`logprobs` of a completion's choice; offsets begin at `shift`."""
+    tokens = list(tokens)
+    tops: list[dict[str, float] | None] = []
+    for info in tokens:
+        top: dict[str, float] = {}
+        for token, logprob in info.top:
+            top.setdefault(texts.text(token), logprob)
+        tops.append(None if info.logprob is None else top)
+    return {
+        "tokens": [texts.text(info.id) for info in tokens],
+        "token_logprobs": [info.logprob for info in tokens],
+        "top_logprobs": tops,
+        "text_offset": [shift + info.offset for info in tokens],
+    }
+
+
+def usage_of(jobs: list[Job], n: int = 1) -> dict[str, Any]:
+    """Tokens of several answers, `n` to each prompt, which counts once."""
+    prompt = sum(len(job.prompt) for job in jobs[::n])
+    made = sum(job.completion_tokens for job in jobs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in jobs[::n])},
+    }

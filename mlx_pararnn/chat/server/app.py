@@ -1,0 +1,222 @@
+"""The server's paths, and what answers at each."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from ...errors import PararnnError
+from .access import Access, error_response, read_json
+from .engine import EngineStopped
+from .metrics import Metrics
+from .prompts import run_apart
+from .schema import ChatRequest, CompletionRequest, Refused, TokenizeRequest, openapi, read_request
+from .service import Service
+from .settings import Settings
+
+PAGE = files(__package__).joinpath("page.html").read_bytes()
+SECONDS_TO_ARRIVE = 60  # for a request's body
+PING = 15  # seconds without a piece, after which a comment keeps the connection open
+Result = TypeVar("Result")
+
+
+def make_app(service: Service, settings: Settings, metrics: Metrics) -> Any:
+    """The ASGI application."""
+    endpoints = Endpoints(service, metrics)
+    post = {
+        "/v1/completions": endpoints.completions,
+        "/v1/chat/completions": endpoints.chat_completions,
+        "/chat/completions": endpoints.chat_completions,
+        "/tokenize": endpoints.tokenize,
+    }
+    get = {
+        "/": endpoints.page,
+        "/v1/models": endpoints.models,
+        "/v1/models/{name:path}": endpoints.model,
+        "/health": endpoints.health,
+        "/metrics": endpoints.metrics,
+        "/openapi.json": endpoints.openapi,
+    }
+    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()]
+    routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
+    handlers: dict[Any, Any] = {
+        HTTPException: _http_error,
+        Refused: _refused,
+        EngineStopped: _stopped,
+        PararnnError: _failed,
+        ClientDisconnect: _left,
+        Exception: _broken,
+    }
+    return Access(Starlette(routes=routes, exception_handlers=handlers), settings, metrics)
+
+
+class Endpoints:
+    """What is done at each path."""
+
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self._service, self._metrics = service, metrics
+
+    async def completions(self, request: Request) -> Response:
+        wanted = read_request(CompletionRequest, await self._body(request))
+        if wanted.stream:
+            return await stream(
+                request, self._service.completion_events(wanted), _openai_event, b"data: [DONE]\n\n"
+            )
+        return JSONResponse(await while_connected(request, self._service.completion(wanted)))
+
+    async def chat_completions(self, request: Request) -> Response:
+        wanted = read_request(ChatRequest, await self._body(request))
+        if wanted.stream:
+            return await stream(
+                request, self._service.chat_events(wanted), _openai_event, b"data: [DONE]\n\n"
+            )
+        return JSONResponse(await while_connected(request, self._service.chat(wanted)))
+
+    async def tokenize(self, request: Request) -> Response:
+        wanted = read_request(TokenizeRequest, await self._body(request))
+        encode = self._service.engine.tokenizer.encode
+        tokens = await run_apart(lambda: encode(wanted.text, add_special_tokens=wanted.special))
+        return JSONResponse({"tokens": list(tokens), "count": len(tokens)})
+
+    async def page(self, request: Request) -> Response:
+        return Response(PAGE, media_type="text/html", headers={"Content-Security-Policy": _page_policy()})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._service.model_entry()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._service.name:
+            raise Refused(404, f"this server has one model, {self._service.name!r}", "model_not_found")
+        return JSONResponse(self._service.model_entry())
+
+    async def health(self, request: Request) -> Response:
+        if self._service.engine.refusing:
+            raise Refused(503, "the server is stopping")
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi())
+
+    async def _body(self, request: Request) -> Any:
+        if self._service.engine.refusing:
+            raise Refused(503, "the server is stopping")
+        return await read_json(request, SECONDS_TO_ARRIVE)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which ends with the client's connection."""
+    answer = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.wait({answer, gone})
+
+
+async def stream(
+    request: Request, events: AsyncGenerator[Any, None], write: Callable[[Any], bytes], end: bytes = b""
+) -> StreamingResponse:
+    """Server-sent events. What fails before the first of them is raised, and answered as any failure."""
+    iterator = aiter(events)
+    first = asyncio.ensure_future(anext(iterator, None))
+    gone = asyncio.ensure_future(_disconnected(request))
+    # A prompt may be read for long: from then on a comment now and then keeps the connection open.
+    await asyncio.wait({first, gone}, timeout=PING, return_when=asyncio.FIRST_COMPLETED)
+    left = gone.done()
+    gone.cancel()
+    if first.done():
+        first.result()
+    elif left:
+        first.cancel()
+        await asyncio.wait({first})
+        raise ClientDisconnect
+
+    async def content() -> AsyncIterator[bytes]:
+        following: asyncio.Future[Any] = first
+        async with aclosing(events):
+            try:
+                while True:
+                    await asyncio.wait({following}, timeout=PING)
+                    if not following.done():
+                        yield b": keep-alive\n\n"
+                        continue
+                    event = following.result()
+                    if event is None:
+                        yield end
+                        return
+                    yield write(event)
+                    following = asyncio.ensure_future(anext(iterator, None))
+            except (Refused, PararnnError, EngineStopped) as error:
+                status = getattr(error, "status", 500)
+                yield b"data: " + error_response(Refused(status, str(error))).body + b"\n\n"
+            finally:
+                if not following.done():
+                    following.cancel()
+                    await asyncio.wait({following})
+
+    return StreamingResponse(content(), media_type="text/event-stream")
+
+
+def _openai_event(event: Any) -> bytes:
+    return b"data: " + json.dumps(event, ensure_ascii=False).encode(errors="replace") + b"\n\n"
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = f"{error.detail}: {request.method} {request.url.path[:100]}"
+    return error_response(Refused(error.status_code, said))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return error_response(error)
+
+
+async def _stopped(request: Request, error: Exception) -> Response:
+    return error_response(Refused(503, str(error)))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return error_response(Refused(500, str(error)))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return error_response(Refused(500, f"the request failed ({type(error).__name__})"))
+
+
+def _page_policy() -> str:
+    """The page's own script, by its hash, and connections to this server; nothing else."""
+    (script,) = re.findall(rb"<script>(.*?)</script>", PAGE, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

@@ -1,0 +1,302 @@
+"""From a listening socket to the application, and how it all ends: uvicorn, with limits for slow clients."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ...errors import PararnnError
+from ..prompt_cache import PromptCache
+from .app import make_app
+from .engine import Engine
+from .metrics import Metrics
+from .service import Service
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 512
+TIMEOUT = 60  # seconds for a request's headers to arrive, and for a client to take what is sent
+DRAIN = 3  # seconds that answers may go on after SIGTERM
+LAST_WORDS = 5  # seconds from a signal to the end of the process, whatever hangs
+
+
+def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = lambda url: None) -> None:
+    """Serve a model until Ctrl-C or SIGTERM; called from the main thread.
+
+    Args:
+        path: a model folder, or a repository on the Hugging Face hub.
+        settings: where, for whom, how much.
+        ready: called with the server's address once it answers.
+
+    Raises:
+        PararnnError: the model cannot be loaded, the address cannot be had or needs a key, or generation
+            failed in a way that cannot be gone on from.
+    """
+    if os.environ.get("MLX_RANK") is not None:
+        raise PararnnError("serve runs in one process; start it without mlx.launch")
+    _check_address(settings)
+    metrics = Metrics()
+    prompts = PromptCache(max_size=256, max_bytes=settings.prompt_cache_bytes)
+    with _watched():
+        engine = Engine(path, prompts, metrics)
+        try:
+            with _interrupting():
+                engine.wait()
+            _run(engine, path, settings, metrics, ready)
+        except KeyboardInterrupt:  # before it served
+            pass
+        finally:
+            engine.stop()
+            ended = _wait_for_end(engine)
+    if engine.failure is not None and not isinstance(engine.failure, PararnnError):
+        raise PararnnError(f"generation stopped: {engine.failure}") from engine.failure
+    if not ended:
+        # Native code still runs in its thread, and MLX may not be used while the interpreter ends.
+        logger.warning("what was being computed did not end; leaving it")
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _run(
+    engine: Engine,
+    path: str | Path,
+    settings: Settings,
+    metrics: Metrics,
+    ready: Callable[[str], None],
+) -> None:
+    name = Path(path).resolve().name if Path(path).exists() else str(path)
+    app = make_app(Service(engine, name, settings, metrics), settings, metrics)
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=DRAIN + 1,
+        headers=[("Server", "mlx-pararnn")],
+        backlog=512,
+    )
+    server = _Server(config, engine)
+    engine.on_failure = server.end
+    with _listening(settings) as listener:
+        host, port = str(listener.getsockname()[0]), listener.getsockname()[1]
+        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        server.run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, with our end: SIGINT ends all answers, SIGTERM lets them go on for a moment."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def end(self) -> None:
+        """From any thread, soon."""
+        self.should_exit = True
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.should_exit:
+            os._exit(128 + number)
+        self.should_exit = True
+        if number == signal.SIGINT:
+            self._engine.stop()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(DRAIN, self._engine.stop)
+        self._engine.refusing = True
+        await super().shutdown(sockets)
+
+
+class Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which gives up on clients that are slow to ask or to take an answer."""
+
+    _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._since = time.monotonic()
+        if len(self.connections) > MAX_CONNECTIONS:
+            # One that has asked for nothing yet makes room, the oldest, so that slow ones do not take all.
+            idle = [c for c in self.connections if isinstance(c, Protocol) and c.idle and c is not self]
+            victim = min(idle, key=lambda c: c._since, default=self)
+            if victim is self:
+                body = b'{"error": {"message": "all connections are taken; try again", "code": null}}'
+                transport.write(
+                    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+                    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+                )
+            victim.transport.close()
+        self._wait_for_request()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request has arrived that is not answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def data_received(self, data: bytes) -> None:
+        if self.idle:
+            self._wait_for_request()
+        super().data_received(data)
+        if not self.idle and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self._deadline, self._stalled):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self._stalled or self.loop.call_later(TIMEOUT, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _wait_for_request(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(TIMEOUT, self._give_up)
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        if self.idle:
+            self.transport.close()
+
+
+# What a helper process runs. Python's own handlers wait for the interpreter, which native code can hold for
+# ever; the byte that a signal writes into this pipe does not.
+WATCHDOG = """
+import os, select, signal, sys
+process, seconds = int(sys.argv[1]), float(sys.argv[2])
+byte = b"x"
+while byte and byte[0] not in (signal.SIGINT, signal.SIGTERM):
+    byte = os.read(0, 1)
+while byte and select.select([0], [], [], seconds)[0]:
+    byte, seconds = os.read(0, 1), 0.5
+if byte:
+    os.kill(process, signal.SIGKILL)
+"""
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """A signal ends the process in time, whatever it is doing."""
+    if sys.platform == "win32":
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    command = [sys.executable, "-I", "-S", "-c", WATCHDOG, str(os.getpid()), str(LAST_WORDS - 0.5)]
+    helper = subprocess.Popen(command, stdin=reader, stderr=subprocess.DEVNULL, start_new_session=True)
+    os.close(reader)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        helper.wait()
+
+
+@contextlib.contextmanager
+def _interrupting() -> Iterator[None]:
+    """SIGTERM as Ctrl-C."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_for_end(engine: Engine) -> bool:
+    """Until the engine's thread is gone, which takes one step; False where it does not end.
+
+    The system's thread too, which `join` does not wait for: as it goes it drops what MLX compiled in it, and
+    needs the interpreter for that. Should the interpreter be ending by then, the process aborts.
+    """
+    thread = engine.thread
+    deadline = time.monotonic() + 2
+    thread.join(2)
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    if not task.parent.is_dir():  # not on Linux: it takes milliseconds
+        time.sleep(0.5)
+    while task.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not thread.is_alive() and not task.exists()
+
+
+@contextlib.contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    family, _, _, _, address = _addresses(settings)[0]
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise PararnnError(
+                f"cannot listen on {settings.host} port {settings.port} ({error.strerror or error}); choose "
+                "another with --host or --port"
+            ) from error
+        listener.listen(512)
+        yield listener
+
+
+def _check_address(settings: Settings) -> None:
+    """Before the model is loaded: may we listen there, and can we?"""
+    addresses = [str(info[4][0]).partition("%")[0] for info in _addresses(settings)]
+    if settings.api_key is None and not all(ipaddress.ip_address(a).is_loopback for a in addresses):
+        raise PararnnError(
+            f"host {settings.host} can be reached from other machines: give a key that every request must "
+            "carry, with --api-key or MLX_PARARNN_API_KEY"
+        )
+    if settings.api_key is not None and not re.fullmatch(r"[!-~]+", settings.api_key):
+        raise PararnnError("the API key must be printable ASCII without spaces, and not empty")
+    with _listening(settings):
+        pass
+
+
+def _addresses(settings: Settings) -> list[Any]:
+    try:
+        return socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise PararnnError(f"no such host here: {settings.host!r} ({error.strerror or error})") from error

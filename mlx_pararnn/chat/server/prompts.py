@@ -1,0 +1,167 @@
+"""From a request's text and messages to tokens, in a thread whose end need not be waited for."""
+
+import asyncio
+import ctypes
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ...errors import PararnnError
+from ...generation import check_text, check_tokens, encode, find_room
+from .schema import ChatRequest, Refused
+
+SECONDS = 5  # for a chat template and a tokenizer
+MOST_THREADS = 32  # of these at a time
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to go on from.
+
+    Attributes:
+        tokens: their ids.
+        room: how many can follow, None for no end.
+        system_length: how many of them come from the system prompt alone.
+        reasoning: whether the answer begins inside of a reasoning.
+    """
+
+    tokens: list[int]
+    room: int | None
+    system_length: int = 0
+    reasoning: bool = False
+
+
+class Prompts:
+    """Makes prompts for one model. Nothing of a request is run: the template is the model's own."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    def of_text(self, text: str | list[int]) -> Prompt:
+        """The prompt of a completion: text or token ids."""
+        tokens = encode(self._tokenizer, text)
+        check_tokens(tokens, self._model.args.vocab_size)
+        return Prompt(tokens, find_room(self._model, len(tokens)))
+
+    def of_chat(self, request: ChatRequest) -> Prompt:
+        """The prompt of a conversation; where the model has no template, its texts one after the other."""
+        tokenizer = self._tokenizer
+        tools = request.tools if request.tool_choice != "none" else []
+        if tools and not tokenizer.has_tool_calling:
+            raise Refused(400, "tools are not taken: this model's chat template has no tool calls")
+        messages = [_plain(message) for message in request.messages]
+        for message in messages:
+            check_text(message["content"])
+        if not tokenizer.has_chat_template:
+            return self.of_text("".join(message["content"] for message in messages))
+
+        def render(messages: list[dict[str, Any]], generate: bool) -> list[int]:
+            return list(
+                tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=generate,
+                    tools=tools or None,
+                    tokenize=True,
+                    **request.chat_template_kwargs,
+                )
+            )
+
+        tokens = render(messages, True)
+        check_tokens(tokens, self._model.args.vocab_size)
+        systems = next((n for n, m in enumerate(messages) if m["role"] != "system"), 0)
+        system_length = 0
+        if systems:
+            beginning = render([*messages[:systems], {"role": "user", "content": ""}], False)
+            pairs = zip(beginning, tokens, strict=False)
+            system_length = next((n for n, (a, b) in enumerate(pairs) if a != b), 0)
+        reasoning = bool(
+            tokenizer.has_thinking and tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
+        )
+        return Prompt(tokens, find_room(self._model, len(tokens)), system_length, reasoning)
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates want it: its content a string, the arguments of its calls objects."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    plain = {**message, "content": content}
+    if plain["role"] == "developer":
+        plain["role"] = "system"
+    if message.get("tool_calls"):
+        plain["tool_calls"] = [_plain_call(call) for call in message["tool_calls"]]
+    return plain
+
+
+def _plain_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise Refused(400, "each of tool_calls must have a function")
+    try:
+        arguments = function.get("arguments") or {}
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        raise Refused(400, "the arguments in tool_calls are not JSON") from None
+    return {**call, "function": {**function, "arguments": parsed}}
+
+
+_threads: set[threading.Thread] = set()
+
+
+async def run_apart(function: Callable[..., Result], *args: Any) -> Result:
+    """What a function returns that may take for ever: a chat template, a tokenizer.
+
+    After `SECONDS` it is interrupted; native code cannot be, and keeps its thread.
+
+    Raises:
+        Refused: it takes too long, or fails in whatever way, a panic of native code among them.
+    """
+    if len(_threads) >= MOST_THREADS:
+        raise Refused(503, "too many prompts are being read; try again in a moment")
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def finish(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, refused = None, None
+        try:
+            result = function(*args)
+        except (Refused, _Interrupted) as error:
+            refused = error if isinstance(error, Refused) else None
+        except PararnnError as error:
+            refused = Refused(400, str(error))
+        except BaseException as error:  # a panic is no Exception
+            said = " ".join(str(error).split())[:300]
+            refused = Refused(400, f"the prompt cannot be read ({type(error).__name__}: {said})")
+        _threads.discard(thread)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(finish, result, refused)
+
+    thread = threading.Thread(target=run, name="prompt", daemon=True)
+    _threads.add(thread)
+    thread.start()
+    try:
+        return await asyncio.wait_for(future, SECONDS)
+    except TimeoutError:
+        raise Refused(
+            400, f"the chat template or the tokenizer takes more than {SECONDS} seconds for this prompt"
+        ) from None
+    finally:
+        if thread in _threads and thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident), ctypes.py_object(_Interrupted)
+            )
+
+
+class _Interrupted(BaseException):
+    pass

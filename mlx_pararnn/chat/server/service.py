@@ -1,0 +1,348 @@
+"""OpenAI's completions and chat: from requests to jobs, from their pieces to answers."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.sample_utils import make_logits_processors
+
+from ...errors import PararnnError
+from .answers import MessageParser, Part, TokenTexts, chat_logprobs, completion_logprobs, usage_of
+from .engine import Engine, Job, Piece, TokenInfo
+from .metrics import Metrics
+from .prompts import Prompt, Prompts, run_apart
+from .sampling import GrammarProcessor, Grammars, SeededSampler, shared_sampler
+from .schema import ChatRequest, CompletionRequest, Refused, Request
+from .settings import Settings
+from .text import AnswerText
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Conversation:
+    """A chat that is being answered.
+
+    Attributes:
+        request, prompt: what was asked.
+        jobs: an answer each.
+    """
+
+    request: ChatRequest
+    prompt: Prompt
+    jobs: list[Job]
+
+
+class Service:
+    """Answers requests by one engine."""
+
+    def __init__(self, engine: Engine, name: str, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.name, self.settings = engine, name, settings
+        self._metrics = metrics
+        self.prompts = Prompts(engine.model, engine.tokenizer)
+        self._grammars = Grammars(engine.tokenizer, engine.model.args.vocab_size)
+        self._texts = TokenTexts(engine.tokenizer)
+        self._started = int(time.time())
+
+    def model_entry(self) -> Event:
+        """The one model, as /v1/models lists it, with what the page shows."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "mlx-pararnn",
+            "state_bytes": self.engine.state_nbytes,
+            "has_chat_template": bool(self.engine.tokenizer.has_chat_template),
+            "max_tokens": self.settings.max_tokens,
+            "temperature": self.settings.temperature,
+        }
+
+    async def completion(self, request: CompletionRequest) -> Event:
+        """The whole answer to /v1/completions."""
+        prompts, jobs = await self._completion_jobs(request)
+        pieces = await self._whole(jobs)
+        choices = []
+        for n, (job, answer) in enumerate(zip(jobs, pieces, strict=True)):
+            echo = prompts[n // request.n][0] if request.echo else ""
+            choice: Event = {
+                "index": n,
+                "text": echo + answer.text,
+                "finish_reason": answer.finish_reason,
+                "logprobs": None,
+            }
+            if job.top_logprobs is not None:
+                choice["logprobs"] = self._completion_logprobs(request, job, answer.tokens, echo)
+            choices.append(choice)
+        return {**self._head("text_completion"), "choices": choices, "usage": usage_of(jobs, request.n)}
+
+    async def completion_events(self, request: CompletionRequest) -> AsyncGenerator[Event, None]:
+        """The same in chunks."""
+        prompts, jobs = await self._completion_jobs(request)
+        head = self._head("text_completion")
+        begun: set[int] = set()
+        async with aclosing(self.pieces(jobs)) as pieces:
+            async for n, piece in pieces:
+                echo = prompts[n // request.n][0] if request.echo and n not in begun else ""
+                begun.add(n)
+                choice: Event = {
+                    "index": n,
+                    "text": echo + piece.text,
+                    "finish_reason": piece.finish_reason,
+                    "logprobs": None,
+                }
+                if piece.tokens:
+                    whole = prompts[n // request.n][0] if request.echo else ""
+                    choice["logprobs"] = self._completion_logprobs(request, jobs[n], piece.tokens, whole)
+                yield {**head, "choices": [choice]}
+        if request.stream_options.include_usage:
+            yield {**head, "choices": [], "usage": usage_of(jobs, request.n)}
+
+    async def chat(self, request: ChatRequest) -> Event:
+        """The whole answer to /v1/chat/completions."""
+        conversation = await self.converse(request)
+        answers = await self._whole(conversation.jobs)
+        choices = []
+        for n, (job, answer) in enumerate(zip(conversation.jobs, answers, strict=True)):
+            part = self.parser(conversation).add(answer.text, last=True)
+            message: Event = {"role": "assistant", **part.delta(), "content": part.content or None}
+            for call in message.get("tool_calls", []):
+                del call["index"]
+            choices.append(
+                {
+                    "index": n,
+                    "message": message,
+                    "finish_reason": finish_reason(answer, bool(part.calls)),
+                    "logprobs": None
+                    if job.top_logprobs is None
+                    else chat_logprobs(self._texts, answer.tokens),
+                }
+            )
+        usage = usage_of(conversation.jobs, request.n)
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+
+    async def chat_events(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """The same in chunks."""
+        conversation = await self.converse(request)
+        head = self._head("chat.completion.chunk")
+        begun: set[int] = set()
+        async with aclosing(self.parts(conversation)) as parts:
+            async for n, part, piece, reason in parts:
+                delta = part.delta()
+                if n not in begun:
+                    delta = {"role": "assistant", "content": "", **delta}
+                    begun.add(n)
+                logprobs = chat_logprobs(self._texts, piece.tokens) if piece.tokens else None
+                choice = {"index": n, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+                yield {**head, "choices": [choice]}
+        if request.stream_options.include_usage:
+            yield {**head, "choices": [], "usage": usage_of(conversation.jobs, request.n)}
+
+    async def converse(self, request: ChatRequest) -> Conversation:
+        """Read a chat's messages and make its jobs."""
+        self.check(request)
+        prompt = await run_apart(self.prompts.of_chat, request)
+        matcher = await run_apart(self._matcher, request)
+        top = request.top_logprobs if request.logprobs else None
+        jobs = [self._job(request, prompt, n, top, matcher) for n in range(request.n)]
+        return Conversation(request, prompt, jobs)
+
+    def parser(self, conversation: Conversation) -> MessageParser:
+        """For one of a conversation's answers."""
+        return MessageParser(self.engine.tokenizer, conversation.request.tools, conversation.prompt.reasoning)
+
+    async def parts(
+        self, conversation: Conversation
+    ) -> AsyncGenerator[tuple[int, Part, Piece, str | None], None]:
+        """Which answer goes on, by what, the piece that it came from, and how the answer ended."""
+        parsers = [self.parser(conversation) for _ in conversation.jobs]
+        async with aclosing(self.pieces(conversation.jobs)) as pieces:
+            async for n, piece in pieces:
+                part = parsers[n].add(piece.text, last=piece.finish_reason is not None)
+                reason = finish_reason(piece, parsers[n].calls > 0)
+                if part.delta() or piece.tokens or reason:
+                    yield n, part, piece, reason
+
+    async def pieces(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The pieces of all jobs as they come, with the job's number."""
+        begin: float | None = time.monotonic()
+        found: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue(1)
+
+        async def pump(n: int, job: Job) -> None:
+            try:
+                async with aclosing(self.engine.generate(job)) as pieces:
+                    async for piece in pieces:
+                        await found.put((n, piece))
+            except Exception as error:
+                await found.put((n, error))
+
+        tasks = [asyncio.create_task(pump(n, job)) for n, job in enumerate(jobs)]
+        try:
+            left = len(jobs)
+            while left:
+                n, piece = await found.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                if begin is not None:
+                    self._metrics.first_token.observe(time.monotonic() - begin)
+                    begin = None
+                left -= piece.finish_reason is not None
+                yield n, piece
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def check(self, request: Request) -> None:
+        """Refuse what this model or server cannot do."""
+        if request.model not in (self.name, "default_model"):
+            raise Refused(404, f"this server has one model, {self.name!r}", "model_not_found")
+        vocab_size = self.engine.model.args.vocab_size
+        for token in request.logit_bias:
+            if int(token) >= vocab_size:
+                raise Refused(400, f"logit_bias names token {token!r}, not one of 0 to {vocab_size - 1}")
+
+    async def _completion_jobs(
+        self, request: CompletionRequest
+    ) -> tuple[list[tuple[str, Prompt]], list[Job]]:
+        self.check(request)
+        prompts = []
+        for given in request.prompt:
+            prompt = await run_apart(self.prompts.of_text, given)
+            text = given if isinstance(given, str) else self.engine.tokenizer.decode(given)
+            prompts.append((text, prompt))
+        matcher = await run_apart(self._matcher, request)
+        jobs = [
+            self._job(request, prompt, n, request.logprobs, matcher)
+            for _, prompt in prompts
+            for n in range(request.n)
+        ]
+        return prompts, jobs
+
+    async def _whole(self, jobs: list[Job]) -> list[Piece]:
+        texts = [""] * len(jobs)
+        tokens: list[list[TokenInfo]] = [[] for _ in jobs]
+        reasons: list[str | None] = [None] * len(jobs)
+        async with aclosing(self.pieces(jobs)) as pieces:
+            async for n, piece in pieces:
+                texts[n] += piece.text
+                tokens[n] += piece.tokens
+                reasons[n] = piece.finish_reason
+        return [Piece(*parts) for parts in zip(texts, tokens, reasons, strict=True)]
+
+    def _job(self, request: Request, prompt: Prompt, n: int, top: int | None, matcher: Any) -> Job:
+        wanted = min(512, self.settings.max_tokens) if request.max_tokens is None else request.max_tokens
+        limits = [wanted, self.settings.max_tokens, prompt.room]
+        processors: list[Any] = make_logits_processors(
+            {int(token): float(bias) for token, bias in request.logit_bias.items()},
+            request.repetition_penalty,
+            request.repetition_context_size,
+            request.presence_penalty,
+            request.presence_context_size,
+            request.frequency_penalty,
+            request.frequency_context_size,
+        )
+        if matcher is not None:
+            processors.append(GrammarProcessor(matcher.deep_copy(), len(prompt.tokens)))
+        echo = isinstance(request, CompletionRequest) and request.echo
+        return Job(
+            prompt=prompt.tokens,
+            max_tokens=min(limit for limit in limits if limit is not None),
+            text=AnswerText(self.engine.tokenizer.detokenizer, request.stop),
+            sampler=self._sampler(request, n),
+            processors=processors,
+            top_logprobs=None if top is None else min(top, self.engine.model.args.vocab_size, 20),
+            score_prompt=echo and (top is not None or request.max_tokens == 0),
+            system_length=prompt.system_length,
+        )
+
+    def _sampler(self, request: Request, n: int) -> Any:
+        settings = self.settings
+
+        def chosen(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        top_k = chosen(request.top_k, settings.top_k)
+        arguments = {
+            "temp": chosen(request.temperature, settings.temperature),
+            "top_p": chosen(request.top_p, settings.top_p),
+            "top_k": top_k if 0 < top_k < self.engine.model.args.vocab_size else 0,
+            "min_p": chosen(request.min_p, settings.min_p),
+        }
+        if arguments["temp"] == 0:
+            return shared_sampler(0.0)
+        if request.xtc_probability:
+            arguments["xtc_probability"] = request.xtc_probability
+            arguments["xtc_threshold"] = request.xtc_threshold
+            newline = self.engine.tokenizer.encode("\n", add_special_tokens=False)
+            arguments["xtc_special_tokens"] = (*newline, *self.engine.tokenizer.eos_token_ids)
+        if request.seed is None:
+            return shared_sampler(**arguments)
+        return SeededSampler(request.seed + n, **arguments)
+
+    def _matcher(self, request: Request) -> Any:
+        """The grammar that an answer must keep: of a format, or of calls of tools."""
+        schema = request.format_schema
+        tools = request.tools if isinstance(request, ChatRequest) and request.tool_choice != "none" else []
+        if schema is not None and tools:
+            raise Refused(400, "response_format is not taken together with tools")
+        try:
+            if schema is not None:
+                return self._grammars.compile(self._grammars.json(schema))
+            if tools:
+                assert isinstance(request, ChatRequest)
+                return self._tool_matcher(request)
+        except PararnnError as error:
+            raise Refused(400, f"{'response_format' if schema else 'tools'}: {error}") from error
+        return None
+
+    def _tool_matcher(self, request: ChatRequest) -> Any:
+        tokenizer, choice = self.engine.tokenizer, request.tool_choice
+        in_json = tokenizer.tool_parser.__module__.endswith("json_tools")
+        forced = choice != "auto"
+        if not in_json and forced:
+            raise Refused(400, "tool_choice can only be auto or none: this model does not call tools in JSON")
+        if not in_json:
+            return None
+        functions = [tool["function"] for tool in request.tools]
+        if isinstance(choice, dict):
+            functions = [f for f in functions if f["name"] == choice["function"]["name"]]
+        marks = tokenizer.tool_call_start, tokenizer.tool_call_end
+        try:
+            return self._grammars.compile(self._grammars.calls(functions, *marks, forced))
+        except PararnnError:
+            if forced:
+                raise
+            return None  # the calls are the model's own then
+
+    def _completion_logprobs(
+        self, request: CompletionRequest, job: Job, tokens: list[TokenInfo], echoed: str
+    ) -> Event:
+        if not request.echo or tokens[:1] != [t for t in tokens[:1] if t.logprob is None]:
+            return completion_logprobs(self._texts, tokens, len(echoed))
+        # The prompt's own tokens come first, and their offsets are counted here.
+        length = len(job.prompt)
+        prompt = completion_logprobs(self._texts, tokens[:length])
+        rest = completion_logprobs(self._texts, tokens[length:], len(echoed))
+        position, detokenizer = 0, self.engine.tokenizer.detokenizer
+        for n, token in enumerate(job.prompt):
+            prompt["text_offset"][n] = position
+            detokenizer.add_token(token)
+            position += len(detokenizer.last_segment)
+        return {name: prompt[name] + rest[name] for name in prompt}
+
+    def _head(self, kind: str) -> Event:
+        prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.name,
+        }
+
+
+def finish_reason(piece: Piece, called: bool) -> str | None:
+    """How an answer ended, in OpenAI's words; None where it has not."""
+    return "tool_calls" if called and piece.finish_reason == "stop" else piece.finish_reason

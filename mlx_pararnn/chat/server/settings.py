@@ -1,0 +1,29 @@
+"""What a server is told when it starts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where a server listens, for whom, and how much it gives.
+
+    Attributes:
+        host, port: where to listen; port 0 takes a free one.
+        api_key: what every request must carry; a must where the host is not this machine alone.
+        allowed_origins: of pages and desktop apps that may use the server (`app://obsidian.md`), and names
+            under which it may be reached (`host.docker.internal`).
+        max_tokens: the most that one answer may have.
+        temperature, top_p, top_k, min_p: for requests that do not say.
+        prompt_cache_bytes: for stored states.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    max_tokens: int = 4096
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    prompt_cache_bytes: int = 2**30
