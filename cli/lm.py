@@ -29,8 +29,8 @@ def lm(
 
     if command == "server" and any(a.split("=")[0] == "--draft-model" for a in context.args):
         raise typer.BadParameter(
-            "lm server takes no --draft-model: MLX-LM's server cannot rewind a recurrent state; leave it out, or "
-            "use mlx-pararnn lm generate --draft-model"
+            "lm server takes no --draft-model: MLX-LM's server cannot rewind a recurrent state; leave it "
+            "out, or use mlx-pararnn lm generate --draft-model"
         )
     _run_no_tokenizer_code(command, context.args)
     if command == "generate":
