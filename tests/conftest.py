@@ -2,13 +2,47 @@ import os
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX's first matrix product: parity needs float32 ones
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import mlx_pararnn  # noqa: F401 - loads OpenBLAS before a test imports MLX
 from mlx_pararnn import cells
+from tests.support import quick_run
 from tests.support.golden import DATA, golden_file
+
+LEFT_OUT = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests too that the quick run leaves out")
+
+
+def pytest_configure(config):
+    for mark, what in quick_run.LEFT_OUT.items():
+        config.addinivalue_line("markers", f"{mark}: {what}; only with --all or -m")
+    config.addinivalue_line("markers", "sampled(mark, by=None): `mark` but for a few cases")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    quick_run.mark_what_is_left_out(items)
+    if config.getoption("all") or config.getoption("markexpr"):
+        return
+    marks = {item: quick_run.left_out_mark(item) for item in items}
+    items[:] = [item for item in items if marks[item] is None]
+    left_out = [item for item in marks if marks[item]]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        counts = Counter(mark for mark in marks.values() if mark)
+        what = ", ".join(f"{count} {mark}" for mark, count in sorted(counts.items()))
+        config.stash[LEFT_OUT] = f"Left out of the quick run: {what}. Everything runs with: pytest --all"
+
+
+def pytest_unconfigure(config):
+    if LEFT_OUT in config.stash:
+        config.get_terminal_writer().line(config.stash[LEFT_OUT])
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,8 @@ from mlx_pararnn.convert.to_mlx import convert_to_mlx
 torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
 pararnn = pytest.importorskip("pararnn", reason="needs pararnn-torch (pip install 'mlx-pararnn[parity]')")
 
+pytestmark = pytest.mark.toolchain
+
 D = 24
 # our gate order in pararnn-torch's W_x blocks, and where each row of our recurrent weight is there
 PEERS = {

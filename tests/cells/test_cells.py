@@ -10,7 +10,7 @@ from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cells.dual import Dual, DualFunctions
 from mlx_pararnn.compute.recurrence import recurrence
 from tests.support import oracle
-from tests.support.golden import allowed, cell_cases, read
+from tests.support.golden import allowed, cell_cases, read, shown
 
 CASES = cell_cases()
 GRU_CASES = [c for c in CASES if c["kind"].startswith("GRU")]
@@ -24,6 +24,7 @@ def exact_u(golden):
     return np.einsum("bthi,higo->btgho", x, weight).reshape(*x.shape[:2], *b.shape) + b
 
 
+@pytest.mark.sampled("large", by=lambda case, options: [*shown(case), str(options)])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
 @pytest.mark.parametrize(
     "options",

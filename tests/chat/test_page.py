@@ -8,7 +8,10 @@ import pytest
 from tests.support.browser import Browser, find_chromium
 from tests.support.serving import TEMPLATE, demo_in_float32, running
 
-pytestmark = pytest.mark.skipif(not find_chromium(), reason="no Chromium or Chrome here")
+pytestmark = [
+    pytest.mark.toolchain,
+    pytest.mark.skipif(not find_chromium(), reason="no Chromium or Chrome here"),
+]
 
 IDLE = "document.getElementById('send')?.disabled === false"
 ANSWER = "[...document.querySelectorAll('.assistant > div')].at(-1)?.textContent"

@@ -52,6 +52,7 @@ def common(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+@pytest.mark.large
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_never_a_wrong_state_and_at_most_one_interval_again(model, data):

@@ -508,6 +508,7 @@ def test_every_request_needs_the_key():
         assert request(server, "GET", "/")[1]["WWW-Authenticate"].startswith("Basic")
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("number", "seed"), [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGINT, 1)]
 )
@@ -522,6 +523,7 @@ def test_it_stops_cleanly_in_the_middle_of_an_answer(number, seed):
         assert "Traceback" not in said
 
 
+@pytest.mark.large
 def test_it_stops_while_it_reads_a_prompt_that_is_answered_by_itself():
     with running() as server:
         with pytest.raises(openai.APITimeoutError):
@@ -561,6 +563,7 @@ def refused(*args):
     return line
 
 
+@pytest.mark.large
 def test_what_it_says_when_it_cannot_start():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -46,6 +46,7 @@ def test_greedy_continuation_of_the_golden_prompt(converted, data):
     assert answer["generation_tokens"] == 96
 
 
+@pytest.mark.large
 def test_greedy_tokens_of_pararnn_torch(converted, data):
     folder = "pararnn_torch/paraslstm_causal_lm_0"
     golden = mx.load(str(data / folder / "golden.safetensors"))
@@ -227,6 +228,7 @@ def test_debug_shows_the_traceback():
     assert isinstance(result.exception, PararnnError)
 
 
+@pytest.mark.large
 def test_a_cell_of_ones_own_is_found_again(tmp_path, monkeypatch):
     """Save a model with a registered cell; a new process finds the cell by --import, or says how."""
     (tmp_path / "my_cell.py").write_text(

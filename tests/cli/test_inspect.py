@@ -139,6 +139,7 @@ def mlx_lm(*args):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.large
 def test_a_model_file_makes_bare_mlx_lm_work(converted):
     folder = converted(FINAL, tokenizer="bytes", model_file=True)
     result = mlx_lm("--model", folder, "--prompt", "def main(", "--trust-remote-code")

@@ -55,6 +55,7 @@ def texts(tmp_path):
     return folder
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("bits", "group_size", "mode"), [(3, 32, "affine"), (4, 32, "mxfp4")])
 def test_convert_quantizes_as_our_convert_does(bits, group_size, mode, lm, converted, tmp_path):
     plain = converted("trained/paragru/final.pt", tokenizer="bytes")
@@ -69,6 +70,7 @@ def test_convert_quantizes_as_our_convert_does(bits, group_size, mode, lm, conve
         assert mx.array_equal(theirs[name], value), name
 
 
+@pytest.mark.large
 def test_convert_leaves_float_what_the_group_size_does_not_divide(lm, tmp_path):
     """MLX-LM's rule; `mlx-pararnn convert -q` takes smaller groups there."""
     lm("convert", "--hf-path", DEMO, "--mlx-path", "out", "-q", "--q-group-size", 64)
@@ -81,6 +83,7 @@ def test_convert_leaves_float_what_the_group_size_does_not_divide(lm, tmp_path):
     assert len(mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=5)) == 5
 
 
+@pytest.mark.large
 @needs_datasets
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
 def test_a_dequantized_model_loads_and_gives_the_same_text(mode, lm, converted, tmp_path):
@@ -93,6 +96,7 @@ def test_a_dequantized_model_loads_and_gives_the_same_text(mode, lm, converted, 
     assert mx.allclose(model(tokens), wanted, atol=1e-3 * mx.abs(wanted).max().item()).item()
 
 
+@pytest.mark.large
 def test_dwq_on_a_local_folder(lm, texts, tmp_path):
     """The packed numbers stay; their scales and biases are learned, and all that is not packed."""
     lm("convert", "--hf-path", DEMO, "--mlx-path", "before", "-q", "--q-bits", 2, "--q-group-size", 32)
@@ -130,6 +134,7 @@ def test_perplexity_is_that_of_the_texts_bytes(lm, texts, converted):
     assert printed == pytest.approx(math.exp(loss), abs=1e-3)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("batch", [1, 3])
 def test_benchmark(batch, lm):
     out = lm("benchmark", "--model", DEMO, "-p", 20, "-g", 6, "-n", 1, "-b", batch)

@@ -19,9 +19,12 @@ from tests.support.token_replay import recorded, replay_text, replayed
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 missing = [tool for tool in (COMPILER, EMULATOR) if not shutil.which(tool)]
-pytestmark = pytest.mark.skipif(
-    bool(missing), reason=f"no {' and no '.join(missing)} (apt install g++-aarch64-linux-gnu qemu-user)"
-)
+pytestmark = [
+    pytest.mark.toolchain,
+    pytest.mark.skipif(
+        bool(missing), reason=f"no {' and no '.join(missing)} (apt install g++-aarch64-linux-gnu qemu-user)"
+    ),
+]
 
 MAIN = """
 #include <cstdio>

@@ -33,6 +33,7 @@ def only_structs(text):
     return text[: text.index("\n", begin)] + "\n}  // namespace pararnn\n"
 
 
+@pytest.mark.sampled("toolchain")
 @pytest.mark.parametrize("name", STRUCTS)
 @pytest.mark.parametrize("fault", ["none", "dropped", "swapped", "added", "added at the end", "other type"])
 @pytest.mark.parametrize("side", ["C++", "Python"])

@@ -39,6 +39,7 @@ def expected(cell, params, u, state=None, mask=None):
 METHODS = [{"method": "sequential"}, {"method": "newton"}, {"method": "newton", "chunk": 7}]
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("options", METHODS, ids=["sequential", "newton", "newton-7"])
 @pytest.mark.parametrize(("T", "heads"), [(1, 1), (2, 3), (15, 2), (16, 1), (33, 3), (130, 2)])
@@ -178,6 +179,7 @@ def test_linear_scan():
             np.testing.assert_allclose(x[..., c, :], y, atol=2e-5)
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("options", METHODS, ids=["sequential", "newton", "newton-7"])
 @pytest.mark.parametrize("masked", [False, True])

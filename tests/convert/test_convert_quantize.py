@@ -60,6 +60,7 @@ def quantized_by_mlx(folder: Path, choice: dict, dtype: str | None) -> tuple[dic
     return dict(mlx_lm.utils.tree_flatten(model.parameters())), settings["quantization"]
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("source", GOLDEN[:3])
@@ -82,6 +83,7 @@ def test_bits_scales_and_config_are_mlx_lms(source, dtype, choice, converted, tm
     assert done.bits_per_weight == stored * 8 / plain
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("source", GOLDEN)
 def test_mlx_lm_and_we_load_it_and_it_computes_nearly_the_same(source, choice, converted):

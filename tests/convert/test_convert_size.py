@@ -10,6 +10,8 @@ import pytest
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.big_checkpoint import peak_anonymous_memory, write_big_checkpoint
 
+pytestmark = pytest.mark.large
+
 ROOM = 8_000_000_000
 BOUND = 700_000_000
 

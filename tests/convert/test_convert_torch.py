@@ -7,6 +7,7 @@ from tests.support.converting import weights
 from tests.support.small_models import apple_gru
 
 torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
+pytestmark = pytest.mark.toolchain
 
 
 def state_dict() -> dict:

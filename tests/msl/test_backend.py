@@ -74,6 +74,7 @@ def test_other_dtypes_are_cast(launched):
     assert mx.abs(hidden - wanted).max() < 3e-6
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("name", ["gru", "lstm", "slstm", "nlru"])
 @pytest.mark.parametrize("method", ["auto", "sequential", "newton"])
 @pytest.mark.parametrize("masked", [False, True])
@@ -174,6 +175,7 @@ def test_info_and_batches(launched):
     assert info.iterations == 0
 
 
+@pytest.mark.harness
 def test_a_model(launched):
     """Prefill and decoding of the demo, all layers through the kernels."""
     model, _ = mlx_pararnn.load_model()

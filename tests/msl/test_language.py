@@ -14,17 +14,20 @@ needs_clang = pytest.mark.skipif(not language.clang(), reason=NO_CLANG)
 needs_nvcc = pytest.mark.skipif(not cuda.nvcc(), reason="no nvcc")
 
 
+@pytest.mark.sampled("toolchain")
 @needs_clang
 @pytest.mark.parametrize("made", list(all_instances()), ids=str)
 def test_address_spaces(made):
     assert language.address_spaces(made.launch, wrap(made.launch, made.inputs)) == []
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("made", list(all_instances()), ids=str)
 def test_lint(made):
     assert lint(wrap(made.launch, made.inputs), made.launch.header) == []
 
 
+@pytest.mark.toolchain
 @needs_nvcc
 @pytest.mark.parametrize("made", [m for m in few_instances() if not m.activation], ids=str)
 def test_cuda_twin_compiles(made):  # (activations are plain functions: all of them are compiled each time)
@@ -185,6 +188,7 @@ def test_too_many_buffers():
     assert any("buffers" in objection for objection in lint(wrapped, launch.header))
 
 
+@pytest.mark.toolchain
 @needs_nvcc
 def test_nvcc_fuses_no_value():
     """See dual.h. Without exp and tanh, which fuse by themselves, a plain step has no fused operation."""
@@ -195,6 +199,7 @@ def test_nvcc_fuses_no_value():
     assert "fma.rn.f32" in cuda.ptx(text.replace("__fadd_rn(a, b)", "a + b"))
 
 
+@pytest.mark.toolchain
 @needs_nvcc
 @pytest.mark.parametrize("cell", ["gru", "lstm", "nlru"])
 def test_registers(cell):
@@ -206,6 +211,7 @@ def test_registers(cell):
         assert cuda.spilled(text, 48) > 0
 
 
+@pytest.mark.toolchain
 @needs_nvcc
 def test_nvcc_objects():
     made = instance("gru")

@@ -32,6 +32,7 @@ def test_language(call):
         assert language.address_spaces(call.launch, wrapped) == []
 
 
+@pytest.mark.toolchain
 @pytest.mark.skipif(not cuda.nvcc(), reason="no nvcc")
 @pytest.mark.parametrize(
     "call",
@@ -48,6 +49,7 @@ def test_cuda_twin_compiles(call):
     assert cuda.compile_ptx(cuda.cuda_twin(call.launch, call.inputs)) == []
 
 
+@pytest.mark.sampled("harness")
 @needs_harness
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [2, 3, 4, 8])
@@ -58,6 +60,7 @@ def test_conv(T, K, dtype):
         assert call.compare(call.run(order=order)) == ""
 
 
+@pytest.mark.sampled("harness")
 @needs_harness
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)

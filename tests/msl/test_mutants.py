@@ -27,12 +27,14 @@ def cases_for():
     return cases
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("file", [NEWTON, *CASES])
 def test_the_kernels_pass(file, cell, cases_for):
     assert objection(cases_for(file, cell), lambda launch: launch) is None
 
 
+@pytest.mark.sampled("harness", by=lambda mutant: [mutant.file, *mutant.seen_by.split()])
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_seen(mutant: Mutant, cases_for):
     seen = objection(cases_for(mutant.file, mutant.cell), mutant.apply)

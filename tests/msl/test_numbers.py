@@ -12,7 +12,7 @@ import pytest
 
 from mlx_pararnn import get_cell
 from mlx_pararnn.compute.gpu import SHAPES, newton_launch, sequential_launch
-from tests.support.golden import DATA, cell_cases
+from tests.support.golden import DATA, cell_cases, shown
 
 from . import harness
 from .build import CLANG, NO_CONTRACTION, clang
@@ -31,6 +31,7 @@ TILINGS = tuple(SHAPES)
 GRID = [(T, D, B) for T in TIMES for D in WIDTHS for B in BATCHES]
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize(("T", "D", "B"), GRID)
 def test_against_the_oracle(name, T, D, B):
@@ -60,6 +61,7 @@ def test_against_the_oracle(name, T, D, B):
     assert newton["gap"].max() <= max(1e-6, tolerance) * max(1, np.abs(states).max())
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])
@@ -80,6 +82,7 @@ def test_iterates(name, iterations, masked):
         assert out["iterations_made"].max() == iterations
 
 
+@pytest.mark.sampled("harness", by=lambda case: shown(case))
 @pytest.mark.parametrize("case", cell_cases(), ids=lambda c: c["name"])
 def test_golden_cells(case):
     """PyTorch's own numbers, every activation."""
@@ -112,6 +115,7 @@ def test_every_setting_of_newtons_table_is_known():
     assert {row["setting"] for row in table} == set(HARD)
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 @pytest.mark.parametrize("setting", HARD)
 @pytest.mark.parametrize("T", [16, 256, 2048])
@@ -135,6 +139,7 @@ def same(newton, straight):
     return all((newton[output] == straight[output]).all() for output in ("hidden", "last"))
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("scale", OVERFLOWS)
 def test_weights_that_overflow_newton_on_the_whole_sequence(name, scale):
@@ -150,6 +155,7 @@ def test_weights_that_overflow_newton_on_the_whole_sequence(name, scale):
         assert np.abs(settled["hidden"] - straight["hidden"]).max() <= 1e-5 * size
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("math", ["metal", "fused", "expressions"])
 def test_no_rounding_of_the_compilers_changes_that(name, math):
@@ -186,6 +192,7 @@ GROWING = [("gru", 3.0, "wide", 6), ("gru", 8.0, "wide", 6), ("gru", 8.0, "narro
 GROWING += [("lstm", 4.0, "narrow", 2), ("lstm", 6.0, "narrow", 8)]
 
 
+@pytest.mark.sampled("harness", by=lambda name: [name])
 @pytest.mark.parametrize(("name", "scale", "tiling", "seed"), GROWING)
 def test_one_chaotic_channel_at_the_default_tolerance(name, scale, tiling, seed):
     """Settled to 1e-6 is not enough where a tile makes 1e6 of a difference: these were off by up to 1.4."""

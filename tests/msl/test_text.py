@@ -105,6 +105,7 @@ def test_the_table_of_instantiations_is_complete():
     assert {path.stem for path in (metal / "cells").iterdir()} == set(gpu.CELLS)
 
 
+@pytest.mark.sampled("harness")
 @pytest.mark.parametrize("made", list(all_instances()), ids=str)
 def test_project_kernels(made, tmp_path, capfd):
     assert_same(made.launch, made.inputs, tmp_path, capfd)

@@ -33,6 +33,11 @@ def cell_cases() -> list[dict]:
     return json.loads((DATA / "cells" / "metadata.json").read_text())["cases"]
 
 
+def shown(case: dict) -> list[str]:
+    """What a case is there for: its kind of cell and its activations."""
+    return [case["kind"], *case["nonlinearities"].values()]
+
+
 def read(case):
     """cell, params (P, D), u (B, heads, T, gates, W) in float32, and the golden arrays with a batch axis."""
     golden = {k: np.array(v) for k, v in mx.load(str(DATA / "cells" / case["file"])).items()}
