@@ -24,7 +24,7 @@ def exact_u(golden):
     return np.einsum("bthi,higo->btgho", x, weight).reshape(*x.shape[:2], *b.shape) + b
 
 
-@pytest.mark.sampled("large", by=lambda case, options: [*shown(case), str(options)])
+@pytest.mark.sampled("large", by=lambda case, options: [case["kind"], str(options)])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
 @pytest.mark.parametrize(
     "options",
@@ -44,6 +44,7 @@ def test_golden_cells(case, options):
     assert np.abs(np.array(last).reshape(states.shape) - states).max() <= allowed(golden)
 
 
+@pytest.mark.sampled("large", by=lambda case: shown(case))
 @pytest.mark.parametrize("case", GRU_CASES, ids=lambda c: c["name"])
 def test_gru_newton_iterates_are_apples(case):
     """chunk=1 with k iterations is Apple's scheme with k, within 3e-5 of the iterate's largest |y|."""
@@ -54,6 +55,7 @@ def test_gru_newton_iterates_are_apples(case):
         assert np.abs(np.array(hidden) - y).max() <= 3e-5 * np.abs(y).max(), k
 
 
+@pytest.mark.sampled("large", by=lambda case: shown(case))
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
 def test_newton_iterates_of_the_oracle(case):
     """The oracle gives Apple's iterates, the LSTM's by Apple's linearisation; the library gives the oracle's.

@@ -71,6 +71,7 @@ def test_numbers(name, dtype, masked):
             close(every, states[:, 6::7], single_states[:, 6::7])
 
 
+@pytest.mark.sampled("large", by=lambda case: [case["kind"]])
 @pytest.mark.parametrize("case", cell_cases(), ids=lambda c: c["name"])
 def test_golden_cells(case):
     """Every activation, against PyTorch's own numbers."""
@@ -355,6 +356,7 @@ def test_a_models_logits(source, converted, however_small):
     assert mx.allclose(mx.concatenate(pieces, axis=1), wanted, atol=5e-5, rtol=0)
 
 
+@pytest.mark.toolchain
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
 @pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"]], ids=["4 lanes", "8 lanes"])
 @pytest.mark.parametrize("name", CELLS)
@@ -370,6 +372,7 @@ def test_other_vector_units(name, flags, monkeypatch, tmp_path):
         close(p.solve()[0], p.oracle()[0], p.oracle(np.float32)[0])
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("cxx", ["g++", "clang++", "clang++-19"])
 def test_compilers(cxx, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", cxx)
@@ -440,6 +443,7 @@ print(recurrence(cell, mx.zeros((1, 8)), u, backend="cpu")[0].sum().item())
 """
 
 
+@pytest.mark.large
 def test_processes_and_threads_build_at_once(monkeypatch, tmp_path):
     variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     started = [

@@ -36,6 +36,7 @@ from tests.support.token_replay import recorded, replay_text, replayed
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
+@pytest.mark.sampled("large", by=lambda kind: [KINDS[kind]["cell"]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_in_float32(kind, calls):
     made = make(kind)
@@ -152,6 +153,7 @@ def test_how_many_threads(monkeypatch):
     assert asked == [1, 2]
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize(
     ("name", "flag"), [("memory", "-fsanitize=address,undefined"), ("races", "-fsanitize=thread")]
 )
@@ -188,6 +190,7 @@ def test_sanitizers(name, flag, monkeypatch, tmp_path):
         np.testing.assert_allclose(replayed(made, tmp_path / f"out{n}"), numbers_, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.toolchain
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
 @pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"]], ids=["4 lanes", "8 lanes"])
 def test_other_vector_units(flags, monkeypatch, tmp_path, calls):
@@ -204,6 +207,7 @@ def test_other_vector_units(flags, monkeypatch, tmp_path, calls):
     assert all(calls)
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("cxx", ["g++", "clang++", "clang++-19"])
 def test_compilers_have_nothing_to_say(cxx, tmp_path):
     if not shutil.which(cxx):
@@ -249,6 +253,7 @@ def test_no_compiler_means_ops_and_one_warning(monkeypatch, tmp_path, calls):
     assert mx.array_equal(given, wanted)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("fault", ["its text", "its numbers"])
 def test_only_this_cannot_be_built(fault, monkeypatch, tmp_path, calls):
     made = make()
