@@ -18,6 +18,7 @@ from mlx_pararnn import PararnnError, get_cell, load_model, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cli.app import show_messages
 from mlx_pararnn.compute import cpu, cpu_build, gpu, layer_ops, texts
+from mlx_pararnn.compute.choice import evaluation
 from mlx_pararnn.compute.recurrence import recurrence
 from mlx_pararnn.tools import doctor
 from tests.msl.instances import DTYPES
@@ -237,8 +238,9 @@ def test_elementwise_work_has_gradients_and_compiles(however_small):
         for shape in ((2, 9, 20), (2, 9, 20), (2, 3, 20), (20, 4), (20,))
     )
 
-    def loss(backend):
+    def loss(asked):
         def of(x, gate, window, taps, weight):
+            backend = asked if evaluation([x, gate, window, taps, weight]) else "ops"  # as choose() says
             y, new = layer_ops.conv_silu(x, window, taps, weight, backend=backend)
             y = layer_ops.rms_norm(y, weight, 1e-6, backend=backend)
             y = layer_ops.gated_norm(y, gate, weight, 1e-6, backend=backend)

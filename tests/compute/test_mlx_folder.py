@@ -82,6 +82,7 @@ def give_away(folder):
         os.chown(path, ANOTHER, ANOTHER)
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("order", IMPORTS)
 @pytest.mark.parametrize("whose", ["another's", "all may write", "a link"])
 def test_a_planted_library_is_not_loaded(whose, order, shared, tmp_path):
@@ -101,6 +102,7 @@ def test_a_planted_library_is_not_loaded(whose, order, shared, tmp_path):
     assert [*used.glob("mlx/*/cpu/*.so")]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("place", ["mlx", "mlx/VERSION", "mlx/VERSION/cpu"])
 def test_a_folder_of_anothers_does_not_end_generation(place, shared, tmp_path):
     folder = shared / place.replace("VERSION", mx.__version__)
