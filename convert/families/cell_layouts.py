@@ -78,16 +78,32 @@ def torch_cell_name(source: Source, prefix: str) -> str:
     return max(_TORCH_LAYOUTS, key=present)
 
 
+def torch_cell_sizes(source: Source, prefix: str) -> CellSizes:
+    """The kind and sizes of the pararnn-torch cell under `prefix`, by its names and the shape of W_x."""
+    cell = torch_cell_name(source, prefix)
+    rows, inputs = source.shape(f"{prefix}W_x.weight", 2)
+    return CellSizes(cell, inputs, rows // len(_TORCH_LAYOUTS[cell].gate_order), 1)
+
+
 def torch_cell(
-    source: Source, prefix: str, target: str, cell: str, width: int, cap: float | None
+    source: Source,
+    prefix: str,
+    target: str,
+    cell: str,
+    width: int,
+    cap: float | None,
+    inputs: int | None = None,
 ) -> list[Output]:
-    """A pararnn-torch cell with `width` inputs and channels: one head, W_x (gates*width, width).
+    """A pararnn-torch cell with `width` channels and `inputs` inputs (None: as many): one head.
+
+    W_x is (gates*width, inputs).
 
     The library clamps the recurrent weights to [-cap, cap] each time it uses them: here it is done once.
     """
     layout = _TORCH_LAYOUTS[cell]
     gates = len(layout.gate_order)
-    weight = source.take(f"{prefix}W_x.weight", (gates * width, width))
+    inputs = inputs or width
+    weight = source.take(f"{prefix}W_x.weight", (gates * width, inputs))
     bias = source.take(f"{prefix}W_x.bias", (gates * width,))
     row_shape = (layout.row_count, width) if layout.rows == ("R",) else (width,)
     rows = [source.take(f"{prefix}{row}", row_shape) for row in layout.rows]
@@ -99,7 +115,7 @@ def torch_cell(
     return [
         Output(
             f"{target}input_proj.weight",
-            (1, gates * width, width),
+            (1, gates * width, inputs),
             weight.dtype,
             lambda: chain.from_iterable(block.pieces() for block in in_our_order),
         ),

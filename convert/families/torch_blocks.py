@@ -22,7 +22,7 @@ def refuse_mixing(checkpoint: Checkpoint) -> None:
     """Raise for recurrent matrices that are dense inside a head: their channels are not independent."""
     mix = (checkpoint.config or {}).get("mix", "diag")
     ends = ("R_head", "R_dense.weight", "A_z", "A_r", "A_n")
-    dense = [name for name in checkpoint.tensors if name.endswith(tuple(f".{end}" for end in ends))]
+    dense = [name for name in checkpoint.tensors if f".{name}".endswith(tuple(f".{end}" for end in ends))]
     if dense or mix != "diag":
         found = shown(dense[0] if dense else f"mix={mix!r} in config.json")
         raise PararnnError(

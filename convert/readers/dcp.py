@@ -13,10 +13,11 @@ import numpy as np
 
 from mlx_pararnn.errors import PararnnError
 
+from .budget import MAX_PICKLE_BYTES
 from .dtypes import STORED_AS, Array
 from .links import check_link
 from .pickle_names import Record
-from .pickles import MAX_PICKLE_BYTES, load_pickle
+from .pickles import load_pickle
 from .tensors import Box, Tensor
 from .torch_file import read_torch_slice
 from .wording import shape_text, shown
@@ -42,8 +43,10 @@ def read_dcp(folder: Path) -> dict[str, Tensor]:
         sizes, parts = _described(metadata), _stored(metadata)
     except (TypeError, AttributeError) as error:
         raise _unreadable(folder) from error
+    names = _model_names(list(sizes))
+    _check_extent(folder, [(key, offset) for key in names for offset in sizes[key][1]], parts)
     tensors = {}
-    for key, name in _model_names(list(sizes)).items():
+    for key, name in names.items():
         size, offsets = sizes[key]
         chunks = []
         for offset in offsets:
@@ -67,11 +70,34 @@ def _metadata(folder: Path) -> Record:
     return content
 
 
+def _check_extent(
+    folder: Path,
+    chunks: list[tuple[str, tuple[int, ...]]],
+    parts: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]],
+) -> None:
+    """Each part has bytes of its own: one that many names share could be opened without end."""
+    named = [parts[chunk] for chunk in chunks if chunk in parts]
+    files = {file: folder / file for file, _, _ in named if file == Path(file).name}
+    sizes = {file: path.stat().st_size for file, path in files.items() if path.is_file()}
+    # A file that is not there or is too short is named where its part is opened.
+    inside = [length for file, start, length in named if start + length <= sizes.get(file, -1)]
+    if sum(inside) > sum(sizes.values()):
+        raise PararnnError(
+            f"{folder}: its .metadata names more bytes than the .distcp files beside it have; copy the files "
+            "of all ranks into one folder, or save the checkpoint again"
+        )
+
+
 def _described(metadata: Record) -> dict[str, tuple[tuple[int, ...], list[tuple[int, ...]]]]:
     """name -> size, and each chunk's offset; entries that are no tensors are left out."""
     found = {}
+    # Every chunk is stored somewhere: a list that many tensors share is no checkpoint's.
+    left = len(metadata.get("storage_data"))
     for name, entry in metadata.get("state_dict_metadata").items():
         if isinstance(entry, Record) and entry.kind == "TensorStorageMetadata":
+            left -= len(entry.get("chunks"))
+            if left < 0:
+                raise TypeError("more chunks than are stored")
             found[_text(name)] = (
                 _numbers(entry.get("size")),
                 [_numbers(chunk.get("offsets")) for chunk in entry.get("chunks")],
@@ -160,7 +186,11 @@ def _text(value: Any) -> str:
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or any(type(n) is not int or not 0 <= n < 1 << 62 for n in value):
+    if (
+        not isinstance(value, tuple)
+        or len(value) > 32
+        or any(type(n) is not int or not 0 <= n < 1 << 62 for n in value)
+    ):
         raise TypeError("not sizes")
     return value
 

@@ -3,7 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from .dtypes import STORED_AS
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Record:
         return self.state.get(field) if isinstance(self.state, dict) else None
 
 
+# The kind of a Record that stands for a tensor whose numbers cannot be had; its argument says what it is.
+UNREADABLE_TENSOR = "unreadable tensor"
+
+
 @dataclass(frozen=True)
 class Name:
     """An allowed name.
@@ -45,12 +52,14 @@ class Name:
     Attributes:
         call: what stands in for calling it; None where it is never called.
         dtype: safetensors' tag, where it names a storage type.
+        number: safetensors' tag, where it names a number format that only untyped storages hold.
         is_record: whether objects of it become a Record.
     """
 
     name: str
     call: Callable[[tuple[Any, ...]], Any] | None = None
     dtype: str | None = None
+    number: str | None = None
     is_record: bool = False
 
 
@@ -60,8 +69,13 @@ class Unreadable(Exception):
 
 def scalar_key(value: Any) -> Any:
     """`value`, for use as a key; hashing nested tuples that share their parts would take exponential time."""
-    if value is not None and not isinstance(value, (str, int, float)):
+    if value is not None and not isinstance(value, (str, bytes, int, float)):
         raise TypeError("not a scalar key")
+    # Larger integers can be chosen to have one hash; each look-up then goes through all of them.
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        raise Unreadable(
+            "the pickle inside has integers of more than 64 bits as keys, which is no checkpoint"
+        )
     return value
 
 
@@ -73,12 +87,14 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRef:
+def _rebuild_tensor(arguments: tuple[Any, ...]) -> "TensorRef | Record":
     storage = arguments[0]
     (offset,) = _sizes(arguments[1:2])
     shape, strides = _sizes(arguments[2]), _sizes(arguments[3])
     if not isinstance(storage, StorageRef) or len(shape) != len(strides):
         raise TypeError("not a tensor")
+    if storage.dtype not in STORED_AS:
+        return Record(UNREADABLE_TENSOR, (storage.dtype,))
     numel, last = 1, offset
     for n, stride in zip(shape, strides, strict=True):
         numel *= n
@@ -89,10 +105,38 @@ def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRef:
     return TensorRef(storage, offset, shape, strides)
 
 
-def _rebuild_parameter(arguments: tuple[Any, ...]) -> TensorRef:
+def _rebuild_untyped(arguments: tuple[Any, ...]) -> "TensorRef | Record":
+    """_rebuild_tensor_v3: the storage counts bytes, the number format is the seventh argument."""
+    storage, kind = arguments[0], arguments[6]
+    if not isinstance(storage, StorageRef) or storage.dtype != "U8" or not isinstance(kind, Name):
+        raise TypeError("not a tensor")
+    if kind.number not in STORED_AS:
+        return Record(UNREADABLE_TENSOR, (kind.name,))
+    numel = storage.numel // STORED_AS[kind.number].itemsize
+    return _rebuild_tensor((StorageRef(storage.key, kind.number, numel), *arguments[1:6]))
+
+
+def _unreadable_tensor(kind: str, _: tuple[Any, ...]) -> Record:
+    return Record(UNREADABLE_TENSOR, (kind,))
+
+
+def _rebuild_parameter(arguments: tuple[Any, ...]) -> "TensorRef | Record":
+    if isinstance(arguments[0], Record) and arguments[0].kind == UNREADABLE_TENSOR:
+        return arguments[0]
     if not isinstance(arguments[0], TensorRef):
         raise TypeError("not a parameter")
     return arguments[0]
+
+
+def _rebuild_from_type(arguments: tuple[Any, ...]) -> "TensorRef | Record":
+    """A tensor that has attributes of its own (nn.Buffer is one), which are passed over; or a DTensor."""
+    function, kind, inner, _ = arguments
+    if isinstance(kind, Name) and kind.name in ("Tensor", "Parameter", "Buffer"):
+        plain = isinstance(function, Name) and function.name.startswith(("_rebuild_tensor", "_rebuild_param"))
+        if not plain or function.call is None or not isinstance(inner, tuple):
+            raise TypeError("not a tensor")
+        return function.call(inner)
+    return _rebuild_dtensor(arguments)
 
 
 def _rebuild_dtensor(arguments: tuple[Any, ...]) -> TensorRef:
@@ -134,6 +178,12 @@ def _empty_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     return {}
 
 
+def _default_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    if len(arguments) > 1:
+        raise TypeError("a defaultdict with items")
+    return {}
+
+
 def _list(value: Any) -> list[Any]:
     if type(value) is not list:
         raise TypeError("not a list")
@@ -147,8 +197,32 @@ def _set(arguments: tuple[Any, ...]) -> set[Any]:
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL",
+    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
+# Formats that have no storage type of their own; those without a tag are known by name only.
+_UNTYPED = {
+    "uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": None, "float8_e5m2fnuz": None, "float8_e8m0fnu": None, "float4_e2m1fn_x2": None,
+    "complex32": None, "complex64": None, "complex128": None,
+}  # fmt: skip
+_UNREADABLE = {
+    "_rebuild_sparse_tensor": "sparse", "_rebuild_sparse_csr_tensor": "sparse",
+    "_rebuild_nested_tensor": "nested", "_rebuild_meta_tensor_no_storage": "meta",
+}  # fmt: skip
+# Values that stand beside the model in training checkpoints: kept as Records, never made.
+_BESIDE = {
+    "collections": ("Counter",),
+    "_codecs": ("encode",),  # how protocol 2 writes bytes
+    **dict.fromkeys(("builtins", "__builtin__"), ("bytearray", "complex")),
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), ("scalar", "_reconstruct")),
+    **dict.fromkeys(("numpy.core.numeric", "numpy._core.numeric"), ("_frombuffer",)),
+    "numpy": ("dtype",),
+    "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
+    "argparse": ("Namespace",),
+}
+# What defaultdict may make its values with; never called.
+_FACTORIES = ("int", "float", "str", "bool", "list", "dict", "tuple")
 _DTYPE_NAMES = (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
 )  # fmt: skip
@@ -177,11 +251,30 @@ def _allowed() -> dict[tuple[str, str], Name]:
     entries = [
         ("collections", Name("OrderedDict", _empty_dict)),
         ("torch._utils", Name("_rebuild_tensor_v2", _rebuild_tensor)),
+        ("torch._utils", Name("_rebuild_tensor_v3", _rebuild_untyped)),
+        *(
+            ("torch._utils", Name(name, partial(_unreadable_tensor, kind)))
+            for name, kind in _UNREADABLE.items()
+        ),
+        ("torch.storage", Name("UntypedStorage", dtype="U8")),
+        ("torch", Name("UntypedStorage", dtype="U8")),
+        *(("torch", Name(name, number=tag)) for name, tag in _UNTYPED.items()),
+        *((module, Name("Tensor")) for module in ("torch", "torch._tensor")),
+        *(("torch.nn.parameter", Name(name)) for name in ("Parameter", "Buffer")),
+        *(("torch", Name(name)) for name in ("strided", "sparse_coo", "sparse_csr")),
+        ("collections", Name("defaultdict", _default_dict)),
+        *(
+            (module, Name(name, partial(Record, name), is_record=True))
+            for module, names in _BESIDE.items()
+            for name in names
+        ),
+        *((module, Name(name)) for module in ("builtins", "__builtin__") for name in _FACTORIES),
+        ("numpy", Name("ndarray")),
         ("torch._utils", Name("_rebuild_parameter", _rebuild_parameter)),
         ("torch._utils", Name("_rebuild_parameter_with_state", _rebuild_parameter)),
         ("torch", Name("Size", lambda arguments: _sizes(arguments[0]))),
         ("torch", Name("device", lambda arguments: ":".join(str(scalar_key(part)) for part in arguments))),
-        ("torch._tensor", Name("_rebuild_from_type_v2", _rebuild_dtensor)),
+        ("torch._tensor", Name("_rebuild_from_type_v2", _rebuild_from_type)),
         ("torch._utils", Name("_rebuild_wrapper_subclass")),
         *((f"{_DISTRIBUTED}.{module}", Name("DTensor")) for module in ("tensor", "_tensor", "_tensor.api")),
         *((module, Name(name, is_record=True)) for module, names in _RECORDS.items() for name in names),

@@ -11,10 +11,10 @@ from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 
+from .budget import MAX_PICKLE_BYTES, Budget, OverBudget
 from .pickle_names import ALLOWED, Name, Record, StorageRef, Unreadable, scalar_key
 from .wording import shown
 
-MAX_PICKLE_BYTES = 256 << 20
 _RESAVE = 'load it in PyTorch and save only the weights: torch.save(model.state_dict(), "weights.pt")'
 
 
@@ -36,6 +36,8 @@ def load_pickle(data: bytes, where: str) -> Any:
         raise
     except Unreadable as error:
         raise PararnnError(f"{where}: {error}") from error
+    except OverBudget as error:
+        raise PararnnError(f"{where}: the pickle inside is too large: {error}; {_RESAVE}") from error
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, RecursionError, MemoryError) as error:
         raise PararnnError(
             f"{where}: the pickle inside is damaged; save or download the file again"
@@ -50,7 +52,7 @@ class _Mark:
 _MARK = _Mark()
 _VALUES = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE",
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
 }  # fmt: skip
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple,
@@ -58,11 +60,17 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+# About what one instruction's value and its places on the stack and in the memo take.
+_VALUE_BYTES = 100
+_SET_BYTES = 400
+
+
 class _Machine:
     """The pickle stack machine, less everything that makes or changes an object of a class."""
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self.budget = Budget()
         self.stack: list[Any] = []
         # A dict: a list would let a file ask for a slot number of four billion.
         self.memo: dict[int, Any] = {}
@@ -70,7 +78,10 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         stack = self.stack
+        self.budget.spend(1, _SET_BYTES if name in ("EMPTY_SET", "FROZENSET") else _VALUE_BYTES)
         if name in _VALUES:
+            if isinstance(argument, (str, bytes, bytearray)):
+                self.budget.spend(0, 4 * len(argument))
             stack.append(argument)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name]())
@@ -183,6 +194,10 @@ class _Machine:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Name) or function.call is None or not isinstance(arguments, tuple):
             raise self._refusal("the pickle inside calls something that is not a function it may name")
+        # The same large arguments can be used many times.
+        for value in (arguments, *arguments):
+            if isinstance(value, (tuple, list, str)):
+                self.budget.spend(len(value), _VALUE_BYTES * len(value))
         self.stack.append(function.call(arguments))
 
     def _newobj(self, _: Any) -> None:
@@ -220,4 +235,23 @@ def _set_items(target: Any, items: list[Any]) -> None:
     if len(items) % 2:
         raise ValueError("odd number of items")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        target[key if isinstance(key, Record) else scalar_key(key)] = value
+        target[_key(key)] = value
+
+
+def _key(key: Any) -> Any:
+    if isinstance(key, Record):
+        return key
+    if type(key) is tuple:
+        # Nobody looks one up: hashing it is left out, which a file could make slow.
+        _check_parts(key, depth=4)
+        return Record("tuple", key)
+    return scalar_key(key)
+
+
+def _check_parts(key: tuple[Any, ...], depth: int) -> None:
+    # Not all the way down: tuples that share their parts can be exponentially deep.
+    for part in key:
+        if type(part) is tuple and depth and len(part) <= 8:
+            _check_parts(part, depth - 1)
+        else:
+            scalar_key(part)

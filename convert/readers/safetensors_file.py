@@ -11,11 +11,10 @@ from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 
+from .budget import MAX_HEADER_BYTES, MAX_HEADER_ITEMS
 from .dtypes import STORED_AS
 from .tensors import Tensor, file_tensor
 from .wording import shown
-
-_MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -31,9 +30,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise PararnnError(
                 f"{path}: this safetensors file is cut short or damaged; save or download it again"
             )
-        if length > _MAX_HEADER_BYTES:
+        if length > MAX_HEADER_BYTES:
             raise PararnnError(f"{path}: the safetensors header claims {length} bytes; the file is damaged")
         raw = file.read(length)
+    if sum(raw.count(sign) for sign in (b",", b":", b"[", b"{")) > MAX_HEADER_ITEMS:
+        raise _damaged(path, "its header has more entries than a checkpoint has tensors")
     header = _parse(raw, path)
     metadata = header.pop("__metadata__", None) or {}  # MLX writes null where it has none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

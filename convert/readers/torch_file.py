@@ -10,9 +10,10 @@ from typing import Any, BinaryIO
 
 from mlx_pararnn.errors import PararnnError
 
+from .budget import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, OverBudget
 from .dtypes import STORED_AS
-from .pickle_names import TensorRef
-from .pickles import MAX_PICKLE_BYTES, load_pickle
+from .pickle_names import UNREADABLE_TENSOR, Record, TensorRef
+from .pickles import load_pickle
 from .tensors import Tensor, file_tensor
 from .wording import shown
 
@@ -34,6 +35,12 @@ def read_torch_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
     archive = _Archive(path)
     content = load_pickle(archive.pickle_bytes(), str(path))
     state_dict, config = _state_dict(content, path)
+    for name, value in state_dict.items():
+        if isinstance(value, Record) and value.kind == UNREADABLE_TENSOR:
+            raise PararnnError(
+                f"{path}: {shown(str(name))} has the number format {value.arguments[0]}, which is not "
+                "supported"
+            )
     tensors = {
         name: archive.tensor(name, value)
         for name, value in state_dict.items()
@@ -112,6 +119,8 @@ class _Archive:
                 f"{self.path}: its records are compressed, which torch.save never does; unzip and re-zip it "
                 f"without compression, or {_RESAVE}"
             )
+        if record.header_offset >= self.size:
+            raise self._damaged()
         with open(self.path, "rb") as file:
             file.seek(self.start + record.header_offset)
             header = file.read(_LOCAL_HEADER.size)
@@ -130,6 +139,8 @@ class _Archive:
                 zipfile.ZipFile(_Window(file, self.start, self.size)) as archive,
             ):
                 records = archive.infolist()
+        except OverBudget as error:
+            raise PararnnError(f"{self.path}: {error}; {_RESAVE}") from error
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
             raise self._damaged() from error
         by_name = {record.filename: record for record in records}
@@ -165,6 +176,13 @@ class _Window(io.RawIOBase):
 
     def tell(self) -> int:
         return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        rest = max(0, self.length - self.position)
+        size = rest if size < 0 else min(size, rest)
+        if size > MAX_DIRECTORY_BYTES:
+            raise OverBudget("the zip file lists more records than a checkpoint has")
+        return super().read(size)
 
     def readinto(self, buffer: Any) -> int:
         self.file.seek(self.start + self.position)

@@ -69,3 +69,67 @@ def test_a_bare_cell_may_stand_behind_any_prefix_and_needs_no_tokenizer(prefix, 
     folder = accepted(tmp_path / "cell.pt", "--force")
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert weights(folder)["recurrent_weight"].shape == (5, 16)
+
+
+TORCH_CELLS = {
+    "gru": (3, [0, 1, 2], ("a_z", "a_r", "a_n")),
+    "lstm": (3, [0, 2, 1], ("a_f", "a_o", "a_z", "c_f", "c_o")),
+    "nlru": (2, [0, 1], ("u",)),
+    "slstm": (4, [0, 1, 2, 3], ("R",)),
+}
+
+
+@pytest.mark.parametrize("cell", TORCH_CELLS)
+@pytest.mark.parametrize("prefix", ["", "layers.0."])
+def test_a_bare_cell_of_pararnn_torch_is_converted_with_its_clamp(cell, prefix, accepted, tmp_path):
+    gates, order, rows = TORCH_CELLS[cell]
+    random = np.random.default_rng(0)
+    shape = (4, 6) if rows == ("R",) else (6,)
+    source = {row: random.uniform(-1, 1, shape).astype(np.float32) for row in rows}
+    source["W_x.weight"] = random.normal(size=(gates * 6, 5)).astype(np.float32)
+    source["W_x.bias"] = random.normal(size=gates * 6).astype(np.float32)
+    save_file({prefix + name: value for name, value in source.items()}, tmp_path / "cell.safetensors")
+    folder = accepted(tmp_path / "cell.safetensors")
+    ours = weights(folder)
+    assert np.array_equal(
+        ours["input_proj.weight"].reshape(gates, 6, 5), source["W_x.weight"].reshape(gates, 6, 5)[order]
+    )
+    assert np.array_equal(ours["bias"].reshape(gates, 6), source["W_x.bias"].reshape(gates, 6)[order])
+    stacked = np.concatenate([source[row].reshape(-1, 6) for row in rows])
+    assert np.array_equal(ours["recurrent_weight"], np.clip(stacked, -0.5, 0.5))
+    expected = {"cell": cell, "input_size": 5, "hidden_size": 6, "num_heads": 1}
+    assert config(folder).items() >= expected.items()
+    assert "clamped to [-0.5, 0.5]" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["ParaGRU", "ParaLSTM", "ParaNLRU", "ParaSLSTM"])
+def test_a_bare_cell_of_pararnn_torch_computes_what_it_did(name, accepted, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
+    pararnn = pytest.importorskip("pararnn", reason="needs pararnn-torch")
+    import mlx.core as mx
+
+    from mlx_pararnn.loading import load_cell
+
+    torch.manual_seed(0)
+    peer = getattr(pararnn, name)(5, 6)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.uniform_(-0.9, 0.9)
+        x = torch.randn(2, 20, 5)
+        expected = pararnn.ParaRNN(peer, solver="sequential")(x)
+        expected = (expected[0] if isinstance(expected, tuple) else expected).numpy()
+    torch.save(peer.state_dict(), tmp_path / "cell.pt")
+    layer, _ = load_cell(accepted(tmp_path / "cell.pt"))
+    hidden = layer(mx.array(x.numpy()))
+    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    assert np.abs(np.array(hidden) - expected).max() < 3e-6
+
+
+def test_a_bare_cell_whose_matrices_mix_channels_is_refused(refused, tmp_path):
+    cell = {
+        "W_x.weight": np.zeros((12, 4), np.float32),
+        "W_x.bias": np.zeros(12, np.float32),
+        **{name: np.zeros((2, 2, 2), np.float32) for name in ("A_z", "A_r", "A_n")},
+    }
+    save_file(cell, tmp_path / "cell.safetensors")
+    assert "mix channels" in refused(tmp_path / "cell.safetensors")

@@ -1,0 +1,35 @@
+"""What reading one checkpoint's headers may cost: a small file can describe a great deal.
+
+The limits stand far above what checkpoints of a million small objects need, and below a second or two of
+work and a few hundred megabytes.
+"""
+
+MAX_PICKLE_BYTES = 64 << 20
+# Of a pickle: instructions, and what a call looks through.
+MAX_OPERATIONS = 1_500_000
+# Of a pickle: an estimate of what its values take in memory.
+MAX_VALUE_BYTES = 384 << 20
+# Of a safetensors header.
+MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_ITEMS = 3_000_000
+# Of a zip file's list of records: some 200,000 of them.
+MAX_DIRECTORY_BYTES = 16 << 20
+
+
+class OverBudget(Exception):
+    """The limit is reached; the message says of what."""
+
+
+class Budget:
+    """Counts the operations and bytes that one pickle costs."""
+
+    def __init__(self, operations: int = MAX_OPERATIONS, size: int = MAX_VALUE_BYTES) -> None:
+        self.operations = operations
+        self.size = size
+
+    def spend(self, operations: int, size: int) -> None:
+        """Raises OverBudget once more was spent than there is."""
+        self.operations -= operations
+        self.size -= size
+        if self.operations < 0 or self.size < 0:
+            raise OverBudget("it describes more objects than a checkpoint has")
