@@ -219,7 +219,6 @@ _BESIDE = {
     **dict.fromkeys(("numpy.core.numeric", "numpy._core.numeric"), ("_frombuffer",)),
     "numpy": ("dtype",),
     "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
-    "argparse": ("Namespace",),
 }
 # What defaultdict may make its values with; never called.
 _FACTORIES = ("int", "float", "str", "bool", "list", "dict", "tuple")
@@ -263,11 +262,8 @@ def _allowed() -> dict[tuple[str, str], Name]:
         *(("torch.nn.parameter", Name(name)) for name in ("Parameter", "Buffer")),
         *(("torch", Name(name)) for name in ("strided", "sparse_coo", "sparse_csr")),
         ("collections", Name("defaultdict", _default_dict)),
-        *(
-            (module, Name(name, partial(Record, name), is_record=True))
-            for module, names in _BESIDE.items()
-            for name in names
-        ),
+        ("argparse", Name("Namespace", is_record=True)),
+        *((module, Name(name, partial(Record, name))) for module, names in _BESIDE.items() for name in names),
         *((module, Name(name)) for module in ("builtins", "__builtin__") for name in _FACTORIES),
         ("numpy", Name("ndarray")),
         ("torch._utils", Name("_rebuild_parameter", _rebuild_parameter)),
