@@ -26,6 +26,7 @@ from tests.support.random_models import (
     TOKENS,
     arrays_of,
     by_token,
+    cell_of,
     distance,
     exact,
     make,
@@ -212,7 +213,7 @@ def test_other_vector_units(flags, monkeypatch, tmp_path, calls):
 def test_compilers_have_nothing_to_say(cxx, tmp_path):
     if not shutil.which(cxx):
         pytest.skip(f"no {cxx}")
-    (tmp_path / "text.cpp").write_text(texts.cpu_token_text(make().layers[0].mixer.cell._cell))
+    (tmp_path / "text.cpp").write_text(texts.cpu_token_text(cell_of(make())))
     flags = [
         "-std=c++17",
         "-Wall",
@@ -379,7 +380,7 @@ def test_an_empty_cache_is_one_of_zeros(calls):
 
 
 def c_slots(made):
-    return made.layers[0].mixer.cell._cell.slots
+    return cell_of(made).slots
 
 
 def wrong_caches(made):

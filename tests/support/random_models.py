@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pararnn import Model, ModelArgs
+from mlx_pararnn import Cell, Model, ModelArgs, get_cell
 from tests.support import oracle
 
 # Sizes below, between and beyond the multiples of every vector length, 4, 8 and 16.
@@ -50,6 +50,10 @@ def make(kind="gru", dtype=mx.float32, seed=0, **sizes):
     return made
 
 
+def cell_of(made) -> Cell:
+    return get_cell(made.args.cell, made.args.activations)
+
+
 def by_token(made, tokens, cache=None, *, head=True, **options):
     """Logits, or without the head what it reads, of `tokens` (B, T), one after the other."""
     cache = made.make_cache(tokens.shape[0]) if cache is None else cache
@@ -89,7 +93,7 @@ def exact(made, tokens):
     B, T, D = x.shape
     if args.max_position_embeddings:
         x = x + p["model.embed_positions.weight"][:T]
-    cell, heads, states = made.layers[0].mixer.cell._cell, args.num_heads, []
+    cell, heads, states = cell_of(made), args.num_heads, []
     for i in range(args.num_hidden_layers):
         path = f"model.layers.{i}"
         y = norm(x, f"{path}.norm")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pararnn.compute import cpu_token, texts
-from tests.support.random_models import TOKENS, by_token, numbers
+from tests.support.random_models import TOKENS, by_token, cell_of, numbers
 
 # The recorded call of one token, again and without Python: what the compilers' sanitizers look at.
 # File: how often; of struct Token the numbers; each array with its size before it, -1 for none.
@@ -64,7 +64,7 @@ int main(int count, char** argv) {
 
 
 def replay_text(made, dtype):
-    cell = made.layers[0].mixer.cell._cell
+    cell = cell_of(made)
     return texts.cpu_token_text(cell) + REPLAY.replace("DECODE", f"decode_{dtype}")
 
 
@@ -83,7 +83,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
     def note(reference):
         token = reference._obj
         D, K = token.heads * token.W, token.taps
-        cell = made.layers[0].mixer.cell._cell
+        cell = cell_of(made)
         bytes_of.update(
             {k: int(np.prod(v)) for k, v in cpu_token._shapes(cell, D, token.heads, K, token.wide).items()}
         )
@@ -131,7 +131,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
 def replayed(made, file):
     """What a replay wrote into `file`, as `recorded` gives it."""
     dtype, B = made.model.embed_tokens.weight.dtype, TOKENS.shape[0]
-    cell, D = made.layers[0].mixer.cell._cell, made.args.hidden_size
+    cell, D = cell_of(made), made.args.hidden_size
     window = (made.args.conv_kernel - 1) * D * B if made.args.mixer == "gated_conv" else 0
     data, floats = file.read_bytes(), []
 
