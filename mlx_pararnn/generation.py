@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import GenerationResponse, TextStateMachine
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import RECENT_STEPS
+from .detokenizer import Detokenizer, StopMatcher
 from .errors import PararnnError
 from .model import Model
 
@@ -64,6 +65,7 @@ def stream_generate(
     responses = mlx_lm_stream_generate(
         model, tokenizer, mx.array(tokens), max_tokens=cast(int, room) if limited else max_tokens, **kwargs
     )
+    responses = _texts(responses, tokenizer, tokens)
     finish_reason = None
     stop = [stop] if isinstance(stop, str) else [word for word in stop if word]
     for response in _until(responses, stop) if stop else responses:
@@ -92,21 +94,31 @@ def check_text(text: str) -> None:
         ) from None
 
 
+def _texts(
+    responses: Generator[GenerationResponse, None, None], tokenizer: TokenizerWrapper, prompt: list[int]
+) -> Generator[GenerationResponse, None, None]:
+    """The responses with the text that goes on from the prompt's: prompt and text are the decoded whole."""
+    detokenizer = Detokenizer(tokenizer, prompt)
+    for response in responses:
+        if response.finish_reason != "stop":  # that is the end token's, which is not part of the text
+            detokenizer.add_token(response.token)
+        if response.finish_reason is not None:
+            detokenizer.finalize()
+        yield replace(response, text=detokenizer.last_segment)
+
+
 def _until(
     responses: Generator[GenerationResponse, None, None], stop: Sequence[str]
 ) -> Generator[GenerationResponse, None, None]:
     """Responses up to the first stop string; text that may be the start of one is held back."""
-    machine = TextStateMachine({"text": [(word, None) for word in stop]})
-    state = machine.make_state("text")
+    matcher = StopMatcher(stop)
     for response in responses:
-        state, segments = machine.split(state, response.text)
-        text = "".join(part for _, part in segments)
-        if state[0] is None:
+        text = matcher.add(response.text)
+        if matcher.stopped:
             yield replace(response, text=text, finish_reason="stop")
             return
         if response.finish_reason is not None:
-            state, held_back, _ = machine.flush(state)
-            text += held_back
+            text += matcher.flush()
         yield replace(response, text=text)
 
 

@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from .detokenizer import Detokenizer
 from .errors import PararnnError
 from .hub import download, is_hub_name
 from .model import Model, ModelArgs, RecurrentLayer
@@ -91,11 +92,14 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns of every model_type that is not its own
     try:
-        return mlx_lm.tokenizer_utils.load(path, options, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = mlx_lm.tokenizer_utils.load(path, options, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises whatever the broken file leads it to
         raise PararnnError(f"the tokenizer in {path} cannot be read ({_in_one_line(error)})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    # MLX-LM's own drops the first space of a byte-level tokenizer's text, and slows down along a line.
+    vars(tokenizer)["_detokenizer"] = Detokenizer(tokenizer)
+    return tokenizer
 
 
 def _names_python(path: Path) -> bool:

@@ -51,3 +51,20 @@ def test_mlx_lm_quantized_multi_linear_has(name):
     assert name in QuantizedMultiLinear(64, 32, 2, 32, 4, "affine") or hasattr(
         QuantizedMultiLinear(64, 32, 2, 32, 4, "affine"), name
     ), f"mlx_lm's QuantizedMultiLinear.{name} is gone; see cli/lm.py"
+
+
+def test_mlx_lms_tokenizer_wrapper_copies_its_detokenizer():
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    import mlx_pararnn
+    from mlx_pararnn.detokenizer import Detokenizer
+
+    _, tokenizer = mlx_pararnn.load()
+    assert isinstance(tokenizer, TokenizerWrapper)
+    first, second = tokenizer.detokenizer, tokenizer.detokenizer
+    assert isinstance(first, Detokenizer), (
+        "mlx_lm's TokenizerWrapper no longer takes its detokenizer from _detokenizer; see loading.py"
+    )
+    first.add_token(97)
+    second.add_token(98)
+    assert (first.text, second.text) == ("a", "b"), "two callers share the state of one detokenizer"

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_lm.sample_utils import make_logits_processors
 
+from ...detokenizer import Detokenizer
 from ...errors import PararnnError
 from .answers import MessageParser, Part, TokenTexts, chat_logprobs, completion_logprobs, usage_of
 from .engine import Engine, Job, Piece, TokenInfo
@@ -250,7 +251,7 @@ class Service:
         return Job(
             prompt=prompt.tokens,
             max_tokens=min(limit for limit in limits if limit is not None),
-            text=AnswerText(self.engine.tokenizer.detokenizer, request.stop),
+            text=AnswerText(Detokenizer(self.engine.tokenizer, prompt.tokens), request.stop),
             sampler=self._sampler(request, n),
             processors=processors,
             top_logprobs=None if top is None else min(top, self.engine.model.args.vocab_size, 20),

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ...detokenizer import StopMatcher
+
 
 class AnswerText:
     """The text of one answer.
@@ -23,7 +25,7 @@ class AnswerText:
 
     @property
     def stopped(self) -> bool:
-        return self._stop.found
+        return self._stop.stopped
 
     def add(self, token: int) -> str:
         """What is certain of the text after one more token, and was not before."""
@@ -33,50 +35,9 @@ class AnswerText:
     def finish(self) -> str:
         """The rest, when no more tokens come."""
         self._detokenizer.finalize()
-        return self._certain() + self._stop.finish()
+        return self._certain() + self._stop.flush()
 
     def _certain(self) -> str:
         piece = self._detokenizer.last_segment
         self.length += len(piece)
         return self._stop.add(piece)
-
-
-class StopMatcher:
-    """Finds stop strings in a text that comes in pieces, however it is cut.
-
-    The stop string that is complete first ends the text; of several that end at the same place the longest.
-    """
-
-    def __init__(self, words: Sequence[str]) -> None:
-        self._words = [word for word in words if word]
-        self._held = ""  # may be the beginning of a stop string
-        self.found = False
-
-    def add(self, piece: str) -> str:
-        """The text that is known not to be part of a stop string."""
-        if self.found:
-            return ""
-        if not self._words:
-            return piece
-        text = self._held + piece
-        places = [(text.find(word), len(word)) for word in self._words]
-        ends = [(start + length, start) for start, length in places if start >= 0]
-        if ends:
-            self.found, self._held = True, ""
-            return text[: min(ends)[1]]
-        held = max(_overlap(text, word) for word in self._words)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def finish(self) -> str:
-        """What was held back."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, word: str) -> int:
-    """The length of the longest end of `text` that `word` begins with, and is longer than."""
-    for length in range(min(len(text), len(word) - 1), 0, -1):
-        if text.endswith(word[:length]):
-            return length
-    return 0
