@@ -164,7 +164,7 @@ def test_no_network_at_all(tmp_path):
     "name", ["no such thing", "owner/name/more", "my-model", "a b/c", "~/model", "../m/x"]
 )
 def test_neither_a_path_nor_a_hub_name(name, refused):
-    assert refused(name).startswith(f"{name}: no such file or folder")
+    assert refused(name).startswith(f"{os.path.expanduser(name)}: no such file or folder")
 
 
 def test_a_path_with_a_weights_name_is_never_looked_for_on_the_hub(refused, monkeypatch):
