@@ -21,7 +21,13 @@ COREML_FILE = "pararnn.json"
 COREML_REFERENCE = "reference.safetensors"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _INDEX = ".index.json"
+_ACCELERATE = "pytorch_model_fsdp_0"  # where accelerate saves a sharded model, as a distributed checkpoint
 _SHARD = re.compile(r"(.+)-\d+-of-\d+(\.safetensors|\.bin)")
+# DeepSpeed: one rank's optimizer states, and with ZeRO-3 its part of the weights.
+_ZERO = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+.*states\.pt")
+_MAKE_WHOLE = (
+    "make it whole first: python zero_to_fp32.py FOLDER OUT, where FOLDER holds `latest`; then pass OUT"
+)
 
 
 @dataclass
@@ -47,6 +53,8 @@ def find_weights(path: Path) -> Path:
         raise PararnnError(
             f"{path}: this is one rank's part of a torch.distributed.checkpoint folder; pass the folder"
         )
+    if _ZERO.fullmatch(path.name):
+        raise PararnnError(f"{path}: this is one rank's part of a DeepSpeed ZeRO checkpoint; {_MAKE_WHOLE}")
     if (match := _SHARD.fullmatch(path.name)) and (path.parent / f"{match[1]}{match[2]}{_INDEX}").is_file():
         raise PararnnError(f"{path}: this is one of several files that belong together; pass their folder")
     if not path.is_file():
@@ -67,6 +75,12 @@ def read_weights(file: Path) -> Weights:
     if _kind(file) == "safetensors":
         return Weights(*read_safetensors(file))
     tensors, training_config = read_torch_file(file)
+    empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
+    if 2 * len(empty) > len(tensors):
+        raise PararnnError(
+            f"{file}: {len(empty)} of {len(tensors)} tensors are empty ({listed(empty)}), as in one rank's "
+            f"file of DeepSpeed ZeRO-3; {_MAKE_WHOLE}"
+        )
     return Weights(tensors, training_config=training_config)
 
 
@@ -92,7 +106,9 @@ def _in_folder(folder: Path) -> Path:
                 return found
     if (folder / METADATA).is_file():
         return folder / METADATA
-    files = sorted(entry for entry in folder.iterdir() if entry.suffix in SUFFIXES and entry.is_file())
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))  # Finder's files
+    files = [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
+    _check_other_trainers(folder, entries)
     names = listed([file.name for file in files])
     for file in files:
         if match := _SHARD.fullmatch(file.name):
@@ -102,9 +118,26 @@ def _in_folder(folder: Path) -> Path:
             )
     if len(files) == 1:
         return files[0]
+    if not files and (folder / _ACCELERATE / METADATA).is_file():
+        return folder / _ACCELERATE / METADATA
     if files:
         raise PararnnError(f"{folder}: there are several checkpoints inside ({names}); pass one of the files")
     raise PararnnError(f"{folder}: no checkpoint inside (a file ending in {', '.join(SUFFIXES)})")
+
+
+def _check_other_trainers(folder: Path, entries: list[Path]) -> None:
+    """Raise for what a distributed trainer left that is not whole, and say how it becomes so."""
+    names = [entry.name for entry in entries]
+    if (folder / "latest").is_file() or any(map(_ZERO.fullmatch, names)):
+        raise PararnnError(
+            f"{folder}: this is a DeepSpeed checkpoint, whose weights are split; {_MAKE_WHOLE}"
+        )
+    parts = [name for name in names if name.endswith(".distcp")]
+    if parts:
+        raise PararnnError(
+            f"{folder}: {len(parts)} parts of a torch.distributed.checkpoint ({listed(parts)}) without their "
+            f"{METADATA}, a hidden file that says what they hold; copy it too"
+        )
 
 
 def _read_sharded(index: Path) -> Weights:
