@@ -42,6 +42,7 @@ def test_what_mlx_allows():
     assert evaluation([]) == Evaluation.FREE
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("kind", ["gru", "lstm, 4 heads", "plain", "babylm"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_call_makes_one_choice_and_asks_once(kind, tokens, cpu_backend, asked):
@@ -97,6 +98,7 @@ def test_what_is_not_here_is_refused(cpu_backend):
             choice.choose(get_cell("gru"), list, rows=1, tokens=1, width=8, trial=bool, backend=backend)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("kind", ["gru", "plain lstm", "ml-pararnn", "babylm"])
 def test_prompts_under_transformations(kind, cpu_backend, monkeypatch):
     """However small, and whichever weight alone is traced."""
