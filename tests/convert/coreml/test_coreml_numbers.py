@@ -74,6 +74,7 @@ GOLDEN = [
 ]
 
 
+@pytest.mark.sampled("large", by=lambda source: [source[:19]])
 @pytest.mark.parametrize(
     ("source", "folder", "prefix", "state"),
     [(*g, state) for g in GOLDEN for state in ("graph", "io") if state == "graph" or g in GOLDEN[:2]],
@@ -94,6 +95,7 @@ def test_golden_models(exports, source, folder, prefix, state):
 ROUNDED_CONSTANTS = {("lstm_constants", "graph")}
 
 
+@pytest.mark.sampled("large", by=lambda kind, state: [KINDS[kind]["cell"], state])
 @pytest.mark.parametrize("state", ["graph", "io"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layer(exports, kind, state):
@@ -154,6 +156,7 @@ def until_a_tie(tokens, logits):
 STATE = {"graph": (), "io": ("--state", "io")}
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("state", STATE)
 def test_trained_model(exports, trained, state):
     source, model = trained
@@ -168,6 +171,7 @@ def test_trained_model(exports, trained, state):
         assert [name for name, *_ in runner.predictions[:7]] == ["prefill", *["decode"] * 6]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("state", STATE)
 def test_the_originals_own_continuation(exports, trained, state):
     """96 tokens in which the likeliest two come as close as 0.0013, at logits of 10 to 20."""
@@ -182,6 +186,7 @@ def test_the_originals_own_continuation(exports, trained, state):
     assert Runner(out, "float16").generate(prompt, len(sure)) == sure
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("state", STATE)
 def test_argmax_in_the_model(exports, trained, state):
     source, model = trained
@@ -192,6 +197,7 @@ def test_argmax_in_the_model(exports, trained, state):
     assert runner.generate(prompt, 40) == greedy(model, prompt, 40)[0]
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("chunk", [2, 5, 33])
 def test_chunks(exports, chunk):
     source = exports.small(**KINDS["gru"])
@@ -237,6 +243,7 @@ def quantized(exports, trained):
     return lambda how: exports(trained[0], "--chunk", 16, *QUANTIZED[how])
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("how", QUANTIZED)
 def test_quantized_is_what_coremltools_decompresses(quantized, tmp_path, how):
     runner = Runner(quantized(how))
@@ -268,6 +275,7 @@ def matrices(folder):
     return {k: np.array(v) for k, v in weights.items() if any(m in k for m in MATRICES) and v.ndim > 1}
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("how", QUANTIZED)
 def test_quantized_weights_are_near_the_models(quantized, trained, how):
     package = Runner(quantized(how)).package
@@ -296,6 +304,7 @@ def test_quantized_weights_are_near_the_models(quantized, trained, how):
             assert (error <= allowed).all(), name
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("how", ["float16", *QUANTIZED])
 def test_reference_logits(exports, quantized, trained, how):
     """The logits that `verify` compares with are those of the weights as the package stores them."""
@@ -324,6 +333,7 @@ def test_large_and_small_streams(exports):
             check(out, exports.model(source), some_ids(50, 11))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("state", ["graph", "io"])
 def test_two_thousand_steps(exports, trained, state):
     """The state is rounded at every step; what that does must not grow."""
