@@ -14,7 +14,7 @@ from mlx_pararnn import get_cell
 from mlx_pararnn.compute.gpu import SHAPES, newton_launch, sequential_launch
 from tests.support.golden import DATA, cell_cases, shown
 
-from . import harness
+from . import harness, problem
 from .build import CLANG, NO_CONTRACTION, clang
 from .instances import DTYPES
 from .problem import Problem, assert_close
@@ -181,8 +181,8 @@ def test_a_plain_step_in_float_would_not_do(monkeypatch):
 
         return launch
 
-    monkeypatch.setitem(globals(), "newton_launch", changed(newton_launch))
-    monkeypatch.setitem(globals(), "sequential_launch", changed(sequential_launch))
+    monkeypatch.setattr(problem, "newton_launch", changed(newton_launch))
+    monkeypatch.setattr(problem, "sequential_launch", changed(sequential_launch))
     p = Problem("gru", T=400, D=12, scale=16.0)
     assert same(p.newton(tol=0.0, check=False), p.sequential(check=False))
     assert not same(p.newton(tol=0.0, check=False, math="metal"), p.sequential(check=False, math="metal"))
