@@ -39,6 +39,9 @@ def cell_header(cell: Cell) -> str:
     if not has_kernel(cell):
         raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
     text = cell.msl if cell.msl is not None else metal_text("cells", f"{cell.name}.h")
+    if not text.isascii():  # which MLX hands to Metal as C strings, and Metal may end the process at
+        letter = next(letter for letter in text if not letter.isascii())
+        raise PararnnError(f"the MSL of cell {cell.name!r} has {letter!r}; write it in ASCII, comments too")
     names = [f"pararnn::{_ACTIVATIONS[cell.activations[place]]}" for place in cell.default_activations]
     struct = f"pararnn::{type(cell).__name__}" + (f"<{', '.join(names)}>" if names else "")
     counts = {"SLOTS": cell.slots, "GATES": cell.gates, "PARAMS": cell.params}

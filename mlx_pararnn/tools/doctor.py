@@ -88,9 +88,11 @@ def _cpu_backend(gpu: str | None) -> Finding:
     except cpu_build.BuildError as error:
         return Finding(name, "cannot be built: plain MLX ops take its place", str(error))
     seconds = time.perf_counter() - begin
-    return Finding(
-        name, f"present: {cpu_build.compiler()}, {cpu.threads()} threads, loaded in {seconds:.1f} s"
-    )
+    try:
+        compiler = cpu_build.compiler()
+    except cpu_build.NoCompilerError:
+        compiler = "built before, no compiler now"
+    return Finding(name, f"present: {compiler}, {cpu.threads()} threads, loaded in {seconds:.1f} s")
 
 
 def _blas(loaded: str | None) -> Finding:

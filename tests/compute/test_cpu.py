@@ -523,6 +523,54 @@ def test_a_cell_may_have_any_name(monkeypatch, tmp_path):
     assert gpu.sequential_launch(cell, u.shape, u.dtype).name.isidentifier()
 
 
+def test_msl_that_is_not_ascii_is_refused():
+    @register_cell
+    class Fancy(type(get_cell("nlru"))):
+        name = "fancy"
+        msl = "// a\u00b2\n" + texts.metal_text("cells", "nlru.h").replace("NLRU", "Fancy")
+
+    with pytest.raises(PararnnError, match="MSL of cell 'fancy' has '\u00b2'; write it in ASCII"):
+        recurrence(get_cell("fancy"), mx.zeros((1, 8)), mx.ones((1, 1, 4, 2, 8)), backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 0),
+        ({"cpu.max": "max 100000"}, 0),
+        ({"cpu.max": "200000 100000"}, 2),  # docker run --cpus=2
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"a/b/cpu.max": "300000 100000", "cpu.max": "max 100000"}, 3),
+        ({"a/b/cpu.max": "max 100000", "a/cpu.max": "400000 100000"}, 4),
+        ({"a/b/cpu.max": "800000 100000", "a/cpu.max": "400000 100000"}, 4),
+        ({"cpu.max": "nonsense"}, 0),
+    ],
+)
+def test_a_containers_quota_of_cores(files, cores, tmp_path):
+    (tmp_path / "own").write_text("0::/a/b\n")
+    for name, content in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    assert cpu._quota.__wrapped__(tmp_path / "groups", tmp_path / "own") == cores
+    assert cpu._quota.__wrapped__(tmp_path / "groups", tmp_path / "missing") == 0
+
+
+def test_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for quota, wanted in ((0, 16), (2, 2), (40, 16)):
+        monkeypatch.setattr(cpu, "_quota", lambda quota=quota: quota)
+        assert cpu.threads() == wanted
+    monkeypatch.delattr(cpu.os, "sched_getaffinity")  # a Mac
+    monkeypatch.setattr(cpu, "_quota", lambda: 0)
+    monkeypatch.setattr(cpu, "_performance_cores", lambda: 6)
+    assert cpu.threads() == 6
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cpu.threads() == 3
+
+
 def test_a_cell_without_msl_runs_in_ops():
     @register_cell
     class Leaky(type(get_cell("nlru"))):
