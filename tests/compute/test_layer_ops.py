@@ -2,6 +2,7 @@
 grow. The kernels themselves: tests/msl/test_layer_kernels.py, and on a GPU tests/compute/test_metal.py."""
 
 import io
+import random
 import re
 from collections import Counter
 
@@ -163,6 +164,34 @@ def test_a_layer_in_plain_ops_in_primitives(kind, monkeypatch):
     monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
     products, _, _, ops = COUNTS[kind]
     assert of_a_layer(1, **KINDS[kind]) == (products, ops)
+
+
+@pytest.mark.parametrize("cell", ["gru", "slstm"])
+def test_conversations_build_few_libraries(cell, monkeypatch, recorded_as_on_a_mac):
+    """No free number is compiled in: 100 random conversations, which remember states, make at most 12."""
+    built = set()
+
+    def run(launch, arrays, backend):
+        assert backend == "metal"
+        small = tuple(
+            arrays[name].size < 8 for name in launch.input_names
+        )  # in constant memory: another text
+        dtypes = tuple(arrays[name].dtype for name in launch.input_names)
+        built.add((launch.name, launch.template, small, dtypes))
+        shapes = zip(launch.output_names, launch.output_shapes, launch.output_dtypes, strict=True)
+        return {name: mx.zeros(shape, dtype) for name, shape, dtype in shapes}
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: x)
+    model = Model(ModelArgs(cell=cell, num_hidden_layers=1, **SIZES))
+    draw = random.Random(0)
+    for _ in range(100):
+        model.recent_steps = draw.choice((0, 4, 16))
+        model.snapshot_spacing = draw.choice((0, 7, 64, 100))
+        cache = model.make_cache()
+        for _ in range(draw.randint(1, 4)):
+            model(mx.zeros((1, draw.choice((1, draw.randint(2, 300)))), mx.int32), cache=cache)
+    assert 3 <= len(built) <= 12
 
 
 class Leaky(Cell):
