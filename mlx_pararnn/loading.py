@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx_lm.tokenizer_utils
 import mlx_lm.utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -14,7 +15,7 @@ from .detokenizer import Detokenizer
 from .errors import PararnnError
 from .hub import download, is_hub_name
 from .model import Model, ModelArgs, RecurrentLayer
-from .model_files import VOCABULARY_FILES, read_json
+from .model_files import VOCABULARY_FILES, open_regular, read_json
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -54,6 +55,7 @@ def load_model(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, dict[str, Any
                 else "convert a PyTorch checkpoint first: mlx-pararnn convert CKPT -o OUT"
             )
         )
+    _check_config(path, config)
     try:
         # model_file is what would make MLX-LM run Python from the folder
         model, config = mlx_lm.utils.load_model(
@@ -64,8 +66,53 @@ def load_model(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, dict[str, Any
         raise
     except FileNotFoundError:
         raise PararnnError(f"no model*.safetensors in {path}; convert the checkpoint again") from None
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise _misfit(path, error) from error
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """Refuse what would take the machine before MLX-LM looks at the weights, or end the process."""
+    file = path / "config.json"
+    quantization = config.get("quantization", config.get("quantization_config"))
+    if quantization is not None:
+        settings = [quantization]
+        if isinstance(quantization, dict):
+            settings += [value for value in quantization.values() if isinstance(value, dict)]
+        for setting in settings:
+            known = isinstance(setting, dict)
+            for name, choices in (("group_size", (16, 32, 64, 128)), ("bits", (2, 3, 4, 5, 6, 8))):
+                if not known or (name in setting and setting[name] not in choices):
+                    shown = setting[name] if known else setting
+                    raise PararnnError(
+                        f"{file}: quantization {name} is {shown!r}; it must be one of {choices}"
+                    )
+    ends = config.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31:
+            raise PararnnError(f"{file}: eos_token_id holds {end!r}; it must be a token id, or several")
+    layers = config.get("num_hidden_layers")
+    found = _layers_in_weights(path)
+    if found is not None and isinstance(layers, int) and layers != found:
+        raise PararnnError(
+            f"the weights in {path} do not fit its config.json: num_hidden_layers is {layers}, and they have "
+            f"{found} layers; convert the checkpoint again"
+        )
+
+
+def _layers_in_weights(path: Path) -> int | None:
+    """How many layers the headers of the weights name; None where there are no weights to ask."""
+    files = sorted(path.glob("model*.safetensors"))
+    names: set[str] = set()
+    for file in files:
+        with open_regular(file):  # not a pipe, which safetensors would wait for
+            pass
+        try:
+            with safe_open(file, "numpy") as opened:
+                names.update(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise _misfit(path, error) from error
+    prefix = "model.layers."
+    return len({name.split(".")[2] for name in names if name.startswith(prefix)}) if files else None
 
 
 def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:

@@ -89,7 +89,7 @@ class ModelArgs(BaseModelArgs):
         if (
             isinstance(self.norm_eps, bool)
             or not isinstance(self.norm_eps, (int, float))
-            or self.norm_eps < 0
+            or not 0 <= self.norm_eps < math.inf
         ):
             raise PararnnError(
                 f"config.json: norm_eps is {self.norm_eps!r}; it must be a number, not below 0"

@@ -19,6 +19,7 @@ from ..cache import RecurrentCache
 from ..errors import PararnnError
 from ..generation import check_text, encode, stream_generate
 from ..model import Model
+from ..model_files import open_regular
 
 # Stands for what has been read when the chat template is asked what comes after it.
 _READ = "\ue000read\ue001"
@@ -233,10 +234,10 @@ class Chat:
             reason = " (a saved talk's name ends in .safetensors)" if given.is_file() else ""
             raise PararnnError(f"no such file: {path}{reason}")
         try:
+            _check_keys(path)
             cache, metadata = load_prompt_cache(str(path), return_metadata=True)
             messages = json.loads(metadata.get("messages", "[]"))
             last_token = json.loads(metadata.get("last_token", "null"))
-            whole = _is_whole(cache, messages, last_token)
             if "weights" in metadata:
                 fits = metadata["weights"] == _fingerprint(self.model)
             else:  # by cache_prompt, which notes the model's name
@@ -247,7 +248,11 @@ class Chat:
             ) from error
         if not fits:
             raise PararnnError(f"{path} was saved with another model; load that model to go on with it")
-        if not whole or not self._fits(cache):
+        try:
+            sound = _is_whole(cache, messages, last_token) and self._fits(cache)
+        except Exception:  # what stands in the place of a state may be anything
+            sound = False
+        if not sound:
             raise PararnnError(f"{path} is damaged: its state is not one that this model makes")
         self.cache, self.messages, self._last_token, self._turns = cache, messages, last_token, []
 
@@ -294,6 +299,19 @@ class Chat:
 
 class _Interrupted(Exception):
     """Raised inside MLX-LM's prompt loop, between two pieces, to leave it."""
+
+
+def _check_keys(path: Path) -> None:
+    """Raise for keys that MLX would unfold into lists of any length: a number in a key is an index."""
+    with open_regular(path):  # not a pipe
+        pass
+    with safe_open(path, "numpy") as file:
+        keys = [*file.keys(), *(file.metadata() or {})]
+    for key in keys:
+        parts = key.split(".")
+        indices = [part for part in parts if part.isdigit()]
+        if len(parts) > 8 or any(len(index) > 9 or int(index) > max(len(keys), 64) for index in indices):
+            raise ValueError(f"the key {key[:40]!r} is not one of a saved state")
 
 
 def _is_whole(cache: list[Any], messages: Any, last_token: Any) -> bool:

@@ -40,8 +40,6 @@ def test_parts_of_a_distributed_checkpoint_without_their_metadata(tmp_path):
 def test_accelerates_parent_folder(data, tmp_path):
     source = data / "lm" / "two_ranks" / "dcp"
     shutil.copytree(source, tmp_path / "pytorch_model_fsdp_0")
-    (tmp_path / "scheduler.bin").write_bytes(b"")
-    (tmp_path / "scheduler.bin").unlink()
     assert find_weights(tmp_path) == tmp_path / "pytorch_model_fsdp_0" / ".metadata"
 
 

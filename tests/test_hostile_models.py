@@ -1,0 +1,156 @@
+"""Small files that would take the machine, end the process or pass for others: one sentence."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import mlx_pararnn
+from mlx_pararnn import PararnnError
+from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.loading import DEMO
+
+MEMORY = 3 << 30  # bytes of data that a child may take
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "model"))
+
+
+def changed(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+def refusal(folder) -> str:
+    with pytest.raises(PararnnError) as error:
+        mlx_pararnn.load(folder)
+    return str(error.value)
+
+
+LOAD_EACH = """
+import sys, mlx_pararnn
+for folder in sys.argv[1:]:
+    try:
+        mlx_pararnn.load(folder)
+    except mlx_pararnn.PararnnError as error:
+        print(error)
+"""
+
+
+def test_what_would_take_the_machine_or_end_the_process(tmp_path):
+    """Without the checks 7 GB, a signal and 3 GB."""
+    folders = [Path(shutil.copytree(DEMO, tmp_path / str(n))) for n in range(3)]
+    changed(folders[0], num_hidden_layers=100_000)
+    changed(folders[1], quantization={"group_size": 0, "bits": 4})
+    (folders[2] / "config.json").write_text("[" + "[]," * 20_000_000 + "0]")
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+
+    command = [sys.executable, "-c", LOAD_EACH, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    first, second, third = done.stdout.splitlines()
+    assert "num_hidden_layers is 100000, and they have 3 layers" in first
+    assert "quantization group_size is 0" in second
+    assert "larger than any model's" in third
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"quantization": {"group_size": 0, "bits": 4}}, "quantization group_size is 0"),
+        ({"quantization": {"group_size": 64, "bits": 0}}, "quantization bits is 0"),
+        ({"quantization": {"group_size": 64, "bits": 4, "lm_head": {"group_size": -1}}}, "group_size is -1"),
+        ({"quantization": 7}, "quantization group_size is 7"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers is 4, and they have 3 layers"),
+        ({"hidden_size": 2**40}, "do not fit its config.json"),
+        ({"vocab_size": 2**62}, "do not fit its config.json"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf"),
+        ({"eos_token_id": -1}, "eos_token_id holds -1"),
+        ({"eos_token_id": [0, 2**70]}, f"eos_token_id holds {2**70}"),
+        ({"eos_token_id": "end"}, "eos_token_id holds 'end'"),
+    ],
+)
+def test_configs(fields, said, folder):
+    assert said in refusal(changed(folder, **fields))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe(name, folder):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert "not a regular file" in refusal(folder)
+
+
+def saved(tmp_path):
+    chat = Chat(*mlx_pararnn.load())
+    list(chat.respond("def main(", max_tokens=3))
+    return chat, chat.save(tmp_path / "state")
+
+
+def rewritten(path, change):
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        metadata = dict(file.metadata())
+    arrays = load_file(path)
+    change(arrays, metadata)
+    save_file(arrays, path, metadata)
+
+
+@pytest.mark.parametrize("where", ["arrays", "metadata"])
+@pytest.mark.parametrize("key", ["3000000000", "0.99999999", "0." * 200 + "0", "1.2." + "9" * 5000])
+def test_keys_of_a_saved_state_that_unfold(where, key, tmp_path):
+    chat, path = saved(tmp_path)
+
+    def change(arrays, metadata):
+        if where == "arrays":
+            arrays[key] = np.zeros(1, np.float32)
+        else:
+            metadata[key] = "0"
+
+    rewritten(path, change)
+    before = mx.get_active_memory()
+    messages, tokens = list(chat.messages), chat.tokens
+    with pytest.raises(PararnnError, match=r"state\.safetensors is not a"):
+        chat.load(path)
+    assert (chat.messages, chat.tokens) == (messages, tokens)
+    assert mx.get_active_memory() < before + (1 << 20)
+
+
+def test_damaged_states_leave_the_conversation(tmp_path):
+    """Bytes of the header and of the numbers, one at a time."""
+    chat, path = saved(tmp_path)
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    messages, tokens = list(chat.messages), chat.tokens
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, 2500 if rng.random() < 0.9 else len(whole), rng.integers(1, 4)):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged[: len(damaged) if rng.random() < 0.9 else rng.integers(0, len(damaged))])
+        said = "state.safetensors"
+        try:
+            chat.load(path)
+        except PararnnError as error:
+            said, refused = str(error), refused + 1
+        else:
+            path.write_bytes(whole)
+            chat.load(path)
+        assert "state.safetensors" in said
+        assert (chat.messages, chat.tokens) == (messages, tokens)
+    assert refused > 100
+    assert "".join(r.text for r in chat.respond("x", max_tokens=3))
