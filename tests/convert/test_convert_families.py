@@ -38,7 +38,7 @@ def entry_points(value: str):
 
 @pytest.mark.parametrize("options", [(), ("--family", "one-matrix")])
 def test_a_family_of_another_package_is_found(options, accepted, monkeypatch, tmp_path):
-    monkeypatch.setattr(metadata, "entry_points", entry_points("test_convert_families:OneMatrix"))
+    monkeypatch.setattr(metadata, "entry_points", entry_points(f"{__name__}:OneMatrix"))
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
     folder = accepted(write_pt(tmp_path / "m.pt", {"matrix": matrix}), *(options or ("--force",)))
     assert np.array_equal(weights(folder)["recurrent_weight"], matrix)
