@@ -68,3 +68,40 @@ def test_mlx_lms_tokenizer_wrapper_copies_its_detokenizer():
     first.add_token(97)
     second.add_token(98)
     assert (first.text, second.text) == ("a", "b"), "two callers share the state of one detokenizer"
+
+
+@pytest.mark.parametrize(
+    "name", ["BatchGenerator", "TextStateMachine", "make_text_state_machine", "stream_generate"]
+)
+def test_mlx_lm_generate_has_what_the_server_stands_on(name):
+    from importlib import import_module
+
+    # A function of that name hides the module in the package.
+    assert hasattr(import_module("mlx_lm.generate"), name), f"mlx_lm.generate.{name} is gone; see chat/server"
+
+
+@pytest.mark.parametrize("name", ["insert_segments", "next", "extract_cache", "remove"])
+def test_mlx_lms_batch_generator_has(name):
+    from mlx_lm.generate import BatchGenerator
+
+    assert hasattr(BatchGenerator, name), f"BatchGenerator.{name} is gone; see chat/server/engine.py"
+
+
+def test_uvicorns_protocol_has_what_the_server_watches():
+    import asyncio
+
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+    from uvicorn.server import ServerState
+
+    loop = asyncio.new_event_loop()
+    try:
+        protocol = H11Protocol(uvicorn.Config(None, log_config=None), ServerState(), {}, loop)
+    finally:
+        loop.close()
+    for name in ("cycle", "connections", "transport", "loop", "pause_writing", "resume_writing"):
+        assert hasattr(protocol, name), f"uvicorn's H11Protocol.{name} is gone; see chat/server/listen.py"
+    assert "response_complete" in RequestResponseCycle.__init__.__code__.co_names, (
+        "uvicorn's cycle no longer says response_complete; see chat/server/listen.py"
+    )
+    assert hasattr(uvicorn.Server, "capture_signals"), "see chat/server/listen.py"

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
+from ...detokenizer import token_bytes
 from .engine import Job, TokenInfo
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class TokenTexts:
 
     def bytes(self, token: int) -> bytes:
         """A token's own bytes, which may be part of a character."""
-        return str(self._tokenizer.decode([token])).encode()
+        return token_bytes(self._tokenizer, token)
 
     def text(self, token: int) -> str:
         """As text, and where it is part of a character as OpenAI writes that: bytes:\\xf0."""

@@ -327,7 +327,7 @@ class Service:
         length = len(job.prompt)
         prompt = completion_logprobs(self._texts, tokens[:length])
         rest = completion_logprobs(self._texts, tokens[length:], len(echoed))
-        position, detokenizer = 0, self.engine.tokenizer.detokenizer
+        position, detokenizer = 0, Detokenizer(self.engine.tokenizer)
         for n, token in enumerate(job.prompt):
             prompt["text_offset"][n] = position
             detokenizer.add_token(token)

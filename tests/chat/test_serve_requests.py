@@ -1,0 +1,189 @@
+"""What clients may ask for: formats, several answers, tokens, names that are let in; and how it ends."""
+
+import http.client
+import json
+import signal
+import time
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+
+from mlx_pararnn.loading import DEMO
+from tests.support.serving import TEMPLATE, folder_of, running
+
+APP = "app://obsidian.md"
+ENDLESS = "{% if messages[0]['content'] == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running("--allow-origin", APP, "--allow-origin", "host.docker.internal") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=60)
+
+
+def ask(server, path, body=None, method="POST", **headers):
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    content = json.dumps(body) if isinstance(body, dict) else body
+    connection.request(method, path, content, headers, encode_chunked=not isinstance(content, str | None))
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, response.headers, content.decode()
+
+
+def test_answers_of_a_schema(client):
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "developer", "content": [{"type": "text", "text": "def "}]}],
+            response_format=form,
+            temperature=1,
+            seed=seed,
+            max_tokens=50,
+        )
+        assert json.loads(answer.choices[0].message.content)["a"] in ("x", "y")
+        assert answer.choices[0].finish_reason == "stop"
+    bad = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "foo"}}}
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "x"}], response_format=bad
+        )
+
+
+def test_several_prompts_and_several_answers(client):
+    ids = list(b"def main(")
+    arguments = {"model": "demo", "max_tokens": 12}
+    for prompt in ("def main(", ids, ["def main("], [ids]):
+        assert client.completions.create(prompt=prompt, **arguments).choices[0].text == "self, other)"
+    answer = client.completions.create(
+        prompt=["def main(", "import "], n=2, temperature=1, seed=1, **arguments
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.prompt_tokens == 9 + 7
+    assert answer.usage.completion_tokens == 48
+    texts = {}
+    for chunk in client.completions.create(**arguments, stream=True):
+        texts[chunk.choices[0].index] = texts.get(chunk.choices[0].index, "") + chunk.choices[0].text
+    assert [texts[n] for n in range(4)] == [choice.text for choice in answer.choices]
+
+
+def test_the_prompts_own_log_probabilities(client):
+    scored = client.completions.create(
+        model="demo", prompt="def main(self", max_tokens=0, echo=True, logprobs=1
+    ).choices[0]
+    assert scored.text == "".join(scored.logprobs.tokens) == "def main(self"
+    assert scored.logprobs.text_offset == list(range(13))
+    assert scored.logprobs.token_logprobs[0] is None
+    made = client.completions.create(model="demo", prompt="def main(", max_tokens=4, logprobs=1).choices[0]
+    assert made.text == "self"
+    assert scored.logprobs.token_logprobs[9:] == pytest.approx(made.logprobs.token_logprobs, abs=0.05)
+    both = client.completions.create(
+        model="demo", prompt="def main(", max_tokens=4, echo=True, logprobs=1
+    ).choices[0]
+    assert both.text == "def main(self"
+    assert both.logprobs.text_offset == list(range(13))
+
+
+def test_the_bytes_of_a_part_of_a_character_are_its_own(client):
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "x"}],
+        logit_bias={str(0xE2): 1000},
+        max_tokens=1,
+        logprobs=True,
+        top_logprobs=20,
+    )
+    (token,) = answer.choices[0].logprobs.content
+    assert token.bytes == [0xE2]
+    assert len(token.top_logprobs) == 20
+    old = client.completions.create(
+        model="demo",
+        prompt="x",
+        logit_bias={str(n): 100 for n in range(0xE2, 0xE5)},
+        max_tokens=1,
+        logprobs=3,
+    )
+    assert set(old.choices[0].logprobs.top_logprobs[0]) == {"bytes:\\xe2", "bytes:\\xe3", "bytes:\\xe4"}
+
+
+def test_paths_and_bodies(server):
+    body = json.dumps({"prompt": "def main(", "max_tokens": 4}).encode()
+    chunked = ask(server, "/v1/completions", iter([body[:9], body[9:]]), Transfer_Encoding="chunked")
+    assert (chunked[0], '"text":"self"' in chunked[2]) == (200, True)
+    assert ask(server, "/v1/completions/?a=b", {"prompt": "x", "max_tokens": 1})[0] == 200
+    assert ask(server, "/v1/models/", method="HEAD")[0] == 200
+    assert ask(server, "/v1/models", method="PUT")[0] == 405
+    status, _, said = ask(server, "/tokenize", {"content": "ab"})
+    assert (status, json.loads(said)) == (200, {"tokens": [97, 98], "count": 2})
+    assert json.loads(ask(server, "/openapi.json", method="GET")[2])["openapi"] == "3.1.0"
+    # Nothing of the body is waited for where nothing answers.
+    assert ask(server, "/nowhere", b"", Content_Length="1000")[0] == 404
+
+
+def test_names_are_let_in_that_were_given(server):
+    body = {"prompt": "x", "max_tokens": 1}
+    status, headers, _ = ask(server, "/v1/completions", body, Origin=APP)
+    assert (status, headers["Access-Control-Allow-Origin"]) == (200, APP)
+    preflight = {"Origin": APP, "Access_Control_Request_Method": "POST"}
+    assert ask(server, "/v1/completions", method="OPTIONS", **preflight)[0] == 204
+    status, headers, said = ask(server, "/v1/completions", body, Origin="tauri://localhost")
+    assert (status, headers["Access-Control-Allow-Origin"]) == (403, None)
+    assert "--allow-origin tauri://localhost" in said
+    assert ask(server, "/v1/models", method="GET", Host="host.docker.internal:8080")[0] == 200
+    status, _, said = ask(server, "/v1/models", method="GET", Host="other.internal")
+    assert (status, "--allow-origin other.internal" in said) == (403, True)
+
+
+def test_an_endless_template_ends_alone(tmp_path):
+    import mlx_pararnn
+
+    model, _ = mlx_pararnn.load()
+    folder = folder_of(tmp_path / "endless", model, DEMO)
+    end = "{% endfor %}{% endfor %}{% endif %}"
+    (folder / "chat_template.jinja").write_text(ENDLESS + end + TEMPLATE)
+    with running(folder) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=60)
+        with pytest.raises(openai.BadRequestError, match="more than 5 seconds"):
+            client.chat.completions.create(model="endless", messages=[{"role": "user", "content": "loop"}])
+        said = client.chat.completions.create(
+            model="endless", messages=[{"role": "user", "content": "x"}], max_tokens=3
+        )
+        assert said.usage.completion_tokens == 3
+
+
+HANGING = """
+import ctypes, threading
+from mlx_pararnn import Model
+call = Model.__call__
+def hang(self, inputs, **kwargs):
+    if 7 in inputs.tolist()[0]:
+        ctypes.PyDLL(None).sleep(100)  # native code that does not give the interpreter back
+    return call(self, inputs, **kwargs)
+Model.__call__ = hang
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_ends_it_whatever_native_code_does(tmp_path, monkeypatch, times):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    monkeypatch.chdir(tmp_path)
+    with running("--import", "hanging") as server:
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=1)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "\x07\x07", "max_tokens": 2}))
+        with pytest.raises(TimeoutError):
+            connection.getresponse()
+        for _ in range(times):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        server.process.wait(timeout=30)
+        assert server.process.returncode != 0
