@@ -5,10 +5,14 @@ work and a few hundred megabytes.
 """
 
 MAX_PICKLE_BYTES = 64 << 20
-# Of a pickle: instructions, and what a call looks through.
+# Of a pickle: instructions, and what a call looks through. Real ones have two bytes or more an instruction
+# (.metadata of torch.distributed.checkpoint; other files three), and that of a run on many devices is large.
 MAX_OPERATIONS = 1_500_000
-# Of a pickle: an estimate of what its values take in memory.
+_BYTES_AN_OPERATION = 2
+_MOST_OPERATIONS = 6_000_000
+# Of a pickle: an estimate of what its values take in memory, and of what one does.
 MAX_VALUE_BYTES = 384 << 20
+VALUE_BYTES = 100
 # Of a safetensors header.
 MAX_HEADER_BYTES = 32 << 20
 MAX_HEADER_ITEMS = 3_000_000
@@ -23,9 +27,9 @@ class OverBudget(Exception):
 class Budget:
     """Counts the operations and bytes that one pickle costs."""
 
-    def __init__(self, operations: int = MAX_OPERATIONS, size: int = MAX_VALUE_BYTES) -> None:
-        self.operations = operations
-        self.size = size
+    def __init__(self, pickle_bytes: int) -> None:
+        self.operations = min(max(MAX_OPERATIONS, pickle_bytes // _BYTES_AN_OPERATION), _MOST_OPERATIONS)
+        self.size = max(MAX_VALUE_BYTES, self.operations * VALUE_BYTES)
 
     def spend(self, operations: int, size: int) -> None:
         """Raises OverBudget once more was spent than there is."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 
-from .budget import MAX_PICKLE_BYTES, Budget, OverBudget
+from .budget import MAX_PICKLE_BYTES, VALUE_BYTES, Budget, OverBudget
 from .pickle_names import ALLOWED, Name, Record, StorageRef, Unreadable, scalar_key
 from .wording import shown
 
@@ -28,7 +28,7 @@ def load_pickle(data: bytes, where: str) -> Any:
         raise PararnnError(
             f"{where}: the pickle inside is {len(data)} bytes, too large to be a checkpoint's; {_RESAVE}"
         )
-    machine = _Machine(where)
+    machine = _Machine(where, len(data))
     try:
         for opcode, argument, _ in pickletools.genops(data):
             machine.step(opcode.name, argument)
@@ -60,17 +60,15 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-# About what one instruction's value and its places on the stack and in the memo take.
-_VALUE_BYTES = 100
 _SET_BYTES = 400
 
 
 class _Machine:
     """The pickle stack machine, less everything that makes or changes an object of a class."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, size: int) -> None:
         self.where = where
-        self.budget = Budget()
+        self.budget = Budget(size)
         self.stack: list[Any] = []
         # A dict: a list would let a file ask for a slot number of four billion.
         self.memo: dict[int, Any] = {}
@@ -78,7 +76,7 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         stack = self.stack
-        self.budget.spend(1, _SET_BYTES if name in ("EMPTY_SET", "FROZENSET") else _VALUE_BYTES)
+        self.budget.spend(1, _SET_BYTES if name in ("EMPTY_SET", "FROZENSET") else VALUE_BYTES)
         if name in _VALUES:
             if isinstance(argument, (str, bytes, bytearray)):
                 self.budget.spend(0, 4 * len(argument))
@@ -86,6 +84,9 @@ class _Machine:
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name]())
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            # Larger numbers, which a text may spell, can be chosen to have one hash.
+            if not 0 <= argument < 1 << 32:
+                raise ValueError("not a memo slot")
             self.memo[argument] = stack[-1]
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
@@ -197,7 +198,7 @@ class _Machine:
         # The same large arguments can be used many times.
         for value in (arguments, *arguments):
             if isinstance(value, (tuple, list, str)):
-                self.budget.spend(len(value), _VALUE_BYTES * len(value))
+                self.budget.spend(len(value), VALUE_BYTES * len(value))
         self.stack.append(function.call(arguments))
 
     def _newobj(self, _: Any) -> None:

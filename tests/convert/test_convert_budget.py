@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
+from mlx_pararnn.convert.readers.pickles import load_pickle
 from tests.support.pt_writer import write_archive, write_pt
 from tests.support.small_models import apple_gru
 
@@ -43,6 +44,18 @@ def test_keys_that_collide(tmp_path):
     keys = b"".join(b"\x8a\x0a" + (i * prime).to_bytes(10, "little") + b"N" for i in range(1, 100_000))
     message = refusal(write_archive(tmp_path / "m.pt", b"\x80\x02}(" + keys + b"u.", {}))
     assert "integers of more than 64 bits as keys" in message
+
+
+def test_memo_slots_that_collide(tmp_path):
+    prime = (1 << 61) - 1
+    code = b"N" + b"".join(b"p%d\n" % (i * prime) for i in range(1, 60_000))
+    assert "damaged" in refusal(write_archive(tmp_path / "m.pt", b"\x80\x02" + code + b".", {}))
+
+
+def test_the_pickle_of_a_run_on_many_devices_is_read():
+    """More instructions than a small file may have, at the five bytes each that a number takes."""
+    numbers = load_pickle(b"\x80\x02](" + b"J\x00\x00\x00\x01" * 1_600_000 + b"e.", "x")
+    assert len(numbers) == 1_600_000
 
 
 def test_empty_sets(tmp_path):
