@@ -10,15 +10,16 @@ import openai
 import pytest
 
 from mlx_pararnn.loading import DEMO
-from tests.support.serving import TEMPLATE, folder_of, running
+from tests.support.serving import TEMPLATE, demo_in_float32, folder_of, running
 
 APP = "app://obsidian.md"
 ENDLESS = "{% if messages[0]['content'] == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}"
 
 
 @pytest.fixture(scope="module")
-def server():
-    with running("--allow-origin", APP, "--allow-origin", "host.docker.internal") as server:
+def server(tmp_path_factory):
+    folder = demo_in_float32(tmp_path_factory.mktemp("requests") / "demo")
+    with running(folder, "--allow-origin", APP, "--allow-origin", "host.docker.internal") as server:
         yield server
 
 
@@ -65,9 +66,8 @@ def test_several_prompts_and_several_answers(client):
     arguments = {"model": "demo", "max_tokens": 12}
     for prompt in ("def main(", ids, ["def main("], [ids]):
         assert client.completions.create(prompt=prompt, **arguments).choices[0].text == "self, other)"
-    answer = client.completions.create(
-        prompt=["def main(", "import "], n=2, temperature=1, seed=1, **arguments
-    )
+    arguments = {**arguments, "prompt": ["def main(", "import "], "n": 2, "temperature": 1, "seed": 1}
+    answer = client.completions.create(**arguments)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert answer.usage.prompt_tokens == 9 + 7
     assert answer.usage.completion_tokens == 48
