@@ -377,6 +377,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.large
 def test_in_a_terminal():
     """Ctrl-C stops the answer and not the program; at the prompt it drops the line; editing works."""
     terminal = Terminal("-m", "100000", "--temp", "1.0", "--seed", "0")

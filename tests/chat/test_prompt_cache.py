@@ -123,6 +123,7 @@ def test_a_state_is_stored_for_what_it_has_read(model):
         assert same(states, state_of(model, key))
 
 
+@pytest.mark.large
 def test_what_was_used_last_stays(model):
     prompts = PromptCache(max_size=2)
     for letter in (1, 2):

@@ -204,6 +204,7 @@ def until(condition, seconds=30):
         time.sleep(0.05)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_is_not_generated_for(stream):
     with running("--max-tokens", 10**6) as server:

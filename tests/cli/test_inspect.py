@@ -41,6 +41,7 @@ def test_a_checkpoint_and_what_becomes_of_it_are_the_same_model(converted, data)
     assert model["dtypes"] == {"float32": 812_419}
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     "source",
     ["lm/paragru_s64/model.safetensors", "lm/paralstm_s96/state_dict.pt", "pararnn_torch/babylm_paraslstm"],
@@ -96,6 +97,7 @@ def test_what_is_neither(path, tmp_path, monkeypatch):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     "options",
     [

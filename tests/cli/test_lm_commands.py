@@ -116,6 +116,7 @@ def test_dwq_on_a_local_folder(lm, texts, tmp_path):
     assert mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=5)
 
 
+@pytest.mark.large
 @needs_datasets
 def test_perplexity_is_that_of_the_texts_bytes(lm, texts, converted):
     folder = converted("trained/paragru/final.pt", tokenizer="bytes")  # float32, unlike the demo

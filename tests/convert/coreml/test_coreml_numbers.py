@@ -243,7 +243,7 @@ def quantized(exports, trained):
     return lambda how: exports(trained[0], "--chunk", 16, *QUANTIZED[how])
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("how", QUANTIZED)
 def test_quantized_is_what_coremltools_decompresses(quantized, tmp_path, how):
     runner = Runner(quantized(how))

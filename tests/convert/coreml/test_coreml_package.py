@@ -31,6 +31,7 @@ def small(request, exports):
     return Runner(exports(exports.small(**KINDS[kind]), "--chunk", chunk, "--state", state))
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 def test_names_are_no_words_of_mil(small):
     for name in small.package.functions:
         names = {i.name for i in small.package.inputs(name)}
@@ -131,6 +132,7 @@ def test_each_weight_is_stored_once(exports):
     assert blobs["decode"] == blobs["prefill"]
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(("how", "share"), [("int8", 0.55), ("int4", 0.32), ("palette4", 0.29)])
 def test_quantized_packages_are_small(exports, how, share):
     source = exports.source(TRAINED)
