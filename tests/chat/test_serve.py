@@ -168,6 +168,7 @@ def test_sampling_and_seed(client):
     assert sample(1).text != sample(2).text
 
 
+@pytest.mark.large
 def test_sixteen_clients_at_once_one_leaving(server, demo):
     """All at the same moment, half of them streaming; each gets what it would get alone."""
     barrier = threading.Barrier(16)
@@ -321,6 +322,7 @@ def mlx_flatten(parameters):
     return tree_flatten(parameters)
 
 
+@pytest.mark.large
 def test_learned_positions_end_an_answer_and_not_the_server(tmp_path):
     model = Model(ModelArgs(16, 1, 256, 16, max_position_embeddings=64))
     with running(folder_of(tmp_path / "short", model)) as server:

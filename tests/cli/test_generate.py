@@ -78,6 +78,7 @@ def test_the_prompt_may_come_from_stdin():
         assert result.stdout == "self,\n"
 
 
+@pytest.mark.large
 def test_seeds_repeat_and_sampling_options_matter(converted):
     folder = str(converted("trained/paragru/final.pt", tokenizer="bytes"))  # in float16 greedy choices tie
 
@@ -216,6 +217,7 @@ def test_standard_input_that_is_no_text(tmp_path):
     assert result.stderr.startswith("error: the prompt is not UTF-8 text")
 
 
+@pytest.mark.large
 def test_a_reader_that_leaves_is_no_error():
     command = f"{sys.executable} -m mlx_pararnn.cli.app generate -p x -m 5000 | head -c 20"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

@@ -42,7 +42,7 @@ def test_what_mlx_allows():
     assert evaluation([]) == Evaluation.FREE
 
 
-@pytest.mark.sampled("large")
+@pytest.mark.sampled("large", by=lambda tokens: [tokens])
 @pytest.mark.parametrize("kind", ["gru", "lstm, 4 heads", "plain", "babylm"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_call_makes_one_choice_and_asks_once(kind, tokens, cpu_backend, asked):

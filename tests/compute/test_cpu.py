@@ -404,6 +404,7 @@ def test_who_sits_before_a_terminal_is_told_of_the_wait(monkeypatch, tmp_path, c
         assert capsys.readouterr().err == told
 
 
+@pytest.mark.large
 def test_a_library_is_built_once_and_kept(monkeypatch, tmp_path):
     cell, params, u, _ = problem("nlru", T=5)
     arrays = mx.array(params), mx.array(u)
@@ -477,6 +478,7 @@ def test_processes_and_threads_build_at_once(monkeypatch, tmp_path):
     assert names == ["gru", "nlru"]  # and nothing half-built beside them
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("fault", ["no compiler", "text rejected", "folder of others"])
 def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_path):
     cell, params, u, _ = problem("gru", T=20)

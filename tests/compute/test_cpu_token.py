@@ -59,6 +59,7 @@ def test_numbers_in_float32(kind, calls):
     assert [c.offsets for c in cache] == [c.offsets for c in twin]
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_numbers_in_half_precision(kind, dtype, calls):

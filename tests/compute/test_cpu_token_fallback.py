@@ -37,6 +37,7 @@ def test_models_that_are_left_to_mlx(calls):
     stood_back(make(conv_kernel=1), calls)
 
 
+@pytest.mark.large
 def test_dtypes_that_differ_are_left_to_mlx(calls):
     """And come to what they come to without it: half where all is half, else float32."""
     for path in ("norm.weight", "mixer.cell.recurrent_weight", "mlp.up_proj.weight", "mixer.conv1d.bias"):

@@ -63,6 +63,7 @@ def test_gated_norm_and_swiglu():
     np.testing.assert_allclose(layer_ops.swiglu(gate, hidden), g * sigmoid(g) * h, atol=2e-6)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("function", ["conv_silu", "gated_norm", "swiglu"])
 def test_ops_differentiate_compile_and_vectorize(function):
     shapes = {
@@ -251,6 +252,7 @@ def test_decoding_does_not_synchronise_and_does_not_grow(backend, kind, monkeypa
     assert mx.get_active_memory() < active + 2000  # no array a token: the smallest has 256 bytes
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_compiles(kind, monkeypatch):
     """Inside mx.compile MLX itself refuses every evaluation, .item() and the like included."""

@@ -83,6 +83,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_library_is_built_again(damage, cache):
     assert load() == SOUND

@@ -86,7 +86,7 @@ def give_away(folder):
         os.chown(path, ANOTHER, ANOTHER)
 
 
-@pytest.mark.sampled("large")
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     ("whose", "order"),
     [*(("another's", order) for order in IMPORTS), ("all may write", "before MLX"), ("a link", "before MLX")],

@@ -126,6 +126,7 @@ def test_a_distributed_metadata_whose_tensors_share_their_chunks(tmp_path):
     assert ".metadata is damaged" in result.stdout
 
 
+@pytest.mark.large
 def test_a_hundred_thousand_small_objects_are_no_obstacle(tmp_path):
     content = {"model": apple_gru(), "history": [{"step": i, "loss": 0.5} for i in range(100_000)]}
     assert open_checkpoint(write_pt(tmp_path / "m.pt", content)).tensors

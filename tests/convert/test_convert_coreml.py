@@ -195,6 +195,7 @@ def test_a_config_may_leave_the_cell_out(model, tmp_path):
 # --- fewer bits ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     ("options", "how", "share"),
     [(["-q"], "int8", 0.56), (["-q", "--q-bits", 4], "int4", 0.36), (["--palettize", 4], "palette4", 0.31)],
@@ -393,6 +394,7 @@ def test_core_ml_options_need_core_ml(model, tmp_path, options):
     assert "needs --to coreml" in result.stderr
 
 
+@pytest.mark.large
 def test_ctrl_c_leaves_nothing(data, tmp_path):
     command = [sys.executable, "-m", "mlx_pararnn.cli.app", "convert", data / "trained/paragru/final.pt"]
     command += ["--to", "coreml", "-o", tmp_path / "out", "--tokenizer", "bytes", "--chunk", "128"]
@@ -409,6 +411,7 @@ def test_ctrl_c_leaves_nothing(data, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.large
 def test_no_room_for_the_package(tmp_path):
     source = small_model(tmp_path / "mlx", vocab_size=30_000)
     command = [sys.executable, "-m", "mlx_pararnn.cli.app", "convert", source, "--to", "coreml", "--chunk", 2]

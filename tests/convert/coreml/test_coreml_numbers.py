@@ -186,7 +186,7 @@ def test_the_originals_own_continuation(exports, trained, state):
     assert Runner(out, "float16").generate(prompt, len(sure)) == sure
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("state", STATE)
 def test_argmax_in_the_model(exports, trained, state):
     source, model = trained
@@ -275,7 +275,7 @@ def matrices(folder):
     return {k: np.array(v) for k, v in weights.items() if any(m in k for m in MATRICES) and v.ndim > 1}
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("how", QUANTIZED)
 def test_quantized_weights_are_near_the_models(quantized, trained, how):
     package = Runner(quantized(how)).package
@@ -304,7 +304,7 @@ def test_quantized_weights_are_near_the_models(quantized, trained, how):
             assert (error <= allowed).all(), name
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("how", ["float16", *QUANTIZED])
 def test_reference_logits(exports, quantized, trained, how):
     """The logits that `verify` compares with are those of the weights as the package stores them."""

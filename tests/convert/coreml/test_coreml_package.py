@@ -180,6 +180,7 @@ def test_a_model_that_newton_does_not_solve_ships_decode_only(exports):
     assert np.isfinite(runner.read(some_ids(50, 3))).all()
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("state", ["graph", "io"])
 def test_a_transcript_says_all_that_a_runner_needs(exports, tmp_path, state):
     out = exports(exports.source(TRAINED), "--tokenizer", "bytes", "--chunk", 16, "--state", state)
