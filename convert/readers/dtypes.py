@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .buffers import empty
-
 Array = npt.NDArray[Any]
 
 # tag -> the little-endian numpy type that holds its bytes
@@ -41,7 +39,7 @@ def cast(array: Array, source: str, target: str) -> Array:
             return _bfloat16_bits(wide.astype(np.float32, copy=False))
         if target == "F16" and wide.dtype == np.float32:
             return _float16_bits(wide).view(np.float16)
-        result = empty(wide.shape, STORED_AS[target])
+        result = np.empty(wide.shape, STORED_AS[target])
         np.copyto(result, wide, casting="same_kind")
         return result
 
@@ -49,7 +47,7 @@ def cast(array: Array, source: str, target: str) -> Array:
 def widened(array: Array, dtype: str) -> Array:
     """The same values in a format that numpy can compute with: float32, or float64 for F64."""
     if dtype == "BF16":
-        wide = empty(array.shape, np.uint32)
+        wide = np.empty(array.shape, np.uint32)
         np.left_shift(array, np.uint32(16), out=wide)
         return wide.view(np.float32)
     return array if dtype in ("F64", "F32") else array.astype(np.float32)
@@ -71,7 +69,7 @@ def all_finite(array: Array, dtype: str) -> bool:
 def transposed(array: Array, axes: tuple[int, ...]) -> Array:
     """`array` with its axes in another order, contiguous."""
     turned = array.transpose(axes)
-    result = empty(turned.shape, array.dtype)
+    result = np.empty(turned.shape, array.dtype)
     # Strips that read and write whole cache lines: four times as fast as one assignment.
     for start in range(0, turned.shape[-1], _STRIP):
         result[..., start : start + _STRIP] = turned[..., start : start + _STRIP]
@@ -80,7 +78,7 @@ def transposed(array: Array, axes: tuple[int, ...]) -> Array:
 
 def _bfloat16_bits(array: Array) -> Array:
     flat, result = _flat(array)
-    scratch = empty([_STEP], np.uint32)
+    scratch = np.empty([_STEP], np.uint32)
     for start in range(0, flat.size, _STEP):
         values = flat[start : start + _STEP]
         bits, rounded = values.view(np.uint32), scratch[: values.size]
@@ -105,7 +103,7 @@ def _float16_bits(array: Array) -> Array:
     float16's bits are ((e + 14) << 10) + k: k has the leading one that makes 14 into float16's bias of 15.
     """
     flat, result = _flat(array)
-    scratch, more = empty([_STEP], np.uint32), empty([_STEP], np.uint32)
+    scratch, more = np.empty([_STEP], np.uint32), np.empty([_STEP], np.uint32)
     # An array, for numpy takes three times as long to compare with a single number.
     least = np.full(min(_STEP, flat.size), (127 - 14) << 23, np.uint32)
     for start in range(0, flat.size, _STEP):
@@ -135,4 +133,4 @@ def _float16_bits(array: Array) -> Array:
 def _flat(array: Array) -> tuple[Array, Array]:
     """Float32 numbers in a row, and room for as many of 16 bits."""
     flat = np.ascontiguousarray(array, "<f4").reshape(-1)
-    return flat, empty(flat.shape, np.uint16)
+    return flat, np.empty(flat.shape, np.uint16)

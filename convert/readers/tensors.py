@@ -13,7 +13,6 @@ import numpy as np
 
 from mlx_pararnn.errors import PararnnError
 
-from . import buffers
 from .dtypes import STORED_AS, Array
 
 # (start, stop) of each axis.
@@ -21,6 +20,8 @@ Box = tuple[tuple[int, int], ...]
 # Reads some numbers when it is called, on any thread.
 Piece = Callable[[], Array]
 
+# How much of a tensor is in memory at once, on each thread.
+PIECE_BYTES = 4 << 20
 # Reading costs as much as so many bytes more: where strides leave smaller gaps, they are read too.
 _READ_COST = 16 << 10
 # How far ahead the system is told what will be read, where it can be told: several threads read a piece
@@ -67,7 +68,7 @@ def boxes(shape: Sequence[int], itemsize: int) -> Iterator[Box]:
     """Cut a tensor of `shape` into boxes of at most PIECE_BYTES, in C order; rows of a matrix stay whole."""
     if math.prod(shape) == 0:
         return
-    limit = buffers.PIECE_BYTES // itemsize
+    limit = PIECE_BYTES // itemsize
     cut = range(max(1, len(shape) - 1))
     axis = next((axis for axis in cut if math.prod(shape[axis + 1 :]) <= limit), cut[-1])
     step = max(1, limit // math.prod(shape[axis + 1 :]))
@@ -96,7 +97,7 @@ def file_tensor(
     steps = strides or _c_strides(shape)
 
     def load(box: Box) -> Array:
-        array = buffers.empty([stop - start for start, stop in box], stored)
+        array = np.empty([stop - start for start, stop in box], stored)
         first = sum(start * step for (start, _), step in zip(box, steps, strict=True))
         try:
             with open(path, "rb", buffering=0) as file:
@@ -127,13 +128,13 @@ def _fill(file: io.RawIOBase, out: Array, offset: int, strides: tuple[int, ...])
     count, stride = out.shape[axis], strides[axis]
     span = 1 + sum((n - 1) * s for n, s in zip(out.shape, strides, strict=True))
     gaps = (count - 1) * (stride - 1 - (span - 1 - (count - 1) * stride))
-    if count > 1 and (gaps * item > count * _READ_COST or span * item > buffers.PIECE_BYTES):
+    if count > 1 and (gaps * item > count * _READ_COST or span * item > PIECE_BYTES):
         step = 1 if gaps * item > count * _READ_COST else (count + 1) // 2
         for start in range(0, count, step):
             part = out[(slice(None),) * axis + (slice(start, start + step),)]
             _fill(file, part, offset + start * stride * item, strides)
         return
-    flat = buffers.empty([span], out.dtype)
+    flat = np.empty([span], out.dtype)
     _read_into(file, flat, offset)
     out[...] = np.lib.stride_tricks.as_strided(flat, out.shape, [s * item for s in strides], writeable=False)
 

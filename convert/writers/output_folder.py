@@ -72,6 +72,13 @@ def whole_or_nothing(out: Path, force: bool, keep: Path, nbytes: int) -> Iterato
 
 def check_output(out: Path, force: bool, keep: Path) -> None:
     """Raise what can be known before the work begins."""
+    try:
+        str(_absolute(out)).encode()
+    except UnicodeEncodeError:
+        raise PararnnError(
+            f"{shown(str(out))}: a folder in this path has a name that is not UTF-8, and MLX loads nothing "
+            "from there; choose another output folder"
+        ) from None
     if out.suffix == ".mlpackage":
         raise PararnnError(
             f"{out}: OUT is a folder, which holds {COREML_PACKAGE} and what belongs to it for Core ML; give "

@@ -176,7 +176,7 @@ def test_a_path_with_a_weights_name_is_never_looked_for_on_the_hub(refused, monk
 
 def test_strides_read_in_pieces_are_what_pytorch_sees(accepted, monkeypatch, tmp_path):
     """A transposed matrix, a column slice and heads of a B, with pieces smaller than any of them."""
-    from mlx_pararnn.convert.readers import buffers, tensors
+    from mlx_pararnn.convert.readers import tensors
 
     model = apple_gru(d=16, width=40)
     plain = weights(accepted(write_pt(tmp_path / "plain.pt", model)))
@@ -187,7 +187,7 @@ def test_strides_read_in_pieces_are_what_pytorch_sees(accepted, monkeypatch, tmp
     wide[:, 7:23] = model["blocks.1.1.w1.weight"]
     turned["blocks.1.1.w1.weight"] = View(wide, 7, (40, 16), (50, 1))
     for piece_bytes, cost in ((64, 1 << 20), (64, 1), (4, 1), (1000, 16)):
-        monkeypatch.setattr(buffers, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(tensors, "PIECE_BYTES", piece_bytes)
         monkeypatch.setattr(tensors, "_READ_COST", cost)
         pieced = weights(accepted(write_pt(tmp_path / "turned.pt", turned)))
         assert all(np.array_equal(plain[name], pieced[name]) for name in plain)

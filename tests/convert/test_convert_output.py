@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,6 +131,7 @@ def test_an_interrupt_between_two_tensors_leaves_nothing(model, tmp_path):
 
 SLOW = """
 import time
+from pathlib import Path
 import mlx_pararnn.convert.writers.safetensors_writer as safetensors_writer
 put = safetensors_writer._put
 def slowly(*arguments):
@@ -461,3 +463,8 @@ def test_of_a_folder_the_file_that_was_read_is_named(model, tmp_path):
     assert result.exit_code == 0
     assert f"Read: {model}\n" in result.stderr
     assert "Read: " not in convert(model, "-o", tmp_path / "out", "--tokenizer", "none").stderr
+
+
+def test_a_name_that_is_not_utf8(refused, tmp_path):
+    source = write_pt(tmp_path / "m.pt", apple_gru())
+    assert "a name that is not UTF-8" in refused(source, out=Path(f"{tmp_path}/name-\udcff"))

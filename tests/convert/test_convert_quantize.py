@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.convert.readers import buffers
+from mlx_pararnn.convert.readers import tensors
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers.quantize import MODES, Plan, quantization
 from mlx_pararnn.errors import PararnnError
@@ -65,7 +65,7 @@ def quantized_by_mlx(folder: Path, choice: dict, dtype: str | None) -> tuple[dic
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("source", GOLDEN[:3])
 def test_bits_scales_and_config_are_mlx_lms(source, dtype, choice, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(buffers, "PIECE_BYTES", 10_000)  # so that matrices are quantized in many blocks
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 10_000)  # so that matrices are quantized in many blocks
     done = convert_to_mlx(
         golden_file(source), tmp_path / "q", tokenizer="none", quantize=True, dtype=dtype, **choice
     )

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import mlx_pararnn
-from mlx_pararnn.convert.readers import buffers
+from mlx_pararnn.convert.readers import tensors
 from mlx_pararnn.convert.readers.dtypes import all_finite, cast, transposed
 from mlx_pararnn.convert.readers.tensors import boxes
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
@@ -74,7 +74,7 @@ def test_a_small_model_is_one_file_without_an_index(converted):
 
 
 def test_progress_counts_every_byte_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(buffers, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 10_000)
     seen = []
     done = convert_to_mlx(
         golden_file(SOURCE), tmp_path / "out", tokenizer="none", progress=lambda *state: seen.append(state)
@@ -89,7 +89,7 @@ def test_progress_counts_every_byte_once(tmp_path, monkeypatch):
 def test_the_size_of_the_pieces_changes_nothing(options, converted, tmp_path, monkeypatch):
     whole = (converted(SOURCE, **options) / "model.safetensors").read_bytes()
     for piece_bytes in (1_000, 3_001, 60_000):
-        monkeypatch.setattr(buffers, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(tensors, "PIECE_BYTES", piece_bytes)
         out = tmp_path / str(piece_bytes)
         convert_to_mlx(golden_file(SOURCE), out, tokenizer="none", **options)
         assert (out / "model.safetensors").read_bytes() == whole
@@ -100,7 +100,7 @@ def test_boxes_are_in_c_order_and_bounded():
         array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
         for piece_bytes in (4, 12, 20, 1000):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(buffers, "PIECE_BYTES", piece_bytes)
+                patch.setattr(tensors, "PIECE_BYTES", piece_bytes)
                 pieces = [array[tuple(slice(*span) for span in box)] for box in boxes(shape, 4)]
             row = 4 * shape[-1] if len(shape) > 1 else 4
             assert all(piece.nbytes <= max(piece_bytes, row) for piece in pieces)
@@ -129,22 +129,3 @@ def test_transposed():
     for axes in ((0, 2, 3, 1), (3, 2, 1, 0), (0, 1, 2, 3)):
         assert np.array_equal(transposed(array, axes), array.transpose(axes))
         assert transposed(array, axes).flags.c_contiguous
-
-
-def test_memory_is_used_again_but_never_while_an_array_has_it():
-    random = np.random.default_rng(0)
-    alive: list[tuple[np.ndarray, int]] = []
-    addresses = set()
-    for mark in range(300):
-        array = buffers.empty((random.integers(9_000, 30_000), 3), "<f4")
-        addresses.add(array.ctypes.data)
-        array[...] = mark
-        # What is kept may be the array, a view of a view of it, or only a memoryview.
-        kept = [array, array[5:].reshape(-1)[::2], np.asarray(array[7:9].data)][mark % 3]
-        alive.append((kept, mark))
-        while len(alive) > random.integers(0, 12):
-            alive.pop(random.integers(0, len(alive)))
-        assert all((kept == mark).all() for kept, mark in alive)
-    assert len(addresses) < 100
-    assert buffers.empty([3, 2], "<u2").shape == (3, 2)
-    assert buffers.empty([2_000_000], "<f4").nbytes > buffers.PIECE_BYTES
