@@ -57,6 +57,7 @@ def test_changed_bytes(suffix, originals, tmp_path, data):
     survives(bytes(content), suffix, tmp_path)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "__1_0.distcp"])
 @settings(FUZZ, max_examples=100)
 @given(st.data())

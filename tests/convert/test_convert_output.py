@@ -294,6 +294,7 @@ def needs(form):
         pytest.importorskip("coremltools")
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     ("form", "name", "force"),
     [
@@ -318,6 +319,7 @@ def test_what_is_put_into_out_meanwhile_is_kept(form, name, force, waiting, mode
     assert (tmp_path / "work/out" / name).read_text() == "mine"
 
 
+@pytest.mark.large
 @FORMS
 def test_of_two_conversions_into_one_folder_one_succeeds(form, waiting, model, tmp_path):
     needs(form)
@@ -422,6 +424,7 @@ main()
 """
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("moment", [("os.rename", 2), ("shutil.rmtree", 2)])
 def test_kill_9_of_an_export(moment, model, tmp_path):
     needs("coreml")
