@@ -187,3 +187,34 @@ def test_a_signal_ends_it_whatever_native_code_does(tmp_path, monkeypatch, times
             time.sleep(0.2)
         server.process.wait(timeout=30)
         assert server.process.returncode != 0
+
+
+def test_messages_as_anthropics_clients_send_them(server):
+    body = {"model": "demo", "max_tokens": 12, "messages": [{"role": "user", "content": "def main("}]}
+    status, _, said = ask(server, "/v1/messages", {**body, "stop_sequences": ["zz", "other"]}, x_api_key="-")
+    answer = json.loads(said)
+    assert (status, answer["content"]) == (200, [{"type": "text", "text": "self, "}])
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "other")
+    assert answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"] == 9
+    status, headers, said = ask(server, "/v1/messages", {**body, "stream": True})
+    assert headers["Content-Type"].startswith("text/event-stream")
+    events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: ")]
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    deltas = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+    assert "".join(deltas) == "self, other)"
+    assert events[-2]["delta"]["stop_reason"] == "max_tokens"
+    thinking = {"type": "enabled", "budget_tokens": 9}
+    for wrong, name in (({"thinking": thinking}, "thinking"), ({"tools": [{"name": "a"}]}, "tools")):
+        status, _, said = ask(server, "/v1/messages", {**body, **wrong})
+        assert (status, name in said) == (400, True)
+
+
+def test_anthropics_own_client(server):
+    anthropic = pytest.importorskip("anthropic")
+    client = anthropic.Anthropic(base_url=server.url, api_key="-", max_retries=0, timeout=60)
+    arguments = {"model": "demo", "max_tokens": 12, "messages": [{"role": "user", "content": "def main("}]}
+    assert client.messages.create(**arguments).content[0].text == "self, other)"
+    with client.messages.stream(**arguments) as stream:
+        assert "".join(stream.text_stream) == "self, other)"

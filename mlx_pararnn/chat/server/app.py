@@ -19,6 +19,7 @@ from starlette.routing import Route
 from ...errors import PararnnError
 from .access import Access, error_response, read_json
 from .engine import EngineStopped
+from .messages import message, message_events, read_messages, write_event
 from .metrics import Metrics
 from .prompts import run_apart
 from .schema import ChatRequest, CompletionRequest, Refused, TokenizeRequest, openapi, read_request
@@ -38,6 +39,7 @@ def make_app(service: Service, settings: Settings, metrics: Metrics) -> Any:
         "/v1/completions": endpoints.completions,
         "/v1/chat/completions": endpoints.chat_completions,
         "/chat/completions": endpoints.chat_completions,
+        "/v1/messages": endpoints.messages,
         "/tokenize": endpoints.tokenize,
     }
     get = {
@@ -82,6 +84,12 @@ class Endpoints:
                 request, self._service.chat_events(wanted), _openai_event, b"data: [DONE]\n\n"
             )
         return JSONResponse(await while_connected(request, self._service.chat(wanted)))
+
+    async def messages(self, request: Request) -> Response:
+        wanted = read_messages(await self._body(request))
+        if wanted.stream:
+            return await stream(request, message_events(self._service, wanted), write_event)
+        return JSONResponse(await while_connected(request, message(self._service, wanted)))
 
     async def tokenize(self, request: Request) -> Response:
         wanted = read_request(TokenizeRequest, await self._body(request))
