@@ -160,11 +160,13 @@ def test_lm_help_is_mlx_lms():
     assert "LLM inference script" in result.stdout
 
 
+@pytest.mark.large
 def test_lm_chat():
     result = command("lm", "chat", "--model", DEMO, "--max-tokens", "11", input="q\n")
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.large
 def test_lm_server():
     """MLX-LM's server answers a completion, and the same as `generate` does."""
     with socket.socket() as free:
@@ -205,6 +207,7 @@ def test_lm_server():
         server.communicate(timeout=30)
 
 
+@pytest.mark.large
 def test_lm_prompt_caches(tmp_path):
     cache = tmp_path / "cache.safetensors"
     made = command(
@@ -227,6 +230,7 @@ def test_lm_prompt_caches(tmp_path):
     assert ", other)" in used.stdout
 
 
+@pytest.mark.large
 def test_lm_convert(tmp_path):
     """MLX-LM's own conversion: a new dtype, with the recurrent weights left in float32."""
     result = command(
@@ -240,6 +244,7 @@ def test_lm_convert(tmp_path):
     assert len(mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=5)) == 5
 
 
+@pytest.mark.large
 def test_lm_quantizes(tmp_path):
     out = tmp_path / "out"
     result = command(
@@ -254,6 +259,7 @@ def test_lm_quantizes(tmp_path):
     assert mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=11) == "self, other"
 
 
+@pytest.mark.large
 def test_lm_lora(tmp_path):
     """A few steps of MLX-LM's fine-tuning on local data; it wants a tokenizer with an end-of-text token."""
     pytest.importorskip("datasets", reason="mlx_lm.lora needs the datasets package")
