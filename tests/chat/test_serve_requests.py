@@ -1,8 +1,10 @@
 """What clients may ask for: formats, several answers, tokens, names that are let in; and how it ends."""
 
+import contextlib
 import http.client
 import json
 import signal
+import socket
 import time
 from urllib.parse import urlsplit
 
@@ -218,3 +220,27 @@ def test_anthropics_own_client(server):
     assert client.messages.create(**arguments).content[0].text == "self, other)"
     with client.messages.stream(**arguments) as stream:
         assert "".join(stream.text_stream) == "self, other)"
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", urlsplit(server.url).port), timeout=30)
+
+
+def test_clients_that_do_not_read_leave_the_others_their_turn():
+    body = json.dumps({"prompt": "x", "max_tokens": 10**5, "temperature": 1, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with running("--max-tokens", 10**5) as server, contextlib.ExitStack() as stack:
+        for _ in range(66):  # more than generate at a time
+            stack.enter_context(connect(server)).sendall(head + body)
+        status, _, said = ask(server, "/v1/completions", {"prompt": "def main(", "max_tokens": 12})
+        assert (status, json.loads(said)["choices"][0]["finish_reason"]) == (200, "length")
+
+
+def test_connections_that_ask_for_nothing_make_room(tmp_path, monkeypatch):
+    code = "from mlx_pararnn.chat.server import listen\nlisten.MAX_CONNECTIONS = 20\n"
+    (tmp_path / "narrow.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with running("--import", "narrow") as server, contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(connect(server)).sendall(b"GET / HT")
+        assert ask(server, "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
