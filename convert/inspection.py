@@ -70,7 +70,7 @@ def _model(folder: Path, config: dict[str, Any]) -> Inspection:
     if config["model_type"] == "pararnn":  # fields left out have the model's defaults
         config = {**asdict(ModelArgs.from_dict(config)), **config}
     tensors = read_weights(find_weights(folder)).tensors
-    bits = _bits(config)
+    bits = _bits(config, folder)
     shapes, numbers = {}, []
     for name, tensor in tensors.items():
         if name.endswith((".scales", ".biases")) and f"{name.rpartition('.')[0]}.weight" in tensors:
@@ -86,11 +86,18 @@ def _model(folder: Path, config: dict[str, Any]) -> Inspection:
     return _inspection("model", None, config, shapes, _counted(numbers))
 
 
-def _bits(config: dict[str, Any]) -> dict[str, int]:
+def _bits(config: dict[str, Any], folder: Path) -> dict[str, int]:
     """Module path -> bits of its weights; "" for those not named."""
     quantization = config.get("quantization") or {}
-    exceptions = {k: v["bits"] for k, v in quantization.items() if isinstance(v, dict)}
-    return {"": quantization.get("bits", 4), **exceptions}
+    if isinstance(quantization, dict):
+        exceptions = {k: v.get("bits") for k, v in quantization.items() if isinstance(v, dict)}
+        bits = {"": quantization.get("bits", 4), **exceptions}
+        if all(type(width) is int and 1 <= width <= 8 for width in bits.values()):
+            return bits
+    raise PararnnError(
+        f"{folder / 'config.json'}: quantization does not say how many bits a weight has; convert the "
+        "checkpoint again"
+    )
 
 
 def _inspection(
@@ -121,6 +128,8 @@ def _state_bytes(config: dict[str, Any]) -> int:
         return 4 * layers * width * (slots + window)
     except KeyError as error:
         raise PararnnError(f"config.json lacks {error.args[0]!r}") from None
+    except (TypeError, AttributeError) as error:
+        raise PararnnError("config.json: its fields are not those of a model; convert it again") from error
 
 
 def _counted(numbers: Iterable[tuple[str, int]]) -> dict[str, int]:

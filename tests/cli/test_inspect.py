@@ -161,3 +161,14 @@ def test_our_own_loading_does_not_run_a_model_file(converted, tmp_path):
 
 def test_the_demo_is_inspected(tmp_path):
     assert found(DEMO)["dtypes"] == {"float16": 811_267, "float32": 1_152}
+
+
+@pytest.mark.parametrize("value", [1e308, [1], {"bits": 0}, {"bits": "4"}, {"model.norm": {"x": 1}}])
+def test_a_quantization_that_says_no_bits(value, converted, tmp_path):
+    folder = shutil.copytree(converted(FINAL), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": value}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run("inspect", folder)
+    assert result.exit_code == 1
+    assert "config.json: quantization does not say how many bits" in result.stderr
+    assert result.stderr.count("\n") == 1
