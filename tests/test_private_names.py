@@ -18,6 +18,8 @@ REASONS = {
     "compute.cpu._LARGE": "small arrays go the way of large ones",
     "compute.cpu_build._check_layout": "counts the structs that are checked",
     "compute.cpu_build._flags": "other vector units than this machine's",
+    "compute.cpu._performance_cores": "a Mac's cores are asked for with a stand-in for sysctl",
+    "compute.cpu._quota": "a container's quota is read from a file that the test writes",
     "compute.cpu_build._machine": "what is known of the machine is forgotten between tests",
     "compute.cpu_build._say_where": "the line is said once a process",
     "compute.cpu_build._temporary_folder": "forgotten between tests",
