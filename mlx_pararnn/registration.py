@@ -4,6 +4,8 @@
   it is made sure that the folder where MLX compiles for a CPU is the user's own (`compute/mlx_folder.py`).
 * `mlx_lm.models.pararnn`: MLX-LM finds a model class by importing a module of that name; it gets `model.py`.
 * `mlx_lm.models.cache`: MLX-LM's saved prompt caches name their class; ours is put there.
+* `mlx_lm.utils`: it asks for 4096 open files as it is imported, which fails where fewer are allowed; the
+  limit then stays as it is.
 
 An import hook does this, so that `import mlx_pararnn` costs nothing until MLX is used, and so that
 `mlx_lm.load` works after it. Every import of this file's own is paid by all who import the package: typing
@@ -60,6 +62,11 @@ class _Watcher:
             if spec is not None and spec.loader is not None:
                 spec.loader = _Then(spec.loader, _import_cache)  # type: ignore[assignment]
             return spec
+        elif name == "mlx_lm.utils":
+            spec = PathFinder.find_spec(name, path)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _KeepFileLimit(spec.loader, lambda: None)  # type: ignore[assignment]
+            return spec
         return None
 
 
@@ -90,3 +97,23 @@ class _Then:
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
         self.action()
+
+
+class _KeepFileLimit(_Then):
+    """Load a module that may find it cannot raise the limit of open files."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        import resource
+        from contextlib import suppress
+
+        setrlimit = resource.setrlimit
+
+        def try_to_set(kind: int, limits: tuple[int, int]) -> None:
+            with suppress(ValueError, OSError):
+                setrlimit(kind, limits)
+
+        resource.setrlimit = try_to_set
+        try:
+            super().exec_module(module)
+        finally:
+            resource.setrlimit = setrlimit

@@ -3,6 +3,9 @@
 A failure here says what changed, before anything else fails for a reason nobody can see.
 """
 
+import subprocess
+import sys
+
 import pytest
 
 
@@ -105,3 +108,18 @@ def test_uvicorns_protocol_has_what_the_server_watches():
         "uvicorn's cycle no longer says response_complete; see chat/server/listen.py"
     )
     assert hasattr(uvicorn.Server, "capture_signals"), "see chat/server/listen.py"
+
+
+def test_mlx_lm_is_imported_where_few_open_files_are_allowed():
+    """Its utils raise the limit as they are imported; registration.py lets that fail."""
+    code = (
+        "import resource\n"
+        "def refuse(kind, limits): raise ValueError('not allowed to raise maximum limit')\n"
+        "resource.setrlimit = refuse\n"
+        "import mlx_pararnn, mlx_lm.utils\n"
+        "assert resource.setrlimit is refuse\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, (
+        f"mlx_lm changes the limit of open files somewhere else now; see registration.py: {result.stderr}"
+    )
