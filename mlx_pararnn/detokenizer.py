@@ -32,7 +32,7 @@ class Detokenizer(StreamingDetokenizer):
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
-        self._tokens = _Tokens(tokenizer)
+        self._tokens = Tokens(tokenizer)
         self._context = [int(token) for token in context[-CONTEXT:]]
         self.reset()
 
@@ -83,13 +83,6 @@ class Detokenizer(StreamingDetokenizer):
         return broken + self._tokens.added_text(before, token)
 
 
-def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """The bytes that a token stands for inside a text; those of a text's tokens join to its UTF-8."""
-    tokens = _Tokens(tokenizer)
-    some_bytes = tokens.as_bytes(token)
-    return tokens.added_text(token, token).encode() if some_bytes is None else some_bytes
-
-
 class StopMatcher:
     """Cuts a text, given in pieces, before the stop string that is complete first.
 
@@ -97,7 +90,7 @@ class StopMatcher:
     is held back.
 
     Attributes:
-        stopped: True once a stop string was found; nothing more comes then.
+        found: the stop string, once one has come; nothing more is given then.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -105,20 +98,19 @@ class StopMatcher:
         self._borders = [_borders(word) for word in self._stop]
         self._matched = [0] * len(self._stop)  # how many characters of each the text ends with
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
 
     def add(self, text: str) -> str:
         """What of the text so far is known not to belong to a stop string and was not given yet."""
-        if self.stopped:
+        if self.found is not None:
             return ""
         begin = len(self._held)
         text = self._held + text
         for end in range(begin, len(text)):
-            found = self._advance(text[end])
-            if found:
-                self.stopped = True
+            self.found = self._advance(text[end])
+            if self.found is not None:
                 self._held = ""
-                return text[: end + 1 - found]
+                return text[: end + 1 - len(self.found)]
         safe = len(text) - max(self._matched, default=0)
         self._held = text[safe:]
         return text[:safe]
@@ -129,16 +121,16 @@ class StopMatcher:
         self._matched = [0] * len(self._stop)
         return text
 
-    def _advance(self, character: str) -> int:
-        """The length of the longest stop string that ends here, or 0 (Knuth, Morris and Pratt)."""
-        found = 0
+    def _advance(self, character: str) -> str | None:
+        """The longest stop string that ends with this character, if one does (Knuth, Morris and Pratt)."""
+        found: str | None = None
         for i, (word, borders) in enumerate(zip(self._stop, self._borders, strict=True)):
             length = self._matched[i]
             while length and word[length] != character:
                 length = borders[length - 1]
             length += word[length] == character
             if length == len(word):
-                found = max(found, length)
+                found = max(found or "", word, key=len)
                 length = borders[length - 1]
             self._matched[i] = length
         return found
@@ -155,7 +147,7 @@ def _borders(word: str) -> list[int]:
     return borders
 
 
-class _Tokens:
+class Tokens:
     """What single tokens of a tokenizer stand for."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -164,6 +156,11 @@ class _Tokens:
         decoders = [] if backend is None or backend.decoder is None else _kinds(backend.decoder)
         self._byte_level = decoders == ["ByteLevel"]
         self._byte_fallback = "ByteFallback" in decoders or backend is None
+
+    def bytes_in_text(self, token: int) -> bytes:
+        """The bytes that a token stands for inside a text; those of a text's tokens join to its UTF-8."""
+        some_bytes = self.as_bytes(token)
+        return self.added_text(token, token).encode() if some_bytes is None else some_bytes
 
     def as_bytes(self, token: int) -> bytes | None:
         """The token's bytes if it is made of bytes, whole characters or not; None if it is text."""

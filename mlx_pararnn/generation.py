@@ -114,7 +114,7 @@ def _until(
     matcher = StopMatcher(stop)
     for response in responses:
         text = matcher.add(response.text)
-        if matcher.stopped:
+        if matcher.found is not None:
             yield replace(response, text=text, finish_reason="stop")
             return
         if response.finish_reason is not None:

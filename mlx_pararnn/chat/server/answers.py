@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
-from ...detokenizer import token_bytes
+from ...detokenizer import Tokens
 from .engine import Job, TokenInfo
 
 logger = logging.getLogger(__name__)
@@ -92,11 +92,11 @@ class TokenTexts:
     """The text and the bytes of single tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokens = Tokens(tokenizer)
 
     def bytes(self, token: int) -> bytes:
         """A token's own bytes, which may be part of a character."""
-        return token_bytes(self._tokenizer, token)
+        return self._tokens.bytes_in_text(token)
 
     def text(self, token: int) -> str:
         """As text, and where it is part of a character as OpenAI writes that: bytes:\\xf0."""

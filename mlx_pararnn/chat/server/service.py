@@ -321,7 +321,7 @@ class Service:
     def _completion_logprobs(
         self, request: CompletionRequest, job: Job, tokens: list[TokenInfo], echoed: str
     ) -> Event:
-        if not request.echo or tokens[:1] != [t for t in tokens[:1] if t.logprob is None]:
+        if not request.echo or (tokens and tokens[0].logprob is not None):
             return completion_logprobs(self._texts, tokens, len(echoed))
         # The prompt's own tokens come first, and their offsets are counted here.
         length = len(job.prompt)

@@ -21,20 +21,16 @@ class AnswerText:
     def __init__(self, detokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._detokenizer = detokenizer
         self._stop = StopMatcher(stop)
-        self._words = [word for word in stop if word]
-        self._recent = ""  # long enough to hold any stop string
         self.length = 0
 
     @property
     def stopped(self) -> bool:
-        return self._stop.stopped
+        return self._stop.found is not None
 
     @property
     def stop_string(self) -> str | None:
         """The stop string that has come."""
-        found = [(self._recent.find(word) + len(word), -len(word), word) for word in self._words]
-        ends = [end for end in found if end[2] in self._recent]
-        return min(ends)[2] if self.stopped and ends else None
+        return self._stop.found
 
     def add(self, token: int) -> str:
         """What is certain of the text after one more token, and was not before."""
@@ -49,7 +45,4 @@ class AnswerText:
     def _certain(self) -> str:
         piece = self._detokenizer.last_segment
         self.length += len(piece)
-        if self._words and not self.stopped:
-            longest = max(map(len, self._words))
-            self._recent = self._recent[-longest:] + piece
         return self._stop.add(piece)
