@@ -26,6 +26,9 @@ MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt")
 # gives that class.
 PLAIN_TOKENIZER_TYPE = "glm4"
 
+# What MLX and MLX-LM raise where weights are not those that a config describes.
+_MISFITS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
+
 
 def load(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, TokenizerWrapper]:
     """A model and its tokenizer.
@@ -66,7 +69,7 @@ def load_model(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, dict[str, Any
         raise
     except FileNotFoundError:
         raise PararnnError(f"no model*.safetensors in {path}; convert the checkpoint again") from None
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except _MISFITS as error:
         raise _misfit(path, error) from error
 
 
@@ -182,7 +185,7 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
         layer.load_weights(str(path / "model.safetensors"))
     except PararnnError:
         raise
-    except (ValueError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
+    except _MISFITS as error:
         raise _misfit(path, error) from error
     mx.eval(layer.parameters())
     return layer, config

@@ -20,7 +20,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from importlib.abc import Loader
     from types import ModuleType
     from typing import Any
@@ -57,15 +57,10 @@ class _Watcher:
             _secure_mlx_folder()
         elif name == "mlx_lm.models.pararnn":
             return ModuleSpec(name, _ModelModule())  # type: ignore[arg-type]
-        elif name == "mlx_lm.models.cache":
+        elif name in _WRAPPED:
             spec = PathFinder.find_spec(name, path)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Then(spec.loader, _import_cache)  # type: ignore[assignment]
-            return spec
-        elif name == "mlx_lm.utils":
-            spec = PathFinder.find_spec(name, path)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _KeepFileLimit(spec.loader, lambda: None)  # type: ignore[assignment]
+                spec.loader = _WRAPPED[name](spec.loader)  # type: ignore[assignment]
             return spec
         return None
 
@@ -81,12 +76,11 @@ class _ModelModule:
         vars(module).update(Model=model.Model, ModelArgs=model.ModelArgs)
 
 
-class _Then:
-    """Load a module as usual, then call `action`."""
+class _Wrapped:
+    """Load a module as its own loader does."""
 
-    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader = loader
-        self.action = action
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_data, is_package: as the loader has them
         return getattr(self.loader, name)
@@ -96,10 +90,15 @@ class _Then:
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        self.action()
 
 
-class _KeepFileLimit(_Then):
+class _ThenOurCache(_Wrapped):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _import_cache()
+
+
+class _KeepFileLimit(_Wrapped):
     """Load a module that may find it cannot raise the limit of open files."""
 
     def exec_module(self, module: ModuleType) -> None:
@@ -117,3 +116,6 @@ class _KeepFileLimit(_Then):
             super().exec_module(module)
         finally:
             resource.setrlimit = setrlimit
+
+
+_WRAPPED = {"mlx_lm.models.cache": _ThenOurCache, "mlx_lm.utils": _KeepFileLimit}

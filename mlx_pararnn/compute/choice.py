@@ -89,6 +89,7 @@ def choose(
     backend: str | None = None,
     method: str = "auto",
     chunk: int = CHUNK,
+    max_iters: int | None = None,
     **wishes: Any,
 ) -> Choice:
     """Decide once for a call on `rows` sequences of `tokens` tokens, `width` channels each.
@@ -98,7 +99,7 @@ def choose(
         trial: whether a backend's kernels give, for this cell on this machine, what ops give.
         padded: whether some tokens are padding.
         backend: what the caller asks for; the environment variable MLX_PARARNN_BACKEND goes before None.
-        method, chunk, wishes: how the recurrence shall be solved (`recurrence`).
+        method, chunk, max_iters, wishes: how the recurrence shall be solved (`recurrence`).
 
     Raises:
         PararnnError: a backend was asked for that is unknown, not on this machine, or unable to do this.
@@ -109,7 +110,8 @@ def choose(
     here = gpu.available_backend() or "cpu"
     if asked not in (None, "ops", here):
         raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
-    plain_token = tokens == 1 and not padded and not wishes and (method, chunk) == ("auto", CHUNK)
+    as_usual = (method, chunk, max_iters) == ("auto", CHUNK, None) and not wishes
+    plain_token = tokens == 1 and not padded and as_usual
 
     if asked != "ops" and here != "cpu":
         if chunk == CHUNK and (asked or (has_kernel(cell) and trial(cell, here))):

@@ -62,7 +62,7 @@ def conv_silu(
     if backend in GPU and _uniform(arrays) and _conv_works(backend):
         y, new_window = _conv_kernel(backend)(*arrays)
     elif at_once(backend, *arrays):
-        y, new_window = _conv_host()(*arrays)
+        y, new_window = _conv_cpu()(*arrays)
     else:
         y, new_window = _conv_ops(*arrays)
     return y, new_window
@@ -71,7 +71,7 @@ def conv_silu(
 def rms_norm(x: mx.array, weight: mx.array, eps: float, *, backend: str = "ops") -> mx.array:
     """RMSNorm of x (B, T, D) with weight (D,)."""
     if at_once(backend, x, weight):
-        (y,) = _rms_norm_host(eps)(x, weight)
+        (y,) = _rms_norm_cpu(eps)(x, weight)
         return cast(mx.array, y)
     return mx.fast.rms_norm(x, weight, eps)
 
@@ -81,7 +81,7 @@ def gated_norm(
 ) -> mx.array:
     """RMSNorm(hidden) * silu(gate), all of shape (B, T, D) but weight (D,)."""
     if at_once(backend, hidden, gate, weight):
-        (y,) = _gated_norm_host(eps)(hidden, gate, weight)
+        (y,) = _gated_norm_cpu(eps)(hidden, gate, weight)
         return cast(mx.array, y)
     return _gated_norm_ops(eps, hidden, gate, weight)
 
@@ -89,7 +89,7 @@ def gated_norm(
 def swiglu(gate: mx.array, up: mx.array, *, backend: str = "ops") -> mx.array:
     """silu(gate) * up, any shape: one primitive, since MLX-LM compiles it."""
     if at_once(backend, gate, up):
-        (y,) = _swiglu_host()(gate, up)
+        (y,) = _swiglu_cpu()(gate, up)
         return cast(mx.array, y)
     return _swiglu_ops(gate, up)
 
@@ -234,7 +234,7 @@ def _gated_norm_ops(eps: float, hidden: mx.array, gate: mx.array, weight: mx.arr
 
 
 @lru_cache(maxsize=1)
-def _conv_host() -> Callable[..., Any]:
+def _conv_cpu() -> Callable[..., Any]:
     def launch(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
         return [*cpu.conv_silu(x, window, weight.T, bias)]
 
@@ -242,12 +242,12 @@ def _conv_host() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1)
-def _swiglu_host() -> Callable[..., Any]:
+def _swiglu_cpu() -> Callable[..., Any]:
     return with_derivatives_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [cpu.swiglu(*a)])
 
 
 @lru_cache(maxsize=8)
-def _rms_norm_host(eps: float) -> Callable[..., Any]:
+def _rms_norm_cpu(eps: float) -> Callable[..., Any]:
     def launch(x: mx.array, weight: mx.array) -> list[mx.array]:
         return [cpu.rms_norm(x, weight, eps)]
 
@@ -255,7 +255,7 @@ def _rms_norm_host(eps: float) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=8)
-def _gated_norm_host(eps: float) -> Callable[..., Any]:
+def _gated_norm_cpu(eps: float) -> Callable[..., Any]:
     def launch(hidden: mx.array, gate: mx.array, weight: mx.array) -> list[mx.array]:
         return [cpu.gated_norm(hidden, gate, weight, eps)]
 

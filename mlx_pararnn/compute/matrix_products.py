@@ -55,7 +55,7 @@ def head(module: nn.Module, x: mx.array, *, backend: str = "ops") -> mx.array:
     few = plain and x.shape[-2] == 1 and _rows(x) <= cpu.FEW_ROWS and cpu.is_large(module.weight.size)
     # whether MLX traces the head's own weight was not asked when the call began
     if few and at_once(backend, module.weight, x) and evaluation([module.weight, x]):
-        (y,) = _product_host()(x, module.weight)
+        (y,) = _product_cpu()(x, module.weight)
         return cast(mx.array, y)
     return linear(module, x)
 
@@ -65,5 +65,5 @@ def _rows(x: mx.array) -> int:
 
 
 @lru_cache(maxsize=1)
-def _product_host() -> Callable[..., Any]:
+def _product_cpu() -> Callable[..., Any]:
     return with_derivatives_of(lambda x, weight: (x @ weight.T,), lambda *a: [cpu.product(*a)])

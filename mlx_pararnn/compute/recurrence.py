@@ -111,8 +111,6 @@ def recurrence(
 
 def choice_for(cell: Cell, reads: Callable[[], Sequence[mx.array]], **call: Any) -> Choice:
     """`choice.choose` for a call with this cell, whose kernels are tried at their first use."""
-    if call.get("max_iters", 0) is None:
-        del call["max_iters"]
     return choose(cell, reads, trial=_kernels_agree, **call)
 
 
