@@ -43,15 +43,13 @@ def generate(
     Example: mlx-pararnn generate my-model -p "Once upon a time" --temp 0.8 --seed 1
     """
     loaded, tokenizer = options.load(model, modules)
+    from mlx_pararnn.generation import render, stream_generate
+
     text = options.read_stdin() if prompt in (None, "-") else prompt
     tokens: str | list[int] = text
     if tokenizer.has_chat_template and not ignore_chat_template:
-        tokens = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True
-        )
+        tokens = render(tokenizer, [{"role": "user", "content": text}])
     chosen = options.sampling(temp, top_p, top_k, min_p, repetition_penalty, seed, loaded.args.vocab_size)
-
-    from mlx_pararnn.generation import stream_generate
 
     from .progress import PromptProgress
 

@@ -152,6 +152,22 @@ def encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> l
     return list(prompt)
 
 
+def render(tokenizer: TokenizerWrapper, messages: list[dict[str, str]], tokenize: bool = True) -> Any:
+    """Messages as the chat template writes them, up to where the model answers: token ids, or text.
+
+    Raises:
+        PararnnError: the template is no valid one, or fails on these messages.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize)
+    except Exception as error:  # a template is a program, which raises what it likes
+        said = " ".join(str(error).split())[:300].rstrip(" .") or type(error).__name__
+        raise PararnnError(
+            f"the chat template in {tokenizer.name_or_path} fails ({said}); correct chat_template.jinja or "
+            "tokenizer_config.json, or remove the template"
+        ) from error
+
+
 def check_tokens(tokens: list[int], vocab_size: int) -> None:
     """Raise PararnnError for a prompt that is empty or holds ids that the model does not have."""
     if not tokens:

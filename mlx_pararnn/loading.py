@@ -1,5 +1,6 @@
 """Models from folders and from the Hugging Face hub. No Python file of a model folder is ever run."""
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -203,6 +204,13 @@ def find_model(path_or_hf_repo: str | Path) -> Path:
             f"{path} is a file, not a model folder; convert it first: mlx-pararnn convert {path} -o OUT"
         )
     if path.is_dir():
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError:
+            raise PararnnError(
+                f"{os.fsencode(path)!r}: a folder in this path has a name that is not UTF-8, and MLX loads "
+                "nothing from there; rename it"
+            ) from None
         return path
     name = str(path_or_hf_repo)
     if not is_hub_name(name, with_owner=True):

@@ -96,6 +96,15 @@ def test_a_pipe(name, folder):
     assert "not a regular file" in refusal(folder)
 
 
+def test_a_folder_whose_name_is_not_utf8(folder):
+    other = folder.with_name(os.fsdecode(b"model\xff"))
+    try:
+        folder.rename(other)
+    except OSError:  # macOS has no such names
+        return
+    assert refusal(other).endswith("a name that is not UTF-8, and MLX loads nothing from there; rename it")
+
+
 def saved(tmp_path):
     chat = Chat(*mlx_pararnn.load())
     list(chat.respond("def main(", max_tokens=3))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..cache import RecurrentCache
 from ..errors import PararnnError
-from ..generation import check_text, encode, stream_generate
+from ..generation import check_text, encode, render, stream_generate
 from ..model import Model
 from ..model_files import open_regular
 
@@ -273,14 +273,11 @@ class Chat:
         if not self.tokenizer.has_chat_template:
             return text if self.tokens == 0 else self._encode(text)
         if self.tokens == 0:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                [*self.messages, user], add_generation_prompt=True
-            )
-            return ids
+            return list(render(self.tokenizer, [*self.messages, user]))
         history = [*self.messages[:-1], {"role": "assistant", "content": _READ}, user]
         if not self.messages:  # cache_prompt stops inside the user's message, and MLX-LM goes on there
             history = [{"role": "user", "content": _READ + text}]
-        rendered = self.tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
+        rendered = render(self.tokenizer, history, tokenize=False)
         _, found, rest = rendered.rpartition(_READ)
         if not found:
             raise PararnnError(

@@ -397,3 +397,32 @@ def test_in_a_terminal():
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.exit_code() == 0
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for %}",
+        "{{ messages.a.b }}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 1 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_a_template_that_fails_is_named_and_nothing_was_asked(template, templated, tmp_path):
+    folder = shutil.copytree(templated, tmp_path / "model")
+    model, tokenizer = mlx_pararnn.load(folder)
+    chat = Chat(model, tokenizer)
+    list(chat.respond("Hello", max_tokens=2))
+    messages, tokens = list(chat.messages), chat.tokens
+    tokenizer.chat_template = template
+    for talk in (chat, Chat(model, tokenizer)):
+        with pytest.raises(PararnnError, match=r"chat template in .*model fails"):
+            list(talk.respond("Hello again", max_tokens=2))
+    assert (chat.messages, chat.tokens) == (messages, tokens)
+    (folder / "chat_template.jinja").write_text(template)
+    command = [sys.executable, "-m", "mlx_pararnn", "generate", folder, "-p", "x", "--max-tokens", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "chat template in" in done.stderr
