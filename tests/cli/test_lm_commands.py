@@ -158,3 +158,55 @@ def test_a_server_with_a_draft_is_refused():
     result = CliRunner().invoke(app, ["lm", "server", "--model", "x", "--draft-model=y"])
     assert result.exit_code == 2
     assert "takes no --draft-model" in result.output
+
+
+def train(texts, folder, *options):
+    """`lm lora --train`, two steps: its exit code, and what it said on stderr."""
+    (texts / "valid.jsonl").write_text((texts / "train.jsonl").read_text())
+    command = [
+        sys.executable, "-m", "mlx_pararnn", "lm", "lora", "--train", "--model", folder, "--data", texts,
+        "--fine-tune-type", "full", "--num-layers", 3, "--batch-size", 2, "--iters", 2,
+        "--steps-per-report", 1, "--adapter-path", texts.parent / "adapters", *options,
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=texts.parent)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.large
+@needs_datasets
+def test_full_fine_tuning_of_float16_weights_is_refused(lm, texts, tmp_path):
+    """Left to itself the second loss is NaN; the bfloat16 copy that the sentence names trains."""
+    code, said = train(texts, DEMO)
+    assert code == 1
+    assert "float16 weights, which full fine-tuning turns into NaN" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "adapters").exists()
+    lm("convert", "--hf-path", DEMO, "--mlx-path", "copy", "--dtype", "bfloat16")
+    code, said = train(texts, tmp_path / "copy")
+    assert code == 0, said
+    trained = mx.load(str(tmp_path / "adapters" / "adapters.safetensors"))
+    assert all(mx.isfinite(value).all().item() for value in trained.values())
+
+
+@pytest.mark.large
+@needs_datasets
+def test_a_loss_that_is_no_number_ends_training(texts, converted, tmp_path):
+    folder = shutil.copytree(converted("trained/paragru/final.pt", tokenizer="bytes"), tmp_path / "model")
+    weights = mx.load(str(folder / "model.safetensors"))
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    mx.save_safetensors(str(folder / "model.safetensors"), {**weights, name: weights[name] * math.nan})
+    code, said = train(texts, folder)
+    assert code == 1
+    assert "the validation loss is nan at iteration 0, so training has stopped" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "adapters" / "adapters.safetensors").exists()
+
+
+@pytest.mark.large
+@needs_datasets
+def test_a_training_loss_that_becomes_nan_ends_training(texts, converted):
+    folder = converted("trained/paragru/final.pt", tokenizer="bytes")
+    code, said = train(texts, folder, "--learning-rate", "1e38", "--optimizer", "sgd", "--iters", 6)
+    assert code == 1
+    assert "at iteration" in said
+    assert "Traceback" not in said
