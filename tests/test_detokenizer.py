@@ -143,6 +143,26 @@ def test_no_part_of_a_character_is_given_and_a_broken_one_is_replaced():
     assert b"".join(token_bytes(fallback, token) for token in smile) == "🙂".encode()
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_step_decodes_two_tokens_at_most_however_many_came_before(kind, monkeypatch):
+    tokenizer = TOKENIZERS[kind]
+    decoded = []
+    decode = type(tokenizer).decode
+
+    def counting(self, tokens, **options):
+        decoded.append(len(tokens))
+        return decode(self, tokens, **options)
+
+    monkeypatch.setattr(type(tokenizer), "decode", counting)
+    tokens = [n % len(tokenizer) for n in range(3000)]
+    detokenizer = Detokenizer(tokenizer, tokens)
+    for token in tokens:
+        decoded.clear()
+        detokenizer.add_token(token)
+        assert len(decoded) <= 2
+        assert sum(decoded) <= 3
+
+
 def test_ids_beyond_the_tokenizer_are_nothing():
     for kind in ("byte level", "SentencePiece"):
         assert stream(TOKENIZERS[kind], [100_000]) == ["", ""]
