@@ -123,3 +123,36 @@ def test_mlx_lm_is_imported_where_few_open_files_are_allowed():
     assert result.returncode == 0, (
         f"mlx_lm changes the limit of open files somewhere else now; see registration.py: {result.stderr}"
     )
+
+
+def test_mlx_lms_lora_trains_by_the_names_that_the_command_line_replaces():
+    import inspect
+    from importlib import import_module
+
+    from mlx_lm.tuner.callbacks import TrainingCallback
+
+    lora = import_module("mlx_lm.lora")
+    assert list(inspect.signature(lora.train_model).parameters) == [
+        "args", "model", "train_set", "valid_set", "training_callback",
+    ], "mlx_lm.lora.train_model takes other arguments; see cli/lm.py"  # fmt: skip
+    assert "train_model" in lora.run.__code__.co_names, "mlx_lm.lora.run trains another way; see cli/lm.py"
+    reports = {name for name in vars(TrainingCallback) if name.startswith("on_")}
+    assert reports == {"on_train_loss_report", "on_val_loss_report"}, "see cli/lm.py's callback"
+
+
+def test_mlx_lms_text_data_set_is_processed_by_that_name():
+    from mlx_lm.tuner.datasets import TextDataset
+
+    assert hasattr(TextDataset, "process"), "mlx_lm's TextDataset.process is gone; see cli/lm.py"
+
+
+def test_a_decoder_of_tokenizers_says_what_it_is_made_of():
+    import json
+
+    from tokenizers import decoders
+
+    state = json.loads(decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]).__getstate__())
+    assert [part["type"] for part in state["decoders"]] == ["ByteFallback", "Fuse"], (
+        "a decoder of the tokenizers library no longer pickles to its JSON; see detokenizer.py"
+    )
+    assert json.loads(decoders.ByteLevel().__getstate__())["type"] == "ByteLevel"
