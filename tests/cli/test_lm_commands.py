@@ -96,6 +96,7 @@ def test_a_dequantized_model_loads_and_gives_the_same_text(mode, lm, converted, 
     assert mx.allclose(model(tokens), wanted, atol=1e-3 * mx.abs(wanted).max().item()).item()
 
 
+@needs_datasets
 @pytest.mark.large
 def test_dwq_on_a_local_folder(lm, texts, tmp_path):
     """The packed numbers stay; their scales and biases are learned, and all that is not packed."""
