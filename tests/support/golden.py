@@ -19,7 +19,8 @@ def unpacked() -> tempfile.TemporaryDirectory:
     """The files of lm/forms.tar.xz, which repeat each other's bytes, in a folder of this process."""
     folder = tempfile.TemporaryDirectory(prefix="mlx-pararnn-golden-")
     with tarfile.open(DATA / "lm" / "forms.tar.xz") as archive:
-        archive.extractall(Path(folder.name) / "lm", filter="data")
+        checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since Python 3.11.4
+        archive.extractall(Path(folder.name) / "lm", **checked)
     return folder
 
 
