@@ -18,8 +18,9 @@ from mlx_lm.models import activations
 from ..cells import Cell
 from ..errors import PararnnError
 from . import cpu, gpu
+from .adjoint import directional
 from .choice import Choice, works_here
-from .recurrence import directional, solve
+from .recurrence import solve
 
 GPU = ("metal", "cuda")
 

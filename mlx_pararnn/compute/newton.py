@@ -83,15 +83,8 @@ def newton(
     and exactly min(max_iters, N - 1) iterations are made. Arguments and layout as for `sequential`.
     """
     T = u.shape[2]
-    chunk = min(chunk, T)
-    n_chunks = -(-T // chunk)
-    padding = n_chunks * chunk - T  # steps past the end: nothing comes after them, so their values are idle
-    if padding:
-        u = mx.pad(u, [(0, 0), (0, 0), (0, padding), (0, 0), (0, 0)])
-        mask = mask if mask is None else mx.pad(mask, [(0, 0), (0, padding)])
-    B, heads, _, gates, width = u.shape
-    u = u.reshape(B, heads, n_chunks, chunk, gates, width)
-    masks = _chunked_mask(mask, n_chunks)
+    u, masks = _in_chunks(u, mask, chunk)
+    n_chunks, chunk = u.shape[2:4]
 
     starts = _first_guess(cell, params, u, state)
     limit = n_chunks - 1 if max_iters is None else min(max_iters, n_chunks - 1)
@@ -114,6 +107,23 @@ def newton(
     return Solution(tuple(s[:, :, :T] for s in states), iterations, residual)
 
 
+def states_between(
+    cell: Cell, params: mx.array, u: mx.array, starts: mx.array, mask: mx.array | None, *, chunk: int
+) -> mx.array:
+    """All states (slots, B, heads, T, D/heads), all chunks at once, each run from its start.
+
+    Args:
+        cell, params, u, mask: as for `sequential`.
+        starts: (B, N, slots, D), the state before each chunk; what is after the last chunk's is ignored.
+        chunk: steps of a chunk.
+    """
+    B, heads, T, _, width = u.shape
+    u, masks = _in_chunks(u, mask, chunk)
+    by_slot = starts[:, : u.shape[2]].reshape(B, u.shape[2], -1, heads, width).transpose(2, 0, 3, 1, 4)
+    steps = _run(cell, params, u, masks, unstack(by_slot), False)
+    return mx.stack([*_in_time_order(steps)])[:, :, :, :T]
+
+
 def step(cell: Cell, params: mx.array, u: mx.array, state: State) -> State:
     """One time step.
 
@@ -133,6 +143,40 @@ def masked_step(cell: Cell, params: mx.array, u: mx.array, mask: mx.array | None
 def step_jacobian(cell: Cell, params: mx.array, u: mx.array, mask: mx.array | None, state: State) -> mx.array:
     """The Jacobian of `masked_step`, (slots, slots, ...) in the layout of `state`."""
     return _jacobian(_dual_step(cell, params, u, mask, _seeded(state)))
+
+
+def laid_out(
+    params: mx.array, u: mx.array, state: mx.array, mask: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """The arguments in float32 and in the layout of this file."""
+    B, heads, _, _, width = u.shape
+    u = u.astype(mx.float32)
+    if mask is not None:
+        u = mx.where(mask[:, None, :, None, None], u, 0)  # what stands in padding, NaN too, has no gradient
+    return (
+        params.astype(mx.float32).reshape(-1, heads, width),
+        u,
+        state.astype(mx.float32).reshape(B, -1, heads, width),
+        mx.zeros((B, 0)) if mask is None else mask,
+    )
+
+
+def outputs(
+    cell: Cell, states: mx.array, mask: mx.array | None, every: int, dtype: mx.Dtype
+) -> tuple[mx.array, ...]:
+    """hidden (B, T, D), last state (B, slots, D) and, if `every` n > 0, states (B, T // n, slots, D)."""
+    slots, B, heads, T, width = states.shape
+    D = heads * width
+    hidden = states[cell.output_slot].swapaxes(1, 2).reshape(B, T, D)
+    if mask is not None:
+        hidden = mx.where(mask[..., None], hidden, 0.0)
+    # gathered where there are many: a view of the last step would keep the memory of all
+    last = states if T == 1 else states[:, :, :, mx.array([T - 1])]
+    last = last.swapaxes(0, 1).reshape(B, slots, D)
+    if not every:
+        return hidden.astype(dtype), last
+    every_nth = states[:, :, :, every - 1 :: every].transpose(1, 3, 0, 2, 4)
+    return hidden.astype(dtype), last, every_nth.reshape(B, T // every, slots, D)
 
 
 def unstack(states: mx.array) -> State:
@@ -161,6 +205,18 @@ def linear_scan(P: mx.array, r: mx.array) -> mx.array:
             P = mx.concatenate([P[..., :shift, :], _compose(later, P[..., :-shift, :])], axis=-2)
         shift *= 2
     return r
+
+
+def _in_chunks(u: mx.array, mask: mx.array | None, chunk: int) -> tuple[mx.array, list[mx.array] | None]:
+    """u (B, heads, N, C, gates, D/heads), and the mask as `_chunked_mask` gives it."""
+    B, heads, T, gates, width = u.shape
+    chunk = min(chunk, T)
+    n_chunks = -(-T // chunk)
+    padding = n_chunks * chunk - T  # steps past the end: nothing comes after them, so their values are idle
+    if padding:
+        u = mx.pad(u, [(0, 0), (0, 0), (0, padding), (0, 0), (0, 0)])
+        mask = mask if mask is None else mx.pad(mask, [(0, 0), (0, padding)])
+    return u.reshape(B, heads, n_chunks, chunk, gates, width), _chunked_mask(mask, n_chunks)
 
 
 def _apply(P: mx.array, x: mx.array) -> mx.array:

@@ -1,10 +1,4 @@
-"""The recurrence: checks the arguments, takes the backend that was chosen, solves and differentiates.
-
-The gradient does not go through the solver. With s_t = step(s_{t-1}, u_t) solved, the adjoint obeys the
-linear recurrence lambda_t = g_t + J_{t+1}^T lambda_{t+1}, which is one parallel scan backwards in time, and
-the gradients of u, state and weights follow from one batched vector-Jacobian product of `step` (the ParaRNN
-paper, section 3.3). So every method and backend has the same, exact gradient.
-"""
+"""The recurrence: checks the arguments and solves on the backend that was chosen; its gradient: adjoint.py."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -15,8 +9,9 @@ import mlx.core as mx
 from ..cells import Cell
 from ..errors import PararnnError
 from . import cpu, gpu
+from .adjoint import TILE, adjoint, directional, states_adjoint
 from .choice import CHUNK, Choice, choose, works_here
-from .newton import Solution, linear_scan, masked_step, newton, sequential, step_jacobian, unstack
+from .newton import Solution, laid_out, newton, outputs, sequential, unstack
 
 METHODS = ("auto", "sequential", "newton")
 TOLERANCE = 1e-6
@@ -154,7 +149,7 @@ def solve(
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         method = "newton" if where.eager and on_gpu and T > 1 and slots < 4 else "sequential"
     plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
-    arrays = _laid_out(params, u, state, mask)
+    arrays = laid_out(params, u, state, mask)
     if return_info:
         solution = _solve(plan, *arrays, eager=where.eager, want_residual=True)
         residual = mx.array(0.0) if solution.residual is None else solution.residual
@@ -163,7 +158,7 @@ def solve(
     else:
         info = ()
         states = _differentiable(plan, where.eager)(*arrays)
-    return (*_outputs(cell, states, mask, return_states, u.dtype), *info)
+    return (*outputs(cell, states, mask, return_states, u.dtype), *info)
 
 
 @lru_cache(maxsize=64)
@@ -179,22 +174,6 @@ def _kernels_agree(cell: Cell, backend: str) -> bool:
             yield recurrence(cell, params, u, method=method, backend=backend), wanted
 
     return works_here(f"the recurrence of {cell.name!r}", backend, outcomes)
-
-
-def _laid_out(
-    params: mx.array, u: mx.array, state: mx.array, mask: mx.array | None
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """The arguments in float32 and in the layout of newton.py."""
-    B, heads, _, _, width = u.shape
-    u = u.astype(mx.float32)
-    if mask is not None:
-        u = mx.where(mask[:, None, :, None, None], u, 0)  # what stands in padding, NaN too, has no gradient
-    return (
-        params.astype(mx.float32).reshape(-1, heads, width),
-        u,
-        state.astype(mx.float32).reshape(B, -1, heads, width),
-        mx.zeros((B, 0)) if mask is None else mask,
-    )
 
 
 def _check(
@@ -252,7 +231,9 @@ def _differentiable(plan: _Plan, eager: bool) -> Callable[..., Any]:
     def solve_vjp(
         primals: tuple[mx.array, ...], cotangent: mx.array, states: mx.array
     ) -> tuple[mx.array, ...]:
-        return _backward(plan, primals, cotangent, states)
+        params, u, state, mask = primals
+        steps = mask if plan.masked else None
+        return *states_adjoint(plan.cell, params, u, state, steps, states, cotangent), mx.zeros_like(mask)
 
     return solve
 
@@ -270,16 +251,10 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], _: Any
     ) -> tuple[mx.array, ...]:
         params, u, state, mask = primals
-        B, heads, T, _, width = u.shape
-        # All states, from the kernel again, in the layout of newton.py: (slots, B, heads, T, W). Not by
-        # _launch: a second derivative goes through them.
-        states = _differentiable_kernel(plan, backend, 1)(*primals)[2]
-        states = states.reshape(B, T, -1, heads, width).transpose(2, 0, 3, 1, 4)
+        boundaries = _differentiable_kernel(plan, backend, TILE)(*primals)[2]
         steps = mask if plan.masked else None
-        _, (g,) = mx.vjp(lambda s: [*_outputs(plan.cell, s, steps, every, u.dtype)], [states], [*cotangents])
-        laid_out = _laid_out(params, u, state, steps)
-        gradients = _backward(plan, laid_out, g, states)
-        return tuple(d.reshape(p.shape).astype(p.dtype) for d, p in zip(gradients, primals, strict=True))
+        arrays = (params, u, state, steps, boundaries, *cotangents)
+        return *adjoint(plan.cell, *arrays, every=every, backend=backend), mx.zeros_like(mask)
 
     @solve.jvp
     def solve_jvp(
@@ -294,16 +269,6 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
         return directional(in_ops, primals[:3], tangents[:3])
 
     return solve
-
-
-def directional(
-    function: Callable[..., Sequence[mx.array]],
-    primals: Sequence[mx.array],
-    tangents: Sequence[mx.array | None],
-) -> tuple[mx.array, ...]:
-    """The Jacobian-vector product of `function` as `mx.custom_function.jvp` has it: a tangent may be None."""
-    given = [mx.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
-    return tuple(mx.jvp(lambda *arrays: [*function(*arrays)], [*primals], given)[1])
 
 
 def _launch(
@@ -366,44 +331,3 @@ def _solve(
         eager=eager,
         want_residual=want_residual,
     )
-
-
-def _outputs(
-    cell: Cell, states: mx.array, mask: mx.array | None, every: int, dtype: mx.Dtype
-) -> tuple[mx.array, ...]:
-    """hidden (B, T, D), last state (B, slots, D) and, if `every` n > 0, states (B, T // n, slots, D)."""
-    slots, B, heads, T, width = states.shape
-    D = heads * width
-    hidden = states[cell.output_slot].swapaxes(1, 2).reshape(B, T, D)
-    if mask is not None:
-        hidden = mx.where(mask[..., None], hidden, 0.0)
-    # gathered where there are many: a view of the last step would keep the memory of all
-    last = states if T == 1 else states[:, :, :, mx.array([T - 1])]
-    last = last.swapaxes(0, 1).reshape(B, slots, D)
-    if not every:
-        return hidden.astype(dtype), last
-    every_nth = states[:, :, :, every - 1 :: every].transpose(1, 3, 0, 2, 4)
-    return hidden.astype(dtype), last, every_nth.reshape(B, T // every, slots, D)
-
-
-def _backward(
-    plan: _Plan, primals: tuple[mx.array, ...], cotangent: mx.array, states: mx.array
-) -> tuple[mx.array, ...]:
-    """Gradients of params, u, state (and zeros for the mask), given those of all states."""
-    params, u, state, mask = primals
-    before = mx.concatenate([state.swapaxes(0, 1)[:, :, :, None], states[:, :, :, :-1]], axis=3)
-    slots = unstack(before)
-    keep = mask[:, None, :, None] if plan.masked else None
-    weights = params[:, :, None]
-
-    # lambda_t = g_t + J_{t+1}^T lambda_{t+1}: a scan over reversed time
-    JT = step_jacobian(plan.cell, weights, u, keep, slots).swapaxes(0, 1)
-    later = mx.concatenate([JT[..., 1:, :], mx.zeros_like(JT[..., :1, :])], axis=-2)
-    adjoint = linear_scan(later[..., ::-1, :], cotangent[..., ::-1, :])[..., ::-1, :]
-
-    def all_steps(weights: mx.array, u: mx.array, *before: mx.array) -> list[mx.array]:
-        return [*masked_step(plan.cell, weights, u, keep, before)]
-
-    _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *slots], [*unstack(adjoint)])
-    d_state = mx.stack([d[:, :, 0] for d in d_before], axis=1)
-    return d_weights[:, :, 0], d_u, d_state, mx.zeros_like(mask)

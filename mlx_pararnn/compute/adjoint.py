@@ -1,0 +1,177 @@
+"""The gradient of the recurrence: a linear recurrence backwards in time (the ParaRNN paper, section 3.3).
+
+With s_t = step(s_{t-1}, u_t; w) solved, let g_t be the loss's derivative with respect to s_t where it is
+handed out (hidden, last state, every n-th state), and J_t = d step(s_{t-1}, u_t; w) / d s_{t-1}. Then
+
+    lambda_T = g_T,   lambda_t = g_t + J_{t+1}^T lambda_{t+1}
+    d_u_t = (d step / d u_t)^T lambda_t,   d_w = sum_t (d step / d w)^T lambda_t,   d_s_0 = J_1^T lambda_1
+
+It does not go through the solver, so every method and backend has the same, exact gradient. Where a step is
+masked, s_t = s_{t-1}: J_t is the identity, and u_t and w have no part in it.
+
+`adjoint` is the one entry, for every backend. A kernel for it has the signature
+
+    launch(cell, params, u, state, mask, boundaries, d_hidden, d_last, d_states, every)
+        -> d_params, d_u, d_state
+
+with the shapes and dtypes of `adjoint`, and is returned by `_launch_of`. It gets the states at the boundaries
+of tiles and computes those between again, a tile at a time, so that memory never holds the state of every
+step. It may return as soon as the work is recorded, and needs no derivatives of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from ..cells import Cell
+from .newton import laid_out, linear_scan, masked_step, outputs, states_between, step_jacobian, unstack
+
+TILE = 64  # steps between two boundaries
+
+
+def adjoint(
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array,
+    mask: mx.array | None,
+    boundaries: mx.array,
+    d_hidden: mx.array,
+    d_last: mx.array,
+    d_states: mx.array | None = None,
+    *,
+    every: int = 0,
+    backend: str,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradients of params, u and state, given those of what `recurrence` returned.
+
+    Args:
+        cell: the cell.
+        params: (P, D), float32.
+        u: (B, heads, T, gates, D / heads), float32, float16 or bfloat16; a strided view is fine.
+        state: (B, slots, D), float32, the state before the first step.
+        mask: (B, T), bool; None if all steps are real.
+        boundaries: (B, T // TILE, slots, D), float32, the state after every TILE-th step.
+        d_hidden: (B, T, D), u's dtype.
+        d_last: (B, slots, D), float32.
+        d_states: (B, T // every, slots, D), float32, where every > 0; else None.
+        every: the states that were returned are those after every so many steps; 0 for none.
+        backend: "metal", "cuda" or "cpu", where there is a kernel for it, else ops.
+
+    Returns:
+        d_params (P, D), float32; d_u as u, in its dtype; d_state (B, slots, D), float32.
+    """
+    given = [params, u, state, mx.zeros((u.shape[0], 0)) if mask is None else mask, boundaries]
+    given += [d_hidden, d_last] if d_states is None else [d_hidden, d_last, d_states]
+    launch = _launch_of(cell, backend, given)
+    if launch is None:
+        return _in_ops(cell, mask is not None, every, *given)
+    d_params, d_u, d_state = _differentiable(cell, launch, mask is not None, every)(*given)
+    return d_params, d_u, d_state
+
+
+Launch = Callable[..., Sequence[mx.array]]
+
+
+def _launch_of(cell: Cell, backend: str, given: Sequence[mx.array]) -> Launch | None:
+    """The backend's kernel, where it has one and may run it on these arrays; None for ops."""
+    return None
+
+
+@lru_cache(maxsize=256)
+def _differentiable(cell: Cell, launch: Launch, masked: bool, every: int) -> Callable[..., Any]:
+    """`launch` with the derivatives of `_in_ops`: a second derivative goes through ops."""
+
+    @mx.custom_function
+    def solve(*given: mx.array) -> list[mx.array]:
+        params, u, state, mask, *rest = given
+        cotangents = rest if every else [*rest, None]
+        return [*launch(cell, params, u, state, mask if masked else None, *cotangents, every)]
+
+    def in_ops(*given: mx.array) -> list[mx.array]:
+        return [*_in_ops(cell, masked, every, *given)]
+
+    @solve.vjp
+    def solve_vjp(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], _: object
+    ) -> tuple[mx.array, ...]:
+        return tuple(mx.vjp(in_ops, [*primals], [*cotangents])[1])
+
+    @solve.jvp
+    def solve_jvp(
+        primals: tuple[mx.array, ...], tangents: tuple[mx.array | None, ...]
+    ) -> tuple[mx.array, ...]:
+        return directional(in_ops, primals, tangents)
+
+    return solve
+
+
+def directional(
+    function: Callable[..., Sequence[mx.array]],
+    primals: Sequence[mx.array],
+    tangents: Sequence[mx.array | None],
+) -> tuple[mx.array, ...]:
+    """The Jacobian-vector product of `function` as `mx.custom_function.jvp` has it: a tangent may be None."""
+    given = [mx.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
+    return tuple(mx.jvp(lambda *arrays: [*function(*arrays)], [*primals], given)[1])
+
+
+def _in_ops(
+    cell: Cell,
+    masked: bool,
+    every: int,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array,
+    mask: mx.array,
+    boundaries: mx.array,
+    *cotangents: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`adjoint` in plain MLX, the reference: all states at once, then `states_adjoint`."""
+    steps = mask if masked else None
+    laid = laid_out(params, u, state, steps)
+    starts = mx.concatenate([state[:, None], boundaries], axis=1)
+    states = states_between(cell, *laid[:2], starts, steps, chunk=TILE)
+    _, (g,) = mx.vjp(lambda s: [*outputs(cell, s, steps, every, u.dtype)], [states], [*cotangents])
+    d_params, d_u, d_state = states_adjoint(cell, *laid[:3], steps, states, g)
+    return d_params.reshape(params.shape), d_u.astype(u.dtype), d_state.reshape(state.shape)
+
+
+def states_adjoint(
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array,
+    mask: mx.array | None,
+    states: mx.array,
+    g: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradients of params, u and state, given all states and g, the loss's derivative for each.
+
+    Jacobians of all steps at once, lambda by a parallel scan over reversed time, then one vector-Jacobian
+    product of all steps.
+
+    Args:
+        params: (P, heads, W).
+        u: (B, heads, T, gates, W), float32.
+        state: (B, slots, heads, W).
+        mask: (B, T) or None.
+        states, g: (slots, B, heads, T, W).
+    """
+    before = mx.concatenate([state.swapaxes(0, 1)[:, :, :, None], states[:, :, :, :-1]], axis=3)
+    slots = unstack(before)
+    keep = None if mask is None else mask[:, None, :, None]
+    weights = params[:, :, None]
+
+    JT = step_jacobian(cell, weights, u, keep, slots).swapaxes(0, 1)
+    later = mx.concatenate([JT[..., 1:, :], mx.zeros_like(JT[..., :1, :])], axis=-2)
+    lambdas = linear_scan(later[..., ::-1, :], g[..., ::-1, :])[..., ::-1, :]
+
+    def all_steps(weights: mx.array, u: mx.array, *before: mx.array) -> list[mx.array]:
+        return [*masked_step(cell, weights, u, keep, before)]
+
+    _, (d_weights, d_u, *d_before) = mx.vjp(all_steps, [weights, u, *slots], [*unstack(lambdas)])
+    d_state = mx.stack([d[:, :, 0] for d in d_before], axis=1)
+    return d_weights[:, :, 0], d_u, d_state
