@@ -1,4 +1,4 @@
-"""The recurrence: checks the arguments and solves on the backend that was chosen; its gradient: adjoint.py."""
+"""The recurrence: checks the arguments and solves on the backend chosen. Its gradient: adjoint.py."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
