@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # room: the rooms whose files its own may import, and with them all that those lead to
 ARROWS = {
     "__main__": "cli",
-    "cli": "chat tools convert.to_mlx convert.to_coreml convert.inspection convert.comparison",
+    "cli": "chat tools pocket convert.to_mlx convert.to_coreml convert.inspection convert.comparison",
     "convert.to_coreml": "convert.to_mlx convert.coreml convert.inspection",
     "convert.to_mlx": "convert.overrides convert.writers",
     "convert.comparison": "convert.writers tools",
@@ -20,7 +20,8 @@ ARROWS = {
     "convert.writers": "convert.families",
     "convert.families": "convert.readers",
     "convert.readers": "hub model_files",
-    "chat": "package",
+    "chat": "pocket",
+    "pocket": "package",
     "tools": "package",
     "package": "loading generation registration",
     "registration": "compute",
