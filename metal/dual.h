@@ -114,9 +114,9 @@ inline float maximum(float a, float b) { return choose(a > b, a, b); }
 // At a tie each side gets half of the slope, as in PyTorch.
 template <int N>
 inline Dual<N> maximum(Dual<N> a, Dual<N> b) {
-  const float first = a.v > b.v ? 1.0f : (a.v < b.v ? 0.0f : 0.5f);
+  const float first = choose(a.v > b.v, 1.0f, choose(a.v < b.v, 0.0f, 0.5f));
   Dual<N> r;
-  r.v = a.v > b.v ? a.v : b.v;
+  r.v = choose(a.v > b.v, a.v, b.v);
   for (int i = 0; i < N; ++i) r.d[i] = first * a.d[i] + (1.0f - first) * b.d[i];
   return r;
 }

@@ -11,7 +11,7 @@ masked, s_t = s_{t-1}: J_t is the identity, and u_t and w have no part in it.
 
 `adjoint` is the one entry, for every backend. A kernel for it has the signature
 
-    launch(cell, params, u, state, mask, boundaries, d_hidden, d_last, d_states, every)
+    launch(cell, params, u, state, mask, boundaries, d_hidden, d_last, d_states, every, TILE)
         -> d_params, d_u, d_state
 
 with the shapes and dtypes of `adjoint`, and is returned by `_launch_of`. It gets the states at the boundaries
@@ -19,14 +19,18 @@ of tiles and computes those between again, a tile at a time, so that memory neve
 step. It may return as soon as the work is recorded, and needs no derivatives of its own.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
 from ..cells import Cell
+from . import cpu_adjoint
+from .choice import evaluation, works_here
 from .newton import laid_out, linear_scan, masked_step, outputs, states_between, step_jacobian, unstack
+from .texts import has_kernel
 
 TILE = 64  # steps between two boundaries
 
@@ -76,8 +80,33 @@ Launch = Callable[..., Sequence[mx.array]]
 
 
 def _launch_of(cell: Cell, backend: str, given: Sequence[mx.array]) -> Launch | None:
-    """The backend's kernel, where it has one and may run it on these arrays; None for ops."""
+    """The backend's kernel, where it has one, may run it on these arrays and is right; None for ops."""
+    if backend == "cpu" and has_kernel(cell) and evaluation(given) and _agrees(cell, cpu_adjoint.solve):
+        return cpu_adjoint.solve
     return None
+
+
+@lru_cache(maxsize=64)
+def _agrees(cell: Cell, launch: Launch) -> bool:
+    """Try a kernel on a small problem, once a cell and process: `choice.works_here`."""
+    B, heads, T, width, every = 2, 2, 150, 20, 7
+    slots, D = len(cell.slots), heads * width
+
+    def waves(*shape: int) -> mx.array:
+        return mx.sin(mx.arange(math.prod(shape))).reshape(shape)
+
+    params, u = 0.3 * waves(len(cell.params), D), waves(B, heads, T, len(cell.gates), width)
+    mask = mx.arange(T) < mx.array([[T], [T - 20]])
+    state = mx.zeros((B, slots, D))
+    starts = states_between(cell, *laid_out(params, u, state, mask)[:2], state[:, None], mask, chunk=T)
+    boundaries = outputs(cell, starts, mask, TILE, mx.float32)[2]
+    slopes = waves(B, T, D), waves(B, slots, D), waves(B, T // every, slots, D)
+    given = params, u, state, mask, boundaries, *slopes
+
+    def outcomes() -> Iterator[tuple[Sequence[mx.array], Sequence[mx.array]]]:
+        yield launch(cell, *given, every, TILE), _in_ops(cell, True, every, *given)
+
+    return works_here(f"the gradient of {cell.name!r}", "cpu", outcomes)
 
 
 @lru_cache(maxsize=256)
@@ -88,7 +117,7 @@ def _differentiable(cell: Cell, launch: Launch, masked: bool, every: int) -> Cal
     def solve(*given: mx.array) -> list[mx.array]:
         params, u, state, mask, *rest = given
         cotangents = rest if every else [*rest, None]
-        return [*launch(cell, params, u, state, mask if masked else None, *cotangents, every)]
+        return [*launch(cell, params, u, state, mask if masked else None, *cotangents, every, TILE)]
 
     def in_ops(*given: mx.array) -> list[mx.array]:
         return [*_in_ops(cell, masked, every, *given)]

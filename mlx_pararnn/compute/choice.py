@@ -33,6 +33,7 @@ class Choice(NamedTuple):
         step: a GPU's kernel for one token takes the cell and its gated norm.
         one_call: the CPU backend may take all layers of a token in one call.
         eager: MLX allows evaluation.
+        gradient: a derivative may be asked for.
     """
 
     state: str
@@ -41,6 +42,7 @@ class Choice(NamedTuple):
     step: bool = False
     one_call: bool = False
     eager: bool = True
+    gradient: bool = False
 
     def deferred(self) -> "Choice":
         """For the last layer: what its output alone needs is recorded, not computed at once.
@@ -129,9 +131,9 @@ def choose(
             return on_cpu._replace(state="ops") if trial(cell, here) else PLAIN
         if asked and method == "newton":
             raise PararnnError("backend 'cpu' goes straight through time; choose 'ops' for method='newton'")
-        if evaluation(reads()):
+        if allowed := evaluation(reads()):
             if asked or trial(cell, here):
-                return on_cpu
+                return on_cpu._replace(gradient=allowed == Evaluation.GRADIENT)
         elif asked:
             raise PararnnError(
                 "backend 'cpu' runs at once, not inside mx.compile or mx.vmap; choose 'ops' there"

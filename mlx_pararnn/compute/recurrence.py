@@ -143,7 +143,10 @@ def solve(
         )
         if return_info:
             return _launch(plan, backend, return_states, *arrays, info=True)
-        return tuple(_differentiable_kernel(plan, backend, return_states)(*arrays))
+        # where a gradient may follow, what it starts from is kept: the states at the boundaries of tiles
+        every = return_states or (TILE if where.gradient and T >= TILE else 0)
+        returned = _differentiable_kernel(plan, backend, every)(*arrays)
+        return tuple(returned[: 3 if return_states else 2])
 
     if method == "auto":
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
@@ -248,13 +251,18 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
 
     @solve.vjp
     def solve_vjp(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], _: Any
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], returned: tuple[mx.array, ...]
     ) -> tuple[mx.array, ...]:
         params, u, state, mask = primals
-        boundaries = _differentiable_kernel(plan, backend, TILE)(*primals)[2]
+        if every == TILE:
+            boundaries = returned[2]
+        else:  # not by _launch: a second derivative goes through them
+            boundaries = _differentiable_kernel(plan, backend, TILE)(*primals)[2]
         steps = mask if plan.masked else None
-        arrays = (params, u, state, steps, boundaries, *cotangents)
-        return *adjoint(plan.cell, *arrays, every=every, backend=backend), mx.zeros_like(mask)
+        gradients = adjoint(
+            plan.cell, params, u, state, steps, boundaries, *cotangents, every=every, backend=backend
+        )
+        return *gradients, mx.zeros_like(mask)
 
     @solve.jvp
     def solve_jvp(

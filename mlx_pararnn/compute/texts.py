@@ -36,23 +36,45 @@ def metal_text(*path: str) -> str:
 
 def cell_header(cell: Cell) -> str:
     """What comes before a kernel: dual numbers, activations, the cell's struct, and `Cell`, its name."""
-    if not has_kernel(cell):
-        raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
-    text = cell.msl if cell.msl is not None else metal_text("cells", f"{cell.name}.h")
-    if not text.isascii():  # which MLX hands to Metal as C strings, and Metal may end the process at
-        letter = next(letter for letter in text if not letter.isascii())
-        raise PararnnError(f"the MSL of cell {cell.name!r} has {letter!r}; write it in ASCII, comments too")
-    names = [f"pararnn::{_ACTIVATIONS[cell.activations[place]]}" for place in cell.default_activations]
-    struct = f"pararnn::{type(cell).__name__}" + (f"<{', '.join(names)}>" if names else "")
+    text = _cell_text(cell)
     counts = {"SLOTS": cell.slots, "GATES": cell.gates, "PARAMS": cell.params}
     agreed = [f"Cell::{count} == {len(names)}" for count, names in counts.items()]
     agreed.append(f"Cell::OUTPUT == {cell.output_slot}")
     return (
         metal_text("dual.h")
         + metal_text("activations.h")
-        + f"{text}\nusing Cell = {struct};\n"
+        + f"{text}\nusing Cell = {_struct(cell, 'pararnn')};\n"
         + f'static_assert({" && ".join(agreed)}, "the Metal text is not the Python class\'s");\n'
     )
+
+
+def tangent_header(cell: Cell) -> tuple[str, str]:
+    """What comes after `cell_header` where a step is to be derived by its inputs too.
+
+    Two texts: what the second needs, and the cell's struct again as `TangentCell`, in the namespace
+    `tangents` and with `Real` in place of each float: a dual number with a tangent a slot, gate and param.
+    """
+    count = len(cell.slots) + len(cell.gates) + len(cell.params)
+    before = f"namespace pararnn {{ constexpr int INPUTS = {count}; }}\n"
+    before += "namespace tangents { using Real = pararnn::Dual<pararnn::INPUTS>; }\n"
+    text = re.sub(r"\bpararnn\b", "tangents", _cell_text(cell))
+    struct = f"using TangentCell = {_struct(cell, 'tangents')};\n"
+    return before + metal_text("dual_inputs.h"), re.sub(r"\bfloat\b", "Real", text) + struct
+
+
+def _cell_text(cell: Cell) -> str:
+    if not has_kernel(cell):
+        raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
+    text = cell.msl if cell.msl is not None else metal_text("cells", f"{cell.name}.h")
+    if not text.isascii():  # which MLX hands to Metal as C strings, and Metal may end the process at
+        letter = next(letter for letter in text if not letter.isascii())
+        raise PararnnError(f"the MSL of cell {cell.name!r} has {letter!r}; write it in ASCII, comments too")
+    return text
+
+
+def _struct(cell: Cell, namespace: str) -> str:
+    names = [f"pararnn::{_ACTIVATIONS[cell.activations[place]]}" for place in cell.default_activations]
+    return f"{namespace}::{type(cell).__name__}" + (f"<{', '.join(names)}>" if names else "")
 
 
 @lru_cache(maxsize=256)
@@ -76,6 +98,13 @@ def cpu_recurrence_text(cell: Cell) -> str:
     """The C++ text of a cell's recurrence; raises PararnnError for a cell without MSL."""
     cell_text = cpu_text(cell_header(cell), "VecGroup")
     return metal_text("cpu.h") + metal_text("cpu_vectors.h") + cell_text + metal_text("cpu_recurrence.cpp")
+
+
+def cpu_adjoint_text(cell: Cell) -> str:
+    """The C++ text of the adjoint of a cell's recurrence; raises PararnnError for a cell without MSL."""
+    needed, tangents = tangent_header(cell)
+    header = cpu_text(cell_header(cell) + needed) + cuda_text(tangents)
+    return metal_text("cpu.h") + header + metal_text("cpu_adjoint.cpp")
 
 
 def cpu_elementwise_text() -> str:
