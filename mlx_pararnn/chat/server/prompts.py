@@ -1,7 +1,6 @@
 """From a request's text and messages to tokens, in a thread whose end need not be waited for."""
 
 import asyncio
-import ctypes
 import json
 import threading
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from ...errors import PararnnError
 from ...generation import check_text, check_tokens, encode, find_room
+from ...interrupt import Interrupted, interrupt
 from .schema import ChatRequest, Refused
 
 SECONDS = 5  # for a chat template and a tokenizer
@@ -136,7 +136,7 @@ async def run_apart(function: Callable[..., Result], *args: Any) -> Result:
         result, refused = None, None
         try:
             result = function(*args)
-        except (Refused, _Interrupted) as error:
+        except (Refused, Interrupted) as error:
             refused = error if isinstance(error, Refused) else None
         except PararnnError as error:
             refused = Refused(400, str(error))
@@ -157,11 +157,5 @@ async def run_apart(function: Callable[..., Result], *args: Any) -> Result:
             400, f"the chat template or the tokenizer takes more than {SECONDS} seconds for this prompt"
         ) from None
     finally:
-        if thread in _threads and thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident), ctypes.py_object(_Interrupted)
-            )
-
-
-class _Interrupted(BaseException):
-    pass
+        if thread in _threads:
+            interrupt(thread)

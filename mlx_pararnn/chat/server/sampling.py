@@ -1,17 +1,15 @@
-"""How a request's tokens are chosen: samplers, penalties, and grammars that an answer must keep."""
+"""How a request's tokens are chosen: samplers, penalties, and the grammar that an answer must keep."""
 
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
 
 import llguidance
-import llguidance.hf
 import mlx.core as mx
-import numpy as np
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc, make_sampler
 
 from ...errors import PararnnError
+from ...grammars import allowed_tokens
 
 
 @lru_cache(maxsize=256)
@@ -64,69 +62,6 @@ class SeededSampler:
         return mx.random.categorical(logprobs * (1 / self._temp), key=key)
 
 
-class Grammars:
-    """Compiles grammars for one tokenizer, when first asked for."""
-
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._compiled: llguidance.LLTokenizer | None = None
-
-    def json(self, schema: dict[str, Any]) -> str:
-        """The grammar of JSON texts that fit a schema, without spaces between their parts."""
-        return str(
-            llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides={"whitespace_flexible": False}
-            )
-        )
-
-    def calls(self, functions: list[dict[str, Any]], start: str, end: str, required: bool) -> str:
-        """The grammar of text with calls of tools in it, or of one call and nothing else.
-
-        Args:
-            functions: OpenAI's: name, parameters.
-            start, end: what stands around a call.
-            required: whether the answer must be a call.
-        """
-        bodies = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function["name"]},
-                    "arguments": function.get("parameters") or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for function in functions
-        ]
-        special = start in self._tokenizer.all_special_tokens
-        first, last = (tag if special else json.dumps(tag) for tag in (start, end))
-        any_call = json.dumps({"anyOf": bodies, "x-guidance": {"whitespace_flexible": False}})
-        if required:
-            return f'start: {first} "\\n"? call "\\n"? {last}\ncall: %json {any_call}\n'
-        tag = llguidance.StructTag(trigger=start, begin=start, grammar=any_call, end="" if special else end)
-        return str(llguidance.StructTag.to_grammar([tag], assume_special=special))
-
-    def compile(self, grammar: str) -> "llguidance.LLMatcher":
-        """A matcher at the beginning of an answer.
-
-        Raises:
-            PararnnError: the grammar, or this tokenizer, cannot be used.
-        """
-        try:
-            if self._compiled is None:
-                self._compiled = llguidance.hf.from_tokenizer(
-                    getattr(self._tokenizer, "_tokenizer", self._tokenizer), n_vocab=self._vocab_size
-                )
-        except Exception as error:
-            raise PararnnError(f"this model's tokenizer cannot keep to a grammar ({error})") from error
-        matcher = llguidance.LLMatcher(self._compiled, grammar, log_level=0)
-        if matcher.is_error():
-            said = matcher.get_error().splitlines()[0] if matcher.get_error() else "unknown"
-            raise PararnnError(f"the schema cannot be kept to ({said})")
-        return matcher
-
-
 class GrammarProcessor:
     """Lets a row choose only tokens that its grammar allows; a logits processor."""
 
@@ -147,8 +82,7 @@ class GrammarProcessor:
                 self._matcher.consume_token(token)
         if self._matcher.is_error():
             raise PararnnError(f"the grammar cannot be kept to ({self._matcher.get_error()})")
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
+        allowed = allowed_tokens(self._matcher, logits.shape[-1])
         if not allowed.any():
             return logits
         return mx.where(mx.array(allowed), logits, -mx.inf)

@@ -1,0 +1,94 @@
+"""Grammars that generated text must keep, for one tokenizer: JSON schemas and calls of functions."""
+
+import json
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import numpy as np
+
+from .errors import PararnnError
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, when first asked for."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._compiled: llguidance.LLTokenizer | None = None
+
+    def json(self, schema: dict[str, Any]) -> str:
+        """The grammar of JSON texts that fit a schema, without spaces between their parts."""
+        return str(
+            llguidance.LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), overrides={"whitespace_flexible": False}
+            )
+        )
+
+    def calls(self, functions: list[dict[str, Any]], start: str, end: str, required: bool) -> str:
+        """The grammar of text with calls of tools in it, or of one call and nothing else.
+
+        Args:
+            functions: OpenAI's: name, parameters.
+            start, end: what stands around a call.
+            required: whether the answer must be a call.
+        """
+        bodies = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function["name"]},
+                    "arguments": function.get("parameters") or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for function in functions
+        ]
+        special = start in self._tokenizer.all_special_tokens
+        first, last = (tag if special else json.dumps(tag) for tag in (start, end))
+        any_call = json.dumps({"anyOf": bodies, "x-guidance": {"whitespace_flexible": False}})
+        if required:
+            return f'start: {first} "\\n"? call "\\n"? {last}\ncall: %json {any_call}\n'
+        tag = llguidance.StructTag(trigger=start, begin=start, grammar=any_call, end="" if special else end)
+        return str(llguidance.StructTag.to_grammar([tag], assume_special=special))
+
+    def compile(self, grammar: str) -> "llguidance.LLMatcher":
+        """A matcher at the beginning of an answer.
+
+        Raises:
+            PararnnError: the grammar, or this tokenizer, cannot be used.
+        """
+        try:
+            if self._compiled is None:
+                self._compiled = llguidance.hf.from_tokenizer(
+                    getattr(self._tokenizer, "_tokenizer", self._tokenizer), n_vocab=self._vocab_size
+                )
+        except Exception as error:
+            raise PararnnError(f"this model's tokenizer cannot keep to a grammar ({error})") from error
+        matcher = llguidance.LLMatcher(self._compiled, grammar, log_level=0)
+        if matcher.is_error():
+            said = matcher.get_error().splitlines()[0] if matcher.get_error() else "unknown"
+            raise PararnnError(f"the schema cannot be kept to ({said})")
+        return matcher
+
+    def call_name(self, names: list[str] | None = None) -> str:
+        """The grammar of a call's JSON up to its arguments, as the protocol of tools has it.
+
+        Args:
+            names: the functions to choose from; None for any name.
+        """
+        choice = "/[A-Za-z0-9_.-]{1,64}/" if names is None else " | ".join(json.dumps(name) for name in names)
+        before, behind = json.dumps('{"name":"'), json.dumps('","arguments":')
+        return f"start: {before} NAME {behind}\nNAME: {choice}\n"
+
+    def call_arguments(self, schema: dict[str, Any]) -> str:
+        """The grammar of the rest: arguments that fit a schema, without spaces, and the closing brace."""
+        compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
+        return f'start: arguments "}}"\narguments: %json {json.dumps(compact)}\n'
+
+
+def allowed_tokens(matcher: "llguidance.LLMatcher", vocab_size: int) -> np.ndarray:
+    """Of each token (V,), whether the grammar allows it next."""
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    return np.unpackbits(bits, bitorder="little")[:vocab_size].astype(bool)
