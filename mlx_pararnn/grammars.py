@@ -78,7 +78,9 @@ class Grammars:
         Args:
             names: the functions to choose from; None for any name.
         """
-        choice = "/[A-Za-z0-9_.-]{1,64}/" if names is None else " | ".join(json.dumps(name) for name in names)
+        choice = "/[A-Za-z0-9_.-]{1,64}/"
+        if names is not None:
+            choice = " | ".join(json.dumps(json.dumps(name)[1:-1]) for name in names)
         before, behind = json.dumps('{"name":"'), json.dumps('","arguments":')
         return f"start: {before} NAME {behind}\nNAME: {choice}\n"
 

@@ -1,0 +1,480 @@
+"""The loop in which a model uses tools: it makes tokens, and what they ask for is done and fed to it.
+
+`stream_answer` is what users call. `run_turn` is the loop itself: it takes the model as a `TokenSource`, so
+that it can also go over recorded tokens.
+"""
+
+import codecs
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, cast
+from typing import Protocol as Interface
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..cache import RecurrentCache
+from ..errors import PararnnError
+from ..generation import find_room
+from ..grammars import Grammars, allowed_tokens
+from ..model import Model
+from .functions import Functions, Outcome
+from .pointer import PointerMemory
+from .protocol import MARKS, POINTERS, Command, Protocol, find_protocol
+from .standard import standard_functions
+
+logger = logging.getLogger(__name__)
+
+PIECE = 512  # tokens of a message or result that are read at once
+
+Reason = Literal["stop", "length", "steps", "time", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a turn ends, whatever the model does.
+
+    Attributes:
+        steps: tokens after the message, made or fed; a sum of two 1000-digit numbers takes some 35,000.
+        answer: tokens of the answer, one a byte.
+        calls: functions that are run; a further call gets an error as its result.
+        seconds: for the whole turn, checked between two tokens.
+    """
+
+    steps: int = 200_000
+    answer: int = 4096
+    calls: int = 8
+    seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that has happened; `tokens` counts those of the turn so far, the message's included."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Thought(Event):
+    """Text that the model has written for itself."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CommandGiven(Event):
+    """A pointer command."""
+
+    command: Command
+
+
+@dataclass(frozen=True)
+class Observation(Event):
+    """What a read has shown: the token, and its name."""
+
+    token: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Call(Event):
+    """A function is to be called.
+
+    Attributes:
+        name, arguments: the arguments are JSON, as the model wrote it.
+    """
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Result(Event):
+    """What the model reads as a call's result, and whether it is an error."""
+
+    text: str
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Text(Event):
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finish(Event):
+    """The turn is over; always the last event.
+
+    Attributes:
+        reason: "stop": the model has ended it; "length", "steps", "time": a limit of `Limits`;
+            "tool_calls": the last call is not for this loop to run.
+        made: how many of the tokens the model has made; the others were fed to it.
+        calls: how many functions have run.
+        seconds: how long it took.
+    """
+
+    reason: Reason
+    made: int
+    calls: int
+    seconds: float
+
+
+class TokenSource(Interface):
+    """What makes tokens: a model, or a record of one."""
+
+    vocab_size: int
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Take the next tokens of the turn: fed ones, and those that were just chosen."""
+
+    def choose(self, allowed: np.ndarray) -> int:
+        """The next token; `allowed` (V,) is True where the protocol has a place for it."""
+
+
+class ModelTokens:
+    """A model as a source of tokens.
+
+    Args:
+        model: the model.
+        sampler: MLX-LM's, log probabilities (1, V) to a token; without it the likeliest is taken.
+        cache: where the state is kept; a new one if left out.
+        progress: called with how many tokens of a message or result have been read, and of how many.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampler: Callable[[mx.array], mx.array] | None = None,
+        cache: list[RecurrentCache] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.vocab_size = model.args.vocab_size
+        self.cache = model.make_cache() if cache is None else cache
+        self._model, self._sampler, self._progress = model, sampler, progress
+        self._logits: mx.array | None = None  # (1, V)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        for begin in range(0, len(tokens), PIECE):
+            piece = mx.array([tokens[begin : begin + PIECE]])
+            self._logits = self._model(piece, cache=self.cache)[:, -1]
+            if len(tokens) > 1:
+                mx.eval([layer.state for layer in self.cache])
+                self._progress(min(begin + PIECE, len(tokens)), len(tokens))
+
+    def choose(self, allowed: np.ndarray) -> int:
+        assert self._logits is not None
+        if self._sampler is None:
+            logits = np.array(self._logits.astype(mx.float32))[0]
+            return int(np.where(allowed, logits, -np.inf).argmax())
+        logits = mx.where(mx.array(allowed), self._logits.astype(mx.float32), -mx.inf)
+        token = self._sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        return cast(int, token.item())
+
+
+def stream_answer(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    message: str,
+    *,
+    functions: Functions | Iterable[Callable[..., Any]] | None = None,
+    limits: Limits | None = None,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    cache: list[RecurrentCache] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Event]:
+    """Answer a message with a model that uses tools: everything that happens, as it happens.
+
+    Args:
+        model, tokenizer: a model whose tokenizer has the tokens of the protocol (`protocol`).
+        message: what the user says; text only, whatever it looks like.
+        functions: those that the model may call; without it calculator, clock, dates and units.
+        limits: where the turn ends in any case.
+        sampler, cache, progress: for `ModelTokens`.
+
+    Raises:
+        PararnnError: the model does not speak the protocol, or the message is empty or no text.
+    """
+    protocol = require_protocol(tokenizer)
+    if not message:
+        raise PararnnError("the message is empty; write what the model should answer")
+    prefix = protocol.render_message(message)
+    limits = limits or Limits()
+    room = find_room(model, len(prefix))
+    if functions is None:
+        functions = standard_functions()
+    return run_turn(
+        protocol,
+        ModelTokens(model, sampler, cache, progress),
+        prefix,
+        functions if isinstance(functions, Functions) else Functions(functions),
+        limits if room is None else replace(limits, steps=min(limits.steps, room)),
+        grammars=Grammars(tokenizer, model.args.vocab_size),
+    )
+
+
+def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: Any) -> str:
+    """The text of the answer that `stream_answer` gives, in one piece; same arguments."""
+    events = stream_answer(model, tokenizer, message, **options)
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def require_protocol(tokenizer: TokenizerWrapper) -> Protocol:
+    """The protocol of a model; raises PararnnError where it has none."""
+    protocol = find_protocol(tokenizer)
+    if protocol is None:
+        raise PararnnError(
+            f"the model in {tokenizer.name_or_path} does not use tools: its tokenizer lacks the tokens for "
+            "them (docs/tools.md); use mlx_pararnn.generate"
+        )
+    return protocol
+
+
+@dataclass
+class External:
+    """Functions that somebody else runs: the turn stops at a call of one.
+
+    Attributes:
+        functions: OpenAI's: name, parameters.
+        required: None, or the names of which one must be called.
+    """
+
+    functions: list[dict[str, Any]] = field(default_factory=list)
+    required: list[str] | None = None
+
+    def schema(self, name: str) -> dict[str, Any] | None:
+        """The JSON schema of a function's arguments; None if it is not one of these."""
+        for function in self.functions:
+            if function["name"] == name:
+                return function.get("parameters") or {"type": "object"}
+        return None
+
+
+def run_turn(
+    protocol: Protocol,
+    source: TokenSource,
+    prefix: Sequence[int],
+    functions: Functions,
+    limits: Limits,
+    *,
+    grammars: Grammars | None = None,
+    external: External | None = None,
+) -> Iterator[Event]:
+    """Let `source` go on after `prefix` to the end of the turn.
+
+    Args:
+        protocol: the token ids.
+        source: makes tokens.
+        prefix: the message, and calls with results if the turn has got that far.
+        functions: those that the loop may run.
+        limits: where it ends in any case.
+        grammars: holds the JSON of calls to its schema; without it that is only checked.
+        external: functions at whose call the turn stops.
+    """
+    yield from _Turn(protocol, source, functions, limits, grammars, external or External()).run(prefix)
+
+
+class _Over(Exception):
+    """A limit has been reached."""
+
+    def __init__(self, reason: Reason) -> None:
+        self.reason: Reason = reason
+
+
+class _Masks(NamedTuple):
+    """The tokens (V,) that may stand in each place."""
+
+    thinking: np.ndarray
+    answering: np.ndarray
+    bytes: np.ndarray
+    bytes_or_result: np.ndarray
+    only_result: np.ndarray
+    only_call: np.ndarray
+
+
+class _Turn:
+    def __init__(
+        self,
+        protocol: Protocol,
+        source: TokenSource,
+        functions: Functions,
+        limits: Limits,
+        grammars: Grammars | None,
+        external: External,
+    ) -> None:
+        self.protocol, self.source, self.functions = protocol, source, functions
+        self.limits, self.grammars, self.external = limits, grammars, external
+        self.begin = time.monotonic()
+        self.tokens = self.steps = self.made = self.calls = self.answered = 0
+        self.masks = _masks(protocol, source.vocab_size)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def run(self, prefix: Sequence[int]) -> Iterator[Event]:
+        protocol = self.protocol
+        self.memory = PointerMemory(prefix, protocol.edge, POINTERS)
+        self.source.read(prefix)
+        self.tokens = len(prefix)
+        reason: Reason = "stop"
+        mask = self.masks.thinking
+        event: type[Thought] | type[Text] = Thought
+        if self.external.required is not None:
+            mask = self.masks.only_call
+        try:
+            while (token := self.choose(mask)) != protocol.end:
+                if token in protocol.commands:
+                    yield from self.command(protocol.commands[token])
+                elif token == protocol.call:
+                    call = self.read_call()
+                    yield call
+                    if call.name not in self.functions and self.external.schema(call.name) is not None:
+                        raise _Over("tool_calls")
+                    yield self.result(call)
+                    mask = self.masks.thinking
+                elif token == protocol.answer:
+                    yield from self.rest(event)
+                    self.memory.append(token)
+                    mask, event = self.masks.answering, Text
+                else:
+                    self.memory.append(token)
+                    piece = self.decoder.decode(bytes([protocol.bytes_of[token]]))
+                    if piece:
+                        yield event(self.tokens, piece)
+                    if event is Text:
+                        self.answered += 1
+                        if self.answered >= self.limits.answer:
+                            raise _Over("length")
+        except _Over as over:
+            reason = over.reason
+        yield from self.rest(event)
+        yield Finish(self.tokens, reason, self.made, self.calls, time.monotonic() - self.begin)
+
+    def choose(self, allowed: np.ndarray) -> int:
+        """The source's next token, which it has then read; at the end of the turn it has not."""
+        if self.steps >= self.limits.steps:
+            raise _Over("steps")
+        if time.monotonic() - self.begin > self.limits.seconds:
+            raise _Over("time")
+        token = self.source.choose(allowed)
+        if not allowed[token]:
+            raise PararnnError(f"{self.protocol.name(token)} was chosen, which cannot stand here")
+        self.steps += 1
+        self.made += 1
+        self.tokens += 1
+        if token != self.protocol.end:
+            self.source.read([token])
+        return token
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        self.source.read(tokens)
+        self.steps += len(tokens)
+        self.tokens += len(tokens)
+
+    def command(self, command: Command) -> Iterator[Event]:
+        yield CommandGiven(self.tokens, command)
+        match command.action:
+            case "right":
+                self.memory.move(command.pointer, 1)
+            case "left":
+                self.memory.move(command.pointer, -1)
+            case "last":
+                self.memory.jump_to_last(command.pointer)
+            case "read":
+                token = self.memory.read(command.pointer)
+                self.feed([token])
+                yield Observation(self.tokens, token, self.protocol.name(token))
+
+    def rest(self, event: type[Thought] | type[Text]) -> Iterator[Event]:
+        """A character that has not been completed."""
+        piece = self.decoder.decode(b"", final=True)
+        self.decoder.reset()
+        if piece:
+            yield event(self.tokens, piece)
+
+    def read_call(self) -> Call:
+        """A call, up to and with <|result|>. The name is decided first; then its schema is known."""
+        protocol, grammars = self.protocol, self.grammars
+        self.memory.append(protocol.call)
+        if grammars is None:
+            return self.parsed(self.write(self.masks.bytes_or_result))
+        head = self.write(self.masks.bytes, grammars.compile(grammars.call_name(self.external.required)))
+        name = json.loads(head + "{}}")["name"]
+        arguments = self.write(self.masks.bytes, self.arguments_matcher(grammars, name))
+        self.memory.append(self.choose(self.masks.only_result))
+        return Call(self.tokens, name, arguments[:-1])
+
+    def arguments_matcher(self, grammars: Grammars, name: str) -> Any:
+        """Of a function's arguments: any object where its schema cannot be kept to, or it does not exist."""
+        schema = self.external.schema(name)
+        if name in self.functions:
+            schema = self.functions[name].parameters
+        try:
+            return grammars.compile(grammars.call_arguments(schema or {"type": "object"}))
+        except PararnnError as error:
+            logger.info("calls of %s are only checked: %s", name, error)
+            return grammars.compile(grammars.call_arguments({"type": "object"}))
+
+    def write(self, mask: np.ndarray, matcher: Any = None) -> str:
+        """Bytes until the matcher is complete, or without one until <|result|> is the source's choice."""
+        written = bytearray()
+        while matcher is None or not matcher.is_stopped():
+            allowed = mask if matcher is None else allowed_tokens(matcher, self.source.vocab_size) & mask
+            token = self.choose(allowed)
+            self.memory.append(token)
+            if token == self.protocol.result:
+                break
+            written.append(self.protocol.bytes_of[token])
+            if matcher is not None:
+                matcher.consume_token(token)
+        return written.decode(errors="replace")
+
+    def parsed(self, text: str) -> Call:
+        """A call that no grammar has held; one that is none has no name."""
+        try:
+            call = json.loads(text)
+            return Call(self.tokens, str(call["name"]), json.dumps(call["arguments"], ensure_ascii=False))
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return Call(self.tokens, "", text)
+
+    def result(self, call: Call) -> Result:
+        """Run a call, and feed what comes of it."""
+        if self.calls >= self.limits.calls:
+            outcome = Outcome(f"error: no more than {self.limits.calls} calls in a turn", True)
+        elif not call.name:
+            outcome = Outcome('error: that is no call; write {"name": ..., "arguments": {...}}', True)
+        else:
+            self.calls += 1
+            outcome = self.functions.call(call.name, call.arguments)
+        tokens = self.protocol.render_result(outcome.text)
+        for token in tokens:
+            self.memory.append(token)
+        self.feed(tokens)
+        return Result(self.tokens, outcome.text, outcome.failed)
+
+
+def _masks(protocol: Protocol, vocab_size: int) -> _Masks:
+    highest = max(*protocol.byte_ids, *protocol.commands, *(getattr(protocol, mark) for mark in MARKS))
+    if highest >= vocab_size:
+        raise PararnnError(
+            f"the tokenizer has token {highest}, but the model has ids 0 to {vocab_size - 1}; use the "
+            "tokenizer that the model was trained with"
+        )
+
+    def mask(*tokens: int) -> np.ndarray:
+        allowed = np.zeros(vocab_size, bool)
+        allowed[list(tokens)] = True
+        return allowed
+
+    free = (*protocol.byte_ids, *protocol.commands)
+    return _Masks(
+        thinking=mask(*free, protocol.call, protocol.answer),
+        answering=mask(*free, protocol.end),
+        bytes=mask(*protocol.byte_ids),
+        bytes_or_result=mask(*protocol.byte_ids, protocol.result),
+        only_result=mask(protocol.result),
+        only_call=mask(protocol.call),
+    )
