@@ -20,27 +20,34 @@ if TYPE_CHECKING:
     from .generation import generate, stream_generate
     from .loading import load, load_cell, load_model
     from .model import Model, ModelArgs
+    from .pocket.functions import Functions
+    from .pocket.loop import answer, stream_answer
 
 _HOME = {
     "Cell": "cells",
+    "Functions": "pocket.functions",
     "Model": "model",
     "ModelArgs": "model",
     "PararnnError": "errors",
+    "answer": "pocket.loop",
     "generate": "generation",
     "get_cell": "cells",
     "load": "loading",
     "load_cell": "loading",
     "load_model": "loading",
     "register_cell": "cells",
+    "stream_answer": "pocket.loop",
     "stream_generate": "generation",
 }
 
 __all__ = [
     "Cell",
+    "Functions",
     "Model",
     "ModelArgs",
     "PararnnError",
     "__version__",
+    "answer",
     "cells",
     "generate",
     "get_cell",
@@ -48,6 +55,7 @@ __all__ = [
     "load_cell",
     "load_model",
     "register_cell",
+    "stream_answer",
     "stream_generate",
 ]
 

@@ -24,7 +24,7 @@ from ..grammars import Grammars, allowed_tokens
 from ..model import Model
 from .functions import Functions, Outcome
 from .pointer import PointerMemory
-from .protocol import MARKS, POINTERS, Command, Protocol, find_protocol
+from .protocol import MARKS, Command, Protocol, find_protocol
 from .standard import standard_functions
 
 logger = logging.getLogger(__name__)
@@ -316,7 +316,7 @@ class _Turn:
 
     def run(self, prefix: Sequence[int]) -> Iterator[Event]:
         protocol = self.protocol
-        self.memory = PointerMemory(prefix, protocol.edge, POINTERS)
+        self.memory = PointerMemory(prefix, protocol.edge)
         self.source.read(prefix)
         self.tokens = len(prefix)
         reason: Reason = "stop"

@@ -26,8 +26,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..detokenizer import BYTES
 from ..errors import PararnnError
+from .pointer import POINTERS
 
-POINTERS = 4
 MARKS = ("user", "end", "answer", "call", "result", "edge")
 ACTIONS = ("read", "right", "left", "last")
 

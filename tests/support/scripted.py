@@ -2,13 +2,19 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import save_config, save_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from mlx_pararnn import Model, ModelArgs
 from mlx_pararnn.pocket.protocol import Protocol, find_protocol, tokenizer_files
 
 
@@ -52,3 +58,17 @@ class Script:
         token = self.tokens[min(self.made, len(self.tokens) - 1)]
         self.made += 1
         return token
+
+
+def tools_folder(folder: Path, **changes: Any) -> Path:
+    """A model folder that speaks the protocol, with random weights."""
+    args = ModelArgs(
+        cell="gru", hidden_size=32, num_hidden_layers=2, num_heads=2, intermediate_size=32,
+        vocab_size=Script.vocab_size, tie_word_embeddings=False, **changes,
+    )  # fmt: skip
+    mx.random.seed(4)
+    save_model(folder, Model(args))
+    save_config(asdict(args) | {"eos_token_id": tools_protocol().end}, folder / "config.json")
+    for name, text in tokenizer_files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
