@@ -1,20 +1,7 @@
-// The elementwise work around the recurrence on a CPU; comes after cpu.h and cpu_linear.h, whose product it
-// exports too. mlx_pararnn/compute/layer_ops.py has the same in MLX's ops. Arrays of B x T rows of `width` numbers; row strides
-// count elements, a row's own numbers are neighbours. Computed in float32.
+// The elementwise work around the recurrence on a CPU; comes after cpu.h, cpu_rows.h and cpu_linear.h, whose product
+// it exports too. mlx_pararnn/compute/layer_ops.py has the same in MLX's ops; cpu_gradients.cpp has the gradients.
 
 namespace pararnn {
-
-constexpr int64_t ROWS = 16;  // what a thread takes at a time
-
-inline Vec silu(Vec x) { return x / (1.0f + metal::precise::exp(-x)); }
-
-template <typename Work>
-void rows_in_parallel(int64_t rows, int threads, const Work& work) {
-  in_parallel((rows + ROWS - 1) / ROWS, threads, [&](int64_t item) {
-    const int64_t end = (item + 1) * ROWS < rows ? (item + 1) * ROWS : rows;
-    for (int64_t row = item * ROWS; row < end; ++row) work(row);
-  });
-}
 
 // out = silu(gate) * up
 template <typename T>
@@ -26,19 +13,6 @@ void swiglu(const void* const* in, void* out, const int64_t* size, const float*,
     T* to = static_cast<T*>(out) + row * width;
     vectors(width, [&](int64_t i, int n) { store(to + i, silu(load(gate + i, n)) * load(up + i, n), n); });
   });
-}
-
-// 1 / sqrt(mean(x^2) + eps) of a row
-template <typename T>
-inline Vec norm_scale(const T* x, int64_t width, float eps) {
-  Vec squares(0.0f);
-  vectors(width, [&](int64_t i, int n) {
-    const Vec value = load(x + i, n);
-    squares = squares + value * value;
-  });
-  float sum = 0.0f;
-  for (int lane = 0; lane < LANES; ++lane) sum += squares.v[lane];
-  return 1.0f / std::sqrt(sum / float(width) + eps);
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight; weight in float32

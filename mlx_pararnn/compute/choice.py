@@ -48,9 +48,9 @@ class Choice(NamedTuple):
         """For the last layer: what its output alone needs is recorded, not computed at once.
 
         Whoever reads a prompt for its state, as all but the last piece of a prompt are read, never asks for
-        that output, and MLX never computes what is not asked for.
+        that output, and MLX never computes what is not asked for. A derivative asks for all.
         """
-        return self._replace(output="ops") if self.output == "cpu" else self
+        return self._replace(output="ops") if self.output == "cpu" and not self.gradient else self
 
 
 PLAIN = Choice("ops", "ops")

@@ -14,6 +14,7 @@ import subprocess
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -192,15 +193,27 @@ def _call(
     """One function of metal/cpu_elementwise.cpp; the output has the first array's dtype."""
     out = _room(shape, arrays[0].dtype)
     mx.eval(out, *arrays)
-    function = getattr(_elementwise(), f"{name}_{DTYPES[out.dtype]}")
+    place = ctypes.c_void_p(address(out))
+    run(getattr(_elementwise(), f"{name}_{DTYPES[out.dtype]}"), arrays, [out], place, sizes, number)
+    return out
+
+
+def run(
+    function: Any,
+    arrays: list[mx.array],
+    outputs: list[mx.array],
+    places: Any,
+    sizes: list[int],
+    number: float,
+) -> None:
+    """Call a C++ function on evaluated arrays; `places` is what it is given for its outputs."""
     function(
         (ctypes.c_void_p * len(arrays))(*(address(array) for array in arrays)),
-        ctypes.c_void_p(address(out)),
+        places,
         (ctypes.c_int64 * len(sizes))(*sizes),
         ctypes.byref(ctypes.c_float(number)),
-        threads() if any(is_large(array.size) for array in (out, *arrays)) else 1,
+        threads() if any(is_large(array.size) for array in (*outputs, *arrays)) else 1,
     )
-    return out
 
 
 def _room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -1,13 +1,14 @@
-"""The elementwise work around the recurrence: convolution, gates, and one token's step with its norm.
+"""The elementwise work around the recurrence: convolution, gates, one token's step with its norm, the loss.
 
 Each function is written in plain MLX ops, which differentiate, compile and are right everywhere. Where a GPU
 kernel saves launches (metal/conv.metal, metal/decode.metal), or a CPU's vector unit saves most of the time
-(metal/cpu_elementwise.cpp), it has that too, with the derivatives of the ops; both compute in float32
-whatever the dtype. For mx.vmap take backend="ops".
+(metal/cpu_elementwise.cpp), it has that too, with the derivatives of the ops or with gradients of its own
+(metal/cpu_gradients.cpp); all compute in float32 whatever the dtype. For mx.vmap take backend="ops".
 
-Letters in shapes: B sequences, T steps, D channels, K taps of the convolution.
+Letters in shapes: B sequences, T steps, D channels, K taps of the convolution, N tokens, V vocabulary.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -17,9 +18,9 @@ from mlx_lm.models import activations
 
 from ..cells import Cell
 from ..errors import PararnnError
-from . import cpu, gpu
+from . import cpu, cpu_gradients, gpu
 from .adjoint import directional
-from .choice import Choice, works_here
+from .choice import Choice, evaluation, works_here
 from .recurrence import solve
 
 GPU = ("metal", "cuda")
@@ -95,6 +96,32 @@ def swiglu(gate: mx.array, up: mx.array, *, backend: str = "ops") -> mx.array:
     return _swiglu_ops(gate, up)
 
 
+def cross_entropy(logits: mx.array, targets: mx.array, *, backend: str | None = None) -> mx.array:
+    """-log(softmax(logits)[target]) for every token.
+
+    Args:
+        logits: (..., V).
+        targets: (...), whole numbers from 0 to V - 1.
+        backend: "cpu", "ops", or None for the CPU backend where it can be used.
+
+    Returns:
+        The losses (...), float32.
+
+    Raises:
+        PararnnError: the shapes do not fit; or, where the CPU backend computes, a target is no place in V.
+    """
+    if targets.shape != logits.shape[:-1]:
+        raise PararnnError(
+            f"targets have shape {targets.shape}; with logits {logits.shape} it must be {logits.shape[:-1]}"
+        )
+    rows, places = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    if _cross_entropy_at_once(backend, rows, places):
+        losses = _cross_entropy_cpu()(rows, places.astype(mx.int32))[0]
+    else:
+        losses = _cross_entropy_ops(rows, places)[0]
+    return cast(mx.array, losses).reshape(targets.shape)
+
+
 def decode(
     cell: Cell,
     params: mx.array,
@@ -132,6 +159,14 @@ def decode(
 def at_once(backend: str, *arrays: mx.array) -> bool:
     """Whether the CPU backend takes these arrays: all of one dtype, and it is right on this machine."""
     return backend == "cpu" and _uniform(arrays) and _elementwise_works()
+
+
+def _cross_entropy_at_once(backend: str | None, logits: mx.array, targets: mx.array) -> bool:
+    if backend is None:
+        asked = os.environ.get("MLX_PARARNN_BACKEND") or "cpu"
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        backend = asked if on_cpu and cpu.is_large(logits.size) else "ops"
+    return bool(at_once(backend, logits) and evaluation([logits, targets]) and _gradients_work())
 
 
 def _uniform(arrays: Sequence[mx.array]) -> bool:
@@ -210,20 +245,38 @@ def _decode_kernel(cell: Cell, eps: float, backend: str) -> Callable[..., Any]:
 
 
 def with_derivatives_of(
-    ops: Callable[..., Arrays], launch: Callable[..., list[mx.array]]
+    ops: Callable[..., Arrays],
+    launch: Callable[..., list[mx.array]],
+    gradient: Callable[[Arrays, Arrays, Arrays], list[mx.array]] | None = None,
 ) -> Callable[..., Any]:
-    """`launch`, which MLX cannot differentiate, with the derivatives of `ops`, backward and forward."""
+    """`launch`, which MLX cannot differentiate, with the derivatives of `ops`, backward and forward.
+
+    Args:
+        gradient: the CPU backend's vector-Jacobian product, of inputs, cotangents and outputs; None for that
+            of `ops`.
+    """
     function = mx.custom_function(launch)
 
     @function.vjp
-    def vjp(primals: Arrays, cotangents: Arrays, _: Any) -> Arrays:
-        return tuple(mx.vjp(lambda *a: [*ops(*a)], [*primals], [*cotangents])[1])
+    def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+        arrays = (*primals, *cotangents, *outputs)
+        if gradient is None or not _gradients_work() or not evaluation(arrays):
+            return _backward(ops, primals, cotangents)
+        n, m = len(primals), len(primals) + len(cotangents)
+        at_once = with_derivatives_of(
+            lambda *a: _backward(ops, a[:n], a[n:m]), lambda *a: gradient(a[:n], a[n:m], a[m:])
+        )
+        return tuple(at_once(*arrays))
 
     @function.jvp
     def jvp(primals: Arrays, tangents: tuple[mx.array | None, ...]) -> Arrays:
         return directional(ops, primals, tangents)
 
     return function
+
+
+def _backward(ops: Callable[..., Arrays], primals: Arrays, cotangents: Arrays) -> Arrays:
+    return tuple(mx.vjp(lambda *a: [*ops(*a)], [*primals], [*cotangents])[1])
 
 
 def _swiglu_ops(gate: mx.array, up: mx.array) -> mx.array:
@@ -234,17 +287,36 @@ def _gated_norm_ops(eps: float, hidden: mx.array, gate: mx.array, weight: mx.arr
     return _swiglu_ops(gate, mx.fast.rms_norm(hidden, weight, eps))
 
 
+def _cross_entropy_ops(logits: mx.array, targets: mx.array) -> Arrays:
+    """The losses, and as constants what `cpu_gradients.cross_entropy` gives for its gradient."""
+    exact = logits.astype(mx.float32)
+    picked = mx.take_along_axis(exact, mx.stop_gradient(targets)[:, None], axis=-1)[:, 0]
+    largest = mx.stop_gradient(exact).max(axis=-1)
+    sums = mx.exp(mx.stop_gradient(exact) - largest[:, None]).sum(axis=-1)
+    return mx.logsumexp(exact, axis=-1) - picked, largest, sums
+
+
 @lru_cache(maxsize=1)
 def _conv_cpu() -> Callable[..., Any]:
     def launch(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
         return [*cpu.conv_silu(x, window, weight.T, bias)]
 
-    return with_derivatives_of(_conv_ops, launch)
+    def gradient(inputs: Arrays, cotangents: Arrays, _: Arrays) -> list[mx.array]:
+        (x, window, weight, bias), (slope, window_slope) = inputs, cotangents
+        gradients = cpu_gradients.conv_silu_gradient(x, window, weight.T, bias, slope, window_slope)
+        dx, d_window, d_weight, d_bias = gradients
+        return [dx, d_window, d_weight.T, d_bias]
+
+    return with_derivatives_of(_conv_ops, launch, gradient)
 
 
 @lru_cache(maxsize=1)
 def _swiglu_cpu() -> Callable[..., Any]:
-    return with_derivatives_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [cpu.swiglu(*a)])
+    def gradient(inputs: Arrays, cotangents: Arrays, _: Arrays) -> list[mx.array]:
+        (gate, up), (slope,) = inputs, cotangents
+        return cpu_gradients.swiglu_gradient(gate, up, slope)
+
+    return with_derivatives_of(lambda *a: (_swiglu_ops(*a),), lambda *a: [cpu.swiglu(*a)], gradient)
 
 
 @lru_cache(maxsize=8)
@@ -252,7 +324,11 @@ def _rms_norm_cpu(eps: float) -> Callable[..., Any]:
     def launch(x: mx.array, weight: mx.array) -> list[mx.array]:
         return [cpu.rms_norm(x, weight, eps)]
 
-    return with_derivatives_of(lambda x, weight: (mx.fast.rms_norm(x, weight, eps),), launch)
+    def gradient(inputs: Arrays, cotangents: Arrays, _: Arrays) -> list[mx.array]:
+        (x, weight), (slope,) = inputs, cotangents
+        return cpu_gradients.rms_norm_gradient(x, weight, slope, eps)
+
+    return with_derivatives_of(lambda x, weight: (mx.fast.rms_norm(x, weight, eps),), launch, gradient)
 
 
 @lru_cache(maxsize=8)
@@ -260,7 +336,28 @@ def _gated_norm_cpu(eps: float) -> Callable[..., Any]:
     def launch(hidden: mx.array, gate: mx.array, weight: mx.array) -> list[mx.array]:
         return [cpu.gated_norm(hidden, gate, weight, eps)]
 
-    return with_derivatives_of(lambda *a: (_gated_norm_ops(eps, *a),), launch)
+    def gradient(inputs: Arrays, cotangents: Arrays, _: Arrays) -> list[mx.array]:
+        (hidden, gate, weight), (slope,) = inputs, cotangents
+        return cpu_gradients.gated_norm_gradient(hidden, gate, weight, slope, eps)
+
+    return with_derivatives_of(lambda *a: (_gated_norm_ops(eps, *a),), launch, gradient)
+
+
+@lru_cache(maxsize=1)
+def _cross_entropy_cpu() -> Callable[..., Any]:
+    def launch(logits: mx.array, targets: mx.array) -> list[mx.array]:
+        ends = cast(list[int], mx.stack([targets.min(), targets.max()]).tolist())
+        for target in ends:
+            if not 0 <= target < logits.shape[-1]:
+                raise PararnnError(f"target {target} is no place among {logits.shape[-1]} logits")
+        return cpu_gradients.cross_entropy(logits, targets)
+
+    def gradient(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+        (logits, targets), (_, largest, sums), slope = inputs, outputs, cotangents[0]
+        d_logits = cpu_gradients.cross_entropy_gradient(logits, targets, largest, sums, slope)
+        return [d_logits, mx.zeros_like(targets)]
+
+    return with_derivatives_of(_cross_entropy_ops, launch, gradient)
 
 
 @lru_cache(maxsize=8)
@@ -302,6 +399,34 @@ def _elementwise_works() -> bool:
         yield cpu.conv_silu(x, up[:, :3], taps.T, weight), _conv_ops(x, up[:, :3], taps, weight)
 
     return works_here("elementwise work", "cpu", outcomes)
+
+
+@lru_cache(maxsize=1)
+def _gradients_work() -> bool:
+    def outcomes() -> Iterator[tuple[Sequence[mx.array], Arrays]]:
+        x, up, weight, taps = _waves(2, 80, 80)[..., :43], _waves(2, 80, 43), _waves(43), _waves(43, 4)
+        slope, window, targets = 1 - up, up[:, :3], mx.arange(160, dtype=mx.int32) % 43
+
+        yield (
+            cpu_gradients.swiglu_gradient(x, up, slope),
+            _backward(lambda *a: (_swiglu_ops(*a),), (x, up), (slope,)),
+        )
+        wanted = _backward(lambda x, weight: (mx.fast.rms_norm(x, weight, 1e-6),), (x, weight), (slope,))
+        yield cpu_gradients.rms_norm_gradient(x, weight, slope, 1e-6), wanted
+        wanted = _backward(lambda *a: (_gated_norm_ops(1e-6, *a),), (up, x, weight), (slope,))
+        yield cpu_gradients.gated_norm_gradient(up, x, weight, slope, 1e-6), wanted
+        dx, d_window, d_taps, d_bias = cpu_gradients.conv_silu_gradient(
+            x, window, taps.T, weight, slope, window
+        )
+        wanted = _backward(_conv_ops, (x, window, taps, weight), (slope, window))
+        yield (dx, d_window, d_taps.T, d_bias), wanted
+        logits, slope = x.reshape(160, 43), _waves(160)
+        losses, largest, sums = cpu_gradients.cross_entropy(logits, targets)
+        yield (losses, largest, sums), _cross_entropy_ops(logits, targets)
+        d_logits = cpu_gradients.cross_entropy_gradient(logits, targets, largest, sums, slope)
+        yield (d_logits,), _backward(lambda a: _cross_entropy_ops(a, targets)[:1], (logits,), (slope,))
+
+    return works_here("the gradients of elementwise work", "cpu", outcomes)
 
 
 def _waves(*shape: int) -> mx.array:

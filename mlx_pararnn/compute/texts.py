@@ -109,7 +109,12 @@ def cpu_adjoint_text(cell: Cell) -> str:
 
 def cpu_elementwise_text() -> str:
     """The C++ text of what needs no cell."""
-    return "".join(map(metal_text, ("cpu.h", "cpu_linear.h", "cpu_elementwise.cpp")))
+    return "".join(map(metal_text, ("cpu.h", "cpu_rows.h", "cpu_linear.h", "cpu_elementwise.cpp")))
+
+
+def cpu_gradients_text() -> str:
+    """The C++ text of the gradients of what needs no cell, and of the cross entropy."""
+    return "".join(map(metal_text, ("cpu.h", "cpu_rows.h", "cpu_gradients.cpp")))
 
 
 def cpu_token_text(cell: Cell) -> str:

@@ -1,0 +1,94 @@
+"""Gradients of the elementwise work on the CPU backend: metal/cpu_gradients.cpp, compiled and called.
+
+cpu.py has what is differentiated, but for the cross entropy, which stands here whole. All runs at once.
+"""
+
+import ctypes
+from functools import lru_cache
+
+import mlx.core as mx
+
+from .cpu import DTYPES, _exact, _lines, _room, _rows, address, run, view
+from .cpu_build import build
+from .texts import cpu_gradients_text
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    return build(cpu_gradients_text(), "gradients")
+
+
+def swiglu_gradient(gate: mx.array, up: mx.array, slope: mx.array) -> list[mx.array]:
+    """Of gate and up, given the loss's derivative by `swiglu`'s output, `slope` (..., width); at once."""
+    rows = [_rows(array) for array in (gate, up, slope)]
+    sizes = [gate.size // gate.shape[-1], gate.shape[-1], *(stride for _, stride in rows)]
+    outputs = [_room(gate.shape, gate.dtype), _room(gate.shape, gate.dtype)]
+    return _call("swiglu_gradient", [array for array, _ in rows], outputs, sizes)
+
+
+def rms_norm_gradient(x: mx.array, weight: mx.array, slope: mx.array, eps: float) -> list[mx.array]:
+    """Of x and weight, given the loss's derivative by `rms_norm`'s output, `slope` (..., width); at once."""
+    x, stride = _rows(x)
+    slope, slope_stride = _rows(slope)
+    sizes = [x.size // x.shape[-1], x.shape[-1], stride, slope_stride]
+    outputs = [_room(x.shape, x.dtype), _room(weight.shape, mx.float32)]
+    dx, d_weight = _call("rms_norm_gradient", [x, _exact(weight), slope], outputs, sizes, eps)
+    return [dx, d_weight.astype(weight.dtype)]
+
+
+def gated_norm_gradient(
+    hidden: mx.array, gate: mx.array, weight: mx.array, slope: mx.array, eps: float
+) -> list[mx.array]:
+    """Of hidden, gate and weight, given the loss's derivative by `gated_norm`'s output, `slope`; at once."""
+    rows = [_rows(array) for array in (hidden, gate, slope)]
+    sizes = [gate.size // gate.shape[-1], gate.shape[-1], *(stride for _, stride in rows)]
+    (hidden, gate, slope), exact = (array for array, _ in rows), _exact(weight)
+    outputs = [_room(gate.shape, gate.dtype), _room(gate.shape, gate.dtype), _room(weight.shape, mx.float32)]
+    *given, d_weight = _call("gated_norm_gradient", [hidden, gate, exact, slope], outputs, sizes, eps)
+    return [*given, d_weight.astype(weight.dtype)]
+
+
+def conv_silu_gradient(
+    x: mx.array, window: mx.array, weight: mx.array, bias: mx.array, slope: mx.array, window_slope: mx.array
+) -> list[mx.array]:
+    """Of x, window, weight (K, D) and bias, given the loss's derivatives by `conv_silu`'s outputs."""
+    B, T, D = x.shape
+    K = weight.shape[0]
+    x, slope = _lines(x), _lines(slope)
+    strides = [n // view(a).itemsize for a in (x, slope) for n in view(a).strides[:2]]
+    arrays = [x, mx.contiguous(window), _exact(weight), _exact(bias), slope, mx.contiguous(window_slope)]
+    outputs = [_room(x.shape, x.dtype), _room(window.shape, x.dtype), _room((K + 1, D), mx.float32)]
+    dx, d_window, sums = _call("conv_silu_gradient", arrays, outputs, [B, T, D, K, *strides])
+    return [dx, d_window, sums[:K].astype(weight.dtype), sums[K].astype(bias.dtype)]
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> list[mx.array]:
+    """Of logits (N, V) and targets (N,), int32 and each below V, at once.
+
+    Returns:
+        losses (N,), largest logits (N,), sums of exp(logit - largest) (N,), all float32.
+    """
+    logits, stride = _rows(logits)
+    outputs = [_room(targets.shape, mx.float32) for _ in range(3)]
+    return _call("cross_entropy", [logits, mx.contiguous(targets)], outputs, [*logits.shape, stride])
+
+
+def cross_entropy_gradient(
+    logits: mx.array, targets: mx.array, largest: mx.array, sums: mx.array, slope: mx.array
+) -> mx.array:
+    """Of logits, given what `cross_entropy` gave and the loss's derivative by the losses, `slope` (N,)."""
+    logits, stride = _rows(logits)
+    rest = [mx.contiguous(array) for array in (targets, largest, sums, slope)]
+    outputs = [_room(logits.shape, logits.dtype)]
+    return _call("cross_entropy_gradient", [logits, *rest], outputs, [*logits.shape, stride])[0]
+
+
+def _call(
+    name: str, arrays: list[mx.array], outputs: list[mx.array], sizes: list[int], number: float = 0.0
+) -> list[mx.array]:
+    """One function of metal/cpu_gradients.cpp, of the first array's dtype; returns the outputs, filled."""
+    mx.eval(arrays, outputs)
+    places = (ctypes.c_void_p * len(outputs))(*(address(array) for array in outputs))
+    function = getattr(_library(), f"{name}_{DTYPES[arrays[0].dtype]}")
+    run(function, arrays, outputs, places, sizes, number)
+    return outputs
