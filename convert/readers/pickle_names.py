@@ -172,6 +172,17 @@ def _path(arguments: tuple[Any, ...]) -> str:
     return "/".join(str(scalar_key(part)) for part in arguments)
 
 
+def _memory_format(arguments: tuple[Any, ...]) -> str:
+    """Python 3.11.0 to 3.11.3 write a member of an enumeration as getattr(class, name); .metadata has one."""
+    match arguments:
+        case (Name(name=kind), str() as member) if kind == _MEMORY_FORMAT:
+            return member
+    raise Unreadable(
+        "the pickle inside names builtins.getattr, and nothing in a checkpoint is ever run; load it in "
+        'PyTorch and save only the weights: torch.save(model.state_dict(), "weights.pt")'
+    )
+
+
 def _empty_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     if arguments:
         raise TypeError("an OrderedDict with arguments")
@@ -227,6 +238,7 @@ _DTYPE_NAMES = (
 )  # fmt: skip
 
 _DISTRIBUTED = "torch.distributed"
+_MEMORY_FORMAT = "_MEM_FORMAT_ENCODING"  # an enumeration
 # Objects of these are read as Records: what .metadata of torch.distributed.checkpoint and DTensors are made
 # of, under every module that has been their home since torch 2.2.
 _RECORDS = {
@@ -276,7 +288,8 @@ def _allowed() -> dict[tuple[str, str], Name]:
         *((module, Name(name, is_record=True)) for module, names in _RECORDS.items() for name in names),
         # Enumerations and paths: their value is all that is kept of them, and not looked at.
         ("torch.serialization", Name("_get_layout", _path)),
-        (f"{_DISTRIBUTED}.checkpoint.metadata", Name("_MEM_FORMAT_ENCODING", _path)),
+        (f"{_DISTRIBUTED}.checkpoint.metadata", Name(_MEMORY_FORMAT, _path)),
+        *((module, Name("getattr", _memory_format)) for module in ("builtins", "__builtin__")),
         *(
             (module, Name(f"{system}Path", _path))
             for module in ("pathlib", "pathlib._local")

@@ -217,6 +217,17 @@ def test_metadata_that_is_none(content, refused, ranks):
     assert ".metadata" in refused(ranks)
 
 
+def test_metadata_that_python_3_11_2_wrote(accepted, ranks):
+    """It writes a member of an enumeration as getattr(class, name); all else about the file is the same."""
+    metadata = (ranks / ".metadata").read_bytes()
+    kind = b"h\x00\x8c\x14_MEM_FORMAT_ENCODING\x94\x93\x94"
+    assert metadata.count(kind + b"K\x00\x85") == 1
+    by_name = b"cbuiltins\ngetattr\n" + kind + b"\x8c\x14TORCH_CONTIGUOUS_FMT\x86"
+    wanted = (accepted(ranks) / "model.safetensors").read_bytes()
+    (ranks / ".metadata").write_bytes(metadata.replace(kind + b"K\x00\x85", by_name))
+    assert (accepted(ranks) / "model.safetensors").read_bytes() == wanted
+
+
 def test_dtensors_of_several_devices_are_refused_with_the_reason(refused, data):
     message = refused(data / "lm/two_ranks/dtensor.pt")
     assert "DTensor values of a run on 2 devices, so this file has one rank's part of the weights" in message

@@ -44,6 +44,10 @@ def attacks(path) -> dict[str, bytes]:
         "builtins.exec": b"\x80\x02cbuiltins\nexec\n" + run,
         "getattr chain": b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\n" + text("os")
         + b"\x85R" + text("system") + b"\x86R" + text(command) + b"\x85R.",
+        "getattr of a function": b"\x80\x02cbuiltins\ngetattr\nctorch._utils\n_rebuild_tensor_v2\n"
+        + text("__globals__") + b"\x86R.",
+        "getattr of a name in a string": b"\x80\x02cbuiltins\ngetattr\n" + text("_MEM_FORMAT_ENCODING")
+        + text("__class__") + b"\x86R.",
         "dotted name, protocol 4": b"\x80\x04" + text("collections")
         + text("OrderedDict.__init__.__globals__") + b"\x93.",
         "dotted module": b"\x80\x04" + text("torch.serialization") + text("os.system") + b"\x93"
