@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # room: the rooms whose files its own may import, and with them all that those lead to
 ARROWS = {
     "__main__": "cli",
-    "cli": "chat tools pocket convert.to_mlx convert.to_coreml convert.inspection convert.comparison",
+    "cli": "chat tools training convert.to_mlx convert.to_coreml convert.inspection convert.comparison",
     "convert.to_coreml": "convert.to_mlx convert.coreml convert.inspection",
     "convert.to_mlx": "convert.overrides convert.writers",
     "convert.comparison": "convert.writers tools",
@@ -23,6 +23,7 @@ ARROWS = {
     "chat": "pocket package",
     "pocket": "loading generation grammars interrupt",
     "tools": "package",
+    "training": "package convert.writers tools",
     "package": "loading generation registration pocket",
     "registration": "compute",
     "loading": "model hub model_files detokenizer",

@@ -1,0 +1,96 @@
+"""Checkpoints of a run: each a folder that is there whole or not at all, whenever the machine stops."""
+
+import json
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import PararnnError
+
+_NAME = re.compile(r"\d{8}")
+_ARRAYS, _STATE = "arrays.safetensors", "state.json"
+
+
+def save(folder: Path, step: int, arrays: dict[str, mx.array], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of `step` into `folder`, and delete all but the newest `keep`.
+
+    It is written beside its place, brought to the disk, and renamed; one that is there stays as it is.
+
+    Raises:
+        PararnnError: it could not be written; the older checkpoints are untouched then.
+    """
+    place, partial = folder / f"{step:08d}", folder / f"{step:08d}.partial"
+    if place.is_dir():
+        return place
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        mx.save_safetensors(str(partial / _ARRAYS), arrays)
+        (partial / _STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        for path in (partial / _ARRAYS, partial / _STATE, partial):
+            to_disk(path)
+        partial.rename(place)
+        to_disk(folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PararnnError(
+            f"{place}: the checkpoint could not be written ({reason}); make room, and continue with --resume"
+        ) from error
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"{old:08d}", ignore_errors=True)
+    return place
+
+
+def load(folder: Path) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    """The arrays and the state of the newest checkpoint; None where there is none.
+
+    Raises:
+        PararnnError: it cannot be read.
+    """
+    for left_over in folder.glob("*.partial"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    found = steps(folder)
+    if not found:
+        return None
+    place = folder / f"{found[-1]:08d}"
+    try:
+        arrays = mx.load(str(place / _ARRAYS))
+        mx.eval(arrays)
+        return arrays, json.loads((place / _STATE).read_text(encoding="utf-8"))  # type: ignore[return-value]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PararnnError(
+            f"{place} cannot be read ({' '.join(str(error).split())}); delete that folder, and --resume "
+            "continues from the checkpoint before it"
+        ) from error
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of which there are checkpoints, in order."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if _NAME.fullmatch(name))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Give `path` new content: at any time there is the old or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    to_disk(partial)
+    partial.replace(path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that cannot do it for folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,176 @@
+"""What can be set for a training run, and the sizes of models that are trained from scratch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import PararnnError
+from ..model import PRESETS, ModelArgs
+
+# name -> hidden_size, num_hidden_layers, num_heads, intermediate_size; the name is about the number of
+# parameters without the embedding, which is tied to the head.
+SMALL_PRESETS = {
+    "1m": (128, 5, 4, 352),
+    "4m": (256, 5, 4, 704),
+    "10m": (384, 6, 4, 1024),
+    "25m": (512, 8, 4, 1408),
+    "60m": (768, 8, 4, 2112),
+    "120m": (768, 16, 4, 2112),
+}
+
+SCHEDULES = ("cosine", "wsd", "constant")
+PRECISIONS = ("float32", "bfloat16")
+STATES = ("carried", "reset")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained. Every field can stand in the YAML file of `--config`.
+
+    Attributes:
+        steps: updates of the weights.
+        batch_size: sequences in one pass through the model.
+        accumulate: passes whose gradients are added up for one update.
+        length: tokens of a sequence (T).
+        states: "carried": a row reads on where it stopped, from the state that it had (truncated
+            backpropagation through time); "reset": each piece starts from the initial state.
+        packing: texts follow each other in a row; None: plain texts do, and examples with a prompt stand
+            one in a row, padded.
+        learning_rate: the highest.
+        final_rate: the last learning rate, as a share of the highest.
+        schedule: after the warm-up "cosine" falls to the last rate; "wsd" stays at the highest and falls in
+            a straight line in the last `decay` of the steps; "constant" stays.
+        warmup: steps in which the learning rate rises from 0 in a straight line.
+        decay: share of the steps, for "wsd".
+        beta1, beta2, epsilon: AdamW's.
+        weight_decay: of matrices; none for norms, biases, recurrent weights and embeddings.
+        clip: largest norm of the gradient of all weights together; 0 for no limit.
+        max_recurrent_norm: recurrent weights stay within plus and minus this; None for no limit.
+        ema: decay of the moving average of the weights, which is then what the model folder holds; None
+            for none.
+        precision: what matrix products compute in. The weights that are trained, and the recurrence, are
+            float32 with either.
+        seed: of initial weights and of the order of the data.
+        valid_share: share of the data that is held out where no file for it is given.
+        report_every, eval_every, save_every, sample_every: steps between lines of the log, evaluations,
+            checkpoints and samples; 0 for none.
+        eval_batches: at most so many batches of held-out text; 0 for all.
+        keep: checkpoints that are kept.
+        sample_prompt, sample_tokens: what samples begin with and how long they are.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    length: int = 512
+    states: str = "carried"
+    packing: bool | None = None
+    learning_rate: float = 1e-3
+    final_rate: float = 0.1
+    schedule: str = "cosine"
+    warmup: int = 100
+    decay: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    max_recurrent_norm: float | None = None
+    ema: float | None = None
+    precision: str = "float32"
+    seed: int = 0
+    valid_share: float = 0.05
+    report_every: int = 10
+    eval_every: int = 200
+    save_every: int = 200
+    sample_every: int = 0
+    eval_batches: int = 0
+    keep: int = 2
+    sample_prompt: str = "The"
+    sample_tokens: int = 100
+
+    def __post_init__(self) -> None:
+        for name, least in _WHOLE.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise PararnnError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+        for name, (least, most, least_too) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            right = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not right or not (least < value < most or (least_too and value == least)):
+                above = "at least" if least_too else "above"
+                below = "" if most == math.inf else f" and below {most:g}"
+                raise PararnnError(f"{name} is {value!r}; it must be a number {above} {least:g}{below}")
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("states", STATES)):
+            if getattr(self, name) not in choices:
+                raise PararnnError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
+                )
+        if self.packing not in (None, True, False):
+            raise PararnnError(f"packing is {self.packing!r}; it must be true or false")
+        if not isinstance(self.sample_prompt, str):
+            raise PararnnError(f"sample_prompt is {self.sample_prompt!r}; it must be a text")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+        """Settings by name; raises PararnnError for a name that is none of them, or a wrong value."""
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise PararnnError(f"there is no setting {name!r}; there are {', '.join(sorted(known))}")
+        # YAML reads 1e-3 as a text
+        read = {name: _number(value) if name in _NUMBERS else value for name, value in values.items()}
+        return cls(**read)
+
+
+# the least whole number
+_WHOLE = {
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "length", "keep"), 1),
+    **dict.fromkeys(("warmup", "seed", "report_every", "eval_every", "save_every", "sample_every"), 0),
+    **{"eval_batches": 0, "sample_tokens": 1},
+}
+# above what, below what, and whether the first is allowed
+_NUMBERS = {
+    **{"learning_rate": (0, math.inf, False), "final_rate": (0, 1.001, True), "decay": (0, 1.001, True)},
+    **{"beta1": (0, 1, True), "beta2": (0, 1, True), "epsilon": (0, math.inf, False)},
+    **{"weight_decay": (0, math.inf, True), "clip": (0, math.inf, True), "valid_share": (0, 1, True)},
+    **{"max_recurrent_norm": (0, math.inf, False), "ema": (0, 1, False)},
+}
+_OPTIONAL = ("max_recurrent_norm", "ema")
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def model_args(preset: str, cell: str, vocab_size: int) -> ModelArgs:
+    """The shape of a new model: a small preset's or one of `ModelArgs.preset`, with this vocabulary.
+
+    Raises:
+        PararnnError: no such preset.
+    """
+    if preset in SMALL_PRESETS:
+        hidden_size, layers, heads, intermediate_size = SMALL_PRESETS[preset]
+        tied = True
+    elif preset in PRESETS:
+        hidden_size, layers, heads, intermediate_size = PRESETS[preset]
+        tied = False
+    else:
+        raise PararnnError(
+            f"unknown preset {preset!r}; choose one of {', '.join([*SMALL_PRESETS, *PRESETS])}"
+        )
+    return ModelArgs(
+        cell=cell,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_heads=heads,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size,
+        tie_word_embeddings=tied,
+    )

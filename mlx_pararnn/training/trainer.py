@@ -1,0 +1,500 @@
+"""The training loop: a model, batches and settings in; a trained model and checkpoints out.
+
+Letters in shapes: B sequences, T tokens.
+"""
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..errors import PararnnError
+from . import checkpoints
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, mx.array]
+# A layer's recurrent state and its convolution's window, as RecurrentCache.cache has them.
+State = list[mx.array | None]
+
+
+class Batch(NamedTuple):
+    """What one update learns from.
+
+    Attributes:
+        tokens: (B, T + 1), the inputs and, one further, the targets; B is a multiple of `accumulate`.
+        mask: (B, T), which targets count; None for all.
+        fresh: the rows begin anew; if False, each reads on from its row of the batch before.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray | None = None
+    fresh: bool = True
+
+
+class Resumable(Protocol):
+    """Batches that can begin in the middle. Others are read from their beginning when a run is resumed."""
+
+    def starting_at(self, batch: int) -> Iterator[Batch]: ...
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: updates made, those before a resumption too.
+        loss: mean loss of the last lines of the log, or None if there was none.
+        stopped: it was stopped before its last step.
+    """
+
+    step: int
+    loss: float | None
+    stopped: bool
+
+
+class Trainer:
+    """Trains `model` on `batches`.
+
+    Args:
+        model: called with token ids (B, T) and cache=, which `model.make_cache(B)` gives; its trainable
+            parameters are trained.
+        batches: at least `settings.steps` of them, or endless; see `Batch`.
+        settings: how.
+        folder: where checkpoints go; None for no checkpoints.
+        held_out: batches for evaluation, or None.
+        report: is given each line of the log: a dict with "step", and one of "loss", "valid_loss",
+            "sample" or "checkpoint".
+        sample: gives a sample text of the model, or None.
+        after_checkpoint: is called when a checkpoint is there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch] | Resumable,
+        settings: Settings,
+        *,
+        folder: Path | None = None,
+        held_out: Iterable[Batch] | None = None,
+        report: Callable[[dict[str, Any]], None] | None = None,
+        sample: Callable[[], str] | None = None,
+        after_checkpoint: Callable[[], None] | None = None,
+    ) -> None:
+        self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
+        self.held_out, self.sample = held_out, sample
+        self._report = report or (lambda line: None)
+        self._after_checkpoint = after_checkpoint or (lambda: None)
+        self._stop = False
+
+        self.step = 0
+        self.tokens = 0  # targets learned from so far
+        self.weights: Weights = dict(tree_flatten(model.trainable_parameters()))
+        if not self.weights:
+            raise PararnnError("the model has no trainable parameters; unfreeze some")
+        for name, weight in self.weights.items():
+            if weight.dtype in (mx.float16, mx.bfloat16):
+                self.weights[name] = weight.astype(mx.float32)
+        self.average: Weights = dict(self.weights) if settings.ema is not None else {}
+        self._optimizers = _optimizers(settings)
+        for optimizer, group in zip(self._optimizers, _groups(self.weights), strict=True):
+            optimizer.init(group)
+        self._states: list[list[State]] | None = None  # of each part of a batch, of each layer
+        self._since_report = {"loss": 0.0, "tokens": 0, "steps": 0, "norm": 0.0}
+        self._loss: float | None = None
+
+        self._gradient = mx.value_and_grad(self._objective)
+        self._apply: Callable[..., Any] = self._updated
+        if mx.default_device().type == mx.DeviceType.gpu:
+            # On a CPU the backend computes at once, which a compiled function may not.
+            self._gradient, self._apply = mx.compile(self._gradient), mx.compile(self._updated)
+
+    def stop(self) -> None:
+        """End after the step that is being made, with a checkpoint; may be called from a signal handler."""
+        self._stop = True
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint, bit for bit; False where there is none.
+
+        Raises:
+            PararnnError: it cannot be read or is of another model.
+        """
+        found = checkpoints.load(self.folder) if self.folder is not None else None
+        if found is None:
+            return False
+        arrays, state = found
+        kinds: dict[str, Weights] = {
+            "weights": {},
+            "average": {},
+            "optimizer": {},
+            "carried": {},
+            "random": {},
+        }
+        for name, array in arrays.items():
+            kind, _, rest = name.partition("/")
+            kinds.get(kind, {})[rest] = array
+        for kind, ours in (("weights", self.weights), ("average", self.average)):
+            theirs = kinds[kind]
+            if {n: a.shape for n, a in theirs.items()} != {n: a.shape for n, a in ours.items()}:
+                raise PararnnError(
+                    f"{self.folder}: the checkpoint's {kind} are of another model or of other settings; "
+                    "resume with those that the run was started with"
+                )
+        # in their own order: the norm of the gradient is summed in it
+        self.weights = {name: kinds["weights"][name] for name in self.weights}
+        self.average = {name: kinds["average"][name] for name in self.average}
+        _restore_optimizers(self._optimizers, kinds["optimizer"])
+        self._states = _restore_states(kinds["carried"], state["parts"])
+        mx.random.seed(state["random"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        self._since_report, self._loss = state["since_report"], state["loss"]
+        return True
+
+    def run(self) -> Outcome:
+        """Train until the last step, or until `stop` is called.
+
+        Raises:
+            PararnnError: a loss is no number, the batches end too early, or a checkpoint cannot be written.
+        """
+        settings = self.settings
+        begin, seconds = time.perf_counter(), 0.0
+        for batch in _from(self.batches, self.step):
+            if self.step >= settings.steps or self._stop:
+                break
+            begin = time.perf_counter()
+            self._make_step(batch)
+            seconds += time.perf_counter() - begin
+            if self._due(settings.report_every) or self.step == settings.steps:
+                self._report_loss(seconds)
+                seconds = 0.0
+            if self.held_out is not None and (self._due(settings.eval_every) or self.step == settings.steps):
+                self._report(self._evaluation())
+            if self.sample is not None and self._due(settings.sample_every):
+                with self.averaged():
+                    self._report({"step": self.step, "sample": self.sample()})
+            if self._due(settings.save_every):
+                self.save()
+        self._use(self.weights)
+        if self.step < settings.steps and not self._stop:
+            raise PararnnError(
+                f"the batches ended at step {self.step} of {settings.steps}; give more, or fewer steps"
+            )
+        self.save()
+        return Outcome(self.step, self._loss, self.step < settings.steps)
+
+    def evaluate(self, batches: Iterable[Batch], most: int = 0) -> tuple[float, int]:
+        """Mean loss over the targets of at most `most` batches (0: of all), and their number.
+
+        The weights that are used are the moving average where there is one.
+        """
+        total, count, states = 0.0, 0, None
+        with self.averaged():
+            for batch in itertools.islice(batches, most or None):
+                rows = batch.tokens.shape[0]
+                loss, states = self._losses(*_arrays(batch), None if batch.fresh else states, rows)
+                mx.eval(loss, states)
+                total += cast(float, loss.item())
+                count += _targets(batch)
+        return total / max(count, 1), count
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a folder for it."""
+        if self.folder is None:
+            return
+        arrays = {f"weights/{name}": array for name, array in self.weights.items()}
+        arrays |= {f"average/{name}": array for name, array in self.average.items()}
+        arrays |= {f"optimizer/{name}": a for name, a in _optimizer_arrays(self._optimizers).items()}
+        arrays |= {f"carried/{name}": array for name, array in _state_arrays(self._states).items()}
+        state = {
+            "tokens": self.tokens,
+            "random": random_seed(),
+            "loss": self._loss,
+            "since_report": self._since_report,
+            "parts": None if self._states is None else [len(part) for part in self._states],
+        }
+        place = checkpoints.save(self.folder, self.step, arrays, state, self.settings.keep)
+        self._after_checkpoint()
+        self._report({"step": self.step, "checkpoint": place.name})
+
+    def averaged(self) -> "_InUse":
+        """A context in which the model has the moving average of the weights, where there is one."""
+        return _InUse(self)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _use(self, weights: Weights) -> None:
+        self.model.update(tree_unflatten(list(weights.items())))
+
+    def _make_step(self, batch: Batch) -> None:
+        parts = self.settings.accumulate
+        rows, odd = divmod(batch.tokens.shape[0], parts)
+        if odd or not rows:
+            raise PararnnError(
+                f"a batch has {batch.tokens.shape[0]} rows, which accumulate={parts} does not divide"
+            )
+        tokens, mask = _arrays(batch)
+        count = _targets(batch)
+        before = None if batch.fresh else self._states
+        if before is not None and len(before) != parts:
+            raise PararnnError("accumulate changed between two pieces; a fresh batch must come first")
+        gradients: Weights = {}
+        total, states = mx.array(0.0), []
+        for part in range(parts):
+            here = slice(part * rows, (part + 1) * rows)
+            (_, loss, after), grown = self._gradient(
+                self.weights,
+                tokens[here],
+                mask[here],
+                mx.array(1 / max(count, 1)),
+                None if before is None else before[part],
+            )
+            gradients = {n: g + gradients[n] if gradients else g for n, g in grown.items()}
+            total = total + loss
+            states.append(after)
+            if parts > 1:
+                mx.eval(total, gradients, after)
+        optimizer_states = [optimizer.state for optimizer in self._optimizers]
+        weights, new_states, average, norm = self._apply(
+            self.weights, gradients, optimizer_states, self.average
+        )
+        mx.eval(total, norm, weights, new_states, average, states)
+        self._use(weights)  # not the traced arrays of the gradient
+        mean, length = cast(float, total.item()) / max(count, 1), cast(float, norm.item())
+        if not (math.isfinite(mean) and math.isfinite(length)):
+            self._diverged(mean)
+        for optimizer, new in zip(self._optimizers, new_states, strict=True):
+            optimizer.state = new
+        self.weights, self.average = weights, average
+        self._states = states
+        self.step += 1
+        self.tokens += count
+        since = self._since_report
+        since["loss"] += mean * count
+        since["tokens"] += count
+        since["steps"] += 1
+        since["norm"] = max(since["norm"], length)
+
+    def _objective(
+        self, weights: Weights, tokens: mx.array, mask: mx.array, scale: mx.array, states: list[State] | None
+    ) -> tuple[mx.array, mx.array, list[State]]:
+        """The sum of the losses times `scale`, which is differentiated; the sum; and the new states."""
+        if self.settings.precision == "bfloat16":
+            exact = ("recurrent_weight", "initial_state")
+            weights = {n: w if n.endswith(exact) else w.astype(mx.bfloat16) for n, w in weights.items()}
+        self._use(weights)
+        loss, after = self._losses(tokens, mask, states, tokens.shape[0])
+        return loss * scale, loss, after
+
+    def _losses(
+        self, tokens: mx.array, mask: mx.array, states: list[State] | None, rows: int
+    ) -> tuple[mx.array, list[State]]:
+        model = cast(Any, self.model)
+        cache = model.make_cache(rows)
+        for layer, state in zip(cache, states or [], strict=False):
+            layer.cache = list(state)
+        logits = model(tokens[:, :-1], cache=cache)
+        losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
+        return (losses * mask).sum(), [list(layer.cache) for layer in cache]
+
+    def _updated(
+        self, weights: Weights, gradients: Weights, optimizer_states: list[Any], average: Weights
+    ) -> tuple[Weights, list[Any], Weights, mx.array]:
+        """New weights, optimizer states and moving average, and the norm of the gradient before clipping."""
+        settings = self.settings
+        gradients, norm = optim.clip_grad_norm(gradients, settings.clip or math.inf)
+        new: Weights = {}
+        states = []
+        for optimizer, group, state in zip(
+            self._optimizers, _groups(gradients), optimizer_states, strict=True
+        ):
+            optimizer.state = _copied(state)
+            new |= optimizer.apply_gradients(group, {name: weights[name] for name in group})
+            states.append(optimizer.state)
+        if (limit := settings.max_recurrent_norm) is not None:
+            for name in new:
+                if name.endswith("recurrent_weight"):
+                    new[name] = mx.clip(new[name], -limit, limit)
+        if average and settings.ema is not None:
+            step = states[0]["step"].astype(mx.float32)
+            decay = mx.minimum(settings.ema, (1 + step) / (10 + step))  # less at first, to leave the start
+            average = {name: decay * average[name] + (1 - decay) * new[name] for name in new}
+        return {name: new[name] for name in weights}, states, average, norm
+
+    def _diverged(self, loss: float) -> None:
+        kept = checkpoints.steps(self.folder) if self.folder is not None else []
+        left = (
+            f"the last good checkpoint is that of step {kept[-1]}" if kept else "no checkpoint was made yet"
+        )
+        what = "the gradient is" if math.isfinite(loss) else "the loss is"
+        raise PararnnError(
+            f"{what} no number at step {self.step + 1}, so training has stopped; {left}; try a lower "
+            "learning rate, more warm-up steps or clipping"
+        )
+
+    def _report_loss(self, seconds: float) -> None:
+        since = self._since_report
+        self._loss = since["loss"] / max(since["tokens"], 1)
+        self._report(
+            {
+                "step": self.step,
+                "loss": self._loss,
+                "learning_rate": cast(float, self._optimizers[0].learning_rate.item()),
+                "gradient_norm": since["norm"],
+                "tokens": self.tokens,
+                "tokens_per_second": since["tokens"] / seconds if seconds else 0.0,
+                "peak_memory": mx.get_peak_memory(),
+            }
+        )
+        self._since_report = {"loss": 0.0, "tokens": 0, "steps": 0, "norm": 0.0}
+
+    def _evaluation(self) -> dict[str, Any]:
+        begin = time.perf_counter()
+        assert self.held_out is not None
+        loss, count = self.evaluate(self.held_out, self.settings.eval_batches)
+        return {
+            "step": self.step,
+            "valid_loss": loss,
+            "valid_tokens": count,
+            "seconds": time.perf_counter() - begin,
+        }
+
+
+class _InUse:
+    """The model has the averaged weights while this context is open."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.trainer._use(self.trainer.average or self.trainer.weights)
+
+    def __exit__(self, *_: Any) -> None:
+        self.trainer._use(self.trainer.weights)
+
+
+def schedule(settings: Settings) -> Callable[[mx.array], mx.array]:
+    """The learning rate of a step, counted from 0."""
+    high, last = settings.learning_rate, settings.learning_rate * settings.final_rate
+    warmup = min(settings.warmup, settings.steps - 1)
+    rest = settings.steps - warmup
+    if settings.schedule == "cosine":
+        after = optim.cosine_decay(high, rest, last)
+    elif settings.schedule == "wsd":
+        falling = max(1, round(settings.decay * settings.steps))
+        stays = optim.linear_schedule(high, high, 1)
+        falls = optim.linear_schedule(high, last, falling)
+        after = optim.join_schedules([stays, falls], [max(0, rest - falling)])
+    else:
+        after = optim.linear_schedule(high, high, 1)
+    if not warmup:
+        return cast(Callable[[mx.array], mx.array], after)
+    rises = optim.linear_schedule(high / (warmup + 1), high, warmup)
+    return cast(Callable[[mx.array], mx.array], optim.join_schedules([rises, after], [warmup]))
+
+
+def decays(name: str, weight: mx.array) -> bool:
+    """Whether weight decay is for this weight: a matrix, but no embedding and nothing recurrent."""
+    return (
+        name.endswith("weight")
+        and weight.ndim >= 2
+        and not name.endswith("recurrent_weight")
+        and ("embed" not in name)
+    )
+
+
+def _optimizers(settings: Settings) -> tuple[optim.AdamW, optim.AdamW]:
+    """One for the weights that decay, one for the others."""
+    options: dict[str, Any] = {
+        "betas": [settings.beta1, settings.beta2],
+        "eps": settings.epsilon,
+        "bias_correction": True,
+    }
+    return tuple(  # type: ignore[return-value]
+        optim.AdamW(schedule(settings), weight_decay=decay, **options)
+        for decay in (settings.weight_decay, 0.0)
+    )
+
+
+def _groups(weights: Weights) -> tuple[Weights, Weights]:
+    decayed = {name: weight for name, weight in weights.items() if decays(name, weight)}
+    return decayed, {name: weight for name, weight in weights.items() if name not in decayed}
+
+
+def _copied(state: Any) -> Any:
+    return {k: _copied(v) for k, v in state.items()} if isinstance(state, dict) else state
+
+
+def _optimizer_arrays(optimizers: Iterable[optim.AdamW]) -> Weights:
+    arrays: Weights = {}
+    for number, optimizer in enumerate(optimizers):
+        for name, value in optimizer.state.items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            arrays |= {f"{number}/{name}/{part}": array for part, array in parts}
+    return arrays
+
+
+def _restore_optimizers(optimizers: Iterable[optim.AdamW], arrays: Weights) -> None:
+    for number, optimizer in enumerate(optimizers):
+        state: dict[str, Any] = {}
+        for key, array in arrays.items():
+            group, name, part = key.split("/")
+            if int(group) == number:
+                if part:
+                    state.setdefault(name, {})[part] = array
+                else:
+                    state[name] = array
+        optimizer.state = state
+
+
+def _state_arrays(states: list[list[State]] | None) -> Weights:
+    return {
+        f"{part}/{layer}/{slot}": array
+        for part, layers in enumerate(states or [])
+        for layer, arrays in enumerate(layers)
+        for slot, array in enumerate(arrays)
+        if array is not None
+    }
+
+
+def _restore_states(arrays: Weights, parts: list[int] | None) -> list[list[State]] | None:
+    if parts is None:
+        return None
+    states: list[list[State]] = [[[None, None] for _ in range(layers)] for layers in parts]
+    for key, array in arrays.items():
+        part, layer, slot = map(int, key.split("/"))
+        states[part][layer][slot] = array
+    return states
+
+
+def random_seed() -> int:
+    """What `mx.random.seed` takes to go on as MLX's generator would now."""
+    high, low = cast(Any, mx.random.state)[0].tolist()
+    return high << 32 | low  # type: ignore[no-any-return]
+
+
+def _from(batches: Iterable[Batch] | Resumable, step: int) -> Iterator[Batch]:
+    if hasattr(batches, "starting_at"):
+        return cast(Resumable, batches).starting_at(step)
+    return itertools.islice(iter(cast(Iterable[Batch], batches)), step, None)
+
+
+def _arrays(batch: Batch) -> tuple[mx.array, mx.array]:
+    tokens = mx.array(batch.tokens.astype(np.int32))
+    mask = np.ones(batch.tokens[:, 1:].shape) if batch.mask is None else batch.mask
+    return tokens, mx.array(mask.astype(np.float32))
+
+
+def _targets(batch: Batch) -> int:
+    return batch.tokens[:, 1:].size if batch.mask is None else int(np.count_nonzero(batch.mask))
