@@ -54,8 +54,9 @@ inline void step_back(const Vec* before, const Vec* u, const Vec* w, Vec* lambda
   TangentCell::step(s, x, p);
   Vec d[INPUTS];
   for (int i = 0; i < INPUTS; ++i) {
-    d[i] = lambda[0] * s[0].d[i];
-    for (int k = 1; k < SLOTS; ++k) d[i] = d[i] + lambda[k] * s[k].d[i];
+    Tangent sum(0.0f);
+    for (int k = 0; k < SLOTS; ++k) sum = sum + lambda[k] * s[k].d[i];
+    d[i] = sum.v;
   }
   for (int i = 0; i < SLOTS; ++i) lambda[i] = d[i];
   for (int i = 0; i < GATES; ++i) d_u[i] = d[SLOTS + i];
@@ -65,7 +66,7 @@ inline void step_back(const Vec* before, const Vec* u, const Vec* w, Vec* lambda
 // Steps from...to of a group of `channels` channels from channel w0 of a head: the states before them from the tile's
 // boundary on into `states`, then backwards. Between tiles lambda is in call.d_initial.
 template <typename T, bool FULL>
-void run_back(
+__attribute__((flatten)) void run_back(
     const Adjoint& call, Vec* states, int64_t b, int64_t head, int64_t w0, int channels, int64_t from, int64_t to) {
   const int vectors = FULL ? GROUP : (channels + LANES - 1) / LANES;
   const auto lanes = [&](int i) { return FULL || channels - i * LANES >= LANES ? LANES : channels - i * LANES; };
