@@ -140,6 +140,8 @@ class Functions:
         def run() -> None:
             try:
                 found.append(Outcome(_as_text(function.target(**keywords)), False))
+            except PararnnError as error:  # a sentence for the user
+                found.append(Outcome(str(error), True))
             except BaseException as error:  # SystemExit and the like end the call, not the program
                 logger.debug("function %s failed", function.name, exc_info=True)
                 found.append(_error(_in_one_line(error)))

@@ -8,9 +8,9 @@ import codecs
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from typing import Protocol as Interface
 
 import mlx.core as mx
@@ -22,6 +22,17 @@ from ..errors import PararnnError
 from ..generation import find_room
 from ..grammars import Grammars, allowed_tokens
 from ..model import Model
+from .events import (
+    Call,
+    CommandGiven,
+    Event,
+    Finish,
+    Observation,
+    Reason,
+    Result,
+    Text,
+    Thought,
+)
 from .functions import Functions, Outcome
 from .pointer import PointerMemory
 from .protocol import MARKS, Command, Protocol, find_protocol
@@ -30,8 +41,6 @@ from .standard import standard_functions
 logger = logging.getLogger(__name__)
 
 PIECE = 512  # tokens of a message or result that are read at once
-
-Reason = Literal["stop", "length", "steps", "time", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -49,80 +58,6 @@ class Limits:
     answer: int = 4096
     calls: int = 8
     seconds: float = 120.0
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that has happened; `tokens` counts those of the turn so far, the message's included."""
-
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Thought(Event):
-    """Text that the model has written for itself."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class CommandGiven(Event):
-    """A pointer command."""
-
-    command: Command
-
-
-@dataclass(frozen=True)
-class Observation(Event):
-    """What a read has shown: the token, and its name."""
-
-    token: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Call(Event):
-    """A function is to be called.
-
-    Attributes:
-        name, arguments: the arguments are JSON, as the model wrote it.
-    """
-
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True)
-class Result(Event):
-    """What the model reads as a call's result, and whether it is an error."""
-
-    text: str
-    failed: bool
-
-
-@dataclass(frozen=True)
-class Text(Event):
-    """A piece of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Finish(Event):
-    """The turn is over; always the last event.
-
-    Attributes:
-        reason: "stop": the model has ended it; "length", "steps", "time": a limit of `Limits`;
-            "tool_calls": the last call is not for this loop to run.
-        made: how many of the tokens the model has made; the others were fed to it.
-        calls: how many functions have run.
-        seconds: how long it took.
-    """
-
-    reason: Reason
-    made: int
-    calls: int
-    seconds: float
 
 
 class TokenSource(Interface):
@@ -291,8 +226,8 @@ class _Masks(NamedTuple):
 
     thinking: np.ndarray
     answering: np.ndarray
-    bytes: np.ndarray
-    bytes_or_result: np.ndarray
+    calling: np.ndarray
+    commands: np.ndarray
     only_result: np.ndarray
     only_call: np.ndarray
 
@@ -319,39 +254,45 @@ class _Turn:
         self.memory = PointerMemory(prefix, protocol.edge)
         self.source.read(prefix)
         self.tokens = len(prefix)
-        reason: Reason = "stop"
-        mask = self.masks.thinking
+        mask = self.masks.thinking if self.external.required is None else self.masks.only_call
         event: type[Thought] | type[Text] = Thought
-        if self.external.required is not None:
-            mask = self.masks.only_call
+        reason: Reason = "stop"
+        result: Result | None = None
         try:
             while (token := self.choose(mask)) != protocol.end:
                 if token in protocol.commands:
                     yield from self.command(protocol.commands[token])
                 elif token == protocol.call:
-                    call = self.read_call()
+                    call = yield from self.read_call()
                     yield call
                     if call.name not in self.functions and self.external.schema(call.name) is not None:
                         raise _Over("tool_calls")
-                    yield self.result(call)
+                    result = self.result(call)
+                    yield result
                     mask = self.masks.thinking
                 elif token == protocol.answer:
                     yield from self.rest(event)
                     self.memory.append(token)
                     mask, event = self.masks.answering, Text
                 else:
-                    self.memory.append(token)
-                    piece = self.decoder.decode(bytes([protocol.bytes_of[token]]))
-                    if piece:
-                        yield event(self.tokens, piece)
-                    if event is Text:
-                        self.answered += 1
-                        if self.answered >= self.limits.answer:
-                            raise _Over("length")
+                    yield from self.byte(token, event)
+            if result is not None and not self.answered:
+                yield Text(self.tokens, result.text)
         except _Over as over:
             reason = over.reason
         yield from self.rest(event)
         yield Finish(self.tokens, reason, self.made, self.calls, time.monotonic() - self.begin)
+
+    def byte(self, token: int, event: type[Thought] | type[Text]) -> Iterator[Event]:
+        """A byte of a thought or of the answer."""
+        self.memory.append(token)
+        piece = self.decoder.decode(bytes([self.protocol.bytes_of[token]]))
+        if piece:
+            yield event(self.tokens, piece)
+        if event is Text:
+            self.answered += 1
+            if self.answered >= self.limits.answer:
+                raise _Over("length")
 
     def choose(self, allowed: np.ndarray) -> int:
         """The source's next token, which it has then read; at the end of the turn it has not."""
@@ -395,15 +336,16 @@ class _Turn:
         if piece:
             yield event(self.tokens, piece)
 
-    def read_call(self) -> Call:
+    def read_call(self) -> Generator[Event, None, Call]:
         """A call, up to and with <|result|>. The name is decided first; then its schema is known."""
         protocol, grammars = self.protocol, self.grammars
         self.memory.append(protocol.call)
         if grammars is None:
-            return self.parsed(self.write(self.masks.bytes_or_result))
-        head = self.write(self.masks.bytes, grammars.compile(grammars.call_name(self.external.required)))
+            return self.parsed((yield from self.write(self.masks.calling)))
+        matcher = grammars.compile(grammars.call_name(self.external.required))
+        head = yield from self.write(self.masks.calling, matcher)
         name = json.loads(head + "{}}")["name"]
-        arguments = self.write(self.masks.bytes, self.arguments_matcher(grammars, name))
+        arguments = yield from self.write(self.masks.calling, self.arguments_matcher(grammars, name))
         self.memory.append(self.choose(self.masks.only_result))
         return Call(self.tokens, name, arguments[:-1])
 
@@ -418,12 +360,17 @@ class _Turn:
             logger.info("calls of %s are only checked: %s", name, error)
             return grammars.compile(grammars.call_arguments({"type": "object"}))
 
-    def write(self, mask: np.ndarray, matcher: Any = None) -> str:
-        """Bytes until the matcher is complete, or without one until <|result|> is the source's choice."""
+    def write(self, mask: np.ndarray, matcher: Any = None) -> Generator[Event, None, str]:
+        """Bytes, until the matcher is complete or, without one, until <|result|> is the source's choice."""
         written = bytearray()
         while matcher is None or not matcher.is_stopped():
-            allowed = mask if matcher is None else allowed_tokens(matcher, self.source.vocab_size) & mask
+            allowed = mask
+            if matcher is not None:
+                allowed = mask & (allowed_tokens(matcher, self.source.vocab_size) | self.masks.commands)
             token = self.choose(allowed)
+            if token in self.protocol.commands:
+                yield from self.command(self.protocol.commands[token])
+                continue
             self.memory.append(token)
             if token == self.protocol.result:
                 break
@@ -473,8 +420,8 @@ def _masks(protocol: Protocol, vocab_size: int) -> _Masks:
     return _Masks(
         thinking=mask(*free, protocol.call, protocol.answer),
         answering=mask(*free, protocol.end),
-        bytes=mask(*protocol.byte_ids),
-        bytes_or_result=mask(*protocol.byte_ids, protocol.result),
+        calling=mask(*free, protocol.result),
+        commands=mask(*protocol.commands),
         only_result=mask(protocol.result),
         only_call=mask(protocol.call),
     )

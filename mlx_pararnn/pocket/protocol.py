@@ -10,7 +10,9 @@ A turn is a sequence of tokens. Text is UTF-8, one token a byte; all else is a s
     RESULT <|end|>                      fed by the loop
     <|answer|> TEXT <|end|>             what the user sees; the turn ends here
 
-Commands, thoughts and calls come in any order and number before the answer; inside it only commands and text.
+Commands, thoughts and calls come in any order and number before the answer. Commands may also stand inside
+the JSON of a call and inside the answer. An answer without text means the text of the last result.
+
 The turn without commands and what they read is the memory that pointers move over (`pointer`). The scheme of
 pointers is that of arXiv 2510.14826. A model folder declares the protocol by having these tokens in its
 tokenizer.json.
@@ -130,7 +132,7 @@ class Protocol:
     def split(self, tokens: Sequence[int]) -> list[Segment]:
         """A turn, whole or not, in its segments; they join to `tokens`.
 
-        An answer with commands inside is several segments.
+        A call or an answer with commands inside is several segments.
 
         Raises:
             PararnnError: the tokens are not in the order of the protocol; the sentence says where.
@@ -166,13 +168,10 @@ class Protocol:
         is_byte = token in self.bytes_of
         if state.startswith("observation in "):
             return "observation", state.removeprefix("observation in ")
-        if state in ("thought", "answer"):
-            if token in self.commands:
-                reads = self.commands[token].action == "read"
-                return "command", f"observation in {state}" if reads else state
-            if is_byte:
-                return state, state
-        elif is_byte and state in ("message", "call", "result"):
+        if token in self.commands and state in ("thought", "call", "answer"):
+            reads = self.commands[token].action == "read"
+            return "command", f"observation in {state}" if reads else state
+        if is_byte and state in ("message", "thought", "call", "result", "answer"):
             return state, state
         return self._marks.get((state, token), (None, state))
 

@@ -6,7 +6,8 @@ import pytest
 
 import mlx_pararnn
 from mlx_pararnn import Functions, PararnnError, answer, load, stream_answer
-from mlx_pararnn.pocket.loop import Call, CommandGiven, Finish, Limits, ModelTokens, Text, Thought
+from mlx_pararnn.pocket.events import Call, CommandGiven, Finish, Text, Thought
+from mlx_pararnn.pocket.loop import Limits, ModelTokens
 from tests.support.scripted import tools_folder, tools_protocol
 
 

@@ -156,6 +156,13 @@ def test_what_a_function_raises_is_told_in_one_line(error, seconds):
     assert "\n" not in text
 
 
+def test_a_sentence_for_the_user_comes_as_it_is():
+    def fail() -> None:
+        raise PararnnError("There is no such timer.")
+
+    assert Functions([fail]).call("fail", "{}") == ("There is no such timer.", True)
+
+
 def test_a_function_that_does_not_end_is_interrupted():
     state = {"end": None}
 

@@ -8,19 +8,17 @@ import pytest
 
 from mlx_pararnn import PararnnError
 from mlx_pararnn.grammars import Grammars
-from mlx_pararnn.pocket.functions import Functions
-from mlx_pararnn.pocket.loop import (
+from mlx_pararnn.pocket.events import (
     Call,
     CommandGiven,
-    External,
     Finish,
-    Limits,
     Observation,
     Result,
     Text,
     Thought,
-    run_turn,
 )
+from mlx_pararnn.pocket.functions import Functions
+from mlx_pararnn.pocket.loop import External, Limits, run_turn
 from tests.support.scripted import Script, tokens_of, tools_protocol, tools_tokenizer
 
 
@@ -110,6 +108,30 @@ def test_a_call_is_run_and_its_result_fed(held):
     assert events[-1].calls == 1
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_pointers_move_inside_a_call(held):
+    inside = (
+        '<|call|>{"name":"double","arguments":{"number":<|right1|><|read1|>1<|right1|><|read1|>2}}<|result|>'
+    )
+    events, taken = play(f"{inside}<|answer|><|end|>", held=held)
+    assert [type(event) for event in events[:6]] == [CommandGiven, CommandGiven, Observation] * 2
+    (call,) = [event for event in events if isinstance(event, Call)]
+    assert json.loads(call.arguments) == {"number": 12}
+    assert text_of(events) == "24"
+    made = [token for token, own in zip(taken, tools_protocol().loss_mask(taken), strict=True) if own]
+    assert made == tokens_of(f"{inside}<|answer|>")
+
+
+def test_an_answer_without_text_is_the_last_result():
+    call = '<|call|>{"name":"double","arguments":{"number":%d}}<|result|>'
+    events, _ = play(f"{call % 1}{call % 21}<|answer|><|end|>")
+    assert text_of(events) == "42"
+    assert text_of(play(f"{call % 21}<|answer|>so<|end|>")[0]) == "so"
+    assert text_of(play("x<|answer|><|end|>")[0]) == ""
+    events, _ = play(f"{call % 21}<|answer|><|right1|>", limits=Limits(steps=100))
+    assert events[-1].reason == "steps"
+
+
 def test_several_calls_follow_each_other():
     call = '<|call|>{"name":"double","arguments":{"number":1}}<|result|>'
     events, _ = play(f"{call}{call}x{call}<|answer|>ok<|end|>")
@@ -172,7 +194,7 @@ def test_the_json_of_a_call_is_valid_whatever_the_model_wants(wanted):
 
     head = '<|call|>{"name":"tell","arguments":'
     events, _ = play(
-        Greedy(tokens_of(head) + tokens_of(wanted)), functions=[tell], held=True, limits=Limits(steps=5000)
+        Greedy(tokens_of(head) + tokens_of(wanted)), functions=[tell], held=True, limits=Limits(steps=400)
     )
     calls = [event for event in events if isinstance(event, Call)]
     if calls:

@@ -121,16 +121,20 @@ def test_a_turn_in_segments_and_its_loss_mask(protocol):
         ord("!"),
         protocol.end,
     ]
+    position = turn.index(protocol.call) + 3
+    turn[position:position] = [read, ord("7"), right]  # inside the call
     segments = protocol.split(turn)
     assert [token for segment in segments for token in segment.tokens] == turn
     assert [segment.kind for segment in segments] == [
-        *("message", "command", "observation", "command", "thought", "call", "result"),
+        *("message", "command", "observation", "command", "thought", "call"),
+        *("command", "observation", "command", "call", "result"),
         *("answer", "command", "observation", "answer"),
     ]
     fed = [turn[n] for n, made in enumerate(protocol.loss_mask(turn)) if not made]
     assert fed == [
         *protocol.render_message("7"),
         protocol.user,
+        ord("7"),
         *protocol.render_result("ok"),
         protocol.edge,
     ]
@@ -141,7 +145,8 @@ def test_a_turn_in_segments_and_its_loss_mask(protocol):
     [
         (["answer", "answer"], "token 4 is <|answer|>"),
         (["result"], "token 3 is <|result|>"),
-        (["call", "read1"], "token 4 is <|read1|>"),
+        (["call", "end"], "token 4 is <|end|>"),
+        (["call", "read1", "edge", "answer"], "token 6 is <|answer|>"),
         (["answer", "call"], "token 4 is <|call|>"),
         (["answer", "end", "end"], "token 5 is <|end|>"),
         (["edge"], "token 3 is <|edge|>"),
