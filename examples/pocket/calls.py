@@ -1,0 +1,616 @@
+"""Plain English, and the calls of functions that it asks for: examples to learn from, and to measure with.
+
+    python examples/pocket/calls.py --split train -n 10
+
+shows some. phrasings.txt has what people say, this file what stands in the braces, and the ways in which
+people write differently: cases, misspelt words, politeness, missing punctuation. To teach a function of your
+own, add it to phrasings.txt and functions.json, and its arguments to `FILLERS`.
+
+call_traces.py writes an example as the tokens that a model learns, call_cases.py measures how often one is
+right.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+DECLINE = "decline"
+DECLINED = (
+    "I can do sums, timers, alarms, reminders, lists, dates and units. "
+    "Try: set a timer for 5 minutes, or: what is 12345 + 67890?"
+)
+DECLINES = 0.3  # of all examples
+ARGUMENTS: dict[str, list[str]] = {
+    function["name"]: list(function["parameters"].get("properties", {}))
+    for function in json.loads((FOLDER / "functions.json").read_text(encoding="utf-8"))
+}
+# In braces, and the argument that it is.
+ALIASES = {"in": "time", "weekday": "day"}
+RELATIVE_DAYS = (
+    "tomorrow",
+    "tonight",
+    "today",
+    "tomorrow morning",
+    "tomorrow evening",
+    "this evening",
+    "this afternoon",
+    "the day after tomorrow",
+)
+HELD_EVERY = 6  # one phrasing in so many is kept from training
+
+
+@dataclass
+class Example:
+    """A message and the call that it asks for.
+
+    Attributes:
+        message: what the user writes.
+        function: its name, None where no function is wanted.
+        arguments: of the call, in the order of its signature; each is a piece of the message.
+        spans: where in the message each argument begins and ends.
+        plain: the arguments in the plainest form that means the same: "300 seconds", "2027-03-03".
+    """
+
+    message: str
+    function: str | None = None
+    arguments: dict[str, str] = field(default_factory=dict)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def call(self) -> dict[str, Any] | None:
+        """The call as JSON has it."""
+        return self.function and {"name": self.function, "arguments": self.arguments}  # type: ignore[return-value]
+
+
+def examples(split: str = "train", seed: int = 0, declines: float = DECLINES) -> Iterator[Example]:
+    """Examples without end, the same ones for the same seed.
+
+    Args:
+        split: "train", or "held" for the phrasings that are kept from training.
+        seed: of the choice.
+        declines: the share of messages that want no function.
+    """
+    rng = random.Random(f"{split} {seed}")
+    lines = phrasings(split)
+    functions = [name for name in lines if name != DECLINE]
+    weights = [1 + len(ARGUMENTS[function]) for function in functions]
+    while True:
+        function = DECLINE if rng.random() < declines else rng.choices(functions, weights)[0]
+        yield make(function, rng.choice(lines[function]), rng)
+
+
+def make(function: str, phrasing: str, rng: random.Random) -> Example:
+    """One message of a phrasing."""
+    pieces: list[tuple[str, str | None]] = []  # text, and the argument that it is
+    plain: dict[str, str] = {}
+    fillers = FILLERS | _conversion(rng)
+    phrasing = re.sub(r"\(([^()]*)\)", lambda m: rng.choice(m[1].split("|")), phrasing)
+    phrasing = " ".join(phrasing.split())
+    for part in re.split(r"(\{\w+\})", phrasing.rstrip(".?") or phrasing):
+        kind = part[1:-1]
+        if not part.startswith("{"):
+            pieces.append((part, None))
+        elif function == DECLINE:
+            pieces.append((_topic(kind, rng), None))
+        else:
+            name = ALIASES.get(kind, kind)
+            text, plain[name] = (fillers.get(f"{function} {kind}") or fillers[kind])(rng)
+            if kind == "day" and text not in RELATIVE_DAYS:
+                before = pieces[-1][0] if pieces else ""
+                if not before.endswith("for ") and rng.random() < 0.7:
+                    pieces.append(("on ", None))
+            pieces.append((text, name))
+    pieces = _as_people_write(pieces, phrasing[-1:], function, rng)
+    message, spans = "", {}
+    for text, argument in pieces:
+        if argument is not None:
+            spans[argument] = (len(message), len(message) + len(text))
+        message += text
+    if function == DECLINE:
+        return Example(message)
+    order = [name for name in ARGUMENTS[function] if name in spans]
+    spans = {name: spans[name] for name in order}
+    arguments = {name: message[slice(*span)] for name, span in spans.items()}
+    return Example(message, function, arguments, spans, {name: plain[name] for name in order})
+
+
+@cache
+def phrasings(split: str) -> dict[str, list[str]]:
+    """The phrasings of each function in phrasings.txt, for "train" or "held"."""
+    if split not in ("train", "held"):
+        raise ValueError(f"there is no split {split!r}; there are train and held")
+    every = _sections("phrasings.txt")
+    return {
+        name: [
+            line for at, line in enumerate(lines) if (at % HELD_EVERY == HELD_EVERY - 1) == (split == "held")
+        ]
+        for name, lines in every.items()
+    }
+
+
+@cache
+def _sections(file: str) -> dict[str, list[str]]:
+    sections: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in (FOLDER / file).read_text(encoding="utf-8").splitlines():
+        if heading := re.fullmatch(r"\[(\w+)\]", line):
+            lines = sections.setdefault(heading[1], [])
+        elif line.strip() and not line.startswith("#"):
+            lines.append(line.strip())
+    return sections
+
+
+# How people write.
+
+
+def _as_people_write(
+    pieces: list[tuple[str, str | None]], mark: str, function: str, rng: random.Random
+) -> list[tuple[str, str | None]]:
+    pieces = [(text, argument) for text, argument in pieces if text]
+    if function != DECLINE:
+        before, after = _politeness(mark, rng)
+        pieces = [(before, None), *pieces, (after, None)]
+    if mark in (".", "?") and rng.random() < 0.4:
+        pieces.append(
+            (rng.choice(("?", "??")) if mark == "?" and rng.random() < 0.95 else rng.choice(".!"), None)
+        )
+    misspelt = rng.random() < 0.25
+    if misspelt:
+        at = rng.randrange(len(pieces))
+        if pieces[at][1] in (None, "text", "items"):
+            pieces[at] = _misspelt(pieces[at][0], rng), pieces[at][1]
+    kind = rng.random()
+    if kind < 0.03:
+        return [(text.upper(), argument) for text, argument in pieces]
+    if kind < 0.06:
+        return [(text.title() if argument is None else text, argument) for text, argument in pieces]
+    pieces = [(text, argument) for text, argument in pieces if text]
+    if kind < 0.5 and pieces:
+        pieces[0] = (pieces[0][0][:1].upper() + pieces[0][0][1:], pieces[0][1])
+    if kind > 0.97:
+        pieces[-1] = (pieces[-1][0] + " ", pieces[-1][1]) if pieces[-1][1] is None else pieces[-1]
+    return [(text.replace(" i ", " I "), argument) for text, argument in pieces] if kind < 0.3 else pieces
+
+
+def _politeness(mark: str, rng: random.Random) -> tuple[str, str]:
+    before = after = ""
+    if mark == ".":
+        if rng.random() < 0.35:
+            before = rng.choice(
+                (
+                    "please ",
+                    "can you ",
+                    "could you ",
+                    "can you please ",
+                    "would you ",
+                    "pls ",
+                    "i want you to ",
+                )
+            )
+        elif rng.random() < 0.15:
+            after = rng.choice(
+                (" please", ", please", " for me", " pls", " now", " thanks", ", thank you", " thx")
+            )
+    if rng.random() < 0.12:
+        before = (
+            rng.choice(("hey, ", "hey ", "ok, ", "hi, ", "hello, ", "so ", "um ", "ok ", "oh and ")) + before
+        )
+    return before, after
+
+
+def _misspelt(text: str, rng: random.Random) -> str:
+    """One letter of a word of four letters or more left out, doubled, swapped or replaced."""
+    words = [match.span() for match in re.finditer(r"[a-z]{4,}", text)]
+    if not words:
+        return text
+    start, end = rng.choice(words)
+    at = rng.randrange(start, end - 1)
+    kind = rng.randrange(4)
+    a, b = text[at], text[at + 1]
+    wrong = ["", a + a, b + a, rng.choice("abcdefghijklmnopqrstuvwxyz")][kind]
+    return text[:at] + wrong + text[at + (2 if kind == 2 else 1) :]
+
+
+# What stands in the braces: a text, and the plainest text that means the same.
+
+Filler = Callable[[random.Random], tuple[str, str]]
+
+_SMALL = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+_WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_ORDINALS = [
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+    "eleventh",
+    "twelfth",
+]
+# Of a quantity, its units as people write them, and the plain name of each.
+_MEASURES = (
+    {"km": "kilometer", "kilometers": "kilometer", "kilometres": "kilometer", "miles": "mile", "mi": "mile",
+     "meters": "meter", "metres": "meter", "feet": "foot", "ft": "foot", "inches": "inch", "yards": "yard",
+     "cm": "centimeter", "centimeters": "centimeter", "mm": "millimeter"},
+    {"kg": "kilogram", "kilos": "kilogram", "kilograms": "kilogram", "pounds": "pound", "lbs": "pound",
+     "ounces": "ounce", "oz": "ounce", "grams": "gram", "g": "gram", "stone": "stone", "tons": "ton"},
+    {"liters": "liter", "litres": "liter", "gallons": "gallon", "cups": "cup", "pints": "pint",
+     "ml": "milliliter",
+     "tablespoons": "tablespoon", "teaspoons": "teaspoon", "quarts": "quart",
+     "milliliters": "milliliter"},
+    {"celsius": "celsius", "fahrenheit": "fahrenheit", "degrees celsius": "celsius",
+     "degrees fahrenheit": "fahrenheit", "f": "fahrenheit", "c": "celsius", "kelvin": "kelvin"},
+    {"minutes": "minute", "hours": "hour", "seconds": "second", "days": "day", "weeks": "week"},
+    {"km/h": "km/h", "mph": "mph", "kmh": "km/h", "miles per hour": "mph",
+     "knots": "knot", "m/s": "m/s", "kilometers per hour": "km/h"},
+    {"acres": "acre", "hectares": "hectare", "square feet": "square foot",
+     "square meters": "square meter"},
+    {"mb": "megabyte", "gb": "gigabyte", "megabytes": "megabyte", "gigabytes": "gigabyte",
+     "kilobytes": "kilobyte"},
+)  # fmt: skip
+
+
+def in_words(n: int) -> str:
+    """A whole number below a million in words."""
+    if n >= 1000:
+        rest = n % 1000
+        return f"{in_words(n // 1000)} thousand" + (
+            f" {'and ' * (rest < 100)}{in_words(rest)}" if rest else ""
+        )
+    if n >= 100:
+        return f"{_SMALL[n // 100]} hundred" + (f" and {in_words(n % 100)}" if n % 100 else "")
+    if n < 20:
+        return _SMALL[n]
+    return _TENS[n // 10] + (f"-{_SMALL[n % 10]}" if n % 10 else "")
+
+
+def _number(rng: random.Random, n: int) -> str:
+    """In digits or in words."""
+    words = in_words(n)
+    return rng.choice((words, words.replace("-", " "))) if n < 100 and rng.random() < 0.4 else str(n)
+
+
+def _duration(rng: random.Random) -> tuple[str, str]:
+    """How long a timer runs."""
+    kind = rng.random()
+    if kind < 0.1:
+        text, seconds = rng.choice(
+            (("an hour", 3600), ("half an hour", 1800), ("a minute", 60), ("an hour and a half", 5400),
+             ("a quarter of an hour", 900), ("a half hour", 1800), ("one and a half hours", 5400),
+             ("two and a half minutes", 150), ("half a minute", 30), ("1.5 hours", 5400),
+             ("a couple of minutes", 120))
+        )  # fmt: skip
+        return text, f"{seconds} seconds"
+    n = rng.choice((rng.randint(1, 12), 5 * rng.randint(1, 12), rng.randint(1, 99)))
+    units = {
+        60: ("minute", "min", "minutes", "minutes", "mins", "m"),
+        1: ("second", "sec", "seconds", "secs", "s"),
+        3600: ("hour", "hr", "hours", "hrs", "h"),
+    }
+    size = rng.choice((60, 60, 60, 1, 3600))
+    unit = units[size][0] if n == 1 else rng.choice(units[size][1:])
+    number = _number(rng, n)
+    space = " " if not number[-1].isdigit() or rng.random() < 0.85 or len(unit) > 3 else ""
+    if kind < 0.2 and size != 1:
+        more = rng.choice((15, 30, 45, 20, rng.randint(1, 59)))
+        smaller = rng.choice(units[size // 60][2:])
+        joined = rng.choice((" ", " and ", " and ", ", "))
+        return (
+            f"{number} {unit}{joined}{_number(rng, more)} {smaller}",
+            f"{n * size + more * size // 60} seconds",
+        )
+    if kind < 0.3:
+        return f"{number}{rng.choice('- ')}{units[size][0]}", f"{n * size} seconds"
+    return f"{number}{space}{unit}", f"{n * size} seconds"
+
+
+def _days(rng: random.Random) -> tuple[str, str]:
+    """How long before or after a date."""
+    unit = rng.choice(("day", "day", "day", "week", "week", "month", "year"))
+    n = (
+        rng.randint(1, 12)
+        if unit in ("month", "year")
+        else rng.choice((rng.randint(1, 20), rng.randint(10, 999)))
+    )
+    if n == 1:
+        return f"{rng.choice(('a', 'one', '1'))} {unit}", f"1 {unit}"
+    return f"{_number(rng, n)} {unit}s", f"{n} {unit}s"
+
+
+def _time(rng: random.Random) -> tuple[str, str]:
+    """A time of day. The plain form keeps what is said of its half of the day."""
+    kind = rng.random()
+    hour = rng.randint(1, 12)
+    if kind < 0.08:
+        return rng.choice((("noon", "12:00 pm"), ("midnight", "12:00 am"), ("midday", "12:00 pm")))
+    if kind < 0.2:
+        said, minute, back = rng.choice(
+            (("half past", 30, 0), ("quarter past", 15, 0), ("a quarter to", 45, 1), ("ten to", 50, 1),
+             ("quarter to", 45, 1), ("ten past", 10, 0), ("twenty past", 20, 0), ("5 past", 5, 0))
+        )  # fmt: skip
+        return f"{said} {_number(rng, hour)}", f"{(hour - 1 - back) % 12 + 1}:{minute:02}"
+    if kind < 0.28:
+        hour, minute = rng.choice((0, *range(13, 24))), rng.randint(0, 59)
+        return f"{hour}:{minute:02}", f"{hour}:{minute:02}"
+    minute = rng.choice((0, 0, 0, 15, 30, 45, rng.randint(1, 59)))
+    half = rng.choice(("", "am", "pm"))
+    said = {"": "", "am": rng.choice(("am", " am", " a.m.", "AM", " in the morning")),
+            "pm": rng.choice(("pm", " pm", " p.m.", " PM", " in the evening"))}[half]  # fmt: skip
+    if minute:
+        clock = (
+            f"{hour}:{minute:02}" if kind < 0.75 else f"{in_words(hour)} {in_words(minute).replace('-', ' ')}"
+        )
+        if minute < 10 and kind >= 0.75:
+            clock = f"{hour}:{minute:02}"
+    else:
+        clock = _number(rng, hour)
+        said = said or rng.choice(("", "", " o'clock"))
+    if said and not clock[-1].isdigit() and said[0] != " ":
+        said = f" {said}"
+    return f"{clock}{said}", f"{hour}:{minute:02} {half}".strip()
+
+
+def _in(rng: random.Random) -> tuple[str, str]:
+    text, plain = _duration(rng)
+    return f"in {text}", f"in {plain}"
+
+
+def _day(rng: random.Random) -> tuple[str, str]:
+    """The day of an alarm or reminder."""
+    if rng.random() < 0.6:
+        text = rng.choice(("tomorrow", *RELATIVE_DAYS))
+        return text, text
+    return _weekday(rng)
+
+
+def _weekday(rng: random.Random) -> tuple[str, str]:
+    if rng.random() < 0.7:
+        day = rng.choice(_WEEKDAYS)
+        text = rng.choice((day, day.lower(), day, f"next {day}", f"{day} morning", f"{day} evening"))
+        return text, text
+    return _month_and_day(rng)
+
+
+def _month_and_day(rng: random.Random) -> tuple[str, str]:
+    month, day = rng.randint(1, 12), rng.randint(1, 28)
+    name = rng.choice((_MONTHS[month - 1], _MONTHS[month - 1].lower(), _MONTHS[month - 1][:3]))
+    ending = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd"}.get(day, "th")
+    shapes = [
+        f"{day} {name}",
+        f"{name} {day}",
+        f"{name} {day}{ending}",
+        f"{day}{ending} of {name}",
+        f"{day}{ending} {name}",
+    ]
+    if day <= 12:
+        shapes.append(f"the {_ORDINALS[day - 1]} of {name}")
+    return rng.choice(shapes), f"{_MONTHS[month - 1]} {day}"
+
+
+def _date(rng: random.Random) -> tuple[str, str]:
+    kind = rng.random()
+    if kind < 0.2:
+        named = rng.choice(
+            (("christmas", "December 25"), ("Christmas", "December 25"), ("new year", "January 1"),
+             ("halloween", "October 31"), ("christmas eve", "December 24"), ("new year's eve", "December 31"),
+             ("valentine's day", "February 14"), ("new years day", "January 1"))
+        )  # fmt: skip
+        return named
+    if kind < 0.27:
+        day = rng.choice(_WEEKDAYS)
+        return rng.choice((day, day.lower(), f"next {day}")), day
+    if kind < 0.3:
+        return ("tomorrow", "tomorrow")
+    text, plain = _month_and_day(rng)
+    if kind < 0.5:
+        year = rng.randint(1950, 2060)
+        return f"{text}{rng.choice((' ', ', '))}{year}", f"{plain} {year}"
+    if kind < 0.55:
+        year, month, day = rng.randint(1950, 2060), rng.randint(1, 12), rng.randint(1, 28)
+        return f"{year}-{month:02}-{day:02}", f"{_MONTHS[month - 1]} {day} {year}"
+    return text, plain
+
+
+def _as_it_is(section: str) -> Filler:
+    def filler(rng: random.Random) -> tuple[str, str]:
+        text = _made_up(rng) if rng.random() < 0.1 else rng.choice(_sections("vocabulary.txt")[section])
+        return text, text
+
+    return filler
+
+
+def _made_up(rng: random.Random) -> str:
+    """A word of no language: what is copied is not to be known by heart."""
+    syllables = (
+        rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(("", "", *"nrstl"))
+        for _ in range(3)
+    )
+    return "".join(list(syllables)[: rng.randint(1, 3)])
+
+
+def _items(rng: random.Random) -> tuple[str, str]:
+    item = _as_it_is("item")
+    found = [item(rng)[0] for _ in range(rng.choice((1, 1, 1, 1, 2, 2, 3)))]
+    text = found[0]
+    if len(found) > 1:
+        text = f"{', '.join(found[:-1])}{rng.choice((' and ', ' and ', ', '))}{found[-1]}"
+    return text, text
+
+
+def _text(rng: random.Random) -> tuple[str, str]:
+    words = _sections("vocabulary.txt")
+    kind = rng.random()
+    if kind < 0.4:
+        text = f"{rng.choice(words['verb'])} {rng.choice(words['somebody'])}"
+        if rng.random() < 0.3:
+            text += f" about {_as_it_is('item')(rng)[0]}"
+    elif kind < 0.5:
+        text = f"{rng.choice(('buy', 'get', 'find', 'order', 'bring', 'make'))} {_items(rng)[0]}"
+    elif kind < 0.6:
+        text = f"{rng.choice(words['verb'])} {_made_up(rng)}"
+    else:
+        text = rng.choice(words["chore"])
+    return text, text
+
+
+def _conversion(rng: random.Random) -> dict[str, Filler]:
+    """An amount, and a unit into which it can be converted."""
+    units = rng.choice(_MEASURES)
+    unit = rng.choice(list(units))
+    to = rng.choice([name for name, plain in units.items() if plain != units[unit]])
+
+    def amount(rng: random.Random) -> tuple[str, str]:
+        plain = units[unit]
+        if rng.random() < 0.12 and unit == f"{plain}s":
+            return f"{'an' if plain[0] in 'aeiou' or plain == 'hour' else 'a'} {plain}", f"1 {plain}"
+        n = rng.choice((rng.randint(1, 12), rng.randint(1, 100), rng.randint(100, 5000)))
+        if rng.random() < 0.2:
+            decimal = f"{n}.{rng.randint(1, 9)}"
+            return f"{decimal} {unit}", f"{decimal} {plain}"
+        number = _number(rng, n)
+        space = "" if number.isdigit() and rng.random() < 0.15 and len(unit) < 4 else " "
+        return f"{number}{space}{unit}", f"{n} {plain}"
+
+    return {"amount": amount, "to": lambda rng: (to, to)}
+
+
+def _expression(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.randint(0, 20), rng.randint(1, 20)
+    if rng.random() < 0.3:
+        a, b = rng.choice((rng.randint(20, 999), 10 * rng.randint(2, 99))), rng.randint(2, 200)
+    x, y = in_words(a), in_words(b)
+    if rng.random() < 0.3:
+        x, y = x.replace("-", " "), y.replace("-", " ")
+    d, e = rng.randint(1, 999), rng.randint(1, 99)
+    f, g = f"{rng.randint(0, 99)}.{rng.randint(1, 99)}", f"{rng.randint(0, 99)}.{rng.randint(1, 99)}"
+    return rng.choice(
+        (
+            (f"{x} plus {y}", f"{a}+{b}"), (f"{x} plus {y}", f"{a}+{b}"), (f"{x} minus {y}", f"{a}-{b}"),
+            (f"{x} times {y}", f"{a}*{b}"), (f"{x} multiplied by {y}", f"{a}*{b}"),
+            (f"{x} divided by {y}", f"{a}/{b}"), (f"{x} over {y}", f"{a}/{b}"),
+            (f"the sum of {x} and {y}", f"{a}+{b}"), (f"the product of {x} and {y}", f"{a}*{b}"),
+            (f"half of {y}", f"{b}/2"), (f"twice {x}", f"2*{a}"), (f"a third of {y}", f"{b}/3"),
+            (f"{d} divided by {e}", f"{d}/{e}"), (f"{d} / {e}", f"{d}/{e}"), (f"{d}/{e}", f"{d}/{e}"),
+            (f"{e}% of {d}", f"{e}*{d}/100"), (f"{e} percent of {d}", f"{e}*{d}/100"),
+            (f"{y} percent of {d}", f"{b}*{d}/100"), (f"the square root of {d}", f"sqrt({d})"),
+            (f"the square root of {y}", f"sqrt({b})"), (f"{e} squared", f"{e}*{e}"),
+            (f"{y} squared", f"{b}*{b}"),
+            (f"{b} to the power of {e % 7}", f"{b}**{e % 7}"), (f"{b}^{e % 7}", f"{b}**{e % 7}"),
+            (f"{f} + {g}", f"{f}+{g}"), (f"{f} - {g}", f"{f}-{g}"), (f"{f} times {e}", f"{f}*{e}"),
+            (f"({e} + {b}) * {d}", f"({e}+{b})*{d}"), (f"{x} plus {y} plus {in_words(e)}", f"{a}+{b}+{e}"),
+        )
+    )  # fmt: skip
+
+
+FILLERS: dict[str, Filler] = {
+    "duration": _duration,
+    "date_after duration": _days,
+    "date_before duration": _days,
+    "name": _as_it_is("name"),
+    "time": _time,
+    "in": _in,
+    "day": _day,
+    "weekday": _weekday,
+    "date": _date,
+    "start": _date,
+    "end": _date,
+    "text": _text,
+    "items": _items,
+    "list": _as_it_is("list"),
+    "expression": _expression,
+}
+
+
+# What a message may be about that wants no function: a section of vocabulary.txt, or one of these.
+
+
+def _topic(kind: str, rng: random.Random) -> str:
+    words = _sections("vocabulary.txt")
+    if kind == "salad":
+        every = [*words["item"], *words["chore"], *words["thing"], *words["name"], *words["place"]]
+        some = " ".join(rng.choice(every) for _ in range(3)).split()
+        rng.shuffle(some)
+        return " ".join(some[: rng.randint(2, 7)])
+    if kind == "prose":
+        return rng.choice(_prose())
+    if kind == "gibberish":
+        return " ".join(_made_up(rng) for _ in range(rng.randint(1, 4)))
+    if kind == "digits":
+        return " ".join(str(rng.randint(0, 10 ** rng.randint(1, 5))) for _ in range(rng.randint(1, 3)))
+    topic = rng.choice(words[kind])
+    if kind == "thing" and rng.random() < 0.1:
+        return _made_up(rng)
+    return topic.title() if kind in ("place", "person") and rng.random() < 0.5 else topic
+
+
+@cache
+def _prose() -> list[str]:
+    """Short sentences of English: what Python's own help says."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(" ".join(topics.values()).split())
+    sentences = re.findall(r"(?<=[.!?] )[A-Z][a-z]+(?: [a-z]+,?){2,12}[.?]", text)
+    return sorted({sentence for sentence in sentences if len(sentence) < 80})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show examples of messages and the calls that they ask for.")
+    parser.add_argument("--split", choices=("train", "held"), default="train")
+    parser.add_argument("-n", type=int, default=10, help="how many")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for example, _ in zip(examples(options.split, options.seed), range(options.n), strict=False):
+        call = "-" if example.call is None else json.dumps(example.call, ensure_ascii=False)
+        print(f"{example.message}\n    {call}")
+
+
+if __name__ == "__main__":
+    main()

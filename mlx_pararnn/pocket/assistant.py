@@ -1,0 +1,314 @@
+"""What the model that ships can do: timers, alarms, reminders, lists, dates, conversions and calculations.
+
+Every argument is a piece of the user's message as it was written; the functions understand it by the rules
+of `number_words` and `date_words`. Every result is a sentence for the user. Nothing rings and nothing is kept
+on disk: an app that wants either registers functions of its own with the same names and arguments.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from fractions import Fraction
+
+from . import date_words
+from .date_words import Duration, calendar_date, count, date_in_words, join, moment
+from .number_words import NotUnderstood, amounts, formula
+from .standard import as_text, calculate, convert_units
+
+_DEFAULT_LIST = "to-do"
+FUNCTIONS = (
+    "set_timer",
+    "cancel_timer",
+    "show_timers",
+    "set_alarm",
+    "cancel_alarm",
+    "show_alarms",
+    "set_reminder",
+    "cancel_reminder",
+    "show_reminders",
+    "add_to_list",
+    "remove_from_list",
+    "show_list",
+    "clear_list",
+    "date_after",
+    "date_before",
+    "days_until",
+    "days_since",
+    "days_between",
+    "weekday",
+    "convert",
+    "calculate",
+    "time_now",
+    "date_today",
+)
+_MOST = 100  # timers, alarms, reminders, and items of all lists
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A timer, an alarm or a reminder."""
+
+    name: str
+    at: datetime | None
+
+
+@dataclass
+class Assistant:
+    """The functions and what they remember.
+
+    Args:
+        now: the clock.
+    """
+
+    now: Callable[[], datetime] = datetime.now
+    timers: list[_Entry] = field(default_factory=list)
+    alarms: list[_Entry] = field(default_factory=list)
+    reminders: list[_Entry] = field(default_factory=list)
+    lists: dict[str, list[str]] = field(default_factory=dict)
+
+    def functions(self) -> list[Callable[..., str]]:
+        """All functions, for registration."""
+        return [getattr(self, name) for name in FUNCTIONS]
+
+    def set_timer(self, duration: str, name: str = "") -> str:
+        """Start a timer.
+
+        Args:
+            duration: how long, as in "5 minutes" or "an hour and a half".
+            name: what it is for, as in "pasta".
+        """
+        length = date_words.duration(duration)
+        self._add(self.timers, _Entry(name, self._in(length)), "timers")
+        return f"{_named('Timer', name)} set for {length}."
+
+    def cancel_timer(self, name: str = "") -> str:
+        """Cancel the timer with a name, or all of them."""
+        return self._cancel(self.timers, "timer", name.lower(), lambda entry: entry.name.lower())
+
+    def show_timers(self) -> str:
+        """Say how much time is left on the timers."""
+        self.timers[:] = [entry for entry in self.timers if entry.at and entry.at > self.now()]
+        return self._show(
+            "timer", [f"{entry.name or 'timer'}: {self._left(entry)} left" for entry in self.timers]
+        )
+
+    def set_alarm(self, time: str, day: str = "") -> str:
+        """Set an alarm.
+
+        Args:
+            time: time of day, as in "7:30" or "half past six".
+            day: as in "tomorrow" or "monday morning"; without it the next such time.
+        """
+        at = moment(time, day, self.now())
+        self._add(self.alarms, _Entry("", at), "alarms")
+        return f"Alarm set for {_moment_in_words(at)}."
+
+    def cancel_alarm(self, time: str = "") -> str:
+        """Cancel the alarm at a time of day, or all of them."""
+        at = moment(time, "", self.now()) if time else None
+        named = f"{at:%I:%M}" if at else ""  # 7 means both 7:00 and 19:00
+        return self._cancel(self.alarms, "alarm", named, lambda entry: f"{entry.at:%I:%M}")
+
+    def show_alarms(self) -> str:
+        """Say which alarms are set."""
+        self.alarms[:] = [entry for entry in self.alarms if entry.at and entry.at > self.now()]
+        return self._show("alarm", [_moment_in_words(entry.at) for entry in self.alarms if entry.at])
+
+    def set_reminder(self, text: str, time: str = "", day: str = "") -> str:
+        """Remember something.
+
+        Args:
+            text: what to be reminded of, as in "call mom".
+            time: time of day, as in "7:30" or "in 20 minutes".
+            day: as in "tomorrow".
+        """
+        at = moment(time, day, self.now()) if time or day else None
+        self._add(self.reminders, _Entry(text, at), "reminders")
+        return f"I will remind you: {text}" + (f", {_moment_in_words(at)}." if at else ".")
+
+    def cancel_reminder(self, text: str = "") -> str:
+        """Forget the reminder with a text, or all of them."""
+        return self._cancel(self.reminders, "reminder", text.lower(), lambda entry: entry.name.lower())
+
+    def show_reminders(self) -> str:
+        """Say which reminders there are."""
+        texts = [
+            entry.name + (f" ({_moment_in_words(entry.at)})" if entry.at else "") for entry in self.reminders
+        ]
+        return self._show("reminder", texts)
+
+    def add_to_list(self, items: str, list: str = "") -> str:
+        """Put items on a list.
+
+        Args:
+            items: one or several, as in "milk, eggs and bread".
+            list: its name, as in "shopping"; without it the to-do list.
+        """
+        name = list or _DEFAULT_LIST
+        if sum(map(len, self.lists.values())) >= _MOST:
+            raise NotUnderstood("The lists are full. Remove something first.")
+        new = _items(items)
+        self.lists.setdefault(name.lower(), []).extend(new)
+        return f"Added {join(new)} to your {name} list."
+
+    def remove_from_list(self, items: str, list: str = "") -> str:
+        """Take items off a list, or off all of them if none is named."""
+        names = [list.lower()] if list else [*self.lists]
+        removed = []
+        for item in _items(items):
+            for name in names:
+                kept = [old for old in self.lists.get(name, []) if old.lower() != item.lower()]
+                if len(kept) < len(self.lists.get(name, [])):
+                    self.lists[name] = kept
+                    removed.append(item)
+                    break
+        where = f"your {list} list" if list else "your lists"
+        return f"Removed {join(removed)} from {where}." if removed else f"There is no {items} on {where}."
+
+    def show_list(self, list: str = "") -> str:
+        """Say what is on a list, or on all of them if none is named."""
+        names = [list.lower()] if list else [name for name, items in self.lists.items() if items]
+        shown = [
+            f"{name.capitalize()} list: {', '.join(self.lists[name])}."
+            for name in names
+            if self.lists.get(name)
+        ]
+        return " ".join(shown) or f"Your {list or _DEFAULT_LIST} list is empty."
+
+    def clear_list(self, list: str = "") -> str:
+        """Empty a list."""
+        name = list or _DEFAULT_LIST
+        self.lists.pop(name.lower(), None)
+        return f"Your {name} list is empty now."
+
+    def date_after(self, duration: str, date: str = "") -> str:
+        """The date some time after a date, or after today.
+
+        Args:
+            duration: how long, as in "90 days".
+            date: as in "3 March".
+        """
+        start = self._date(date or "today")
+        length = date_words.duration(duration)
+        return f"{length} after {date_in_words(start)} is {date_in_words(length.from_date(start))}."
+
+    def date_before(self, duration: str, date: str = "") -> str:
+        """The date some time before a date, or before today.
+
+        Args:
+            duration: how long, as in "90 days".
+            date: as in "3 March".
+        """
+        start = self._date(date or "today")
+        length = date_words.duration(duration)
+        found = length.from_date(start, -1)
+        return f"{length} before {date_in_words(start)} is {date_in_words(found)}."
+
+    def days_until(self, date: str) -> str:
+        """How many days it is until a date."""
+        return self._days_from_today(self._date(date))
+
+    def days_since(self, date: str) -> str:
+        """How many days it has been since a date."""
+        return self._days_from_today(calendar_date(date, self.now().date(), past=True))
+
+    def days_between(self, start: str, end: str) -> str:
+        """How many days there are from one date to another."""
+        first = self._date(start)
+        last = calendar_date(end, first)
+        days = count(abs((last - first).days), "day")
+        return f"From {date_in_words(first)} to {date_in_words(last)} it is {days}."
+
+    def weekday(self, date: str) -> str:
+        """Which day of the week a date is."""
+        return f"That is {date_in_words(self._date(date))}."
+
+    def convert(self, amount: str, to: str) -> str:
+        """Convert an amount to another unit.
+
+        Args:
+            amount: as in "5 km", "72 degrees fahrenheit" or "six feet two inches".
+            to: the unit, as in "miles".
+        """
+        parts = amounts(amount)
+        try:
+            numbers = [Fraction(convert_units(float(value), unit, to).split()[0]) for value, unit in parts]
+        except ValueError as error:
+            raise NotUnderstood(f"I cannot convert {amount} to {to}: {error}.") from None
+        total = sum(numbers, Fraction())
+        short = Fraction(f"{float(total):.6g}")
+        return f"{amount} is {'' if short == total else 'about '}{as_text(short)} {to}."
+
+    def calculate(self, expression: str) -> str:
+        """Calculate something in words or digits, as in "twelve plus seven" or "15% of 80"."""
+        try:
+            return f"{expression} is {calculate(formula(expression))}."
+        except NotUnderstood:
+            raise
+        except ValueError as error:
+            raise NotUnderstood(f"I cannot calculate {expression}: {error}.") from None
+
+    def time_now(self) -> str:
+        """What time it is."""
+        return f"It is {self.now():%H:%M}."
+
+    def date_today(self) -> str:
+        """What date it is."""
+        return f"Today is {date_in_words(self.now().date())}."
+
+    def _date(self, text: str) -> date:
+        return calendar_date(text, self.now().date())
+
+    def _in(self, length: Duration) -> datetime:
+        try:
+            return self.now() + timedelta(seconds=length.total_seconds())
+        except OverflowError:
+            raise NotUnderstood("That is too long for a timer.") from None
+
+    def _left(self, entry: _Entry) -> Duration:
+        return Duration(seconds=round((entry.at - self.now()).total_seconds()) if entry.at else 0)
+
+    def _days_from_today(self, day: date) -> str:
+        days = (day - self.now().date()).days
+        if days == 0:
+            return f"{date_in_words(day)} is today."
+        number = abs(days)
+        weeks = ""
+        if number > 13:
+            rest = [count(number % 7, "day")] if number % 7 else []
+            weeks = f" ({join([count(number // 7, 'week'), *rest])})"
+        return f"{count(number, 'day')}{weeks} {'until' if days > 0 else 'since'} {date_in_words(day)}."
+
+    @staticmethod
+    def _add(entries: list[_Entry], entry: _Entry, what: str) -> None:
+        if len(entries) >= _MOST:
+            raise NotUnderstood(f"There are {_MOST} {what} already. Cancel one first.")
+        entries.append(entry)
+
+    @staticmethod
+    def _cancel(entries: list[_Entry], what: str, named: str, key: Callable[[_Entry], str]) -> str:
+        kept = [entry for entry in entries if named and key(entry) != named]
+        cancelled = len(entries) - len(kept)
+        entries[:] = kept
+        return f"Cancelled {count(cancelled, what)}." if cancelled else f"There is no such {what}."
+
+    @staticmethod
+    def _show(what: str, texts: list[str]) -> str:
+        return (
+            f"You have {count(len(texts), what)}: {'; '.join(texts)}." if texts else f"You have no {what}s."
+        )
+
+
+def _named(what: str, name: str) -> str:
+    return f"{what} for {name}" if name else what
+
+
+def _items(text: str) -> list[str]:
+    """The items of "milk, eggs and bread"."""
+    items = [item.strip() for item in re.split(r",(?:\s*and\s)?|\s(?:and|&)\s", text)]
+    return [item for item in items if item]
+
+
+def _moment_in_words(at: datetime) -> str:
+    return f"{at:%H:%M} on {date_in_words(at.date())}"

@@ -1,0 +1,374 @@
+"""Numbers, times and dates in words, and the functions of the model that ships."""
+
+from datetime import date, datetime, timedelta
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_pararnn.pocket.assistant import FUNCTIONS, Assistant
+from mlx_pararnn.pocket.date_words import Duration, calendar_date, date_in_words, duration, moment
+from mlx_pararnn.pocket.functions import Functions
+from mlx_pararnn.pocket.number_words import NotUnderstood, amounts, formula, number
+
+NOW = datetime(2026, 11, 29, 4, 12)  # a Sunday
+TODAY = NOW.date()
+
+
+@pytest.fixture
+def assistant():
+    return Assistant(lambda: NOW)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12),
+        ("1,000", 1000),
+        ("3.5", Fraction(7, 2)),
+        ("1/2", Fraction(1, 2)),
+        ("Twenty-One", 21),
+        ("two and a half", Fraction(5, 2)),
+        ("three point one four", Fraction(157, 50)),
+        ("a hundred", 100),
+        ("one hundred and five", 105),
+        ("two thousand and five", 2005),
+        ("2.5 million", 2_500_000),
+        ("three quarters", Fraction(3, 4)),
+        ("one and three quarters", Fraction(7, 4)),
+        ("3 1/2", Fraction(7, 2)),
+        ("a couple", 2),
+        ("two dozen", 24),
+        ("fourty two", 42),
+        ("sevnty", 70),
+    ],
+)
+def test_number(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "banana", "twenty ten", "seventh", "1/0", "five apples", "9" * 5000, "and", "point"]
+)
+def test_no_number(text):
+    with pytest.raises(NotUnderstood):
+        number(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("5km", [(5, "km")]),
+        ("six feet two inches", [(6, "feet"), (2, "inches")]),
+        ("a mile", [(1, "mile")]),
+        ("half a mile", [(Fraction(1, 2), "mile")]),
+        ("three quarters of a mile", [(Fraction(3, 4), "mile")]),
+        ("an hour and a half", [(Fraction(3, 2), "hour")]),
+        ("72°F", [(72, "f")]),
+        ("100 km/h", [(100, "km/h")]),
+        ("a hundred and five pounds", [(105, "pounds")]),
+    ],
+)
+def test_amounts(text, found):
+    assert amounts(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("5 minutes", 300),
+        ("5 min", 300),
+        ("5-minute", 300),
+        ("ten-minute", 600),
+        ("1h30", 5400),
+        ("1h 30m", 5400),
+        ("90 sec", 90),
+        ("45s", 45),
+        ("an hour and a half", 5400),
+        ("half an hour", 1800),
+        ("a quarter of an hour", 900),
+        ("two and a half hours", 9000),
+        ("1 hour 20", 4800),
+        ("1 hour and 20 minutes", 4800),
+        ("5 minuts", 300),
+        ("a couple of minutes", 120),
+        ("1.5 days", 129600),
+        ("2 weeks", 1209600),
+    ],
+)
+def test_duration(text, seconds):
+    assert duration(text).total_seconds() == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "banana", "0 minutes", "half a second", "5", "minutes", "5 bananas", "5 minutes banana"]
+)
+def test_no_duration(text):
+    with pytest.raises(NotUnderstood, match="I do not understand the duration"):
+        duration(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 400), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_a_duration_in_words_is_read_again(months, days, seconds):
+    length = Duration(months, days, seconds)
+    if any((months, days, seconds)):
+        assert duration(str(length)) == length
+
+
+@pytest.mark.parametrize(
+    ("text", "day", "found"),
+    [
+        ("7", "", "2026-11-29 07:00"),
+        ("4", "", "2026-11-29 16:00"),
+        ("4:12", "", "2026-11-29 16:12"),
+        ("7:30 pm", "", "2026-11-29 19:30"),
+        ("7 p.m.", "", "2026-11-29 19:00"),
+        ("4 am", "", "2026-11-30 04:00"),
+        ("half past six", "", "2026-11-29 06:30"),
+        ("quarter to 8", "", "2026-11-29 07:45"),
+        ("ten past nine", "", "2026-11-29 09:10"),
+        ("seven thirty", "", "2026-11-29 07:30"),
+        ("six oh five", "", "2026-11-29 06:05"),
+        ("8 o'clock", "", "2026-11-29 08:00"),
+        ("0730", "", "2026-11-29 07:30"),
+        ("19:00", "", "2026-11-29 19:00"),
+        ("noon", "", "2026-11-29 12:00"),
+        ("midnight", "", "2026-11-30 00:00"),
+        ("12 am", "", "2026-11-30 00:00"),
+        ("9 in the morning", "", "2026-11-29 09:00"),
+        ("in 20 minutes", "", "2026-11-29 04:32"),
+        ("7", "tomorrow", "2026-11-30 07:00"),
+        ("5", "tomorrow", "2026-11-30 17:00"),
+        ("5", "tomorrow morning", "2026-11-30 05:00"),
+        ("8", "monday evening", "2026-11-30 20:00"),
+        ("7pm", "Friday", "2026-12-04 19:00"),
+        ("8", "tonight", "2026-11-29 20:00"),
+        ("", "tonight", "2026-11-29 20:00"),
+        ("", "tomorrow", "2026-11-30 09:00"),
+        ("5:30am", "3 March", "2027-03-03 05:30"),
+    ],
+)
+def test_moment(text, day, found):
+    assert moment(text, day, NOW) == datetime.fromisoformat(found)
+
+
+@pytest.mark.parametrize(
+    "text", ["25:00", "7:75", "banana", "half past", "quarter to banana", "7 8 9", "in banana"]
+)
+def test_no_moment(text):
+    with pytest.raises(NotUnderstood):
+        moment(text, "", NOW)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("3 March", "2027-03-03"),
+        ("march 3rd 2027", "2027-03-03"),
+        ("May 5, 2030", "2030-05-05"),
+        ("2027-03-03", "2027-03-03"),
+        ("the third of march", "2027-03-03"),
+        ("twenty first of may", "2027-05-21"),
+        ("4th of july", "2027-07-04"),
+        ("sept 1", "2027-09-01"),
+        ("febuary 2", "2027-02-02"),
+        ("the 5th", "2026-12-05"),
+        ("christmas", "2026-12-25"),
+        ("new years eve", "2026-12-31"),
+        ("Valentine's day", "2027-02-14"),
+        ("today", "2026-11-29"),
+        ("29 november", "2026-11-29"),
+        ("tomorrow", "2026-11-30"),
+        ("the day after tomorrow", "2026-12-01"),
+        ("sunday", "2026-12-06"),
+        ("next friday", "2026-12-04"),
+        ("last monday", "2026-11-23"),
+        ("in 3 days", "2026-12-02"),
+        ("two weeks from now", "2026-12-13"),
+        ("3 days ago", "2026-11-26"),
+        ("12/25", "2026-12-25"),
+        ("feb 29", "2028-02-29"),
+    ],
+)
+def test_calendar_date(text, found):
+    assert calendar_date(text, TODAY) == date.fromisoformat(found)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "banana", "feb 30", "3/4", "32 march", "2027-13-01", "next banana", "99999 years ago"]
+)
+def test_no_date(text):
+    with pytest.raises(NotUnderstood):
+        calendar_date(text, TODAY)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dates())
+def test_a_date_in_words_is_read_again(day):
+    weekday, words = date_in_words(day).split(", ")
+    assert f"{day:%A}" == weekday
+    if day.year >= 1000:
+        assert calendar_date(words, TODAY) == day
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("twelve plus seven", "12+7"),
+        ("add twelve and seven", "12+7"),
+        ("the sum of one hundred and five and seven", "105+7"),
+        ("subtract nine from thirty", "30-9"),
+        ("the product of six and nine", "6*9"),
+        ("divide ninety by four", "90/4"),
+        ("half of ninety", "(1/2)*90"),
+        ("15% of 80", "15/100*80"),
+        ("twenty percent of fifty", "20/100*50"),
+        ("the square root of 81", "sqrt(81)"),
+        ("two plus the square root of nine", "2+sqrt(9)"),
+        ("two to the power of ten", "2**10"),
+        ("7 squared", "7**2"),
+        ("12.5 + 3.75", "(25/2)+(15/4)"),
+        ("twice eleven", "2*11"),
+        ("2^10", "2**10"),
+        ("(2+3)×4", "(2+3)*4"),
+    ],
+)
+def test_formula(text, found):
+    assert formula(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "banana", "a plus b", "__import__('os')", "sqrt", "add twelve"])
+def test_no_formula(text):
+    with pytest.raises(NotUnderstood):
+        formula(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(max_size=30)
+    | st.lists(
+        st.sampled_from(
+            [
+                "5",
+                "a",
+                "and",
+                "half",
+                "of",
+                "hour",
+                "to",
+                "in",
+                "the",
+                "1/0",
+                "march",
+                "-",
+                "9999999",
+                "years",
+            ]
+        )
+    ).map(" ".join)
+)
+def test_any_text_is_understood_or_not_understood(text):
+    for function in FUNCTIONS:
+        method = getattr(Assistant(lambda: NOW), function)
+        try:
+            said = method(*([text] * min(method.__func__.__code__.co_argcount - 1, 3)))
+        except NotUnderstood:
+            continue
+        assert isinstance(said, str)
+
+
+def test_timers(assistant):
+    assert assistant.show_timers() == "You have no timers."
+    assert assistant.set_timer("5 minutes", "pasta") == "Timer for pasta set for 5 minutes."
+    assert assistant.set_timer("an hour and a half") == "Timer set for 1 hour and 30 minutes."
+    assistant.now = lambda: NOW + timedelta(minutes=2)
+    assert (
+        assistant.show_timers()
+        == "You have 2 timers: pasta: 3 minutes left; timer: 1 hour and 28 minutes left."
+    )
+    assert assistant.cancel_timer("Pasta") == "Cancelled 1 timer."
+    assert assistant.cancel_timer("pasta") == "There is no such timer."
+    assistant.now = lambda: NOW + timedelta(hours=2)
+    assert assistant.show_timers() == "You have no timers."
+
+
+def test_alarms(assistant):
+    assert assistant.set_alarm("7", "tomorrow morning") == "Alarm set for 07:00 on Monday, 30 November 2026."
+    assert assistant.set_alarm("half past six") == "Alarm set for 06:30 on Sunday, 29 November 2026."
+    assert "2 alarms" in assistant.show_alarms()
+    assert assistant.cancel_alarm("7am") == "Cancelled 1 alarm."
+    assert assistant.cancel_alarm("9") == "There is no such alarm."
+    assert assistant.cancel_alarm() == "Cancelled 1 alarm."
+    assert assistant.show_alarms() == "You have no alarms."
+
+
+def test_reminders(assistant):
+    said = assistant.set_reminder("call mom", "5pm", "tomorrow")
+    assert said == "I will remind you: call mom, 17:00 on Monday, 30 November 2026."
+    assert assistant.set_reminder("buy milk") == "I will remind you: buy milk."
+    assert assistant.show_reminders().startswith("You have 2 reminders: call mom (17:00 on Monday")
+    assert assistant.cancel_reminder("Buy milk") == "Cancelled 1 reminder."
+    assert assistant.cancel_reminder() == "Cancelled 1 reminder."
+
+
+def test_lists(assistant):
+    assert assistant.show_list() == "Your to-do list is empty."
+    said = assistant.add_to_list("milk, eggs and bread", "shopping")
+    assert said == "Added milk, eggs and bread to your shopping list."
+    assert assistant.add_to_list("paint the fence") == "Added paint the fence to your to-do list."
+    assert assistant.show_list("Shopping") == "Shopping list: milk, eggs, bread."
+    assert assistant.remove_from_list("Milk", "shopping") == "Removed Milk from your shopping list."
+    assert assistant.remove_from_list("eggs") == "Removed eggs from your lists."
+    assert assistant.remove_from_list("tea") == "There is no tea on your lists."
+    assert assistant.show_list() == "Shopping list: bread. To-do list: paint the fence."
+    assert assistant.clear_list("shopping") == "Your shopping list is empty now."
+    assert assistant.show_list("shopping") == "Your shopping list is empty."
+
+
+def test_dates(assistant):
+    said = assistant.date_after("90 days", "3 March")
+    assert said == "90 days after Wednesday, 3 March 2027 is Tuesday, 1 June 2027."
+    said = assistant.date_before("2 weeks", "christmas")
+    assert said == "2 weeks before Friday, 25 December 2026 is Friday, 11 December 2026."
+    assert assistant.date_after("3 weeks").endswith("is Sunday, 20 December 2026.")
+    assert assistant.date_after("1 month", "31 january 2027").endswith("is Sunday, 28 February 2027.")
+    assert assistant.days_until("christmas") == "26 days (3 weeks and 5 days) until Friday, 25 December 2026."
+    assert assistant.days_since("1 january").startswith("332 days")
+    assert assistant.days_until("1 jan 2020").startswith("2524 days")
+    assert assistant.days_until("today") == "Sunday, 29 November 2026 is today."
+    assert assistant.days_between("march 1", "july 4").endswith("it is 125 days.")
+    assert assistant.weekday("4 july 2027") == "That is Sunday, 4 July 2027."
+    assert assistant.time_now() == "It is 04:12."
+    assert assistant.date_today() == "Today is Sunday, 29 November 2026."
+    with pytest.raises(NotUnderstood, match="but not hours"):
+        assistant.date_after("5 hours", "today")
+
+
+def test_units_and_sums(assistant):
+    assert assistant.convert("six feet two inches", "cm") == "six feet two inches is 187.96 cm."
+    assert assistant.convert("72°F", "celsius") == "72°F is about 22.2222 celsius."
+    assert assistant.calculate("twelve plus seven") == "twelve plus seven is 19."
+    with pytest.raises(NotUnderstood, match="cannot convert 5 km to kg"):
+        assistant.convert("5 km", "kg")
+    with pytest.raises(NotUnderstood, match="division by zero"):
+        assistant.calculate("five over zero")
+
+
+def test_what_is_remembered_is_limited(assistant):
+    for _ in range(100):
+        assistant.set_timer("5 minutes")
+        assistant.add_to_list("milk")
+    with pytest.raises(NotUnderstood, match="100 timers already"):
+        assistant.set_timer("5 minutes")
+    with pytest.raises(NotUnderstood, match="lists are full"):
+        assistant.add_to_list("milk")
+
+
+def test_all_functions_can_be_registered():
+    functions = Functions(Assistant(lambda: NOW).functions())
+    assert [function.name for function in functions] == list(FUNCTIONS)
+    outcome = functions.call("set_timer", '{"duration":"five minutes"}')
+    assert (outcome.text, outcome.failed) == ("Timer set for 5 minutes.", False)
+    assert functions.call("set_timer", '{"duration":"soon"}').failed

@@ -1,0 +1,158 @@
+"""The pocket model's messages and calls: every call fits its schema, and does what the message asks for."""
+
+import json
+import subprocess
+import sys
+from datetime import datetime
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from examples.pocket import calls
+from examples.pocket.call_traces import LOOK_AHEAD, call_of, trace
+from mlx_pararnn.pocket.assistant import Assistant
+from mlx_pararnn.pocket.functions import Functions
+from mlx_pararnn.pocket.pointer import PointerMemory
+from mlx_pararnn.pocket.protocol import SPECIAL_TOKENS
+
+NOW = datetime(2026, 11, 29, 4, 12)
+# Their arguments are copied as they are; of the others every word is understood.
+FREE_TEXT = ("name", "text", "items", "list", "to")
+
+
+def an_assistant():
+    assistant = Assistant(lambda: NOW)
+    for time in ("9:00", "5:00 pm"):
+        assistant.set_alarm(time)
+    return assistant
+
+
+def some(split, n, seed=0, **options):
+    return list(islice(calls.examples(split, seed, **options), n))
+
+
+def result(function, arguments):
+    outcome = Functions(an_assistant().functions()).call(function, json.dumps(arguments))
+    assert not outcome.failed, outcome.text
+    return outcome.text
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["train", "held"]))
+def test_calls_run_and_mean_what_the_generator_meant(seed, split):
+    for example in some(split, 5, seed, declines=0):
+        said = {name: example.message[slice(*span)] for name, span in example.spans.items()}
+        assert said == example.arguments
+        plain = example.plain | {name: said[name] for name in FREE_TEXT if name in said}
+        a, b = result(example.function, example.arguments), result(example.function, plain)
+        # "twelve plus seven is 19": the question is repeated, and may be said in two ways.
+        assert a.split(" is ")[-1] == b.split(" is ")[-1], example
+
+
+def test_functions_json_is_what_the_assistant_offers():
+    schemas = [schema["function"] for schema in Functions(Assistant().functions()).schemas]
+    assert json.loads((calls.FOLDER / "functions.json").read_text()) == schemas
+
+
+def test_every_function_has_phrasings_of_each_kind():
+    for split in ("train", "held"):
+        assert set(calls.phrasings(split)) == {*calls.ARGUMENTS, calls.DECLINE}
+        assert all(calls.phrasings(split).values())
+    for function in calls.phrasings("train"):
+        held, learned = (set(calls.phrasings(split)[function]) for split in ("held", "train"))
+        assert not held & learned, function
+
+
+def test_a_seed_gives_the_same_examples():
+    assert some("train", 50, 3) == some("train", 50, 3)
+    assert some("train", 50, 3) != some("train", 50, 4)
+    assert some("train", 50, 3) != some("held", 50, 3)
+
+
+def test_a_split_that_is_none():
+    with pytest.raises(ValueError, match="there are train and held"):
+        some("test", 1)
+
+
+def test_declines_want_no_call():
+    declines = [example for example in some("train", 400) if example.function is None]
+    assert 60 < len(declines) < 180
+    assert all(example.call is None and example.message.strip() for example in declines)
+    assert len({example.message for example in declines}) > 0.7 * len(declines)
+
+
+@pytest.mark.parametrize("n", [0, 7, 10, 19, 20, 21, 99, 100, 101, 120, 999, 1000, 1005, 1100, 12345, 999999])
+def test_numbers_in_words(n):
+    from mlx_pararnn.pocket.number_words import number
+
+    assert number(calls.in_words(n)) == n
+
+
+def test_the_script_shows_examples():
+    script = [sys.executable, str(calls.FOLDER / "calls.py"), "--split", "held", "-n", "4"]
+    shown = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(shown) == 8
+    assert [line.strip() for line in shown[1::2]] == [
+        "-" if example.call is None else json.dumps(example.call, ensure_ascii=False)
+        for example in some("held", 4)
+    ]
+
+
+def follow(turn):
+    """The turn's observations compared with what a pointer memory gives."""
+    start = turn.learned.index(True)
+    memory = PointerMemory(turn.tokens[:start], "<|edge|>")
+    shown = None
+    for token, learned in zip(turn.tokens[start:], turn.learned[start:], strict=True):
+        if shown is not None:
+            assert (token, learned) == (shown, False)
+            shown = None
+        elif token in SPECIAL_TOKENS and token[-3].isdigit():
+            action, pointer = token[2:-3], int(token[-3])
+            if action == "read":
+                shown = memory.read(pointer)
+            else:
+                memory.move(pointer, {"right": 1, "left": -1}[action])
+        else:
+            memory.append(token)
+    return memory
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_trace_is_what_the_pointer_memory_shows(seed):
+    for example in some("train", 3, seed):
+        turn = trace(example, "It is done.")
+        follow(turn)
+        assert call_of(turn.tokens) == example.call
+        assert turn.tokens[-1] == "<|end|>"
+        if example.function:
+            assert turn.tokens[-2:] == ["<|answer|>", "<|end|>"]
+            assert all(turn.tokens.count(f"<|left{k}|>") % LOOK_AHEAD == 0 for k in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "text", ['say "hi" to bob', "back\\slash", "two\nlines", "crème brûlée", "mail 🙂 anna", "a\tb"]
+)
+def test_any_text_is_copied(text):
+    message = f"remind me to {text} today"
+    start, end = 13, 13 + len(text)
+    spans = {"text": (start, end), "day": (end + 1, len(message))}
+    example = calls.Example(message, "set_reminder", {"text": text, "day": "today"}, spans)
+    turn = trace(example, "ok")
+    follow(turn)
+    assert call_of(turn.tokens) == example.call
+
+
+def test_what_is_learned_is_what_the_model_writes():
+    example = calls.Example("5 min timer", "set_timer", {"duration": "5 min"}, {"duration": (0, 5)})
+    turn = trace(example, "Timer set.")
+    fed = "".join(token for token, learned in zip(turn.tokens, turn.learned, strict=True) if not learned)
+    assert fed == "<|user|>5 min timer<|end|>5 min min timeTimer set.<|end|>"
+
+
+def test_calls_that_are_none():
+    assert call_of(["<|user|>", "a", "<|end|>", "<|answer|>", "<|end|>"]) is None
+    assert call_of(["<|call|>", *"{broken", "<|result|>"]) is None
