@@ -89,7 +89,7 @@ def forget(path):
 
 def cached(source, nbytes, options):
     copies, conversions = [], []
-    for _ in range(REPEATS):  # by turns, so that both see the same state of the disk
+    for _ in range(REPEATS):  # alternating, so that both see the same state of the disk
         copies.append(copy(source, source.parent / "copy"))
         conversions.append(convert(source, source.parent / "out", options))
     seconds, copying = statistics.median([took for took, _, _ in conversions]), statistics.median(copies)
@@ -119,9 +119,9 @@ def disk_to_disk(source, options):
 def write(rows, nbytes, load):
     caption = (
         f"A {nbytes / 1e6:.0f} MB ml-pararnn GRU, float32, safetensors. Median of {REPEATS} runs of the "
-        "whole command, Python's start included; the copy is shutil.copyfile of the source, by turns with "
+        "whole command, Python's start included; the copy is shutil.copyfile of the source, alternating with "
         "it. The source is in the page cache and neither waits for the disk (no fsync). MB/s count bytes of "
-        "the source. RssAnon is memory without a file behind it, the most that was seen. Disk to disk: "
+        "the source. RssAnon is memory that no file holds, the most that was seen. Disk to disk: "
         f"median of {COLD_REPEATS} runs, the source taken out of the page cache before each and the output's "
         f"fsync counted, for both. The machine's load average before the first run was {load:.1f}."
     )

@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     repeats: int
     long_prompt: int
     short_prompt: int
-    talk: int  # tokens over which the resident memory may not grow
+    conversation: int  # tokens over which the resident memory may not grow
     starts: int
 
 
@@ -253,7 +253,7 @@ def measure_memory(sizes):
     commands = {
         "long": ("prompt", sizes.long_prompt),
         "short": ("prompt", sizes.short_prompt),
-        "talk": ("talk", sizes.talk),
+        "conversation": ("conversation", sizes.conversation),
     }
     processes = {
         name: subprocess.Popen(
@@ -267,7 +267,7 @@ def measure_memory(sizes):
         if process.returncode:
             raise SystemExit(f"the measurement of memory ({name}) failed")
         answers[name] = [int(word) for word in text.split()]
-    long, short, talk = answers["long"], answers["short"], answers["talk"]
+    long, short, conversation = answers["long"], answers["short"], answers["conversation"]
     ratio = sizes.long_prompt, sizes.short_prompt
     return [
         Line(
@@ -283,9 +283,9 @@ def measure_memory(sizes):
             True,
         ),
         Line(
-            f"resident memory over {sizes.talk:,} generated tokens: largest over first",
+            f"resident memory over {sizes.conversation:,} generated tokens: largest over first",
             1.01,
-            max(talk) / talk[0],
+            max(conversation) / conversation[0],
             True,
         ),
     ]

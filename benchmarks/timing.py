@@ -1,4 +1,4 @@
-"""Timing by turns: everything that is compared sees the same states of a machine that others use too."""
+"""Alternating timing: everything that is compared sees the same states of a machine that others use too."""
 
 import statistics
 import time

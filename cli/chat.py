@@ -1,4 +1,4 @@
-"""`mlx-pararnn chat`: talk with a model in the terminal."""
+"""`mlx-pararnn chat`: chat with a model in the terminal."""
 
 import signal
 import sys
@@ -23,10 +23,10 @@ HELP = """\
 /help        this list
 /undo        take back the last question and its answer
 /regenerate  answer the last question again
-/branch NAME remember this point of the talk; without NAME, list what is remembered
+/branch NAME remember this point of the conversation; without NAME, list what is remembered
 /goto NAME   go back to such a point
-/reset       forget the talk
-/save FILE   write the talk's whole memory to FILE
+/reset       forget the conversation
+/save FILE   write the conversation's whole memory to FILE
 /load FILE   go on from what /save wrote
 /stats       tokens so far, size of the state, speed of the last answer
 /quit        leave (so does Ctrl-D); Ctrl-C stops an answer"""
@@ -49,7 +49,7 @@ def chat(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Talk with a model. It keeps its state between turns: what was said is never read again.
+    """Chat with a model. It keeps its state between turns: what was said is never read again.
 
     Lines from a pipe work too: echo "def f(" | mlx-pararnn chat --max-tokens 40
     """
@@ -73,7 +73,7 @@ def chat(
             if command.startswith("/"):
                 session.run(command, argument)
             elif line.strip():
-                session.stream(session.talk.respond, line)
+                session.stream(session.chat.respond, line)
         except BrokenPipeError:
             raise
         except (PararnnError, OSError) as error:
@@ -81,51 +81,51 @@ def chat(
 
 
 class _Session:
-    """The talk, the points of it that have a name, and how answers are made."""
+    """The conversation, the points of it that have a name, and how answers are made."""
 
-    def __init__(self, talk: "Chat", options: dict[str, Any]) -> None:
-        self.talk = talk
+    def __init__(self, chat: "Chat", options: dict[str, Any]) -> None:
+        self.chat = chat
         self.options = options
         self.branches: dict[str, Chat] = {}
         self.last: GenerationResponse | None = None
 
     def run(self, command: str, argument: str) -> None:
         """A line that begins with a slash."""
-        talk = self.talk
+        chat = self.chat
         if command == "/help":
             _say(HELP)
         elif command == "/reset":
-            talk.reset()
-            _say("The talk is forgotten.")
+            chat.reset()
+            _say("The conversation is forgotten.")
         elif command == "/undo":
-            _say(f"Taken back: {talk.undo()}")
+            _say(f"Taken back: {chat.undo()}")
         elif command == "/regenerate":
-            self.stream(talk.regenerate)
+            self.stream(chat.regenerate)
         elif command == "/branch" and not argument:
             _say(f"Points to go to: {', '.join(self.branches) or 'none'}")
         elif command == "/branch":
-            self.branches[argument] = talk.branch()
+            self.branches[argument] = chat.branch()
             _say(f"/goto {argument} comes back to this point.")
         elif command == "/goto" and argument not in self.branches:
             _say(f"No point {argument!r}; /branch lists them.")
         elif command == "/goto":
-            self.talk = self.branches[argument].branch()
-            _say(f"Going on after {self.talk.tokens} tokens.")
+            self.chat = self.branches[argument].branch()
+            _say(f"Going on after {self.chat.tokens} tokens.")
         elif command in ("/save", "/load") and not argument:
             _say(f"{command} needs a file name.")
         elif command == "/save":
-            _say(f"Saved to {talk.save(argument)}.")
+            _say(f"Saved to {chat.save(argument)}.")
         elif command == "/load":
-            talk.load(argument)
-            _say(f"Going on after {talk.tokens} tokens.")
+            chat.load(argument)
+            _say(f"Going on after {chat.tokens} tokens.")
         elif command == "/stats":
             speed = f"; last answer {self.last.generation_tps:.1f} tokens/s" if self.last else ""
-            _say(f"{talk.tokens} tokens so far; state {talk.nbytes:,} bytes{speed}; {talk.undoable} to /undo")
+            _say(f"{chat.tokens} tokens so far; state {chat.nbytes:,} bytes{speed}; {chat.undoable} to /undo")
         else:
             _say(f"No command {command}; /help lists them.")
 
     def stream(self, answer: "Callable[..., Iterator[GenerationResponse]]", *texts: str) -> None:
-        """Print what `talk.respond` or `talk.regenerate` gives."""
+        """Print what `chat.respond` or `chat.regenerate` gives."""
         from .progress import PromptProgress
 
         with _ctrl_c() as pressed, PromptProgress() as progress:

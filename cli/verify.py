@@ -52,7 +52,7 @@ def verify(
     from mlx_pararnn.convert.coreml.package_check import is_package, verify_package
     from mlx_pararnn.errors import PararnnError
     from mlx_pararnn.loading import DEMO, find_model, load_model, load_tokenizer
-    from mlx_pararnn.tools.verification import verify_logits, verify_methods
+    from mlx_pararnn.tools.verification import verify_logits, verify_methods, verify_weights
 
     path = find_model(model or DEMO)
     if is_package(path):
@@ -70,6 +70,8 @@ def verify(
     if len(tokens) < 2:
         raise PararnnError("the prompt is too short to compare anything; give at least two tokens")
     checks = list(verify_methods(loaded, tokens))
+    if not (zeros := verify_weights(loaded)).passed:
+        checks.insert(0, zeros)
     if logits:
         checks.append(verify_logits(loaded, logits))
     if against:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.model import ModelArgs
+from mlx_pararnn.model_config import ModelArgs, weight_bits
 
 from .families import find_family
 from .readers.checkpoint import Checkpoint, open_checkpoint
@@ -70,7 +70,7 @@ def _model(folder: Path, config: dict[str, Any]) -> Inspection:
     if config["model_type"] == "pararnn":  # fields left out have the model's defaults
         config = {**asdict(ModelArgs.from_dict(config)), **config}
     tensors = read_weights(find_weights(folder)).tensors
-    bits = _bits(config, folder)
+    bits = weight_bits(config, folder / "config.json")
     shapes, numbers = {}, []
     for name, tensor in tensors.items():
         if name.endswith((".scales", ".biases")) and f"{name.rpartition('.')[0]}.weight" in tensors:
@@ -84,20 +84,6 @@ def _model(folder: Path, config: dict[str, Any]) -> Inspection:
             numbers.append((tensor.dtype, math.prod(shape)))
         shapes[name] = shape
     return _inspection("model", None, config, shapes, _counted(numbers))
-
-
-def _bits(config: dict[str, Any], folder: Path) -> dict[str, int]:
-    """Module path -> bits of its weights; "" for those not named."""
-    quantization = config.get("quantization") or {}
-    if isinstance(quantization, dict):
-        exceptions = {k: v.get("bits") for k, v in quantization.items() if isinstance(v, dict)}
-        bits = {"": quantization.get("bits", 4), **exceptions}
-        if all(type(width) is int and 1 <= width <= 8 for width in bits.values()):
-            return bits
-    raise PararnnError(
-        f"{folder / 'config.json'}: quantization does not say how many bits a weight has; convert the "
-        "checkpoint again"
-    )
 
 
 def _inspection(

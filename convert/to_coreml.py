@@ -24,18 +24,20 @@ from safetensors.numpy import save
 from mlx_pararnn import __version__
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.loading import load_model, load_tokenizer
-from mlx_pararnn.model import Model, ModelArgs
+from mlx_pararnn.model import Model
+from mlx_pararnn.model_config import ModelArgs
 from mlx_pararnn.model_files import TOKENIZER_FILES
 
 from .coreml.constants import Half, Stored, stored, total_bytes
 from .coreml.form import Form, state_dtypes, state_shapes
 from .coreml.iterations import iterations_needed
 from .coreml.memory import check_memory
+from .coreml.package_digest import DIGEST, weights_digest
 from .coreml.tools import require_coremltools
 from .inspection import inspect_checkpoint
 from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE
-from .readers.wording import shown
+from .readers.wording import listed, shown
 from .to_mlx import convert_to_mlx
 from .writers.output_folder import MLX_PART, check_output, whole_or_nothing
 from .writers.quantize import is_matrix
@@ -49,6 +51,12 @@ FORMAT = "pararnn-coreml"
 WEIGHTS = ("float16", "int8", "int4", "palette4")
 CHUNK = 64
 MAX_CHUNK = 128  # a product of more Jacobians than that leaves float16's range too easily
+# Fields of config.json that say nothing about what a model computes.
+_BESIDE = {
+    "eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id", "quantization", "quantization_config",
+    "model_file", "auto_map", "architectures", "dtype", "torch_dtype", "transformers_version",
+    "_name_or_path", "use_cache", "tokenizer_class",
+}  # fmt: skip
 _SAMPLED = 128  # tokens, at least, that iterations and the cost of the stored weights are measured on
 _TAIL = 8  # tokens of the reference that are decoded one by one
 _SAMPLE = (
@@ -111,14 +119,14 @@ def convert_to_coreml(
         progress: called with what is being done and the share of it that is.
 
     Raises:
-        PararnnError: anything wrong with the input, with `out` or with this machine; nothing is left behind.
+        PararnnError: anything wrong with the input, with `out` or with this machine; nothing is left.
     """
     out = Path(out)
     say = progress or (lambda what, share: None)
     check_options(state, chunk, iterations, weights)
     require_coremltools()
     from .coreml.package import write_package
-    from .coreml.program import Form, build_function
+    from .coreml.program import EXPORTED, Form, build_function
 
     checkpoint = open_checkpoint(source)
     check_output(out, force, checkpoint.source)
@@ -145,6 +153,7 @@ def convert_to_coreml(
         model, model_config = load_model(model_folder)
         model.set_dtype(mx.float32)
         args: ModelArgs = model.args
+        _check_fields(model_folder, model_config, EXPORTED)
         length = _chunk_for(args, chunk)
         tokens = _sample_tokens(folder, model_config, args, max(2 * length, _SAMPLED))
         say("running the model", 0.0)
@@ -161,13 +170,14 @@ def convert_to_coreml(
         form = Form(state == "graph", argmax)
         functions = {"decode": 1} | ({"prefill": length} if iterations else {})
         settings = _settings(args, model_config, form, functions, iterations, weights, parameters)
-        _write_reference(folder / COREML_REFERENCE, tokens, logits, functions)
         (folder / COREML_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         built = {}
         for done, (name, count) in enumerate(functions.items()):
             say("building", done / len(functions))
             built[name] = build_function(args, store, form, count, iterations or 0)
         write_package(folder / COREML_PACKAGE, built, _metadata(settings, checkpoint), say)
+        digest = weights_digest(folder / COREML_PACKAGE)
+        _write_reference(folder / COREML_REFERENCE, tokens, logits, functions, digest)
     return Exported(
         path=out,
         settings=settings,
@@ -201,6 +211,16 @@ def _measured(checkpoint: Checkpoint, source: str | Path) -> tuple[bool, int, in
     if found.config["model_type"] == "pararnn_cell":
         raise PararnnError(f"{source}: a single cell is no language model; Core ML export takes models only")
     return False, found.parameters, found.config["vocab_size"]
+
+
+def _check_fields(folder: Path, config: dict[str, Any], exported: set[str]) -> None:
+    """Raise for a field that may change what the model computes and that the export does not know."""
+    unknown = sorted(config.keys() - exported - _BESIDE)
+    if unknown:
+        raise PararnnError(
+            f"{folder / 'config.json'}: the export to Core ML does not know the fields {listed(unknown)}, "
+            "and the package could compute something else than the model; update mlx-pararnn, or remove them"
+        )
 
 
 def _found(folder: Path) -> str | None:
@@ -293,11 +313,13 @@ def _settings(
     }
 
 
-def _write_reference(path: Path, tokens: list[int], logits: Array, functions: dict[str, int]) -> None:
+def _write_reference(
+    path: Path, tokens: list[int], logits: Array, functions: dict[str, int], digest: str
+) -> None:
     first = functions.get("prefill", 1)
     count = min(len(tokens), first + _TAIL if "prefill" in functions else _TAIL)
     arrays = {"tokens": np.array(tokens[:count], np.int32), "logits": logits[first - 1 : count].copy()}
-    path.write_bytes(save(arrays))
+    path.write_bytes(save(arrays, {DIGEST: digest}))
 
 
 def _metadata(settings: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:

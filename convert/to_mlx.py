@@ -94,7 +94,7 @@ def convert_to_mlx(
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        PararnnError: anything wrong with the input or with `out`; nothing is left behind then.
+        PararnnError: anything wrong with the input or with `out`; nothing is left then.
     """
     out = Path(out)
     if dtype not in (None, "float32", "float16", "bfloat16"):

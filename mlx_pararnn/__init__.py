@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .errors import PararnnError
     from .generation import generate, stream_generate
     from .loading import load, load_cell, load_model
-    from .model import Model, ModelArgs
+    from .model import Model
+    from .model_config import ModelArgs
     from .pocket.functions import Functions
     from .pocket.loop import answer, stream_answer
 
@@ -27,7 +28,7 @@ _HOME = {
     "Cell": "cells",
     "Functions": "pocket.functions",
     "Model": "model",
-    "ModelArgs": "model",
+    "ModelArgs": "model_config",
     "PararnnError": "errors",
     "answer": "pocket.loop",
     "generate": "generation",

@@ -13,7 +13,7 @@ from .errors import PararnnError
 RECENT_STEPS = 8
 # Snapshots of each interval that are kept; further back the next wider interval takes over.
 SNAPSHOTS_PER_INTERVAL = 4
-# The widest interval, in spacings; what lies behind its snapshots is dropped, so their number is bounded.
+# The widest interval, in spacings; what lies before its snapshots is dropped, so their number is bounded.
 WIDEST_INTERVAL = 2**15
 
 # One row's recurrent state (1, slots, D) and convolution inputs (1, conv_kernel - 1, D).

@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from .detokenizer import Detokenizer
 from .errors import PararnnError
 from .hub import download, is_hub_name
-from .model import Model, ModelArgs, RecurrentLayer
+from .model import Model, RecurrentLayer
+from .model_config import ModelArgs, weight_bits
 from .model_files import VOCABULARY_FILES, open_regular, read_json
 
 DEMO = Path(__file__).parent / "demo"
@@ -77,19 +78,7 @@ def load_model(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, dict[str, Any
 def _check_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse what would take the machine before MLX-LM looks at the weights, or end the process."""
     file = path / "config.json"
-    quantization = config.get("quantization", config.get("quantization_config"))
-    if quantization is not None:
-        settings = [quantization]
-        if isinstance(quantization, dict):
-            settings += [value for value in quantization.values() if isinstance(value, dict)]
-        for setting in settings:
-            known = isinstance(setting, dict)
-            for name, choices in (("group_size", (16, 32, 64, 128)), ("bits", (2, 3, 4, 5, 6, 8))):
-                if not known or (name in setting and setting[name] not in choices):
-                    shown = setting[name] if known else setting
-                    raise PararnnError(
-                        f"{file}: quantization {name} is {shown!r}; it must be one of {choices}"
-                    )
+    weight_bits(config, file)
     ends = config.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
         if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31:
@@ -175,7 +164,10 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
         raise PararnnError(
             f"{path / 'config.json'} has model_type {config.get('model_type')!r}, not 'pararnn_cell'"
         )
+    weights = path / "model.safetensors"
     try:
+        with open_regular(weights):  # not a pipe, which MLX would wait for
+            pass
         layer = RecurrentLayer(
             config["cell"],
             config["input_size"],
@@ -183,9 +175,11 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
             config["num_heads"],
             config.get("activations"),
         )
-        layer.load_weights(str(path / "model.safetensors"))
+        layer.load_weights(str(weights))
     except PararnnError:
         raise
+    except FileNotFoundError:
+        raise PararnnError(f"no model.safetensors in {path}; convert the checkpoint again") from None
     except _MISFITS as error:
         raise _misfit(path, error) from error
     mx.eval(layer.parameters())

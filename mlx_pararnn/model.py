@@ -9,13 +9,11 @@ Letters in shapes: B sequences, T tokens, D channels (hidden_size), V vocabulary
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.mla import MultiLinear
 
 from .cache import RecurrentCache
@@ -24,127 +22,8 @@ from .compute import cpu_token, layer_ops, matrix_products
 from .compute.choice import PLAIN, Choice
 from .compute.recurrence import choice_for, recurrence, solve
 from .errors import PararnnError
-
-
-@dataclass
-class ModelArgs(BaseModelArgs):
-    """config.json's fields.
-
-    Attributes:
-        num_heads: blocks of the block-diagonal input projection; hidden_size is a multiple of it.
-        mixer: "gated_conv" or "plain".
-        norm: "rms" or "layer".
-        mlp: "swiglu" or "gelu" (the exact one).
-        mlp_residual: False only for ml-pararnn's training code, whose MLP replaces the stream.
-        residual_scale: each layer scales the stream it adds to by a learned number.
-        max_position_embeddings: how many learned positions there are; None for none.
-        activations: the cell's activations where they are not its defaults.
-    """
-
-    hidden_size: int
-    num_hidden_layers: int
-    vocab_size: int
-    intermediate_size: int
-    model_type: str = "pararnn"
-    cell: str = "gru"
-    num_heads: int = 1
-    mixer: str = "gated_conv"
-    conv_kernel: int = 4
-    norm: str = "rms"
-    norm_eps: float = 1e-6
-    mlp: str = "swiglu"
-    mlp_bias: bool = False
-    mlp_residual: bool = True
-    residual_scale: bool = False
-    max_position_embeddings: int | None = None
-    tie_word_embeddings: bool = False
-    activations: dict[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "vocab_size",
-            "intermediate_size",
-            "num_heads",
-            "conv_kernel",
-        ):
-            _check_whole_number(name, getattr(self, name))
-        for name, choices in (
-            ("mixer", ("gated_conv", "plain")),
-            ("norm", ("rms", "layer")),
-            ("mlp", ("swiglu", "gelu")),
-        ):
-            if getattr(self, name) not in choices:
-                raise PararnnError(
-                    f"config.json: {name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
-                )
-        if self.max_position_embeddings is not None:
-            _check_whole_number("max_position_embeddings", self.max_position_embeddings)
-        for name in ("mlp_bias", "mlp_residual", "residual_scale", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise PararnnError(
-                    f"config.json: {name} is {getattr(self, name)!r}; it must be true or false"
-                )
-        if (
-            isinstance(self.norm_eps, bool)
-            or not isinstance(self.norm_eps, (int, float))
-            or not 0 <= self.norm_eps < math.inf
-        ):
-            raise PararnnError(
-                f"config.json: norm_eps is {self.norm_eps!r}; it must be a number, not below 0"
-            )
-        if not isinstance(self.activations, dict | None) or not isinstance(self.cell, str):
-            raise PararnnError("config.json: cell must be a name, and activations an object or null")
-        get_cell(self.cell, self.activations)
-        if self.hidden_size % self.num_heads:
-            raise PararnnError(
-                f"config.json: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
-            )
-
-    @classmethod
-    def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        """Raises PararnnError for a missing field; fields it does not know are ignored."""
-        try:
-            return super().from_dict(params)  # type: ignore[no-any-return]
-        except TypeError as error:
-            raise PararnnError(f"config.json: {str(error).removeprefix('ModelArgs.__init__() ')}") from None
-
-    @classmethod
-    def preset(cls, name: str, cell: str = "gru") -> "ModelArgs":
-        """The shapes of the paper's models (its Table 2): "400m", "1b", "2.9b" or "7b"; cell "gru" or "lstm".
-
-        The paper's own language model was never released: what is not in its text (vocabulary, MLP width,
-        heads) is inferred from its parameter counts.
-
-        Raises:
-            PararnnError: no such preset.
-        """
-        if name not in PRESETS:
-            raise PararnnError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        hidden_size, layers, heads, intermediate_size = PRESETS[name]
-        return cls(
-            cell=cell,
-            hidden_size=hidden_size,
-            num_hidden_layers=layers,
-            num_heads=heads,
-            intermediate_size=intermediate_size,
-            vocab_size=50432,
-        )
-
-
-def _check_whole_number(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PararnnError(f"config.json: {name} is {value!r}; it must be a whole number of at least 1")
-
-
-# name -> hidden_size, num_hidden_layers, num_heads, intermediate_size
-PRESETS = {
-    "400m": (1024, 24, 4, 2816),
-    "1b": (2048, 24, 4, 5632),
-    "2.9b": (2560, 32, 2, 6912),
-    "7b": (4096, 32, 4, 11008),
-}
+from .model_config import ModelArgs
+from .module_arrays import Changed, handed_arrays, norm_arrays, plain_arrays
 
 
 class RecurrentLayer(nn.Module):
@@ -221,7 +100,7 @@ class RecurrentLayer(nn.Module):
     def token_arrays(self) -> dict[str, mx.array]:
         """What a token reads, by its names in struct Layer of metal/cpu_token.cpp."""
         arrays = {"bias": self["bias"], "params": self["recurrent_weight"]}
-        return arrays | _plain("cell_proj", self["input_proj"])
+        return arrays | plain_arrays("cell_proj", self["input_proj"])
 
     def _project(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """u (B, heads, T, gates, D / heads), a strided view."""
@@ -255,7 +134,7 @@ class CausalConv(nn.Module):
         spans: list[tuple[int, int]] | None,
         where: Choice = PLAIN,
     ) -> tuple[mx.array, mx.array]:
-        """`layer_ops.conv_silu` of x (B, T, D) behind its last K - 1 inputs, `window`; None for zeros."""
+        """`layer_ops.conv_silu` of x (B, T, D) after its last K - 1 inputs, `window`; None for zeros."""
         if window is None:
             window = mx.zeros((x.shape[0], self.weight.shape[1] - 1, x.shape[2]), x.dtype)
         return layer_ops.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=where.state)
@@ -287,11 +166,11 @@ class GatedConvMixer(nn.Module):
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
         return (
-            _plain("in_proj", self["in_proj"])
-            | _handed(self["conv1d"], CausalConv)
-            | _handed(self["cell"], RecurrentLayer)
-            | _norm("mixer_norm", self["norm"], eps)
-            | _plain("out_proj", self["out_proj"])
+            plain_arrays("in_proj", self["in_proj"])
+            | handed_arrays(self["conv1d"], CausalConv)
+            | handed_arrays(self["cell"], RecurrentLayer)
+            | norm_arrays("mixer_norm", self["norm"], eps)
+            | plain_arrays("out_proj", self["out_proj"])
         )
 
 
@@ -311,7 +190,7 @@ class PlainMixer(nn.Module):
         return hidden
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
-        return _handed(self["cell"], RecurrentLayer)
+        return handed_arrays(self["cell"], RecurrentLayer)
 
 
 class MLP(nn.Module):
@@ -332,8 +211,8 @@ class MLP(nn.Module):
         return matrix_products.linear(self.down_proj, y)
 
     def token_arrays(self) -> dict[str, mx.array]:
-        gate = _plain("gate", self["gate_proj"]) if "gate_proj" in self else {}
-        return gate | _plain("up", self["up_proj"]) | _plain("down", self["down_proj"])
+        gate = plain_arrays("gate", self["gate_proj"]) if "gate_proj" in self else {}
+        return gate | plain_arrays("up", self["up_proj"]) | plain_arrays("down", self["down_proj"])
 
 
 class Layer(nn.Module):
@@ -360,10 +239,10 @@ class Layer(nn.Module):
         scale = {"residual_scale": self["residual_scale"]} if "residual_scale" in self else {}
         return (
             scale
-            | _norm("norm", self["norm"], eps)
-            | _handed(self["mixer"], GatedConvMixer, PlainMixer, eps=eps)
-            | _norm("mlp_norm", self["mlp_norm"], eps)
-            | _handed(self["mlp"], MLP)
+            | norm_arrays("norm", self["norm"], eps)
+            | handed_arrays(self["mixer"], GatedConvMixer, PlainMixer, eps=eps)
+            | norm_arrays("mlp_norm", self["mlp_norm"], eps)
+            | handed_arrays(self["mlp"], MLP)
         )
 
     def token_constants(self) -> tuple[Cell, int, bool]:
@@ -376,42 +255,6 @@ def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, where: Choice) -> mx.a
     if isinstance(norm, nn.RMSNorm):
         return layer_ops.rms_norm(x, norm.weight, norm.eps, backend=where.output)
     return norm(x)
-
-
-class _Changed(Exception):
-    """A module is not as this file makes it, so its arrays do not say what it computes."""
-
-
-# Modules of MLX that are read as their arrays, and those they must have.
-_PLAIN: dict[type, set[str]] = {
-    nn.Linear: {"weight"},
-    MultiLinear: {"weight"},
-    nn.RMSNorm: {"weight"},
-    nn.LayerNorm: {"weight", "bias"},
-}
-
-
-def _plain(name: str, module: nn.Module) -> dict[str, mx.array]:
-    """The arrays of a module of MLX's; raises _Changed for a quantized one, an adapter and the like."""
-    wanted = _PLAIN.get(type(module))
-    if wanted is None or not wanted <= module.keys():
-        raise _Changed
-    arrays = {name: module["weight"]}
-    return arrays | {f"{name}_bias": module["bias"]} if "bias" in module else arrays
-
-
-def _norm(name: str, module: nn.Module, eps: float) -> dict[str, mx.array]:
-    arrays = _plain(name, module)
-    if module.eps != eps:
-        raise _Changed
-    return arrays
-
-
-def _handed(module: Any, *kinds: type, **arguments: Any) -> dict[str, mx.array]:
-    """What a module of this file hands out; raises _Changed for any other, a subclass too."""
-    if type(module) not in kinds:
-        raise _Changed
-    return module.token_arrays(**arguments)  # type: ignore[no-any-return]
 
 
 class PararnnModel(nn.Module):
@@ -481,9 +324,9 @@ class PararnnModel(nn.Module):
         """What one call for a token of all layers reads; None where modules or settings do not allow it."""
         eps: float = getattr(self["norm"], "eps", math.nan)
         try:
-            layers = [_handed(layer, Layer, eps=eps) for layer in self["layers"]]
-            last = _plain("norm", self["norm"])
-        except _Changed:
+            layers = [handed_arrays(layer, Layer, eps=eps) for layer in self["layers"]]
+            last = plain_arrays("norm", self["norm"])
+        except Changed:
             return None
         cell, heads, mlp_residual = first = self["layers"][0].token_constants()
         if any(layer.token_constants() != first for layer in self["layers"][1:]):

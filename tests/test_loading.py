@@ -105,7 +105,7 @@ def test_registration_works_whichever_is_imported_first():
         "import mlx_lm, mlx_pararnn, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
         "import mlx_pararnn, mlx_lm, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
         "import mlx_pararnn.cache, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
-        "import mlx_pararnn, mlx_lm.models.pararnn as p; print(p.ModelArgs.__module__)",
+        "import mlx_pararnn, mlx_lm.models.pararnn as p; print(p.Model.__module__)",
     ):
         assert run(code).stdout.strip() in ("mlx_pararnn.cache", "mlx_pararnn.model"), code
 

@@ -344,15 +344,15 @@ def test_mlx_lms_prompt_cache_both_ways(tmp_path):
     cache = load_prompt_cache(str(file))
     read_too = cache[0].offset  # MLX-LM reads one token on
     assert read_too >= 9
-    talk = Chat(model, tokenizer)
-    talk.load(file)
-    assert talk.tokens == read_too
-    assert same(talk.cache, cache)
+    conversation = Chat(model, tokenizer)
+    conversation.load(file)
+    assert conversation.tokens == read_too
+    assert same(conversation.cache, cache)
 
-    talk = Chat(*mlx_pararnn.load())
-    list(talk.respond("import os\n\n", max_tokens=4))
-    saved = talk.save(tmp_path / "talk")
-    expected = "".join(r.text for r in talk.respond("def ", max_tokens=12))
+    conversation = Chat(*mlx_pararnn.load())
+    list(conversation.respond("import os\n\n", max_tokens=4))
+    saved = conversation.save(tmp_path / "conversation")
+    expected = "".join(r.text for r in conversation.respond("def ", max_tokens=12))
     result = lm(
         *("generate", "--prompt-cache-file", str(saved), "--model", str(DEMO)),
         *("--prompt", "def ", "-m", "12", "--verbose", "False"),
@@ -376,26 +376,28 @@ def test_a_state_of_the_400m_model_is_under_a_megabyte(tmp_path):
 
 def test_going_on_from_a_file_is_going_on(tmp_path):
     """Bit for bit, and the file holds the current state alone."""
-    talk = Chat(*mlx_pararnn.load())
+    conversation = Chat(*mlx_pararnn.load())
     for _ in range(3):
-        list(talk.respond("def main(", max_tokens=20))
-    file = talk.save(tmp_path / "talk")
-    assert os.path.getsize(file) < talk.nbytes + 5000
+        list(conversation.respond("def main(", max_tokens=20))
+    file = conversation.save(tmp_path / "conversation")
+    assert os.path.getsize(file) < conversation.nbytes + 5000
     other = Chat(*mlx_pararnn.load())
     other.load(file)
-    assert same(other.cache, talk.cache)
-    answers = [[(r.token, r.logprobs) for r in t.respond("import", max_tokens=30)] for t in (talk, other)]
+    assert same(other.cache, conversation.cache)
+    answers = [
+        [(r.token, r.logprobs) for r in t.respond("import", max_tokens=30)] for t in (conversation, other)
+    ]
     for (a, x), (b, y) in zip(*answers, strict=True):
         assert a == b
         assert mx.array_equal(x, y)
-    assert same(other.cache, talk.cache)
+    assert same(other.cache, conversation.cache)
 
 
 def test_a_state_of_other_weights_is_refused(tmp_path):
     """The same shapes, norms and recurrent weights: one projection differs, as after fine-tuning."""
-    talk = Chat(*mlx_pararnn.load())
-    list(talk.respond("def", max_tokens=2))
-    file = talk.save(tmp_path / "talk")
+    conversation = Chat(*mlx_pararnn.load())
+    list(conversation.respond("def", max_tokens=2))
+    file = conversation.save(tmp_path / "conversation")
     tuned, tokenizer = mlx_pararnn.load()
     tuned.layers[-1].mlp.down_proj.weight += 1e-3
     with pytest.raises(PararnnError, match="was saved with another model"):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlx_pararnn.cells import get_cell
-from mlx_pararnn.model import ModelArgs
+from mlx_pararnn.model_config import ModelArgs
 
 LANES = 32  # the Neural Engine refuses states whose innermost axis is not a multiple of this
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.tools.verification import Check
 
 from ..readers.forms import COREML_FILE, COREML_REFERENCE, read_json_object
+from .package_digest import DIGEST, weights_digest
 from .tools import quiet, require_coremltools
 
 Array = npt.NDArray[Any]
@@ -41,10 +42,16 @@ def verify_package(folder: Path) -> Iterator[Check]:
     """
     settings = _checked_settings(folder)
     try:
-        reference = load_file(folder / COREML_REFERENCE)
-        tokens, logits = reference["tokens"], reference["logits"]
+        with safe_open(folder / COREML_REFERENCE, "numpy") as reference:
+            tokens, logits = reference.get_tensor("tokens"), reference.get_tensor("logits")
+            digest = (reference.metadata() or {}).get(DIGEST)
     except Exception as error:
         raise PararnnError(f"{folder / COREML_REFERENCE}: cannot be read; export the model again") from error
+    if digest is not None and weights_digest(folder / settings["package"]) != digest:
+        raise PararnnError(
+            f"{folder / settings['package']}: its weights are not those that were exported; copy it again, "
+            "or export the model again"
+        )
     if not can_predict():
         raise PararnnError(
             f"{folder}: the package is whole and says what {COREML_FILE} says, but Core ML runs on macOS 15 "

@@ -14,13 +14,19 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, types
 
 from mlx_pararnn.cells import Cell, get_cell
-from mlx_pararnn.model import ModelArgs
+from mlx_pararnn.model_config import ModelArgs
 
 from .constants import Stored
 from .form import Form, state_dtypes, state_shapes
 from .unrolled_newton import Library, State, explained, first_guess, iterate
 from .values import Value, ValueFunctions
 
+# The fields of config.json that a program is built by; of any other no program knows what it means.
+EXPORTED = {
+    "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "cell", "num_heads",
+    "mixer", "conv_kernel", "norm", "norm_eps", "mlp", "mlp_bias", "mlp_residual", "residual_scale",
+    "max_position_embeddings", "tie_word_embeddings", "activations",
+}  # fmt: skip
 SMALLEST_ROOT = 1e-4  # of a norm's eps: a normal number of float16 (they begin at 6.1e-5)
 
 

@@ -195,11 +195,13 @@ def _kind(file: Path) -> str:
         return "torch"
     if start.startswith(b"version https://git-lfs"):
         raise PararnnError(f"{file}: this is a Git LFS pointer, not the weights; run: git lfs pull")
+    if start[8:9] == b"{":  # before all else: the size in front of it may begin like a pickle
+        return "safetensors"
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise PararnnError(
             f"{file}: this is a pickle in PyTorch's old format (before 1.6), which is not read; "
             'load it in PyTorch and save it again: torch.save(model.state_dict(), "weights.pt")'
         )
-    if file.suffix == ".safetensors" or start[8:9] == b"{":
+    if file.suffix == ".safetensors":
         return "safetensors"
     raise PararnnError(f"{file}: neither a safetensors file nor a PyTorch checkpoint (torch.save)")

@@ -54,6 +54,8 @@ class Name:
         dtype: safetensors' tag, where it names a storage type.
         number: safetensors' tag, where it names a number format that only untyped storages hold.
         is_record: whether objects of it become a Record.
+        is_foreign: whether it is of no library known here; what it makes of nothing is an empty dict, as a
+            subclass of OrderedDict is.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Name:
     dtype: str | None = None
     number: str | None = None
     is_record: bool = False
+    is_foreign: bool = False
 
 
 class Unreadable(Exception):

@@ -2,10 +2,13 @@
 
 Python's own pickle module runs what a file says. Here `pickletools` only splits the bytes into
 instructions, and a small stack machine understands those that plain containers and tensors need. The
-names it may meet are those of pickle_names.py; every other name or instruction is refused.
+names it may meet are those of pickle_names.py. Of a class that is not in Python's library only an object
+made of nothing is understood, as a subclass of OrderedDict is: it is read as a dict, and the class is not
+looked for. Every other use of a name, and every other instruction, is refused.
 """
 
 import pickletools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -189,10 +192,17 @@ class _Machine:
                 "gather them in PyTorch with get_model_state_dict(model, "
                 "options=StateDictOptions(full_state_dict=True)) and torch.save the result"
             )
-        raise self._refusal(f"the pickle inside names {full}")
+        if module.partition(".")[0] in sys.stdlib_module_names:
+            raise self._refusal(f"the pickle inside names {full}")
+        return Name(full, is_foreign=True)
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
+        if isinstance(function, Name) and function.is_foreign:
+            if arguments != ():
+                raise self._refusal(f"the pickle inside names {function.name}")
+            self.stack.append({})
+            return
         if not isinstance(function, Name) or function.call is None or not isinstance(arguments, tuple):
             raise self._refusal("the pickle inside calls something that is not a function it may name")
         # The same large arguments can be used many times.
@@ -203,6 +213,8 @@ class _Machine:
 
     def _newobj(self, _: Any) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
+        if isinstance(kind, Name) and kind.is_foreign:
+            raise self._refusal(f"the pickle inside names {kind.name}")
         if not isinstance(kind, Name) or not kind.is_record or not isinstance(arguments, tuple):
             raise self._refusal("the pickle inside makes an object of a class that it may not")
         self.stack.append(Record(kind.name, arguments))

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import LRUPromptCache
 from ..cache import RecurrentCache
 
 # The least distance of snapshots, in tokens. Of the text before an edit less than this is read again, or than
-# two thirds of what had been read behind the edit, whichever is more.
+# two thirds of what had been read after the edit, whichever is more.
 SPACING = 64
 
 

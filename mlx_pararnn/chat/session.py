@@ -28,7 +28,7 @@ UNDO_LIMIT = 64
 
 
 class _Point(NamedTuple):
-    """A moment of a talk."""
+    """A moment of a conversation."""
 
     messages: list[dict[str, str]]
     cache: list[RecurrentCache]
@@ -45,13 +45,13 @@ class _Turn(NamedTuple):
 
 
 class Chat:
-    """A talk with a model: `respond` streams an answer, the state goes on from turn to turn.
+    """A conversation with a model: `respond` streams an answer, the state goes on from turn to turn.
 
     With a chat template each turn is rendered by it; without one the text is fed as it is typed. A state is
     small, so those before each question are kept: `undo`, `regenerate` and `branch` read nothing again.
 
     Attributes:
-        messages: the talk so far, as chat templates want it: role and content.
+        messages: the conversation so far, as chat templates want it: role and content.
         cache: the state after everything read and said.
     """
 
@@ -64,7 +64,7 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the talk."""
+        """Forget the conversation."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.cache = self.model.make_cache()
         self._last_token: int | None = None
@@ -72,7 +72,7 @@ class Chat:
 
     @property
     def nbytes(self) -> int:
-        """Size of the state, which does not depend on how long the talk is."""
+        """Size of the state, which does not depend on how long the conversation is."""
         return sum(c.state_nbytes for c in self.cache)
 
     @property
@@ -86,7 +86,7 @@ class Chat:
         """Stream the answer to `text`.
 
         Leaving the generator early, by `interrupted` turning true or by not asking for more, keeps what has
-        been said. Left while the prompt is still being read, the talk is as if nothing had been asked.
+        been said. Left while the prompt is still being read, the conversation stays as it was.
 
         Args:
             text: what the user says.
@@ -119,7 +119,7 @@ class Chat:
         yield from self._answer(turn.text, [turn.token], turn.before, interrupted, kwargs, turn.cache)
 
     def branch(self) -> "Chat":
-        """Another talk that has got as far as this one; from here on they do not know of each other."""
+        """Another conversation that stands where this one does, and goes on by itself."""
         twin = Chat(self.model, self.tokenizer, self.system)
         twin._go_to(self._point())
         twin._turns = list(self._turns)
@@ -139,7 +139,7 @@ class Chat:
         kwargs: dict[str, Any],
         start: list[RecurrentCache] | None = None,
     ) -> Generator[GenerationResponse, None, None]:
-        """Read `tokens`, from `start` on or where the talk stands, and answer; `before` is before `text`."""
+        """Read `tokens`, from `start` on or from the current state, and answer; `before` is before `text`."""
         now, turns = self._point(), self._turns
         if start is not None:
             self.cache, turns = _copy(start), turns[:-1]
@@ -196,13 +196,13 @@ class Chat:
         self._last_token = point.last_token
 
     def save(self, path: str | Path) -> Path:
-        """Write the talk, messages and current state, to one .safetensors file; returns its path.
+        """Write the conversation, messages and current state, to one .safetensors file; returns its path.
 
         It is one of MLX-LM's prompt-cache files: `mlx_lm.generate --prompt-cache-file` goes on from it.
         """
         path = _with_suffix(path)
         if path.exists() and not _is_talk(path):
-            raise PararnnError(f"{path} exists and is not a saved talk; choose another name")
+            raise PararnnError(f"{path} exists and is not a saved conversation; choose another name")
         mx.eval([c.cache for c in self.cache])
         metadata = {
             "model": str(self.tokenizer.name_or_path),  # this and the next for MLX-LM
@@ -227,11 +227,11 @@ class Chat:
         """Go on from what `save` wrote, or from a prompt that MLX-LM's `cache_prompt` has read.
 
         Raises:
-            PararnnError: no such file, no saved state, or one of another model. The talk is then unchanged.
+            PararnnError: no such file, no saved state, or one of another model; nothing is changed then.
         """
         given, path = Path(path).expanduser(), _with_suffix(path)
         if not path.is_file():
-            reason = " (a saved talk's name ends in .safetensors)" if given.is_file() else ""
+            reason = " (a saved conversation's name ends in .safetensors)" if given.is_file() else ""
             raise PararnnError(f"no such file: {path}{reason}")
         try:
             _check_keys(path)
@@ -244,7 +244,8 @@ class Chat:
                 fits = _same_model(metadata["model"], str(self.tokenizer.name_or_path))
         except Exception as error:  # whatever a file that is something else leads the reader to
             raise PararnnError(
-                f"{path} is not a talk saved by /save, nor a prompt cache that MLX-LM wrote for this model"
+                f"{path} is not a conversation saved by /save, nor a prompt cache that MLX-LM wrote for this "
+                "model"
             ) from error
         if not fits:
             raise PararnnError(f"{path} was saved with another model; load that model to go on with it")
@@ -281,8 +282,8 @@ class Chat:
         _, found, rest = rendered.rpartition(_READ)
         if not found:
             raise PararnnError(
-                "this model's chat template leaves earlier answers out, so the talk cannot go on from its "
-                "state; /reset starts a new one"
+                "this model's chat template leaves earlier answers out, so the conversation cannot go on "
+                "from its state; /reset starts a new one"
             )
         tokens = self._encode(rest)
         if self._last_token in self.tokenizer.eos_token_ids and tokens[:1] == [self._last_token]:
@@ -312,7 +313,7 @@ def _check_keys(path: Path) -> None:
 
 
 def _is_whole(cache: list[Any], messages: Any, last_token: Any) -> bool:
-    """True if all but the arrays of a saved talk is of the kind that `save` writes."""
+    """True if all but the arrays of a saved conversation is of the kind that `save` writes."""
     return (
         all(isinstance(c, RecurrentCache) and c.finalized and len(c.offsets) == 1 for c in cache)
         and all(isinstance(c.offset, int) and c.offset >= 0 for c in cache)
@@ -323,7 +324,7 @@ def _is_whole(cache: list[Any], messages: Any, last_token: Any) -> bool:
 
 
 def _same_form(a: mx.array | None, b: Any) -> bool:
-    """`b` may be missing: a talk saved before its first word."""
+    """`b` may be missing: a conversation saved before its first word."""
     if a is None or b is None:
         return b is None
     return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(mx.isfinite(b).all().item())

@@ -158,7 +158,7 @@ def _built(text: str, name: str) -> ctypes.CDLL:
 def _loaded(path: Path) -> ctypes.CDLL | None:
     """The library, if the file is what was built: a damaged one would end the process, now or later.
 
-    Its name ends in its own hash, so that no second file could be lost or fall behind.
+    Its name ends in its own hash, so that no second file could be lost or out of date.
     """
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:

@@ -58,7 +58,7 @@ class Weights(NamedTuple):
 
     Attributes:
         layers: of each layer the arrays that a token reads, by their names in struct Layer.
-        last: the same of the norm behind the layers.
+        last: the same of the norm after the layers.
         cell, heads, mlp_residual, eps: as `ModelArgs` has them, the same in all layers and norms.
     """
 
@@ -74,7 +74,7 @@ Trial = Callable[[Cell], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]
 
 
 def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) -> mx.array | None:
-    """All layers and the norm behind them for one token, at once; `cache` gets the new states.
+    """All layers and the norm after them for one token, at once; `cache` gets the new states.
 
     Args:
         x: (B, 1, D), what the first layer reads.

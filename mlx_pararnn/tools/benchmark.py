@@ -1,4 +1,4 @@
-"""How fast a model runs on this machine: the measurements behind `mlx-pararnn bench`.
+"""How fast a model runs on this machine: the measurements of `mlx-pararnn bench`.
 
 Everything that a user waits for goes through MLX-LM's own generators (`generate_step`, and `BatchGenerator`
 for batches), so that the numbers are those of `generate` and compare with `mlx_lm.benchmark`. Every number is
@@ -26,7 +26,8 @@ from ..cells import get_cell
 from ..compute.choice import BACKENDS
 from ..compute.recurrence import recurrence
 from ..errors import PararnnError
-from ..model import Model, ModelArgs
+from ..model import Model
+from ..model_config import ModelArgs
 
 SECTIONS = ("recurrence", "prefill", "decode", "batch", "memory")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -33,6 +33,15 @@ class Check:
         return self.difference <= self.tolerance  # False for NaN
 
 
+def verify_weights(model: Model) -> Check:
+    """Whether a matrix is zero from its first number to its last, as in a file not copied to its end."""
+    weights = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    matrices = [(name, w) for name, w in weights if w.ndim > 1 and not name.endswith("recurrent_weight")]
+    zero = [name for name, w in matrices if not mx.any(w).item()]
+    note = f"of {len(matrices)} matrices" + (f": {', '.join(zero[:3])}" if zero else "")
+    return Check("matrices that hold zeros only", len(zero), 0, note)
+
+
 def verify_methods(model: Model, tokens: list[int]) -> Iterator[Check]:
     """Newton, fused kernels if there are any, and decoding against the sequential run of a prompt.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import PararnnError
-from ..model import PRESETS, ModelArgs
+from ..model_config import PRESETS, ModelArgs
 
 # name -> hidden_size, num_hidden_layers, num_heads, intermediate_size; the name is about the number of
 # parameters without the embedding, which is tied to the head.

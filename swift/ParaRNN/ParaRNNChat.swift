@@ -1,7 +1,7 @@
 #if canImport(CoreML)
   import Foundation
 
-  /// A talk with a model. Its whole memory is the recurrent state: what was said is never read again.
+  /// A conversation with a model. Its whole memory is the recurrent state: what was said is never read again.
   ///
   /// ```swift
   /// let chat = model.chat(system: "Be brief.")
@@ -10,7 +10,7 @@
   /// ```
   ///
   /// Leaving the loop early, or cancelling its task, keeps what has been said so far; while the question is still
-  /// being read, the talk is as if it had not been asked.
+  /// being read, the conversation is as if it had not been asked.
   public actor ParaRNNChat {
     public nonisolated let model: ParaRNNModel
     private let format: ChatFormat?
@@ -18,13 +18,13 @@
     private var memory: ParaRNNModel.Memory?
     private var turns: [Turn] = []
     private var current: (question: String, generation: Generation)?
-    /// True while a question is begun, taken back or the talk saved: the memory belongs to that alone.
+    /// True while a question is begun, taken back or the conversation saved: the memory belongs to that alone.
     private var isBusy = false
 
     /// So many answers can be taken back; each costs a copy of the memory.
     public static let undoLimit = 64
 
-    /// A question, and the talk before it.
+    /// A question, and the conversation before it.
     private struct Turn {
       let messages: [ChatMessage]
       let before: ParaRNNModel.Snapshot
@@ -81,8 +81,8 @@
       return question
     }
 
-    /// The whole memory of the talk, for ``ParaRNNModel/chat(restoring:format:)``. What was said before cannot be
-    /// taken back after it.
+    /// The whole memory of the conversation, for ``ParaRNNModel/chat(restoring:format:)``. What was said before cannot
+    /// be taken back after it.
     ///
     /// - Throws: ``ParaRNNError/busy``
     public func save() async throws -> Data {
@@ -150,8 +150,8 @@
     }
   }
 
-  /// A talk as bytes: a line that names the format, the fingerprint of all that follows in hexadecimal digits, the
-  /// length of a JSON description (eight bytes, little-endian), the description, each tensor of the memory.
+  /// A conversation as bytes: a line that names the format, the fingerprint of all that follows in hexadecimal digits,
+  /// the length of a JSON description (eight bytes, little-endian), the description, each tensor of the memory.
   struct SavedChat {
     let messages: [ChatMessage]
     let position: Int

@@ -39,7 +39,7 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case busy
   /// Data that ``ParaRNNChat/save()`` did not write, or that is damaged.
   case notASavedChat(reason: String)
-  /// A talk saved with another model.
+  /// A conversation saved with another model.
   case savedWithAnotherModel
 }
 

@@ -122,7 +122,7 @@
       }
     }
 
-    /// A talk that remembers what was said.
+    /// A conversation that remembers what was said.
     ///
     /// - Parameters:
     ///   - system: what stands before the first turn.
@@ -131,15 +131,15 @@
       ParaRNNChat(model: self, system: system, format: format ?? chatFormat)
     }
 
-    /// The talk that ``ParaRNNChat/save()`` gave.
+    /// The conversation that ``ParaRNNChat/save()`` gave.
     ///
     /// - Throws: ``ParaRNNError/notASavedChat(reason:)``, ``ParaRNNError/savedWithAnotherModel``
     public func chat(restoring saved: Data, format: ChatFormat? = nil) throws -> ParaRNNChat {
-      let talk = try SavedChat(data: saved, settings: settings, fingerprint: fingerprint)
+      let conversation = try SavedChat(data: saved, settings: settings, fingerprint: fingerprint)
       let memory = Memory(
-        state: try restore(talk.tensors), position: talk.position, pending: talk.pending)
+        state: try restore(conversation.tensors), position: conversation.position, pending: conversation.pending)
       return ParaRNNChat(
-        model: self, format: format ?? chatFormat, messages: talk.messages, memory: memory)
+        model: self, format: format ?? chatFormat, messages: conversation.messages, memory: memory)
     }
 
     // MARK: - Memory

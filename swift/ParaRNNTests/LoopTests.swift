@@ -304,9 +304,9 @@
     @Test(arguments: [true, false]) func twoChatsAtOnce(inGraph: Bool) async throws {
       let fake = ascii(HashModel(inGraph: inGraph))
       try await fake.loadASCII { (model) async throws in
-        let talks = ["first", "the second one", "3", "and a fourth"]
+        let conversations = ["first", "the second one", "3", "and a fourth"]
         try await withThrowingTaskGroup(of: Void.self) { group in
-          for name in talks {
+          for name in conversations {
             group.addTask {
               let chat = model.chat(format: .plain)
               var all: [Int] = []
@@ -338,7 +338,7 @@
         #expect(try await restored.save() == chat.save())
         let empty = try await model.chat(restoring: fresh)
         #expect(try await said(empty, "one") == first)
-        // The memory of a talk has one size, however long it is.
+        // The memory of a conversation has one size, however long it is.
         for _ in 0..<20 { _ = try await said(chat, "more") }
         let text = await chat.messages.reduce(0) { $0 + $1.text.utf8.count + 60 }
         #expect(try await chat.save().count < saved.count + text)

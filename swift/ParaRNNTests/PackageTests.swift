@@ -72,10 +72,10 @@
       }
     }
 
-    /// Saved in the middle of an answer, the talk goes on elsewhere with the same words.
+    /// Saved in the middle of an answer, the conversation goes on elsewhere with the same words.
     @Test(arguments: DemoPackage.states) func aSavedTalkGoesOn(state: String) async throws {
       try await DemoPackage.load(state) { model, transcript in
-        // The recorded text as a talk: the answer's first part, then its last token typed in by hand.
+        // The recorded text as a conversation: the answer's first part, then its last token typed in by hand.
         let first = String(transcript.text.prefix(5))
         let chat = model.chat(format: .plain)
         var said = ""
@@ -86,15 +86,15 @@
         let next = String(transcript.text.dropFirst(5).prefix(1))
         let rest = String(transcript.text.dropFirst(6))
         let saved = try await chat.save()
-        for talk in [try await model.chat(restoring: saved, format: .plain), chat] {
+        for conversation in [try await model.chat(restoring: saved, format: .plain), chat] {
           var more = ""
-          for try await piece in talk.respond(
+          for try await piece in conversation.respond(
             to: next, options: .init(maxTokens: transcript.tokens.count - 6))
           {
             more += piece
           }
           #expect(more == rest)
-          #expect(await talk.messages.map(\.text) == [transcript.prompt, first, next, rest])
+          #expect(await conversation.messages.map(\.text) == [transcript.prompt, first, next, rest])
         }
       }
     }

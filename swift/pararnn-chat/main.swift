@@ -1,4 +1,4 @@
-// pararnn-chat MODEL: talk with a Core ML package in the terminal, or continue one text and measure the speed.
+// pararnn-chat MODEL: chat with a Core ML package in the terminal, or continue one text and measure the speed.
 
 import Foundation
 import ParaRNN

@@ -1,4 +1,4 @@
-"""A talk: state kept from turn to turn, stopped, saved, loaded; and the command in a pipe and a terminal."""
+"""A conversation: state kept between turns, stopped, saved, loaded; the command in a pipe and a terminal."""
 
 import json
 import os
@@ -60,8 +60,8 @@ def read(monkeypatch):
     return tokens
 
 
-def say(talk, text, **kwargs):
-    return "".join(r.text for r in talk.respond(text, **kwargs))
+def say(conversation, text, **kwargs):
+    return "".join(r.text for r in conversation.respond(text, **kwargs))
 
 
 def state_of(model, tokens):
@@ -80,123 +80,126 @@ def same_state(a, b):
 
 def test_without_a_template_the_text_goes_on(demo, read):
     model, tokenizer = demo
-    talk = Chat(model, tokenizer)
-    first = say(talk, "def main(", max_tokens=5)
-    second = say(talk, "import", max_tokens=6)
+    conversation = Chat(model, tokenizer)
+    first = say(conversation, "def main(", max_tokens=5)
+    second = say(conversation, "import", max_tokens=6)
     assert bytes(read).decode() == "def main(" + first + "import" + second
-    assert talk.tokens == len(read)
-    assert same_state(talk.cache, state_of(model, list(read)))
-    assert [m["content"] for m in talk.messages] == ["def main(", first, "import", second]
+    assert conversation.tokens == len(read)
+    assert same_state(conversation.cache, state_of(model, list(read)))
+    assert [m["content"] for m in conversation.messages] == ["def main(", first, "import", second]
 
 
 def test_with_a_template_each_turn_is_read_once(templated, read):
     model, tokenizer = load_in_float32(templated)
-    talk = Chat(model, tokenizer, system="Be brief.")
-    answers = [say(talk, text, max_tokens=4) for text in ("one", "two", "three")]
+    conversation = Chat(model, tokenizer, system="Be brief.")
+    answers = [say(conversation, text, max_tokens=4) for text in ("one", "two", "three")]
     transcript = bytes(read).decode()
     expected = "[s]Be brief.~"
     for text, answer in zip(("one", "two", "three"), answers, strict=True):
         expected += f"[u]{text}~[a]{answer}~"
     assert transcript == expected[:-1]  # the last turn is not closed yet
-    assert same_state(talk.cache, state_of(model, list(read)))
+    assert same_state(conversation.cache, state_of(model, list(read)))
 
 
 def test_a_turn_that_the_model_ended_itself_is_not_ended_twice(templated, read):
     model, tokenizer = mlx_pararnn.load(templated)
-    talk = Chat(model, tokenizer)
+    conversation = Chat(model, tokenizer)
 
     def end_after_two(logprobs, made=[]):  # noqa: B006 - counts its calls
         made.append(0)
         return mx.array([ord("~") if len(made) == 3 else ord("x")])
 
-    assert say(talk, "one", sampler=end_after_two) == "xx"
-    say(talk, "two", max_tokens=1)
+    assert say(conversation, "one", sampler=end_after_two) == "xx"
+    say(conversation, "two", max_tokens=1)
     assert bytes(read).decode().startswith("[u]one~[a]xx~[u]two~[a]")
 
 
 def test_stopping_keeps_what_was_said(demo, read):
     model, tokenizer = demo
-    talk = Chat(model, tokenizer)
+    conversation = Chat(model, tokenizer)
     heard = []
-    for response in talk.respond("def main(", max_tokens=200, interrupted=lambda: len(heard) == 3):
+    for response in conversation.respond("def main(", max_tokens=200, interrupted=lambda: len(heard) == 3):
         heard.append(response.text)
     assert heard == ["s", "e", "l"]
-    assert talk.messages[-1]["content"] == "sel"
-    assert same_state(talk.cache, state_of(model, list(b"def main(sel")))
-    for response in talk.respond("x", max_tokens=200):
+    assert conversation.messages[-1]["content"] == "sel"
+    assert same_state(conversation.cache, state_of(model, list(b"def main(sel")))
+    for response in conversation.respond("x", max_tokens=200):
         if response.generation_tokens == 2:
             break
-    assert talk.tokens == len(b"def main(sel") + 1 + 2
+    assert conversation.tokens == len(b"def main(sel") + 1 + 2
 
 
 def test_stopping_while_the_prompt_is_read_forgets_the_turn(demo):
     model, tokenizer = demo
-    talk = Chat(model, tokenizer)
-    say(talk, "def main(", max_tokens=5)
-    before, messages, asked = talk.tokens, list(talk.messages), []
+    conversation = Chat(model, tokenizer)
+    say(conversation, "def main(", max_tokens=5)
+    before, messages, asked = conversation.tokens, list(conversation.messages), []
 
     def interrupted():
         asked.append(0)
         return len(asked) > 2
 
-    assert say(talk, "x" * 50, prefill_step_size=8, interrupted=interrupted) == ""
-    assert (talk.tokens, talk.messages) == (before, messages)
-    assert same_state(talk.cache, state_of(model, list(b"def main(self,")))
+    assert say(conversation, "x" * 50, prefill_step_size=8, interrupted=interrupted) == ""
+    assert (conversation.tokens, conversation.messages) == (before, messages)
+    assert same_state(conversation.cache, state_of(model, list(b"def main(self,")))
 
 
 def test_an_error_in_the_middle_leaves_the_state_sound(demo):
     model, tokenizer = demo
-    talk = Chat(model, tokenizer)
-    say(talk, "def main(", max_tokens=5)
+    conversation = Chat(model, tokenizer)
+    say(conversation, "def main(", max_tokens=5)
 
     def broken(logprobs):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        say(talk, "more", sampler=broken)
-    assert talk.tokens == 14
-    assert same_state(talk.cache, state_of(model, list(b"def main(self,")))
+        say(conversation, "more", sampler=broken)
+    assert conversation.tokens == 14
+    assert same_state(conversation.cache, state_of(model, list(b"def main(self,")))
 
 
 def test_the_state_is_as_large_after_a_long_talk():
-    talk = Chat(*mlx_pararnn.load())
-    say(talk, "a", max_tokens=1)
-    before = talk.nbytes
-    say(talk, "b" * 3000, max_tokens=100)
-    assert talk.nbytes == before == 3840
+    conversation = Chat(*mlx_pararnn.load())
+    say(conversation, "a", max_tokens=1)
+    before = conversation.nbytes
+    say(conversation, "b" * 3000, max_tokens=100)
+    assert conversation.nbytes == before == 3840
 
 
 def test_undo_regenerate_and_branch_read_nothing_again(templated, read):
     model, tokenizer = load_in_float32(templated)
-    talk = Chat(model, tokenizer, system="Be brief.")
-    first = say(talk, "one", max_tokens=4)
-    at_one = state_of_copy(talk)
-    second = say(talk, "two", max_tokens=4)
+    conversation = Chat(model, tokenizer, system="Be brief.")
+    first = say(conversation, "one", max_tokens=4)
+    at_one = state_of_copy(conversation)
+    second = say(conversation, "two", max_tokens=4)
     read.clear()
 
-    assert talk.undo() == "two"
+    assert conversation.undo() == "two"
     assert not read
-    assert same_state(talk.cache, at_one)
-    assert [m["content"] for m in talk.messages] == ["Be brief.", "one", first]
-    assert say(talk, "two", max_tokens=4) == second
+    assert same_state(conversation.cache, at_one)
+    assert [m["content"] for m in conversation.messages] == ["Be brief.", "one", first]
+    assert say(conversation, "two", max_tokens=4) == second
     read.clear()
 
-    again = "".join(r.text for r in talk.regenerate(max_tokens=9))
+    again = "".join(r.text for r in conversation.regenerate(max_tokens=9))
     assert again.startswith(second)
     assert bytes(read).decode() == "]" + again  # the last token of the question is where an answer begins
-    assert [m["content"] for m in talk.messages[2:]] == [first, "two", again]
-    once_more = "".join(r.text for r in talk.regenerate(max_tokens=4))
+    assert [m["content"] for m in conversation.messages[2:]] == [first, "two", again]
+    once_more = "".join(r.text for r in conversation.regenerate(max_tokens=4))
     assert once_more == second
     read.clear()
 
-    other = talk.branch()
+    other = conversation.branch()
     assert not read
-    said = [say(t, text, max_tokens=5) for t, text in ((talk, "left"), (other, "right"), (talk, "more"))]
+    said = [
+        say(t, text, max_tokens=5)
+        for t, text in ((conversation, "left"), (other, "right"), (conversation, "more"))
+    ]
     assert other.messages[-2:] == [
         {"role": "user", "content": "right"},
         {"role": "assistant", "content": said[1]},
     ]
-    assert len(talk.messages) == len(other.messages) + 2
+    assert len(conversation.messages) == len(other.messages) + 2
     straight = Chat(model, tokenizer, system="Be brief.")
     for text, tokens in (("one", 4), ("two", 4), ("right", 5)):
         say(straight, text, max_tokens=tokens)
@@ -211,99 +214,102 @@ def test_undo_regenerate_and_branch_read_nothing_again(templated, read):
             nothing()
 
 
-def state_of_copy(talk):
-    return talk.branch().cache
+def state_of_copy(conversation):
+    return conversation.branch().cache
 
 
 def test_a_new_answer_that_is_stopped_early(demo):
     """Before it has begun the old one stays; after that it is the answer."""
     model, tokenizer = demo
-    talk = Chat(model, tokenizer)
-    old = say(talk, "def main(", max_tokens=5)
-    before = state_of_copy(talk)
-    assert list(talk.regenerate(interrupted=lambda: True)) == []
-    assert talk.messages[-1]["content"] == old
-    assert same_state(talk.cache, before)
+    conversation = Chat(model, tokenizer)
+    old = say(conversation, "def main(", max_tokens=5)
+    before = state_of_copy(conversation)
+    assert list(conversation.regenerate(interrupted=lambda: True)) == []
+    assert conversation.messages[-1]["content"] == old
+    assert same_state(conversation.cache, before)
 
     def broken(logprobs):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(talk.regenerate(sampler=broken))
-    assert same_state(talk.cache, before)
-    answer = talk.regenerate(max_tokens=100)
+        list(conversation.regenerate(sampler=broken))
+    assert same_state(conversation.cache, before)
+    answer = conversation.regenerate(max_tokens=100)
     heard = next(answer).text + next(answer).text
     answer.close()
-    assert talk.messages == [
+    assert conversation.messages == [
         {"role": "user", "content": "def main("},
         {"role": "assistant", "content": heard},
     ]
-    assert talk.tokens == 11
-    assert talk.undo() == "def main("
-    assert talk.tokens == 0
+    assert conversation.tokens == 11
+    assert conversation.undo() == "def main("
+    assert conversation.tokens == 0
 
 
 def test_so_many_answers_can_be_undone(demo, monkeypatch):
     monkeypatch.setattr("mlx_pararnn.chat.session.UNDO_LIMIT", 3)
-    talk = Chat(*demo)
+    conversation = Chat(*demo)
     for _ in range(5):
-        say(talk, "a", max_tokens=1)
-    assert talk.undoable == 3
+        say(conversation, "a", max_tokens=1)
+    assert conversation.undoable == 3
     for _ in range(3):
-        talk.undo()
-    assert talk.tokens == 4
-    assert talk.nbytes == 6144
+        conversation.undo()
+    assert conversation.tokens == 4
+    assert conversation.nbytes == 6144
 
 
 def test_save_and_load_go_on_as_if_nothing_had_happened(templated, tmp_path):
     model, tokenizer = mlx_pararnn.load(templated)
-    talk = Chat(model, tokenizer)
-    say(talk, "one", max_tokens=6)
-    file = talk.save(tmp_path / "talk")
-    assert file == tmp_path / "talk.safetensors"
-    assert os.listdir(tmp_path) == ["talk.safetensors"]
+    conversation = Chat(model, tokenizer)
+    say(conversation, "one", max_tokens=6)
+    file = conversation.save(tmp_path / "conversation")
+    assert file == tmp_path / "conversation.safetensors"
+    assert os.listdir(tmp_path) == ["conversation.safetensors"]
     other = Chat(*mlx_pararnn.load(templated))
-    other.load(tmp_path / "talk")
-    assert other.messages == talk.messages
-    assert say(other, "two", max_tokens=20) == say(talk, "two", max_tokens=20)
-    talk.reset()
-    assert (talk.tokens, talk.messages, talk.nbytes) == (0, [], 0)
-    talk.load(file)
-    assert talk.messages == [{"role": "user", "content": "one"}, other.messages[1]]
+    other.load(tmp_path / "conversation")
+    assert other.messages == conversation.messages
+    assert say(other, "two", max_tokens=20) == say(conversation, "two", max_tokens=20)
+    conversation.reset()
+    assert (conversation.tokens, conversation.messages, conversation.nbytes) == (0, [], 0)
+    conversation.load(file)
+    assert conversation.messages == [{"role": "user", "content": "one"}, other.messages[1]]
 
 
 def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
-    talk = Chat(*demo)
-    say(talk, "def", max_tokens=3)
+    conversation = Chat(*demo)
+    say(conversation, "def", max_tokens=3)
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     model, _ = mlx_pararnn.load_model(converted("trained/paragru/final.pt"))
     Chat(model, demo[1]).save(tmp_path / "other")
     for file, message in (
         ("nowhere", "no such file"),
-        ("noise", "is not a talk saved by /save, nor a prompt cache that MLX-LM wrote for this model"),
-        (DEMO / "model", "is not a talk saved by /save"),
+        (
+            "noise",
+            "is not a conversation saved by /save, nor a prompt cache that MLX-LM wrote for this model",
+        ),
+        (DEMO / "model", "is not a conversation saved by /save"),
         ("other", "was saved with another model"),
     ):
         with pytest.raises(PararnnError, match=message):
-            talk.load(tmp_path / file)
-    assert talk.tokens == 6
+            conversation.load(tmp_path / file)
+    assert conversation.tokens == 6
     with pytest.raises(PararnnError, match="no such folder"):
-        talk.save(tmp_path / "no" / "folder")
+        conversation.save(tmp_path / "no" / "folder")
 
 
 def test_saving_overwrites_a_saved_talk_and_nothing_else(demo, tmp_path):
-    talk = Chat(*demo)
-    say(talk, "def", max_tokens=3)
-    talk.save(tmp_path / "talk")
-    talk.save(tmp_path / "talk")
+    conversation = Chat(*demo)
+    say(conversation, "def", max_tokens=3)
+    conversation.save(tmp_path / "conversation")
+    conversation.save(tmp_path / "conversation")
     model = shutil.copy(DEMO / "model.safetensors", tmp_path)
     for name in ("model.safetensors", "model"):
-        with pytest.raises(PararnnError, match="exists and is not a saved talk; choose another name"):
-            talk.save(tmp_path / name)
+        with pytest.raises(PararnnError, match="exists and is not a saved conversation; choose another name"):
+            conversation.save(tmp_path / name)
     assert mx.load(str(model)).keys() == mx.load(str(DEMO / "model.safetensors")).keys()
     for folder in ("/", tmp_path):
         with pytest.raises(PararnnError, match="is a folder; give a file name"):
-            talk.save(folder)
+            conversation.save(folder)
 
 
 def test_a_system_prompt_needs_a_template(demo):
@@ -316,7 +322,7 @@ COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "chat"]
 
 def test_in_a_pipe(tmp_path):
     lines = (
-        "def main(\n/stats\n/save talk\n\n/reset\n/stats\n/load talk\n/load no\n/what\n/save\n/help\n"
+        "def main(\n/stats\n/save said\n\n/reset\n/stats\n/load said\n/load no\n/what\n/save\n/help\n"
         "import\n/undo\n/stats\n/branch here\n/branch\nmore\n/goto there\n/goto here\n/stats\n"
         "/save /\nBYTES\n/reset\n/undo\n/regenerate\ndef main(\n/regenerate\n/quit\nnever\n"
     )
@@ -327,13 +333,13 @@ def test_in_a_pipe(tmp_path):
     said = result.stderr.decode()
     assert "no chat template: it continues what you type" in said
     assert "14 tokens so far; state 3,840 bytes; last answer" in said
-    assert "Saved to talk.safetensors." in said
+    assert "Saved to said.safetensors." in said
     assert "0 tokens so far; state 0 bytes" in said
     assert "Going on after 14 tokens." in said
     assert "error: no such file: no.safetensors" in said
     assert "No command /what; /help lists them." in said
     assert "/save needs a file name." in said
-    assert "/reset       forget the talk" in said
+    assert "/reset       forget the conversation" in said
     assert "Taken back: import" in said
     assert "14 tokens so far; state 3,840 bytes" in said.partition("Taken back: import")[2]
     assert "/goto here comes back to this point." in said
@@ -416,9 +422,9 @@ def test_a_template_that_fails_is_named_and_nothing_was_asked(template, template
     list(chat.respond("Hello", max_tokens=2))
     messages, tokens = list(chat.messages), chat.tokens
     tokenizer.chat_template = template
-    for talk in (chat, Chat(model, tokenizer)):
+    for conversation in (chat, Chat(model, tokenizer)):
         with pytest.raises(PararnnError, match=r"chat template in .*model fails"):
-            list(talk.respond("Hello again", max_tokens=2))
+            list(conversation.respond("Hello again", max_tokens=2))
     assert (chat.messages, chat.tokens) == (messages, tokens)
     (folder / "chat_template.jinja").write_text(template)
     command = [sys.executable, "-m", "mlx_pararnn", "generate", folder, "-p", "x", "--max-tokens", "2"]

@@ -15,7 +15,7 @@ pytestmark = [
 
 IDLE = "document.getElementById('send')?.disabled === false"
 ANSWER = "[...document.querySelectorAll('.assistant > div')].at(-1)?.textContent"
-TALK = "[...document.querySelectorAll('.message > div')].map((e) => e.textContent)"
+CONVERSATION = "[...document.querySelectorAll('.message > div')].map((e) => e.textContent)"
 FOCUS = "document.activeElement.id"
 
 
@@ -48,7 +48,7 @@ def status(page):
 def ask(page, text):
     page.type(text)
     page.press("Enter")
-    page.wait_for(f"{TALK}.length > 1 && {IDLE}")
+    page.wait_for(f"{CONVERSATION}.length > 1 && {IDLE}")
     return page.run(ANSWER)
 
 
@@ -61,22 +61,22 @@ def test_a_talk_by_keyboard(page):
     assert "40 tokens · " in said
     assert "tokens/s · read 16 of 16 prompt tokens · state 6.1 KB" in said
     second = ask(page, "def main(")
-    assert page.run(TALK) == ["import os", first, "def main(", second]
+    assert page.run(CONVERSATION) == ["import os", first, "def main(", second]
     asked = 16 + 41 + 16
     assert f"read {asked - 16 - 40} of {asked} prompt tokens" in status(page)
 
     page.press("KeyR", alt=True)
     page.wait_for("document.getElementById('send').disabled")
     page.wait_for(IDLE)
-    assert page.run(TALK) == ["import os", first, "def main(", second]
+    assert page.run(CONVERSATION) == ["import os", first, "def main(", second]
     assert f"read 1 of {asked} prompt tokens" in status(page)
 
     page.press("KeyZ", alt=True)
-    assert page.run(TALK) == ["import os", first]
+    assert page.run(CONVERSATION) == ["import os", first]
     assert page.run("document.getElementById('input').value") == "def main("
     assert page.run(FOCUS) == "input"
     page.press("Enter")
-    page.wait_for(f"{TALK}.length === 4 && {IDLE}")
+    page.wait_for(f"{CONVERSATION}.length === 4 && {IDLE}")
     assert page.run(ANSWER) == second
 
 
@@ -137,7 +137,7 @@ def test_system_prompt_and_settings_are_sent(page):
     set_field(page, "top_p", "7")
     page.run("document.getElementById('again').click()")
     assert "Top p: " in page.wait_for("document.getElementById('error').textContent")
-    assert len(page.run(TALK)) == 2
+    assert len(page.run(CONVERSATION)) == 2
 
 
 def test_what_was_not_answered_can_be_sent_again(page):
@@ -145,14 +145,14 @@ def test_what_was_not_answered_can_be_sent_again(page):
     set_field(page, "top_p", "7")
     page.run("const typed = document.getElementById('input'); typed.value = 'a'; send(); typed.value = 'b'")
     page.wait_for("document.getElementById('input').value === 'a\\nb'")
-    assert page.run(TALK) == []
+    assert page.run(CONVERSATION) == []
 
 
 def test_text_is_text(page):
     set_field(page, "max_tokens", "1")
     ask(page, "<img src=x onerror=alert(1)><b>")
-    assert page.run(TALK)[0] == "<img src=x onerror=alert(1)><b>"
-    assert page.run("document.querySelectorAll('#talk img, #talk b').length") == 0
+    assert page.run(CONVERSATION)[0] == "<img src=x onerror=alert(1)><b>"
+    assert page.run("document.querySelectorAll('#conversation img, #conversation b').length") == 0
 
 
 def luminance(color):

@@ -19,36 +19,15 @@ import pytest
 
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
-from mlx_pararnn.chat.prompt_cache import SPACING
 from mlx_pararnn.chat.server import Settings, serve
 from mlx_pararnn.chat.server.access import MAX_BODY
 from mlx_pararnn.loading import DEMO
 from tests.support.generation import greedy, same_until_a_near_tie
-from tests.support.serving import COMMAND, TEMPLATE, demo_in_float32, folder_of, running
+from tests.support.serving import COMMAND, MOST, TEMPLATE, client_of, folder_of, running
 
 PROMPTS = [f"def f{n}(self, value):\n    return {n}\n\nclass C{n * 'x'}" for n in range(16)]
 KEY = "a-key-of-ours"
-MOST = 300
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return demo_in_float32(tmp_path_factory.mktemp("serve") / "demo")
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with running(folder, "--max-tokens", MOST) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return client_of(server)
-
-
-def client_of(server, key="any"):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=120)
+SPACING = 64  # as docs/serving.md has it
 
 
 @pytest.fixture(scope="module")
@@ -244,36 +223,43 @@ def test_an_edited_conversation_is_read_again_from_the_edit(client, demo):
     for place in (540, 400, 100):
         edited = story[:place] + "#" + story[place + 1 :]
         _, read = ask(edited)
-        behind = len(longer) + 20 - place
-        assert len(edited) - place <= read < len(edited) - place + max(SPACING, 2 * behind / 3)
+        after = len(longer) + 20 - place
+        assert len(edited) - place <= read < len(edited) - place + max(SPACING, 2 * after / 3)
 
 
-def test_chat_with_a_template(tmp_path, folder, demo):
-    folder = shutil.copytree(folder, tmp_path / "talker")
+@pytest.fixture(scope="module")
+def guarded(folder, tmp_path_factory):
+    """A server with a template and a key, open to other machines."""
+    folder = shutil.copytree(folder, tmp_path_factory.mktemp("guarded") / "talker")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with running(folder, "-m", 30) as server:
-        client = client_of(server)
-        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import os"}]
+    with running(folder, "-m", 30, "--host", "0.0.0.0", "--api-key", KEY) as server:
+        server.url = server.url.replace("0.0.0.0", "127.0.0.1")
+        yield server
 
-        def ask(**kwargs):
-            answer = client.chat.completions.create(model="talker", messages=messages, **kwargs)
-            rendered = "".join(f"[{m['role'][0]}]{m['content']}~" for m in messages) + "[a]"
-            assert answer.usage.prompt_tokens == len(rendered)
-            assert is_the_greedy_text(demo, rendered, answer.choices[0].message.content, 30)
-            return answer.choices[0].message.content, answer.usage.prompt_tokens_details.cached_tokens
 
-        first, cached = ask(max_tokens=1000)  # more than -m allows
-        assert cached == 0
-        messages += [
-            {"role": "assistant", "content": first},
-            {"role": "user", "content": "and more"},
-        ]
-        ask()
-        assert ask()[1] > 60
-        messages[-1]["content"] = "or less"
-        assert ask()[1] > 40
-        messages[1]["content"] = "import sys"
-        assert ask()[1] >= len("[s]Be brief.~")  # the system prompt is kept apart
+def test_chat_with_a_template(guarded, demo):
+    client = client_of(guarded, KEY)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import os"}]
+
+    def ask(**kwargs):
+        answer = client.chat.completions.create(model="talker", messages=messages, **kwargs)
+        rendered = "".join(f"[{m['role'][0]}]{m['content']}~" for m in messages) + "[a]"
+        assert answer.usage.prompt_tokens == len(rendered)
+        assert is_the_greedy_text(demo, rendered, answer.choices[0].message.content, 30)
+        return answer.choices[0].message.content, answer.usage.prompt_tokens_details.cached_tokens
+
+    first, cached = ask(max_tokens=1000)  # more than -m allows
+    assert cached == 0
+    messages += [
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "and more"},
+    ]
+    ask()
+    assert ask()[1] > 60
+    messages[-1]["content"] = "or less"
+    assert ask()[1] > 40
+    messages[1]["content"] = "import sys"
+    assert ask()[1] >= len("[s]Be brief.~")  # the system prompt is kept apart
 
 
 def word_tokenizer(path, words):
@@ -426,6 +412,7 @@ def test_sizes_are_bounded(server):
     assert json.loads(content)["usage"]["completion_tokens"] == MOST
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("start", "answer"),
     [
@@ -491,24 +478,23 @@ def test_other_sites_and_names_are_turned_away(server):
     assert b"http" not in page.replace(b'xmlns="http', b"")  # nothing of the page comes from elsewhere
 
 
-def test_every_request_needs_the_key():
-    with running("--host", "0.0.0.0", "--api-key", KEY) as server:
-        server.url = server.url.replace("0.0.0.0", "127.0.0.1")
-        answer = client_of(server, KEY).completions.create(model="demo", prompt="def main(", max_tokens=4)
-        assert answer.choices[0].text == "self"
-        for wrong in ("", "wrong", KEY[:-1], KEY + "x", "é"):
-            bearer = f"Bearer {wrong}".encode()
-            assert request(server, "GET", "/v1/models", Authorization=bearer)[0] == 401
-        with pytest.raises(openai.AuthenticationError, match="a valid API key is needed"):
-            client_of(server, "wrong").completions.create(model="demo", prompt="x")
-        for method in ("GET", "POST", "OPTIONS", "HEAD", "PUT"):
-            for path in ("/", "/health", "/v1/models", TEXT, "/nowhere"):
-                assert request(server, method, path)[0] == 401
-        for user, key, status in (("any", KEY, 200), ("", KEY, 200), ("any", "wrong", 401), (KEY, "", 401)):
-            basic = "Basic " + base64.b64encode(f"{user}:{key}".encode()).decode()
-            assert request(server, "GET", "/", Authorization=basic)[0] == status
-        assert request(server, "GET", "/", Authorization="Basic ???")[0] == 401
-        assert request(server, "GET", "/")[1]["WWW-Authenticate"].startswith("Basic")
+def test_every_request_needs_the_key(guarded):
+    server = guarded
+    answer = client_of(server, KEY).completions.create(model="talker", prompt="def main(", max_tokens=4)
+    assert answer.choices[0].text == "self"
+    for wrong in ("", "wrong", KEY[:-1], KEY + "x", "é"):
+        bearer = f"Bearer {wrong}".encode()
+        assert request(server, "GET", "/v1/models", Authorization=bearer)[0] == 401
+    with pytest.raises(openai.AuthenticationError, match="a valid API key is needed"):
+        client_of(server, "wrong").completions.create(model="demo", prompt="x")
+    for method in ("GET", "POST", "OPTIONS", "HEAD", "PUT"):
+        for path in ("/", "/health", "/v1/models", TEXT, "/nowhere"):
+            assert request(server, method, path)[0] == 401
+    for user, key, status in (("any", KEY, 200), ("", KEY, 200), ("any", "wrong", 401), (KEY, "", 401)):
+        basic = "Basic " + base64.b64encode(f"{user}:{key}".encode()).decode()
+        assert request(server, "GET", "/", Authorization=basic)[0] == status
+    assert request(server, "GET", "/", Authorization="Basic ???")[0] == 401
+    assert request(server, "GET", "/")[1]["WWW-Authenticate"].startswith("Basic")
 
 
 @pytest.mark.large
@@ -536,18 +522,44 @@ def test_it_stops_while_it_reads_a_prompt_that_is_answered_by_itself():
         assert server.stop()[0] == 0
 
 
-def test_it_ends_with_one_sentence_when_generation_cannot_go_on(tmp_path, monkeypatch):
-    (tmp_path / "broken.py").write_text(
-        "from mlx_pararnn import Model\n"
-        "call = Model.__call__\n"
-        "def broken(self, inputs, **kwargs):\n"
-        "    if 7 in inputs.tolist()[0]:\n"
-        "        raise RuntimeError('the device is gone')\n"
-        "    return call(self, inputs, **kwargs)\n"
-        "Model.__call__ = broken\n"
-    )
+BROKEN = """
+from mlx_pararnn import Model
+from mlx_pararnn.chat.server import prompts
+from mlx_pararnn.detokenizer import Detokenizer
+
+class Panic(BaseException):
+    pass  # as Rust's libraries raise them
+
+call, encode, add_token = Model.__call__, prompts.encode, Detokenizer.add_token
+
+def broken(self, inputs, **kwargs):
+    if 7 in inputs.tolist()[0]:
+        raise RuntimeError("the device is gone")
+    return call(self, inputs, **kwargs)
+
+def panicking(tokenizer, prompt):
+    if prompt == "panic":
+        raise Panic("index out of bounds")
+    return encode(tokenizer, prompt)
+
+def panicking_token(self, token):
+    if token == 5:
+        raise Panic("not a char boundary")
+    add_token(self, token)
+
+Model.__call__, prompts.encode, Detokenizer.add_token = broken, panicking, panicking_token
+"""
+
+
+def test_a_panic_ends_a_request_and_a_lost_device_the_server(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.chdir(tmp_path)
     with running("--import", "broken") as server:
+        status, _, content = request(server, "POST", TEXT, {"prompt": "panic"})
+        assert (status, "Panic: index out of bounds" in content.decode()) == (400, True)
+        body = {"prompt": "x", "max_tokens": 2, "logit_bias": {"5": 1000}}
+        status, _, content = request(server, "POST", TEXT, body)
+        assert (status, "Panic: not a char boundary" in content.decode()) == (500, True)
         assert request(server, "POST", TEXT, {"prompt": "x", "max_tokens": 2})[0] == 200
         status, _, content = request(server, "POST", TEXT, {"prompt": "\x07\x07", "max_tokens": 2})
         assert (status, "generation stopped: the device is gone" in content.decode()) == (503, True)

@@ -3,31 +3,27 @@
 import contextlib
 import http.client
 import json
+import re
 import signal
 import socket
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from mlx_pararnn import PararnnError
+from mlx_pararnn.chat.server import Settings, serve
+from mlx_pararnn.chat.server.answers import TokenTexts, chat_logprobs, completion_logprobs
+from mlx_pararnn.chat.server.engine import TokenInfo
 from mlx_pararnn.loading import DEMO
-from tests.support.serving import TEMPLATE, demo_in_float32, folder_of, running
+from tests.support.serving import PAGE_ORIGIN, TEMPLATE, client_of, folder_of, running
 
-APP = "app://obsidian.md"
+DOCS = Path(__file__).parents[2] / "docs"
 ENDLESS = "{% if messages[0]['content'] == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = demo_in_float32(tmp_path_factory.mktemp("requests") / "demo")
-    with running(folder, "--allow-origin", APP, "--allow-origin", "host.docker.internal") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=60)
 
 
 def ask(server, path, body=None, method="POST", **headers):
@@ -83,6 +79,7 @@ def test_the_prompts_own_log_probabilities(client):
     scored = client.completions.create(
         model="demo", prompt="def main(self", max_tokens=0, echo=True, logprobs=1
     ).choices[0]
+    assert scored.finish_reason == "length"
     assert scored.text == "".join(scored.logprobs.tokens) == "def main(self"
     assert scored.logprobs.text_offset == list(range(13))
     assert scored.logprobs.token_logprobs[0] is None
@@ -127,16 +124,77 @@ def test_paths_and_bodies(server):
     assert ask(server, "/v1/models", method="PUT")[0] == 405
     status, _, said = ask(server, "/tokenize", {"content": "ab"})
     assert (status, json.loads(said)) == (200, {"tokens": [97, 98], "count": 2})
-    assert json.loads(ask(server, "/openapi.json", method="GET")[2])["openapi"] == "3.1.0"
+    described = json.loads(ask(server, "/openapi.json", method="GET")[2])
+    assert described["openapi"] == "3.1.0"
+    table = [line for line in (DOCS / "serving.md").read_text().splitlines() if line.startswith("| `/")]
+    documented = [path for line in table for path in re.findall(r"`(/[\w/.]*)`", line.split("|")[1])]
+    assert len(documented) > 5
+    assert set(documented) <= set(described["paths"])
+    for path, entry in described["paths"].items():
+        (method,) = entry
+        assert ask(server, path.replace("{name}", "demo"), "{}", method.upper())[0] != 404
     # Nothing of the body is waited for where nothing answers.
     assert ask(server, "/nowhere", b"", Content_Length="1000")[0] == 404
 
 
+def test_without_a_template_the_messages_are_the_text(client):
+    """And a content of null is no word."""
+    messages = [{"role": "system", "content": None}, {"role": "user", "content": "def "}]
+    messages += [{"role": "assistant", "content": None}, {"role": "user", "content": "main("}]
+    answer = client.chat.completions.create(model="demo", messages=messages, max_tokens=12)
+    assert answer.choices[0].message.content == "self, other)"
+    assert answer.usage.prompt_tokens == len("def main(")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text"), [("😀", '"Hi é'), ("é😀", '"Hi '), (["x", "i é"], '"H'), ("ü", '"Hi é😀"')]
+)
+def test_stop_strings_of_several_tokens_a_character(client, stream, stop, text):
+    """The model can say this one text only, in bytes."""
+    schema = {"name": "n", "schema": {"const": "Hi é😀"}}
+    chunks = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "x"}],
+        response_format={"type": "json_schema", "json_schema": schema},
+        stop=stop,
+        stream=stream,
+    )
+    if stream:
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    else:
+        assert chunks.choices[0].message.content == text
+
+
+def test_the_space_of_a_sentencepiece_token_stays_in_log_probabilities():
+    words = ["\u2581Hello", "\u2581world", "s", "<0xC3>", "<0xA9>"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="s"))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    texts = TokenTexts(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    infos = [TokenInfo(n, -1.0, [(n, -1.0)]) for n in range(5)]
+    said = completion_logprobs(texts, infos)
+    assert said["tokens"] == [" Hello", " world", "s", "bytes:\\xc3", "bytes:\\xa9"]
+    assert list(said["top_logprobs"][1]) == [" world"]
+    content = chat_logprobs(texts, infos)["content"]
+    assert content[1]["token"] == " world"
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == " Hello worldsé"
+
+
+def test_it_does_not_serve_once_a_rank(monkeypatch):
+    """mlx.launch would start one server for each of its processes, all on one address."""
+    for name, value in (("MLX_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(PararnnError, match=r"without mlx\.launch"):
+                serve(DEMO, Settings())
+
+
 def test_names_are_let_in_that_were_given(server):
     body = {"prompt": "x", "max_tokens": 1}
-    status, headers, _ = ask(server, "/v1/completions", body, Origin=APP)
-    assert (status, headers["Access-Control-Allow-Origin"]) == (200, APP)
-    preflight = {"Origin": APP, "Access_Control_Request_Method": "POST"}
+    status, headers, _ = ask(server, "/v1/completions", body, Origin=PAGE_ORIGIN)
+    assert (status, headers["Access-Control-Allow-Origin"]) == (200, PAGE_ORIGIN)
+    preflight = {"Origin": PAGE_ORIGIN, "Access_Control_Request_Method": "POST"}
     assert ask(server, "/v1/completions", method="OPTIONS", **preflight)[0] == 204
     status, headers, said = ask(server, "/v1/completions", body, Origin="tauri://localhost")
     assert (status, headers["Access-Control-Allow-Origin"]) == (403, None)
@@ -146,6 +204,7 @@ def test_names_are_let_in_that_were_given(server):
     assert (status, "--allow-origin other.internal" in said) == (403, True)
 
 
+@pytest.mark.large
 def test_an_endless_template_ends_alone(tmp_path):
     import mlx_pararnn
 
@@ -154,7 +213,7 @@ def test_an_endless_template_ends_alone(tmp_path):
     end = "{% endfor %}{% endfor %}{% endif %}"
     (folder / "chat_template.jinja").write_text(ENDLESS + end + TEMPLATE)
     with running(folder) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=60)
+        client = client_of(server)
         with pytest.raises(openai.BadRequestError, match="more than 5 seconds"):
             client.chat.completions.create(model="endless", messages=[{"role": "user", "content": "loop"}])
         said = client.chat.completions.create(
@@ -175,6 +234,7 @@ Model.__call__ = hang
 """
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_ends_it_whatever_native_code_does(tmp_path, monkeypatch, times):
     (tmp_path / "hanging.py").write_text(HANGING)
@@ -226,6 +286,7 @@ def connect(server):
     return socket.create_connection(("127.0.0.1", urlsplit(server.url).port), timeout=30)
 
 
+@pytest.mark.large
 def test_clients_that_do_not_read_leave_the_others_their_turn():
     body = json.dumps({"prompt": "x", "max_tokens": 10**5, "temperature": 1, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -236,6 +297,7 @@ def test_clients_that_do_not_read_leave_the_others_their_turn():
         assert (status, json.loads(said)["choices"][0]["finish_reason"]) == (200, "length")
 
 
+@pytest.mark.large
 def test_connections_that_ask_for_nothing_make_room(tmp_path, monkeypatch):
     code = "from mlx_pararnn.chat.server import listen\nlisten.MAX_CONNECTIONS = 20\n"
     (tmp_path / "narrow.py").write_text(code)

@@ -1,4 +1,4 @@
-"""The one door: methods, masks, states, iterates, guarantees, transformations, bad arguments."""
+"""`recurrence`: methods, masks, states, iterates, guarantees, transformations, bad arguments."""
 
 import os
 import platform
@@ -105,6 +105,7 @@ def test_newton_ends_with_the_sequential_answer_whatever_the_weights(name, scale
     assert float(info.residual) == 0
 
 
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="a Mac's compiler fuses by itself")
 def test_the_same_where_the_compiler_fuses_multiply_and_add(tmp_path):
     """As compilers do on arm64: two compilations of one formula then round differently."""

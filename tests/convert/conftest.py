@@ -23,7 +23,7 @@ def refused(tmp_path) -> Callable[..., str]:
         assert result.stderr.count("\n") == 1, result.stderr
         assert "Traceback" not in result.stderr
         assert "--debug" not in result.stderr, "an error that nobody foresaw"
-        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+        assert sorted(tmp_path.rglob("*")) == before, "something was left"
         return result.stderr.removeprefix("error: ").strip()
 
     return run

@@ -1,4 +1,4 @@
-"""Bad input: one sentence that says what is wrong, exit code 1, and nothing left behind."""
+"""Bad input: one sentence that says what is wrong, exit code 1, and nothing left."""
 
 import json
 import struct

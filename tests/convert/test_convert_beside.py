@@ -1,5 +1,8 @@
 """What training checkpoints hold beside the model is passed over, and nothing of it is made or called."""
 
+import collections
+import pickle
+
 import numpy as np
 import pytest
 
@@ -33,6 +36,8 @@ BESIDE = {
         "numpy._core.multiarray", "scalar", (Call("numpy", "dtype", ("f8", False, True)), "x")
     ),
     "datetime": Call("datetime", "datetime", (Call("_codecs", "encode", ("abc", "latin1")),)),
+    "a subclass of OrderedDict": Call("training.state", "Averages", ()),
+    "a class": Named("training.state", "Averages"),
     "Namespace": Made("argparse", "Namespace", {"lr": 0.1}),
     "uint16": untyped("uint16", 4, 2),
     "float8": untyped("float8_e4m3fn", 4, 1),
@@ -84,6 +89,30 @@ def test_float8_weights_get_the_sentence_of_safetensors(refused, tmp_path):
     assert "it looks quantized (final_norm.weight holds F8_E4M3 numbers)" in message
 
 
+def ordered(module, name, content, state=b"}"):
+    """What pickle writes of an OrderedDict's subclass: a call with no arguments, then state and items."""
+    tail = b"(" + b"".join(pickled(key) + pickled(value) for key, value in content.items()) + b"u"
+    return Raw(f"c{module}\n{name}\n)R".encode() + state + b"b" + tail)
+
+
+def pickled(value):
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def test_a_subclass_of_ordered_dict_is_read_as_a_dict(accepted, refused, tmp_path):
+    averages = ordered("training.state", "Averages", {"decay": 0.9, "steps": [1, 2]})
+    content = {"model": apple_gru(), "averages": averages, "hidden": ordered("__main__", "Seen", {})}
+    assert "model.norm.weight" in weights(accepted(write_pt(tmp_path / "m.pt", content)))
+    for call, said in (
+        (Call("training.state", "Averages", (1,)), "names training.state.Averages"),
+        (Made("training.state", "Averages", {}), "names training.state.Averages"),
+        (Call("os", "getcwd", ()), "names os.getcwd"),
+        (ordered("builtins", "frozenset", {}), "names builtins.frozenset"),
+    ):
+        beside = {"model": apple_gru(), "beside": call}
+        assert said in refused(write_pt(tmp_path / "other.pt", beside))
+
+
 @pytest.mark.parametrize("name", ["os.system", "builtins.getattr", "builtins.eval", "subprocess.Popen"])
 def test_what_torch_refuses_beside_the_model_stays_refused(name, refused, tmp_path):
     module, function = name.split(".")
@@ -91,10 +120,13 @@ def test_what_torch_refuses_beside_the_model_stays_refused(name, refused, tmp_pa
     assert f"names {name}" in refused(write_pt(tmp_path / "m.pt", content))
 
 
+class Averages(collections.OrderedDict):
+    """As training code has them."""
+
+
 def test_what_torch_itself_writes_beside_a_model(accepted, tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
     import argparse
-    import collections
     import datetime
 
     model = {name: torch.from_numpy(value) for name, value in apple_gru().items()}
@@ -117,6 +149,7 @@ def test_what_torch_itself_writes_beside_a_model(accepted, tmp_path):
         "time": datetime.datetime(2025, 1, 2),
         "span": datetime.timedelta(1),
         "args": argparse.Namespace(lr=1),
+        "averages": Averages(decay=0.9),
     }
     for protocol in (2, 4, 5):
         for name, value in beside.items():

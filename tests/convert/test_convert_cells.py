@@ -133,3 +133,14 @@ def test_a_bare_cell_whose_matrices_mix_channels_is_refused(refused, tmp_path):
     }
     save_file(cell, tmp_path / "cell.safetensors")
     assert "mix channels" in refused(tmp_path / "cell.safetensors")
+
+
+def test_several_cells_without_a_model_are_told_from_one(refused, tmp_path):
+    zeros = {"W_x.weight": (18, 5), "W_x.bias": (18,), **dict.fromkeys(("a_z", "a_r", "a_n"), (6,))}
+    cells = {f"{n}.{name}": np.zeros(shape, "f4") for n in (0, 1) for name, shape in zeros.items()}
+    save_file(cells, tmp_path / "cells.safetensors")
+    assert "it holds 2 cells (0., 1.) and no model around them" in refused(tmp_path / "cells.safetensors")
+    apple = {"A": (3, 6), "B": (1, 5, 3, 6), "b": (3, 6)}
+    cells = {f"rnn.{n}.{name}": np.zeros(shape, "f4") for n in (0, 1) for name, shape in apple.items()}
+    write_pt(tmp_path / "cells.pt", cells)
+    assert "it holds 2 cells (rnn.0., rnn.1.)" in refused(tmp_path / "cells.pt")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.coreml import memory, package_check
 from mlx_pararnn.convert.coreml.constants import Half, Linear, Palette, stored
 from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
+from mlx_pararnn.convert.coreml.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
 from tests.support.coreml.interpreter import Package
@@ -72,7 +74,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def no_export(tmp_path):
-    """A function that runs an export that must fail and leave nothing behind; it gives the sentence."""
+    """A function that runs an export that must fail and leave nothing; it gives the sentence."""
 
     def run(source, *options, out=None, code=1):
         before = sorted(tmp_path.rglob("*"))
@@ -82,7 +84,7 @@ def no_export(tmp_path):
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1, result.stderr
         assert "--debug" not in result.stderr, "an error that nobody foresaw"
-        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+        assert sorted(tmp_path.rglob("*")) == before, "something was left"
         return result.stderr.removeprefix("error: ").strip()
 
     return run
@@ -176,6 +178,7 @@ def test_iterations_are_measured_on_more_than_two_small_chunks(tmp_path, data):
     assert "of 128 likeliest tokens" in result.stdout
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("cell", "state", "warned"), [("slstm", "graph", True), ("slstm", "io", False)])
 def test_a_state_that_grows_is_warned_of(tmp_path, cell, state, warned):
     folder = small_model(tmp_path / "mlx", cell=cell, mixer="plain")
@@ -185,6 +188,7 @@ def test_a_state_that_grows_is_warned_of(tmp_path, cell, state, warned):
     assert ("warning: sLSTM's state grows" in result.stderr) == warned
 
 
+@pytest.mark.large
 def test_a_config_may_leave_the_cell_out(model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     assert "cell" not in config  # nor anything else that has a default
@@ -195,7 +199,7 @@ def test_a_config_may_leave_the_cell_out(model, tmp_path):
 # --- fewer bits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("options", "how", "share"),
     [(["-q"], "int8", 0.56), (["-q", "--q-bits", 4], "int4", 0.36), (["--palettize", 4], "palette4", 0.31)],
@@ -314,6 +318,7 @@ def test_no_coremltools_for_this_python(model, no_export, monkeypatch):
     assert "pip install" in message
 
 
+@pytest.mark.large
 def test_out_exists(model, no_export, tmp_path):
     out = tmp_path / "out"
     assert export(model, out, "--tokenizer", "none", "--chunk", 8).exit_code == 0
@@ -485,6 +490,27 @@ class StandIn:
         return {k: v + self.wrong * (k == "logits") for k, v in outputs.items()}
 
 
+def test_verify_sees_that_weights_are_others(packages, tmp_path):
+    """Whole by their sizes, zero from a place on: what a copy that was interrupted leaves."""
+    package = shutil.copytree(packages(), tmp_path / "zeroed")
+    [file] = package.rglob("weight.bin")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 + 200 : len(data) // 2 + 300] = bytes(100)
+    file.write_bytes(data)
+    result = verify(package)
+    assert result.exit_code == 1
+    assert "its weights are not those that were exported" in result.stderr
+
+
+def test_fields_that_no_program_knows_are_refused(model, no_export, tmp_path):
+    """Those of a newer version; and a field of our own config.json that nobody taught the export."""
+    config = json.loads((model / "config.json").read_text()) | {"logit_softcap": 30, "attention": None}
+    (model / "config.json").write_text(json.dumps(config))
+    assert "does not know the fields attention, logit_softcap" in no_export(model)
+    assert {field.name for field in fields_of(ModelArgs)} == EXPORTED
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("options", [[], ["--state", "io"], ["--argmax"]])
 def test_verify_compares_every_processor_with_the_reference(packages, monkeypatch, options):
     out = packages(*options)
@@ -521,6 +547,7 @@ def test_verify_of_a_package_that_is_not_whole(packages, tmp_path, monkeypatch):
     assert "is no whole Core ML package" in verify(out).stderr
 
 
+@pytest.mark.large
 def test_a_checkpoint_is_opened_once(model, tmp_path, monkeypatch):
     from mlx_pararnn.convert import to_coreml, to_mlx
 

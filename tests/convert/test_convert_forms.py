@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import config, convert, weights
@@ -191,3 +191,14 @@ def test_strides_read_in_pieces_are_what_pytorch_sees(accepted, monkeypatch, tmp
         monkeypatch.setattr(tensors, "_READ_COST", cost)
         pieced = weights(accepted(write_pt(tmp_path / "turned.pt", turned)))
         assert all(np.array_equal(plain[name], pieced[name]) for name in plain)
+
+
+def test_a_header_whose_size_begins_like_a_pickle(accepted, tmp_path):
+    """640, 896, 1152 or 1408 bytes more than a multiple of 65536."""
+    raw = save(apple_gru())
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].ljust(0x10580)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    assert path.read_bytes()[:2] == b"\x80\x05"
+    assert "model.norm.weight" in weights(accepted(path))

@@ -33,7 +33,7 @@ def write_big_checkpoint(path: Path, nbytes: int, d: int = 2048, heads: int = 4)
 
 
 def peak_anonymous_memory(process: subprocess.Popen) -> int:
-    """The most memory without a file behind it that was seen while the process ran, in bytes."""
+    """The most memory that no file holds that was seen while the process ran, in bytes."""
     peak = 0
     while process.poll() is None:
         try:

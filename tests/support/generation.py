@@ -14,5 +14,5 @@ def same_until_a_near_tie(model, prompt, a, b):
     for n, (x, y) in enumerate(zip(a, b, strict=True)):
         if x != y:
             best = mx.sort(model(mx.array([prompt + a[:n]]))[0, -1])[-2:]
-            return (best[1] - best[0]).item() < 1e-3
+            return bool((best[1] - best[0] < 1e-3).item())
     return True

@@ -5,6 +5,7 @@ import tarfile
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,9 @@ def unpacked() -> tempfile.TemporaryDirectory:
     """The files of lm/forms.tar.xz, which repeat each other's bytes, in a folder of this process."""
     folder = tempfile.TemporaryDirectory(prefix="mlx-pararnn-golden-")
     with tarfile.open(DATA / "lm" / "forms.tar.xz") as archive:
-        checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since Python 3.11.4
+        checked: dict[str, Any] = (
+            {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        )  # since Python 3.11.4
         archive.extractall(Path(folder.name) / "lm", **checked)
     return folder
 
@@ -27,6 +30,11 @@ def unpacked() -> tempfile.TemporaryDirectory:
 def golden_file(name: str | Path) -> Path:
     """A file or folder by its path in tests/data ("lm/paragru_s64/dcp_flat"), unpacked if need be."""
     return DATA / name if (DATA / name).exists() else Path(unpacked().name) / name
+
+
+def arrays_in(file: Path) -> dict[str, mx.array]:
+    """What a safetensors file holds."""
+    return cast(dict[str, mx.array], mx.load(str(file)))
 
 
 def cell_cases() -> list[dict]:
@@ -41,7 +49,7 @@ def shown(case: dict) -> list[str]:
 
 def read(case):
     """cell, params (P, D), u (B, heads, T, gates, W) in float32, and the golden arrays with a batch axis."""
-    golden = {k: np.array(v) for k, v in mx.load(str(DATA / "cells" / case["file"])).items()}
+    golden = {k: np.array(v) for k, v in arrays_in(DATA / "cells" / case["file"]).items()}
     for name, array in golden.items():
         if name == "x" or name.startswith("y_"):
             golden[name] = array[None] if array.ndim == 2 else array
@@ -83,7 +91,7 @@ GOLDEN = [
 
 
 def golden_of(folder, prefix=""):
-    arrays = mx.load(str(DATA / folder / "golden.safetensors"))
+    arrays = arrays_in(DATA / folder / "golden.safetensors")
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 

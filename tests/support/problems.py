@@ -23,11 +23,11 @@ def problem(name, T=40, D=6, B=2, heads=1, scale=0.5, seed=0, state=False, memor
         gate, sign = KEEPING_GATE[name]
         u[:, :, :, cell.gates.index(gate)] += sign * memory
     initial = 0.3 * rng.normal(size=(B, len(cell.slots), D)) if state else None
-    if state and name == "slstm":
+    if initial is not None and name == "slstm":
         initial[:, 1] = 1 + initial[:, 1] ** 2  # n is a sum of exponentials
     arrays = (params, u) if initial is None else (params, u, initial)
-    params, u, *rest = (a.astype(np.float32) for a in arrays)
-    return cell, params, u, rest[0] if rest else None
+    single = [a.astype(np.float32) for a in arrays]
+    return cell, single[0], single[1], single[2] if len(single) > 2 else None
 
 
 def solve(cell, params, u, state=None, **options):

@@ -45,9 +45,9 @@ def a_few(items: Iterable[pytest.Function]) -> list[pytest.Function]:
 
 
 def mark_what_is_left_out(items: Iterable[pytest.Item]) -> None:
-    cases = defaultdict(list)
+    cases: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("sampled"):
+        if item.get_closest_marker("sampled") and isinstance(item, pytest.Function):
             cases[item.nodeid.partition("[")[0]].append(item)
     for group in cases.values():
         chosen = a_few(group)

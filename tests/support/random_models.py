@@ -1,5 +1,7 @@
 """Small models of every kind with random weights, their calls, and the same model in float64."""
 
+from typing import Any, cast
+
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
@@ -8,10 +10,10 @@ from mlx_pararnn import Cell, Model, ModelArgs, get_cell
 from tests.support import oracle
 
 # Sizes below, between and beyond the multiples of every vector length, 4, 8 and 16.
-SIZES = {"hidden_size": 72, "num_hidden_layers": 2, "vocab_size": 37, "intermediate_size": 43}
+SIZES: dict[str, Any] = {"hidden_size": 72, "num_hidden_layers": 2, "vocab_size": 37, "intermediate_size": 43}
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "gru": {"cell": "gru"},
     "lstm, 4 heads": {"cell": "lstm", "num_heads": 4, "conv_kernel": 3},
     "slstm, layer norm": {"cell": "slstm", "norm": "layer", "mlp": "gelu", "conv_kernel": 2},
@@ -34,7 +36,7 @@ TOKENS = mx.array(np.random.default_rng(5).integers(0, 37, (2, 5)))
 def make(kind="gru", dtype=mx.float32, seed=0, **sizes):
     """A model none of whose weights is 0 or 1, so that each of them counts."""
     rng = np.random.default_rng(seed)
-    made = Model(ModelArgs(**{**SIZES, **KINDS[kind], **sizes}))
+    made = Model(ModelArgs(**(SIZES | KINDS[kind] | sizes)))
 
     def filled(path, p):
         n = rng.normal(size=p.shape)
@@ -44,10 +46,15 @@ def make(kind="gru", dtype=mx.float32, seed=0, **sizes):
         n = n * 1.4 * fan_in**-0.5 if p.ndim > 1 else 0.3 * n + (path.endswith("weight") or "scale" in path)
         return mx.array(n.astype(np.float32)).astype(dtype)
 
-    filled_in = [(path, filled(path, p)) for path, p in tree_flatten(made.parameters())]
+    filled_in = [(path, filled(path, p)) for path, p in flat(made)]
     made.update(tree_unflatten(filled_in))
     mx.eval(made.parameters())
     return made
+
+
+def flat(made: Model) -> list[tuple[str, mx.array]]:
+    """Its weights by their paths."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(made.parameters()))
 
 
 def cell_of(made) -> Cell:
@@ -76,14 +83,15 @@ def silu(x):
 
 def exact(made, tokens):
     """The model in NumPy and float64, written apart: logits (B, T, V) and the last state of each layer."""
-    args, p = made.args, {path: numbers(a) for path, a in tree_flatten(made.parameters())}
+    args = made.args
+    p: dict[str, np.ndarray] = {path: numbers(a) for path, a in flat(made)}
 
     def norm(x, path):
         if f"{path}.bias" in p:
             x = x - x.mean(-1, keepdims=True)
             bias = p[f"{path}.bias"]
         else:
-            bias = 0
+            bias = np.zeros(())
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + args.norm_eps) * p[f"{path}.weight"] + bias
 
     def linear(x, path):

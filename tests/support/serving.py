@@ -13,11 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
+import openai
 from mlx_lm.utils import save_config, save_model
 
 import mlx_pararnn
 from mlx_pararnn.loading import DEMO
 
+MOST = 300  # tokens that the tests' server gives at most
+PAGE_ORIGIN = "app://obsidian.md"  # that it lets in
 COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "serve"]
 
 
@@ -53,6 +56,8 @@ class Server:
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
+        assert self.process.stderr is not None
+        self.stderr = self.process.stderr
         self.said = ""
         self.url = self.wait_for(r"Serving at (http://\S+)").group(1)
 
@@ -60,8 +65,8 @@ class Server:
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.said)):
             assert time.monotonic() < deadline, self.said
-            if select.select([self.process.stderr], [], [], 0.5)[0]:
-                more = os.read(self.process.stderr.fileno(), 65536)
+            if select.select([self.stderr], [], [], 0.5)[0]:
+                more = os.read(self.stderr.fileno(), 65536)
                 assert more, f"the server has left: {self.said}"
                 self.said += more.decode()
         return match
@@ -74,6 +79,11 @@ class Server:
         return self.process.returncode, self.said
 
 
+def client_of(server, key="any"):
+    """OpenAI's own client."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+
 @contextmanager
 def running(*args):
     server = Server(*args)
@@ -83,4 +93,4 @@ def running(*args):
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
-        server.process.stderr.close()
+        server.stderr.close()

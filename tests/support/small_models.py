@@ -41,7 +41,7 @@ def apple_gru(d: int = 4, vocab: int = 256, heads: int = 2, width: int = 6, lstm
 
 
 # Names and shapes of each cell's recurrent weights, in units of the width.
-TORCH_CELLS = {
+TORCH_CELLS: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
     "gru": (3, {"a_z": (1,), "a_r": (1,), "a_n": (1,)}),
     "lstm": (3, {"a_f": (1,), "a_z": (1,), "a_o": (1,), "c_f": (1,), "c_o": (1,)}),
     "nlru": (2, {"u": (1,)}),
@@ -88,7 +88,7 @@ def write_shards(folder, model, suffix=".safetensors", count=3):
     """`model` in `count` files and an index, as Hugging Face's save_pretrained and MLX-LM write them."""
     folder.mkdir(exist_ok=True)
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(count):
         name = f"{stem}-{i + 1:05}-of-{count:05}{suffix}"
         part = dict(list(model.items())[i::count])

@@ -95,7 +95,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
         sizes = {**bytes_of, "state": token.B * len(cell.slots) * D, "window": token.B * (K - 1) * D}
         sizes |= {"new_state": sizes["state"], "new_window": sizes["window"]}
         for i in range(token.depth):
-            for name, _ in cpu_token.Layer._fields_:
+            for name, *_ in cpu_token.Layer._fields_:
                 add(getattr(token.layers[i], name), sizes[name] * (4 if name in floats else dtype.size))
         for name, size in (("norm", D), ("norm_bias", D), ("x", token.B * D), ("y", token.B * D)):
             add(getattr(token, name), size * dtype.size)
@@ -118,7 +118,12 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
     with monkeypatch.context() as inside:
         inside.setattr(cpu_token, "_library", Noting)
         real = cpu_token.run
-        inside.setattr(cpu_token, "run", lambda *a: y.append(real(*a)) or y[-1])
+
+        def run(*arguments):
+            y.append(real(*arguments))
+            return y[-1]
+
+        inside.setattr(cpu_token, "run", run)
         by_token(made, tokens, cache)
     last = y[-1]
     file.write_bytes(b"".join(parts))

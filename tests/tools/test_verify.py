@@ -42,6 +42,18 @@ def exported(data, tmp_path):
     return file
 
 
+def test_a_matrix_of_zeros_is_no_weight(converted, tmp_path):
+    """A copy that was cut short can have its length: what was not written is zero."""
+    folder = shutil.copytree(converted("trained/paragru/final.pt", tokenizer="bytes"), tmp_path / "zeroed")
+    file = folder / "model.safetensors"
+    weights = mx.load(str(file))
+    name = next(name for name in weights if name.endswith("mlp.down_proj.weight"))
+    mx.save_safetensors(str(file), {**weights, name: mx.zeros_like(weights[name])})
+    result = run("verify", folder)
+    assert result.exit_code == 1
+    assert f"matrices: {name}" in result.stdout
+
+
 def test_a_good_model_passes(converted, exported):
     folder = converted("trained/paragru/final.pt", tokenizer="bytes")
     result = run("verify", folder, "--logits", exported)

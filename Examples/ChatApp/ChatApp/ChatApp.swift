@@ -8,7 +8,7 @@ import UniformTypeIdentifiers
   }
 }
 
-/// A talk with the model in the app's bundle (model.mlpackage or model.mlmodelc, tokenizer.json beside it), or with
+/// A chat with the model in the app's bundle (model.mlpackage or model.mlmodelc, tokenizer.json beside it), or with
 /// one from a folder that `mlx-pararnn convert --to coreml` wrote.
 struct ChatView: View {
   @State private var conversation = Conversation()

@@ -3,7 +3,7 @@
   import Observation
   import ParaRNN
 
-  /// What the window shows of a talk, and what its buttons do.
+  /// What the window shows of a conversation, and what its buttons do.
   @MainActor @Observable final class Conversation {
     private(set) var messages: [ChatMessage] = []
     private(set) var isAnswering = false

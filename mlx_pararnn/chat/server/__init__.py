@@ -1,4 +1,4 @@
-"""`mlx-pararnn serve`: one model behind OpenAI's protocol, and a chat page.
+"""`mlx-pararnn serve`: one model, with OpenAI's protocol, and a chat page.
 
 `listen` takes connections, `access` turns away who may not ask, `app` has the paths, `schema` reads requests,
 `prompts` makes tokens of them, `service` and `answers` bring what `engine`, the model's one thread, generates

@@ -50,6 +50,7 @@ def make_app(service: Service, settings: Settings, metrics: Metrics) -> Any:
         "/metrics": endpoints.metrics,
         "/openapi.json": endpoints.openapi,
     }
+    endpoints.paths = {**dict.fromkeys(post, "post"), **dict.fromkeys(get, "get")}
     routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()]
     routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
     handlers: dict[Any, Any] = {
@@ -64,7 +65,13 @@ def make_app(service: Service, settings: Settings, metrics: Metrics) -> Any:
 
 
 class Endpoints:
-    """What is done at each path."""
+    """What is done at each path.
+
+    Attributes:
+        paths: every path and its method, for the description at /openapi.json.
+    """
+
+    paths: dict[str, str]
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self._service, self._metrics = service, metrics
@@ -117,7 +124,7 @@ class Endpoints:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi())
+        return JSONResponse(openapi(self.paths))
 
     async def _body(self, request: Request) -> Any:
         if self._service.engine.refusing:

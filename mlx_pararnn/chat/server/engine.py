@@ -1,4 +1,4 @@
-"""The one thread that owns the model: it batches all requests, by turns of at most one step each.
+"""The one thread that owns the model: it batches all requests, at most one step of each at a time.
 
 Requests come as jobs and get their pieces back through the event loop. A job waits, is read (long prompts
 piece by piece, between the steps of those that generate), generates in the batch, and ends. It leaves the

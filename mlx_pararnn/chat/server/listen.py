@@ -46,7 +46,7 @@ def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = l
         PararnnError: the model cannot be loaded, the address cannot be had or needs a key, or generation
             failed in a way that cannot be gone on from.
     """
-    if os.environ.get("MLX_RANK") is not None:
+    if "MLX_RANK" in os.environ or os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":  # as MPI has it
         raise PararnnError("serve runs in one process; start it without mlx.launch")
     _check_address(settings)
     metrics = Metrics()

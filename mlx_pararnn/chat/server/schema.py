@@ -322,35 +322,42 @@ class TokenizeRequest(BaseModel):
         return self.add_special if self.content is not None else self.add_special_tokens
 
 
-def openapi() -> dict[str, Any]:
-    """The OpenAPI description of what is taken at each path."""
-    kinds: dict[str, type[BaseModel]] = {
-        "/v1/completions": CompletionRequest,
-        "/v1/chat/completions": ChatRequest,
-        "/tokenize": TokenizeRequest,
-    }
+# What answers at each path takes; /v1/messages brings its fields into a chat's form itself.
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/chat/completions": ChatRequest,
+    "/tokenize": TokenizeRequest,
+}
+
+
+def openapi(paths: dict[str, str]) -> dict[str, Any]:
+    """The OpenAPI description: `paths` with their methods, and the fields that each takes."""
     reference = "#/components/schemas/{model}"
-    _, schemas = models_json_schema([(kind, "validation") for kind in kinds.values()], ref_template=reference)
-    answer = {"200": {"description": "JSON, or server-sent events with `stream`"}}
-    paths: dict[str, Any] = {
-        path: {
-            "post": {
-                "summary": (kind.__doc__ or "").splitlines()[0],
-                "requestBody": {
-                    "content": {
-                        "application/json": {"schema": {"$ref": reference.format(model=kind.__name__)}}
-                    }
-                },
-                "responses": answer,
-            }
-        }
-        for path, kind in kinds.items()
-    }
-    for path in ("/v1/models", "/health", "/metrics"):
-        paths[path] = {"get": {"responses": {"200": {"description": path.rpartition("/")[2]}}}}
+    kinds = list(dict.fromkeys(_BODIES.values()))
+    _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=reference)
+    described: dict[str, Any] = {}
+    for path, method in paths.items():
+        parameters = re.findall(r"{(\w+)(?::path)?}", path)
+        entry: dict[str, Any] = {"responses": {"200": {"description": "JSON, or events with `stream`"}}}
+        if method == "get":
+            entry["responses"]["200"]["description"] = path.strip("/") or "the chat page"
+        elif path in _BODIES:
+            entry["summary"] = (_BODIES[path].__doc__ or "").splitlines()[0]
+            schema: dict[str, Any] = {"$ref": reference.format(model=_BODIES[path].__name__)}
+        else:
+            schema = {"type": "object"}
+        if method == "post":
+            entry["requestBody"] = {"content": {"application/json": {"schema": schema}}}
+        if parameters:
+            entry["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in parameters
+            ]
+        described[path.replace(":path}", "}")] = {method: entry}
     return {
         "openapi": "3.1.0",
         "info": {"title": "mlx-pararnn serve", "version": version("mlx-pararnn")},
-        "paths": paths,
+        "paths": described,
         "components": {"schemas": schemas["$defs"]},
     }

@@ -74,7 +74,7 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.sampled("large", by=lambda source: [source[:19]])
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     ("source", "folder", "prefix", "state"),
     [(*g, state) for g in GOLDEN for state in ("graph", "io") if state == "graph" or g in GOLDEN[:2]],
@@ -119,6 +119,7 @@ class Damped(Cell):
         return g * h + (1 - g) * n + 0.125 * top, top
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("state", ["graph", "io"])
 def test_a_cell_of_ones_own(exports, tmp_path, state):
     register_cell(Damped)
@@ -156,7 +157,7 @@ def until_a_tie(tokens, logits):
 STATE = {"graph": (), "io": ("--state", "io")}
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("state", STATE)
 def test_trained_model(exports, trained, state):
     source, model = trained
@@ -206,6 +207,7 @@ def test_chunks(exports, chunk):
     check(out, exports.model(source), some_ids(50, 2 * chunk + 1))
 
 
+@pytest.mark.large
 def test_iterations_are_what_was_asked_for(exports):
     source = exports.small(**KINDS["gru"])
     folders = {n: exports(source, "--chunk", 8, "--iterations", n) for n in (1, 4)}
@@ -321,6 +323,7 @@ def test_reference_logits(exports, quantized, trained, how):
         assert difference(logits, reference_logits(trained[1], tokens)[whole - 1 :]) < TOLERANCE["float64"]
 
 
+@pytest.mark.large
 def test_large_and_small_streams(exports):
     """Numbers whose squares float16 cannot hold, and such as are small beside eps, go through the norms."""
     for kind in ("gru", "babylm"):

@@ -114,6 +114,7 @@ def test_states_have_widths_that_the_neural_engine_takes(small):
         assert not np.any(states[..., width:])
 
 
+@pytest.mark.large
 def test_each_weight_is_stored_once(exports):
     runner = Runner(exports(exports.source(TRAINED)))
     parameters = runner.info["parameters"]
@@ -132,7 +133,7 @@ def test_each_weight_is_stored_once(exports):
     assert blobs["decode"] == blobs["prefill"]
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize(("how", "share"), [("int8", 0.55), ("int4", 0.32), ("palette4", 0.29)])
 def test_quantized_packages_are_small(exports, how, share):
     source = exports.source(TRAINED)
@@ -154,9 +155,13 @@ def test_no_number_is_too_small_for_float16(exports, kind):
                 assert value == 0 or abs(value) >= np.finfo(np.float16).tiny, constant
 
 
-def test_a_single_step_of_the_state(exports):
+@pytest.mark.parametrize("kind", ["gru", pytest.param("trained", marks=pytest.mark.large)])
+def test_a_single_step_of_the_state(exports, kind):
     """With the state in the graph each is read once and written once: coremltools mixes up more."""
-    runner = Runner(exports(exports.source(TRAINED)))
+    if kind == "gru":
+        runner = Runner(exports(exports.small(**KINDS["gru"]), "--chunk", 8, "--state", "graph"))
+    else:
+        runner = Runner(exports(exports.source(TRAINED)))
     for name in runner.package.functions:
         ops = [
             (op.type, op.inputs["input"].arguments[0].name)
@@ -168,6 +173,7 @@ def test_a_single_step_of_the_state(exports):
         )
 
 
+@pytest.mark.large
 def test_a_model_that_newton_does_not_solve_ships_decode_only(exports):
     """Recurrent weights so large that eight iterations are too few: the runner loops, a warning says so."""
     source = exports.small(recurrent_scale=60.0, cell="slstm", **ONE)
@@ -180,7 +186,7 @@ def test_a_model_that_newton_does_not_solve_ships_decode_only(exports):
     assert np.isfinite(runner.read(some_ids(50, 3))).all()
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("state", ["graph", "io"])
 def test_a_transcript_says_all_that_a_runner_needs(exports, tmp_path, state):
     out = exports(exports.source(TRAINED), "--tokenizer", "bytes", "--chunk", 16, "--state", state)

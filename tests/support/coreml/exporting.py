@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs
 from mlx_pararnn.cli.app import app
-from tests.support.golden import DATA
+from tests.support.golden import DATA, arrays_in
 
 SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 50, "intermediate_size": 16}
 
@@ -137,7 +137,7 @@ class Exports:
 
 
 def golden(name: str) -> dict[str, mx.array]:
-    return mx.load(str(DATA / name / "golden.safetensors"))
+    return arrays_in(DATA / name / "golden.safetensors")
 
 
 def held_out(count):

@@ -88,7 +88,7 @@ def conv(x, weight, bias=None, strides=None, pad_type="valid", pad=None, dilatio
     space = [n - k + 1 for n, k in zip(x.shape[2:], kernel, strict=True)]
     x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
     weight = weight.reshape(groups, -1, *weight.shape[1:])
-    y = 0
+    y: Any = 0
     for place in np.ndindex(*kernel):
         window = x[(..., *(slice(i, i + n) for i, n in zip(place, space, strict=True)))]
         window = window.reshape(*window.shape[:3], -1)  # (N, groups, in, all places)
