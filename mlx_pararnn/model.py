@@ -285,9 +285,14 @@ class PararnnModel(nn.Module):
         cache: list[RecurrentCache],
         input_embeddings: mx.array | None = None,
         backend: str | None = None,
+        output_wanted: bool = False,
         **options: Any,
     ) -> tuple[mx.array, Choice]:
-        """What `__call__` gives, and where it was computed."""
+        """What `__call__` gives, and where it was computed.
+
+        Args:
+            output_wanted: the caller reads for the output, not for the state alone (`Choice.deferred`).
+        """
         cell = self.layers[0].mixer.cell._cell
         if options.get("max_iters") is not None and not cell.few_iterations:
             raise PararnnError(
@@ -308,10 +313,11 @@ class PararnnModel(nn.Module):
         )
         y = self._in_one_call(x, cache) if where.one_call else None
         if y is None:
-            wheres = [where] * (len(cache) - 1) + [where.deferred()]
+            final = where if output_wanted else where.deferred()
+            wheres = [where] * (len(cache) - 1) + [final]
             for layer, c, here in zip(self.layers, cache, wheres, strict=True):
                 x = layer(x, c, mask, here, **options)
-            y = _normed(self.norm, x, where.deferred())
+            y = _normed(self.norm, x, final)
         for c in cache:
             c.advance(T)
         return y, where
@@ -380,10 +386,11 @@ class Model(nn.Module):
             inputs: (B, T) token ids.
             cache: what `make_cache` gave, or None to start from zero and keep nothing.
             input_embeddings: (B, T, D), used instead of the tokens' own.
-            options: for `recurrence`, such as method="sequential".
+            options: for `recurrence`, such as method="sequential"; and output_wanted=True if the logits of all
+                tokens are used, which without a cache goes without saying: on a CPU they are then faster.
         """
-        if cache is None:
-            cache = self.make_cache(inputs.shape[0])
+        options.setdefault("output_wanted", cache is None)
+        cache = self.make_cache(inputs.shape[0]) if cache is None else cache
         out, where = self.model.read(inputs, cache, input_embeddings, **options)
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
         return matrix_products.head(head, out, backend=where.head)

@@ -10,11 +10,13 @@ import mlx.core as mx
 
 from .cpu import DTYPES, _exact, _lines, _room, _rows, address, run, view
 from .cpu_build import build
+from .memory import keep_freed_memory
 from .texts import cpu_gradients_text
 
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
+    keep_freed_memory()
     return build(cpu_gradients_text(), "gradients")
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.mla import MultiLinear
 
 from . import cpu
 from .choice import evaluation
@@ -31,10 +32,38 @@ def linear(module: Any, x: mx.array) -> mx.array:
     if "scales" in module and _rows(x) // math.prod(module.weight.shape[:-2]) >= _ROWS_TO_UNPACK:
         y = exact @ _unpacked(module).swapaxes(-1, -2)
         y = y + module.bias if "bias" in module else y
+    elif type(module) in _WEIGHTS and _rows(x) > cpu.FEW_ROWS and _one_product_each(exact, module.weight):
+        y = cast(mx.array, _product(exact, module.weight))
+        y = y + module.bias if "bias" in module else y
     else:
         y = apply(exact)
     kept = module.get("scales", module.get("weight", x))
     return cast(mx.array, y.astype(mx.result_type(x, kept)))
+
+
+_WEIGHTS = (nn.Linear, nn.Embedding, MultiLinear)  # whose product is with the transpose of their weight
+
+
+def _one_product_each(x: mx.array, weight: mx.array) -> bool:
+    """Whether each matrix of weight ([heads,] height, width) is multiplied with one matrix of x."""
+    return weight.ndim == 2 or weight.shape[:-2] == x.shape[:-2]
+
+
+@mx.custom_function
+def _product(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.swapaxes(-1, -2)
+
+
+@_product.vjp
+def _product_vjp(primals: tuple[mx.array, ...], slope: mx.array, _: Any) -> tuple[mx.array, ...]:
+    """The weight's gradient lies as the weight does; MLX's own is transposed.
+
+    Everything that an optimizer does to both then goes through memory in order, which on a CPU takes a third
+    of the time.
+    """
+    x, weight = primals
+    rows, slopes = (a.reshape(*weight.shape[:-2], -1, a.shape[-1]) for a in (x, slope))
+    return slope @ weight, (slopes.swapaxes(-1, -2) @ rows).astype(weight.dtype)
 
 
 def _unpacked(module: Any) -> mx.array:

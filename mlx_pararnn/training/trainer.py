@@ -18,6 +18,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..compute.layer_ops import cross_entropy
 from ..errors import PararnnError
 from . import checkpoints
 from .settings import Settings
@@ -115,10 +116,10 @@ class Trainer:
         self._loss: float | None = None
 
         self._gradient = mx.value_and_grad(self._objective)
-        self._apply: Callable[..., Any] = self._updated
+        self._apply: Callable[..., Any] = mx.compile(self._updated)
         if mx.default_device().type == mx.DeviceType.gpu:
             # On a CPU the backend computes at once, which a compiled function may not.
-            self._gradient, self._apply = mx.compile(self._gradient), mx.compile(self._updated)
+            self._gradient = mx.compile(self._gradient)
 
     def stop(self) -> None:
         """End after the step that is being made, with a checkpoint; may be called from a signal handler."""
@@ -304,8 +305,8 @@ class Trainer:
         cache = model.make_cache(rows)
         for layer, state in zip(cache, states or [], strict=False):
             layer.cache = list(state)
-        logits = model(tokens[:, :-1], cache=cache)
-        losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
+        logits = model(tokens[:, :-1], cache=cache, output_wanted=True)
+        losses = cross_entropy(logits, tokens[:, 1:])
         return (losses * mask).sum(), [list(layer.cache) for layer in cache]
 
     def _updated(

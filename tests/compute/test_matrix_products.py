@@ -85,3 +85,61 @@ def test_head_of_a_model(calls):
     made.args.tie_word_embeddings = False
     x = mx.ones((1, 1, 72))
     assert mx.allclose(matrix_products.head(made.lm_head, x, backend="cpu"), made.lm_head(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "with a bias", "embedding", "heads", "heads, other batch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_linear(kind, dtype):
+    """MLX's own; and the weight's lies in memory as the weight does, which is what it is for."""
+    rng = np.random.default_rng(0)
+    module = {
+        "linear": lambda: nn.Linear(12, 20, bias=False),
+        "with a bias": lambda: nn.Linear(12, 20),
+        "embedding": lambda: nn.Embedding(20, 12),
+    }.get(kind, lambda: MultiLinear(12, 20, 3))()
+    module.update(tree_map(lambda a: a.astype(DTYPES[dtype]), module.parameters()))
+    shape = {"heads": (3, 40, 12), "heads, other batch": (2, 3, 40, 12)}.get(kind, (2, 30, 12))
+    x = mx.array(rng.normal(size=shape).astype(np.float32)).astype(DTYPES[dtype])
+    slope = mx.array(rng.normal(size=(*shape[:-1], 20)).astype(np.float32))
+
+    def gradients(apply):
+        def loss(parameters, x):
+            module.update(parameters)
+            return (apply(x).astype(mx.float32) * slope).sum()
+
+        return mx.grad(loss, argnums=(0, 1))(module.parameters(), x)
+
+    own = getattr(module, "as_linear", module)
+    parameters, dx = gradients(lambda x: matrix_products.linear(module, x))
+    # MLX's own products of halves round each term: its gradients are those of the same numbers in float32
+    wanted, wanted_dx = gradients(lambda x: own(x.astype(mx.float32)))
+    step = {"float32": 1e-6, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    mx.eval(parameters, wanted)
+    assert distance(numbers(dx), numbers(wanted_dx)) < step
+    for (name, given), (_, expected) in zip(tree_flatten(parameters), tree_flatten(wanted), strict=True):
+        assert given.dtype == DTYPES[dtype]
+        assert distance(numbers(given), numbers(expected)) < step
+        assert cpu.dense_address(given) is not None or kind == "heads, other batch", name
+
+
+def test_linear_has_forward_and_second_derivatives():
+    module, x = nn.Linear(6, 5, bias=False), mx.random.normal((2, 20, 6), key=mx.random.key(0))
+    along = mx.random.normal((2, 20, 6), key=mx.random.key(1))
+
+    def derivatives(apply):
+        def loss(weight, x):
+            module.weight = weight
+            return (apply(x) ** 3).sum()
+
+        def slope(weight, x):
+            return (mx.grad(loss, argnums=1)(weight, x) * along).sum()
+
+        weight = module.weight
+        second = mx.grad(slope, argnums=(0, 1))(weight, x)
+        compiled = mx.compile(mx.grad(loss, argnums=(0, 1)))(weight, x)
+        return [*mx.jvp(lambda x: [loss(weight, x)], [x], [along])[1], *second, *compiled]
+
+    given = derivatives(lambda x: matrix_products.linear(module, x))
+    for a, b in zip(given, derivatives(lambda x: x @ module.weight.T), strict=True):
+        assert mx.abs(b).max().item() > 0
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
