@@ -386,8 +386,8 @@ class Model(nn.Module):
             inputs: (B, T) token ids.
             cache: what `make_cache` gave, or None to start from zero and keep nothing.
             input_embeddings: (B, T, D), used instead of the tokens' own.
-            options: for `recurrence`, such as method="sequential"; and output_wanted=True if the logits of all
-                tokens are used, which without a cache goes without saying: on a CPU they are then faster.
+            options: for `recurrence`, such as method="sequential"; and output_wanted=True if all tokens'
+                logits are used (without a cache it is the default): on a CPU they are then faster.
         """
         options.setdefault("output_wanted", cache is None)
         cache = self.make_cache(inputs.shape[0]) if cache is None else cache
