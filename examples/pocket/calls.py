@@ -569,7 +569,8 @@ FILLERS: dict[str, Filler] = {
 }
 
 
-# What a message may be about that wants no function: a section of vocabulary.txt, or one of these.
+# What a message may be about that wants no function: one of these, what stands in the braces of others, or a
+# section of vocabulary.txt.
 
 
 def _topic(kind: str, rng: random.Random) -> str:
@@ -585,9 +586,11 @@ def _topic(kind: str, rng: random.Random) -> str:
         return " ".join(_made_up(rng) for _ in range(rng.randint(1, 4)))
     if kind == "digits":
         return " ".join(str(rng.randint(0, 10 ** rng.randint(1, 5))) for _ in range(rng.randint(1, 3)))
-    topic = rng.choice(words[kind])
+    if kind in FILLERS or kind == "amount":
+        return (FILLERS | _conversion(rng))[kind](rng)[0]
     if kind == "thing" and rng.random() < 0.1:
         return _made_up(rng)
+    topic = rng.choice(words[kind])
     return topic.title() if kind in ("place", "person") and rng.random() < 0.5 else topic
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.pocket import calls
+from examples.pocket.call_cases import Case, decline_rate, handwritten, held_out, measure, out_of_scope
 from examples.pocket.call_traces import LOOK_AHEAD, call_of, trace
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.functions import Functions
@@ -156,3 +157,59 @@ def test_what_is_learned_is_what_the_model_writes():
 def test_calls_that_are_none():
     assert call_of(["<|user|>", "a", "<|end|>", "<|answer|>", "<|end|>"]) is None
     assert call_of(["<|call|>", *"{broken", "<|result|>"]) is None
+
+
+def test_handwritten_calls_are_right():
+    """They fit the schemas, run, and their arguments are pieces of the messages."""
+    cases = handwritten()
+    assert len(cases) >= 150
+    assert len({case.message.lower() for case in cases}) == len(cases)
+    assert {call["name"] for case in cases for call in case.calls} == set(calls.ARGUMENTS)
+    for case in cases:
+        for call in case.calls:
+            result(call["name"], call["arguments"])
+            assert all(piece in case.message for piece in call["arguments"].values()), case
+            order = [name for name in calls.ARGUMENTS[call["name"]] if name in call["arguments"]]
+            assert list(call["arguments"]) == order
+
+
+def test_out_of_scope_messages_are_many_and_of_many_kinds():
+    messages = out_of_scope()
+    assert len(messages) >= 500
+    assert len({message.lower() for message in messages}) == len(messages)
+    kinds = [
+        json.loads(line)["kind"] for line in (calls.FOLDER / "out_of_scope.jsonl").read_text().splitlines()
+    ]
+    assert len(set(kinds)) >= 8
+    wanted = {case.message.lower() for case in handwritten()}
+    assert not wanted & {message.lower() for message in messages}
+
+
+def test_few_handwritten_messages_can_be_generated():
+    """A message as short as "what time is it?" is: what is measured must not be learned by heart."""
+
+    def plain(message):
+        return " ".join("".join(c if c.isalnum() else " " for c in message.lower()).split())
+
+    learned = {plain(example.message) for example in some("train", 6000)}
+    by_hand = [case.message for case in handwritten()] + out_of_scope()
+    known = [message for message in by_hand if plain(message) and plain(message) in learned]
+    assert len(known) < 0.04 * len(by_hand), known
+
+
+def test_measures():
+    right = {"name": "set_timer", "arguments": {"duration": "5 min"}}
+    other = {"name": "set_timer", "arguments": {"duration": "5"}}
+    cases = [Case("a", [right, other]), Case("b", [right]), Case("c", [right]), Case("d", [right])]
+    made = {"a": other, "b": other, "c": None, "d": {"name": "time_now", "arguments": {}}}
+    assert measure(made.get, cases) == {"exact": 0.25, "function": 0.5, "declined": 0.25}
+    assert decline_rate(made.get, ["a", "c"]) == 0.5
+    for nothing in (lambda: measure(made.get, []), lambda: decline_rate(made.get, [])):
+        with pytest.raises(ValueError, match="to measure with"):
+            nothing()
+
+
+def test_held_out_cases_are_calls():
+    assert [case.calls[0]["name"] for case in held_out(30)] == [
+        example.function for example in some("held", 30, declines=0)
+    ]
