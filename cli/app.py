@@ -20,6 +20,7 @@ from .generate import generate
 from .inspect import inspect
 from .lm import lm
 from .serve import serve
+from .train import train
 from .verify import verify
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command()(convert)
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)
+app.command()(train)
 app.command()(verify)
 app.command()(inspect)
 app.command()(bench)

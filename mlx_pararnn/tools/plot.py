@@ -16,12 +16,14 @@ class Panel(NamedTuple):
 
     Attributes:
         lines: name -> its points (x, y), in the order of x.
+        scaled: x to scale, for many points; else the x of all lines stand at equal distances.
     """
 
     title: str
     x: str
     y: str
     lines: dict[str, list[tuple[float, float]]]
+    scaled: bool = False
 
 
 def require_matplotlib() -> None:
@@ -33,7 +35,7 @@ def require_matplotlib() -> None:
 def draw(panels: Sequence[Panel], path: Path) -> None:
     """Write the panels below each other to `path`; its ending is the format (.svg, .png, .pdf).
 
-    y starts at 0, and the x of all lines stand at equal distances.
+    y starts at 0.
 
     Raises:
         PararnnError: matplotlib is missing, or knows no such format.
@@ -48,10 +50,12 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     for panel, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
         places = sorted({x for points in panel.lines.values() for x, _ in points})
         for number, (name, points) in enumerate(panel.lines.items()):
-            across = [places.index(x) for x, _ in points]
+            across = [x if panel.scaled else places.index(x) for x, _ in points]
+            marker = None if panel.scaled else "o"
             dashes = _DASHES[number % len(_DASHES)]
-            axes.plot(across, [y for _, y in points], label=name, marker="o", linestyle=dashes)
-        axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+            axes.plot(across, [y for _, y in points], label=name, marker=marker, linestyle=dashes)
+        if not panel.scaled:
+            axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.3)

@@ -1,12 +1,15 @@
 """What can be set for a training run, and the sizes of models that are trained from scratch."""
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from ..errors import PararnnError
 from ..model_config import PRESETS, ModelArgs
+from ..model_files import open_regular
 
 # name -> hidden_size, num_hidden_layers, num_heads, intermediate_size; the name is about the number of
 # parameters without the embedding, which is tied to the head.
@@ -126,6 +129,51 @@ class Settings:
         return cls(**read)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run is started with.
+
+    Attributes:
+        data: a text file, a folder of them, or JSON Lines.
+        valid: the same, held out; None to hold out `settings.valid_share` of the data.
+        init: the model that training begins with, a folder or Hugging Face name; None for a new one.
+        preset, cell, model: a new model's shape: a preset's, changed by fields of config.json.
+        tokenizer: of a new model: "bytes", "bpe:N", a folder or Hugging Face name.
+        report_to: dashboards (`reporting.REPORTERS`).
+        settings: how it is trained.
+    """
+
+    data: Path
+    valid: Path | None = None
+    init: str | None = None
+    preset: str = "4m"
+    cell: str = "gru"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str = "bytes"
+    report_to: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self) | {"data": os.path.abspath(self.data), "report_to": list(self.report_to)}
+        values["valid"] = None if self.valid is None else os.path.abspath(self.valid)
+        if self.init is not None and Path(self.init).is_dir():
+            values["init"] = os.path.abspath(Path(self.init))
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Plan":
+        valid = values["valid"]
+        return cls(
+            **values
+            | {
+                "data": Path(values["data"]),
+                "valid": None if valid is None else Path(valid),
+                "report_to": tuple(values["report_to"]),
+                "settings": Settings.from_dict(values["settings"]),
+            }
+        )
+
+
 # the least whole number
 _WHOLE = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "length", "keep"), 1),
@@ -140,6 +188,69 @@ _NUMBERS = {
     **{"max_recurrent_norm": (0, math.inf, False), "ema": (0, 1, False)},
 }
 _OPTIONAL = ("max_recurrent_norm", "ema")
+
+
+def read_plan(config: Path | None, others: Mapping[str, Any], settings: Mapping[str, Any]) -> Plan:
+    """A plan out of a YAML file, as MLX-LM's `lora --config` is one, and of what goes before it.
+
+    The file has the fields of `Settings` and of `Plan` side by side; paths in it start from its folder.
+
+    Args:
+        config: the file, or None.
+        others: fields of `Plan`.
+        settings: fields of `Settings`.
+
+    Raises:
+        PararnnError: the file cannot be read, or something is unknown, wrong or missing.
+    """
+    values: dict[str, Any] = {} if config is None else _yaml(config)
+    names = {field.name for field in fields(Plan)} - {"settings"}
+    known = names | {field.name for field in fields(Settings)}
+    for name in values:
+        if name not in known:
+            raise PararnnError(
+                f"{config}: there is no setting {name!r}; there are {', '.join(sorted(known))}"
+            )
+    rest = {name: value for name, value in values.items() if name in names} | dict(others)
+    if rest.get("data") is None:
+        raise PararnnError("no DATA: give a text file, a folder of them, or .jsonl")
+    for name in ("data", "valid"):
+        if name in values and name not in others and config is not None:
+            rest[name] = config.parent / _text(name, values[name])
+    for name in ("init", "preset", "cell", "tokenizer"):
+        if name in rest:
+            rest[name] = _text(name, rest[name])
+    if rest.get("init") is not None:
+        for name in ("preset", "cell", "tokenizer", "model"):
+            if rest.get(name):
+                raise PararnnError(f"{name} is the model's own with --init; leave it out")
+    report_to = rest.get("report_to") or ()
+    rest["report_to"] = (report_to,) if isinstance(report_to, str) else tuple(report_to)
+    if not isinstance(rest.get("model", {}), Mapping):
+        raise PararnnError(f"{config}: model must hold fields of a model's config.json")
+    chosen = {name: value for name, value in values.items() if name not in names} | dict(settings)
+    return Plan(**rest, settings=Settings.from_dict(chosen))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open_regular(path) as file:
+            values = yaml.safe_load(file.read().decode("utf-8"))
+    except FileNotFoundError:
+        raise PararnnError(f"{path}: no such file; --config takes a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise PararnnError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise PararnnError(f"{path}: must hold settings, one a line, as in: steps: 1000")
+    return values
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise PararnnError(f"{name} is {value!r}; it must be a text")
+    return value
 
 
 def _number(value: Any) -> Any:

@@ -113,7 +113,8 @@ class Trainer:
             optimizer.init(group)
         self._states: list[list[State]] | None = None  # of each part of a batch, of each layer
         self._since_report = {"loss": 0.0, "tokens": 0, "steps": 0, "norm": 0.0}
-        self._loss: float | None = None
+        self.loss: float | None = None
+        self.valid_loss: float | None = None
 
         self._gradient = mx.value_and_grad(self._objective)
         self._apply: Callable[..., Any] = mx.compile(self._updated)
@@ -159,7 +160,8 @@ class Trainer:
         self._states = _restore_states(kinds["carried"], state["parts"])
         mx.random.seed(state["random"])
         self.step, self.tokens = state["step"], state["tokens"]
-        self._since_report, self._loss = state["since_report"], state["loss"]
+        self._since_report, self.loss = state["since_report"], state["loss"]
+        self.valid_loss = state["valid_loss"]
         return True
 
     def run(self) -> Outcome:
@@ -192,7 +194,7 @@ class Trainer:
                 f"the batches ended at step {self.step} of {settings.steps}; give more, or fewer steps"
             )
         self.save()
-        return Outcome(self.step, self._loss, self.step < settings.steps)
+        return Outcome(self.step, self.loss, self.step < settings.steps)
 
     def evaluate(self, batches: Iterable[Batch], most: int = 0) -> tuple[float, int]:
         """Mean loss over the targets of at most `most` batches (0: of all), and their number.
@@ -220,7 +222,8 @@ class Trainer:
         state = {
             "tokens": self.tokens,
             "random": random_seed(),
-            "loss": self._loss,
+            "loss": self.loss,
+            "valid_loss": self.valid_loss,
             "since_report": self._since_report,
             "parts": None if self._states is None else [len(part) for part in self._states],
         }
@@ -346,11 +349,11 @@ class Trainer:
 
     def _report_loss(self, seconds: float) -> None:
         since = self._since_report
-        self._loss = since["loss"] / max(since["tokens"], 1)
+        self.loss = since["loss"] / max(since["tokens"], 1)
         self._report(
             {
                 "step": self.step,
-                "loss": self._loss,
+                "loss": self.loss,
                 "learning_rate": cast(float, self._optimizers[0].learning_rate.item()),
                 "gradient_norm": since["norm"],
                 "tokens": self.tokens,
@@ -364,6 +367,7 @@ class Trainer:
         begin = time.perf_counter()
         assert self.held_out is not None
         loss, count = self.evaluate(self.held_out, self.settings.eval_batches)
+        self.valid_loss = loss
         return {
             "step": self.step,
             "valid_loss": loss,
