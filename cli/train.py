@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -165,22 +165,22 @@ def train(
     from mlx_pararnn.training.settings import read_plan
 
     if out is None:
-        raise typer.BadParameter("give the run's folder: -o OUT")
+        _usage_error("give the run's folder: -o OUT")
+    if data is None and config is None and not resume:
+        _usage_error("give DATA: a text file, a folder of them, or .jsonl")
     changes = {name: value for name, value in given.items() if value is not None}
     others = {name: value for name, value in beside.items() if value is not None}
     lines = _Lines()
     if resume:
         fixed = sorted({*others} - {"data"}) + (["config"] if config else [])
         if fixed:
-            raise typer.BadParameter(
-                f"--resume takes the run's own {fixed[0].replace('_', '-')}; leave it out"
-            )
+            _usage_error(f"--resume takes the run's own {fixed[0].replace('_', '-')}; leave it out")
         run = runs.resume(out, changes, lines, at=data)
     else:
         plan = read_plan(config, others, changes)
         run = runs.start(out, plan, lines)
     lines.begin(run)
-    _stop_on_signals(run)
+    stop_on_signals(run)
     outcome = run.run()
     if outcome.stopped:
         typer.echo(
@@ -190,7 +190,12 @@ def train(
     typer.echo(f"done; try it with: mlx-pararnn generate {out}", err=True)
 
 
-def _stop_on_signals(run: "Run") -> None:
+def _usage_error(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def stop_on_signals(run: "Run") -> None:
     """The first Ctrl-C or SIGTERM ends after the step, with a checkpoint; the second at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -79,6 +79,8 @@ class Trainer:
             "sample" or "checkpoint".
         sample: gives a sample text of the model, or None.
         after_checkpoint: is called when a checkpoint is there.
+        compiled: the gradient goes through mx.compile; None: on a GPU it does. On a CPU the fast backend
+            computes at once, which a compiled function may not.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Trainer:
         report: Callable[[dict[str, Any]], None] | None = None,
         sample: Callable[[], str] | None = None,
         after_checkpoint: Callable[[], None] | None = None,
+        compiled: bool | None = None,
     ) -> None:
         self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
         self.held_out, self.sample = held_out, sample
@@ -118,8 +121,7 @@ class Trainer:
 
         self._gradient = mx.value_and_grad(self._objective)
         self._apply: Callable[..., Any] = mx.compile(self._updated)
-        if mx.default_device().type == mx.DeviceType.gpu:
-            # On a CPU the backend computes at once, which a compiled function may not.
+        if mx.default_device().type == mx.DeviceType.gpu if compiled is None else compiled:
             self._gradient = mx.compile(self._gradient)
 
     def stop(self) -> None:
