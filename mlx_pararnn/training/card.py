@@ -1,7 +1,7 @@
 """README.md of a model that was trained here."""
 
 from .. import __version__
-from ..model import ModelArgs
+from ..model_config import ModelArgs
 from .settings import Plan
 from .trainer import Trainer
 

@@ -26,7 +26,8 @@ from ..convert.writers.tokenizer import prepare_tokenizer
 from ..errors import PararnnError
 from ..generation import generate
 from ..loading import find_model, load_model, load_tokenizer
-from ..model import Model, ModelArgs
+from ..model import Model
+from ..model_config import ModelArgs
 from ..model_files import read_json
 from . import checkpoints, data
 from .card import training_card

@@ -38,8 +38,14 @@ class Text:
         return self.starting_at(0)
 
 
-def trainer(settings: dict | None = None, model: Model | None = None, batches=None, **options) -> Trainer:
-    """One that reports every step; `lines` holds its reports."""
+class Recorded(Trainer):
+    """One whose reports are kept in `lines`."""
+
+    lines: list[dict]
+
+
+def trainer(settings: dict | None = None, model: Model | None = None, batches=None, **options) -> Recorded:
+    """One that reports every step."""
     lines: list[dict] = []
     plain = {
         "steps": 6,
@@ -49,13 +55,8 @@ def trainer(settings: dict | None = None, model: Model | None = None, batches=No
         "save_every": 0,
         "learning_rate": 1e-2,
     }
-    made = Trainer(
-        model or small_model(),
-        batches or Text(),
-        Settings(**plain | (settings or {})),
-        report=lines.append,
-        **options,
-    )
+    chosen = Settings(**plain | (settings or {}))
+    made = Recorded(model or small_model(), batches or Text(), chosen, report=lines.append, **options)
     made.lines = lines
     return made
 
