@@ -71,7 +71,10 @@ def copy(floats, pool):
     pieces = np.array_split(np.ones(floats // 2, np.float32), THREADS)
     targets = [np.empty_like(piece) for piece in pieces]
 
-    return lambda: list(pool.map(np.copyto, targets, pieces))
+    def run():
+        list(pool.map(np.copyto, targets, pieces))
+
+    return run
 
 
 def measure(name, T, repeats):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from models import HEADS, INTERMEDIATE, LAYERS, VOCABULARY, D
 from pararnn import NewtonConfig
 from pararnn.cells import ParaGRU, ParaLSTM
+from pararnn.solvers import vjp
 from pararnn.solvers.newton import newton_apply
 from pararnn.solvers.sequential import sequential_apply
 from torch import nn
@@ -100,6 +101,24 @@ def recurrence_alone(cell, solver, u):
     def run():
         with torch.inference_mode():
             SOLVERS[solver](layer, x)
+
+    return run
+
+
+def recurrence_with_gradient(cell, solver, u, slope):
+    """As `recurrence_alone`, then the gradients of u and weights for that of hidden, slope (1, T, D)."""
+    # Its Newton takes the projection's gradient itself: two large products, which nobody else here makes.
+    vjp._linear_vjp = lambda _, x, d_u: (d_u.reshape(x.shape), None, None)
+    layer = CELLS[cell](D, D)
+    layer.W_x = nn.Identity()
+    x, d_hidden = torch.from_numpy(u).requires_grad_(), torch.from_numpy(slope)
+    inputs = [x, *(p for p in layer.parameters())]
+
+    def run():
+        hidden = SOLVERS[solver](layer, x)
+        if hidden.ndim == 4:  # all slots: hidden is the LSTM's second
+            hidden = hidden[:, :, 1]
+        torch.autograd.grad(hidden, inputs, d_hidden)
 
     return run
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_pararnn.compute import cpu, cpu_build
+from mlx_pararnn.compute import adjoint, cpu, cpu_adjoint, cpu_build
 from mlx_pararnn.compute.recurrence import _kernels_agree
 
 
@@ -14,7 +14,8 @@ class fresh_cache:
         monkeypatch.setattr(sys, "platform", "linux")
 
     def __enter__(self):
-        for cached in (cpu_build.compiler, cpu_build._machine, cpu.load, _kernels_agree):
+        of_machine = cpu_build.compiler, cpu_build._machine
+        for cached in (*of_machine, cpu.load, cpu_adjoint.load, _kernels_agree, adjoint._agrees):
             cached.cache_clear()
 
     def __exit__(self, *_):

@@ -153,3 +153,40 @@ def _newton_update(states, after, J):
 
 def _named(names, arrays):
     return dict(zip(names, arrays, strict=True))
+
+
+def adjoint(cell, params, u, state, mask, g):
+    """The gradients of params (P, D), u (B, T, gates, D) and state (B, slots, D), step by step backwards.
+
+    g (B, T, slots, D): the loss's derivative by each state where it is handed out.
+    """
+    B, T, gates, D = u.shape
+    slots = len(cell.slots)
+    states = [state, *np.stack(sequential(cell, params, u, state, mask), axis=2).swapaxes(0, 1)]
+    keep = np.ones((B, T), bool) if mask is None else mask
+    d_params, d_u = np.zeros_like(params), np.zeros_like(u)
+    lambdas = np.zeros_like(state)
+    for t in reversed(range(T)):
+        lambdas = lambdas + g[:, t]
+        here = keep[:, t, None]
+        inputs = [*states[t].swapaxes(0, 1), *np.moveaxis(u[:, t], 1, 0), *params]
+        inputs = [np.broadcast_to(x, (B, D)) for x in inputs]
+        zero, one = np.zeros((B, D), u.dtype), np.ones((B, D), u.dtype)
+        duals = [
+            Dual(x, tuple(one if i == j else zero for j in range(len(inputs)))) for i, x in enumerate(inputs)
+        ]
+        new = cell.step(
+            tuple(duals[:slots]),
+            _named(cell.gates, duals[slots : slots + gates]),
+            _named(cell.params, duals[slots + gates :]),
+            DUAL_F,
+        )
+        back = [
+            sum(lambdas[:, s] * new[s].tangents[k] for s in range(slots) if new[s].tangents)
+            for k in range(len(inputs))
+        ]
+        back = [np.where(here, d, 0) for d in back]
+        d_u[:, t] = np.stack(back[slots : slots + gates], axis=1)
+        d_params += np.stack([d.sum(axis=0) for d in back[slots + gates :]])
+        lambdas = np.where(here[:, None], np.stack(back[:slots], axis=1), lambdas)
+    return d_params, d_u, lambdas
