@@ -59,20 +59,32 @@ def test_layers(name, method):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_gradients(name):
-    """Of the input, against autograd through pararnn-torch's sequential unroll."""
-    peer, (cell, params, weight, bias) = peer_and_ours(name)
-    x = torch.randn(2, 30, D, requires_grad=True)
-    weighting = torch.randn(2, 30, D)
+@pytest.mark.parametrize("method", ["auto", "newton"])
+@pytest.mark.parametrize("steps", [30, 150])
+def test_gradients(name, method, steps):
+    """Of input, projection, bias and weights, against autograd through pararnn-torch's sequential unroll."""
+    peer, (cell, *weights) = peer_and_ours(name)
+    _, order, rows = PEERS[name]
+    x = torch.randn(2, steps, D, requires_grad=True)
+    weighting = torch.randn(2, steps, D)
     out = pararnn.ParaRNN(peer, solver="sequential")(x)
     ((out[0] if isinstance(out, tuple) else out) * weighting).sum().backward()
+    wanted = [
+        x.grad,
+        torch.cat([getattr(peer, row).grad.reshape(-1, D) for row in rows]),
+        peer.W_x.weight.grad.reshape(-1, D, D)[list(order)],
+        peer.W_x.bias.grad.reshape(-1, D)[list(order)],
+    ]
     target = mx.array(weighting.numpy())
 
-    def loss(x):
-        return (recurrence(cell, params, project(x, weight, bias), method="newton")[0] * target).sum()
+    def loss(x, params, weight, bias):
+        u = (mx.einsum("bti,goi->btgo", x, weight) + bias)[:, None]
+        return (recurrence(cell, params, u, method=method)[0] * target).sum()
 
-    gradient = mx.grad(loss)(mx.array(x.detach().numpy()))
-    np.testing.assert_allclose(np.array(gradient), x.grad.numpy(), atol=2e-5, rtol=1e-4)
+    given = mx.grad(loss, argnums=(0, 1, 2, 3))(mx.array(x.detach().numpy()), *weights)
+    for a, b in zip(given, wanted, strict=True):
+        scale = max(1.0, b.abs().max().item())
+        np.testing.assert_allclose(np.array(a) / scale, b.numpy() / scale, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

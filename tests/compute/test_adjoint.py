@@ -15,6 +15,7 @@ from mlx_pararnn.compute.recurrence import recurrence
 from tests.msl.instances import DTYPES
 from tests.support import oracle
 from tests.support.fresh_cache import fresh_cache
+from tests.support.golden import DATA
 from tests.support.gradients import Slopes, masks
 from tests.support.problems import loss_of, problem
 
@@ -92,6 +93,24 @@ def test_the_oracle_by_finite_differences(name):
                 sides.append(loss(*moved))
             difference = (sides[0] - sides[1]) / 2e-6
             assert gradient[index] == pytest.approx(difference, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("backend", ["cpu", "ops"])
+def test_golden(name, backend):
+    """What pararnn-torch's autograd gave in float64 (tests/support/record_gradients.py)."""
+    recorded = mx.load(str(DATA / "gradients.safetensors"))
+    params, u, slope, hidden, d_u, d_params = (
+        recorded[f"{name}.{key}"] for key in ("params", "u", "slope", "hidden", "d_u", "d_params")
+    )
+
+    def solve(params, u):
+        return [recurrence(get_cell(name), params, u[:, None], backend=backend)[0]]
+
+    (given,), gradients = mx.vjp(solve, [params, u], [slope])
+    np.testing.assert_allclose(np.array(given), np.array(hidden), atol=3e-6)
+    for a, b in zip(gradients, (d_params, d_u), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-5, atol=5e-6)
 
 
 def test_neither_threads_nor_rows_change_a_bit(monkeypatch):

@@ -5,12 +5,18 @@ import ctypes
 import pytest
 
 from mlx_pararnn.cells import get_cell
-from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
+from mlx_pararnn.compute import cpu, cpu_adjoint, cpu_build, cpu_token, texts
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 STRUCTS = {
     "Call": (cpu.Call, texts.cpu_recurrence_text, "FIELD(int64_t, heads)", "FIELD(int64_t, T)"),
+    "Adjoint": (
+        cpu_adjoint.Adjoint,
+        texts.cpu_adjoint_text,
+        "FIELD(int64_t, heads)",
+        "FIELD(int64_t, T)",
+    ),
     "Token": (cpu_token.Token, texts.cpu_token_text, "FIELD(int64_t, heads)", "FIELD(int64_t, W)"),
     "Layer": (
         cpu_token.Layer,
@@ -65,7 +71,9 @@ def test_a_field_that_differs_is_found(side, fault, name):
         text = text.replace(first, f"FIELD(int, extra) {first}")
     elif fault == "added at the end":
         text = text.replace(f"PARARNN_STRUCT({name}, ", f"PARARNN_STRUCT({name}, WITH_")
-        table = {"Call": "CALL_FIELDS", "Token": "TOKEN_FIELDS", "Layer": "LAYER_FIELDS"}[name]
+        table = {"Call": "CALL_FIELDS", "Token": "TOKEN_FIELDS", "Layer": "LAYER_FIELDS"}.get(
+            name, "ADJOINT_FIELDS"
+        )
         text = text.replace(
             f"PARARNN_STRUCT({name}, ",
             f"#define WITH_{table}(FIELD) {table}(FIELD) FIELD(int, extra)\nPARARNN_STRUCT({name}, ",
@@ -88,9 +96,11 @@ def test_every_struct_of_a_library_is_checked(monkeypatch):
     monkeypatch.setattr(cpu_build, "_check_layout", lambda _, name, struct: checked.append((name, struct)))
     cell = get_cell("nlru")
     cpu.load.__wrapped__(cell)
+    cpu_adjoint.load.__wrapped__(cell)
     cpu_token._library.__wrapped__(cell)
     assert checked == [
         ("recurrence-nlru", cpu.Call),
+        ("adjoint-nlru", cpu_adjoint.Adjoint),
         ("decode-nlru", cpu_token.Layer),
         ("decode-nlru", cpu_token.Token),
     ]
