@@ -8,6 +8,7 @@ import mlx_pararnn
 from mlx_pararnn import get_cell
 from mlx_pararnn.compute.recurrence import recurrence
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
+from tests.support.peers import PEERS
 
 torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
 pararnn = pytest.importorskip("pararnn", reason="needs pararnn-torch (pip install 'mlx-pararnn[parity]')")
@@ -15,13 +16,6 @@ pararnn = pytest.importorskip("pararnn", reason="needs pararnn-torch (pip instal
 pytestmark = pytest.mark.toolchain
 
 D = 24
-# our gate order in pararnn-torch's W_x blocks, and where each row of our recurrent weight is there
-PEERS = {
-    "gru": ("ParaGRU", (0, 1, 2), ("a_z", "a_r", "a_n")),
-    "lstm": ("ParaLSTM", (0, 2, 1), ("a_f", "a_o", "a_z", "c_f", "c_o")),
-    "nlru": ("ParaNLRU", (0, 1), ("u",)),
-    "slstm": ("ParaSLSTM", (0, 1, 2, 3), ("R",)),
-}
 
 
 def peer_and_ours(name, seed=0):

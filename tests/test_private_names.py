@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1]
 REASONS = {
     "cells._REGISTRY": "cells that a test registers must be gone after it; users never take one back",
     "compute.recurrence._kernels_agree": "the trial at first use, to forget or to skip",
+    "compute.adjoint._agrees": "the trial at first use, to forget or to skip",
     "compute.layer_ops._conv_works": "the trial at first use, to forget or to skip",
     "compute.layer_ops._decode_works": "the trial at first use, to forget or to skip",
     "compute.layer_ops._elementwise_works": "the trial at first use, to forget or to skip",

@@ -48,8 +48,11 @@ class Slopes(Problem):
 
     def called(self, backend):
         """The same by a direct call of `adjoint`, from the oracle's states at the boundaries."""
-        given = *self.arrays(), mx.array(self.boundaries(TILE)), *self.slopes()
-        return self.laid_out(adjoint(self.cell, *given, every=self.every, backend=backend))
+        params, u, state, mask = self.arrays()
+        d_hidden, d_last, *rest = self.slopes()
+        given = params, u, state, mask, mx.array(self.boundaries(TILE)), d_hidden, d_last
+        d_states = rest[0] if self.every else None
+        return self.laid_out(adjoint(self.cell, *given, d_states, every=self.every, backend=backend))
 
     def boundaries(self, tile):
         states = self.oracle()[1]
@@ -70,8 +73,8 @@ class Slopes(Problem):
         g[:, -1] += self.d_last
         if self.every:
             g[:, self.every - 1 :: self.every] += self.d_states
-        arrays = (a.astype(kind) for a in (self.params, self.exact_u, self.initial))
-        return oracle.adjoint(self.cell, *arrays, self.mask, g)
+        params, u, state = (a.astype(kind) for a in (self.params, self.exact_u, self.initial))
+        return oracle.adjoint(self.cell, params, u, state, self.mask, g)
 
     def check(self, gradients):
         """To float32's own rounding in this problem, four times; u's gradient to its dtype's."""

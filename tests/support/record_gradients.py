@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_pararnn import get_cell
+from tests.support.peers import PEERS
 
 FILE = Path(__file__).parents[1] / "data" / "gradients.safetensors"
 B, T, D = 2, 70, 8
@@ -22,8 +23,6 @@ def recorded(name, seed=0):
     import torch
     from pararnn.solvers.sequential import sequential_apply
     from torch import nn
-
-    from tests.test_parity import PEERS
 
     torch.manual_seed(seed)
     kind, order, rows = PEERS[name]
@@ -43,13 +42,12 @@ def recorded(name, seed=0):
     if hidden.ndim == 4:  # all slots
         hidden = hidden[:, :, get_cell(name).output_slot]
     d_u, *d_weights = torch.autograd.grad(hidden, [x, *weights], slope)
-    order = list(order)
     return {
-        "u": x.detach()[:, :, order],
+        "u": x.detach()[:, :, list(order)],
         "params": torch.cat([w.detach().reshape(-1, D) for w in weights]),
         "slope": slope,
         "hidden": hidden.detach(),
-        "d_u": d_u[:, :, order],
+        "d_u": d_u[:, :, list(order)],
         "d_params": torch.cat([d.reshape(-1, D) for d in d_weights]),
     }
 
