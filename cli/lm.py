@@ -1,6 +1,7 @@
 """`mlx-pararnn lm`: MLX-LM's own commands, with this package's model and cache registered."""
 
 import argparse
+import logging
 import math
 import signal
 import sys
@@ -36,6 +37,7 @@ def lm(
             "out, or use mlx-pararnn lm generate --draft-model"
         )
     _run_no_tokenizer_code(command, context.args)
+    _expect_our_model_type()
     if command == "generate":
         _remember_for_draft(context.args)
     if command in ("convert", "fuse"):
@@ -70,6 +72,12 @@ def _run_no_tokenizer_code(command: str, args: list[str]) -> None:
         return from_pretrained(*positional, **options)
 
     AutoTokenizer.from_pretrained = refusing  # type: ignore[method-assign]
+
+
+def _expect_our_model_type() -> None:
+    """Of a model_type that it does not know transformers warns whenever a tokenizer is loaded."""
+    transformers_log = logging.getLogger("transformers.configuration_utils")
+    transformers_log.addFilter(lambda record: "model of type `pararnn`" not in record.getMessage())
 
 
 def _remember_for_draft(args: list[str]) -> None:

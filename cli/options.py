@@ -1,5 +1,6 @@
 """Options that `generate` and `chat` share, and what they mean to MLX-LM."""
 
+import re
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,10 +23,12 @@ def _above_zero(value: float) -> float:
     return value
 
 
-def _none_empty(values: list[str] | None) -> list[str] | None:
+def stop_strings(values: list[str] | None) -> list[str] | None:
+    """With \\n, \\t and \\\\ as the characters they stand for, which few shells can hand over."""
     if values and "" in values:
         raise typer.BadParameter("an empty string would end every text at once")
-    return values
+    escapes = {"n": "\n", "t": "\t", "\\": "\\"}
+    return values and [re.sub(r"\\([nt\\])", lambda match: escapes[match[1]], value) for value in values]
 
 
 ModelPath = Annotated[
@@ -82,8 +85,9 @@ Stop = Annotated[
     typer.Option(
         "--stop",
         metavar="TEXT",
-        callback=_none_empty,
-        help="End the text before this string; may be given several times.",
+        callback=stop_strings,
+        help=r"End the text before this string; may be given several times. \n is a new line, \t a tab, \\ a "
+        "backslash.",
     ),
 ]
 Import = Annotated[

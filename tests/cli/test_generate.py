@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
+from mlx_pararnn.cli import options
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.loading import DEMO
 
@@ -72,6 +73,24 @@ def test_the_readme_command():
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r"\n\n", "\n\n"), (r"\t", "\t"), (r"\\n", r"\n"), (r"a\nb", "a\nb"), (r"\d\x", r"\d\x"),
+        ("\\", "\\"), ("\n", "\n"),
+    ],
+)  # fmt: skip
+def teststop_strings_have_escapes(typed, meant):
+    assert options.stop_strings([typed]) == [meant]
+
+
+def test_a_new_line_can_stop_a_text():
+    whole = run("generate", "-p", "def main(", "-m", "40").stdout
+    assert (
+        run("generate", "-p", "def main(", "-m", "40", "--stop", r"\n").stdout == whole.split("\n")[0] + "\n"
+    )
+
+
 def test_the_prompt_may_come_from_stdin():
     for args in ((), ("-p", "-")):
         result = run("generate", *args, "-m", "5", input="def main(")
@@ -97,7 +116,7 @@ def test_seeds_repeat_and_sampling_options_matter(converted):
 
 
 @pytest.mark.parametrize("stop", ["other", ", oth", "s", "nowhere"])
-def test_stop_strings(stop):
+def teststop_strings(stop):
     plain = run("generate", "-p", "def main(", "-m", "11", "--json")
     text = json.loads(plain.stdout)["text"]
     result = json.loads(run("generate", "-p", "def main(", "-m", "11", "--json", "--stop", stop).stdout)
@@ -105,7 +124,7 @@ def test_stop_strings(stop):
     assert result["finish_reason"] == ("stop" if stop in text else "length")
 
 
-def test_of_several_stop_strings_the_first_one_met_ends_the_text(demo):
+def test_of_severalstop_strings_the_first_one_met_ends_the_text(demo):
     model, tokenizer = demo
     stop = ["xyz", "ther", ", o"]
     text = mlx_pararnn.generate(model, tokenizer, "def main(", max_tokens=30, stop=stop)

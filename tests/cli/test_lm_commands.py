@@ -151,6 +151,16 @@ def test_evaluate_on_a_task_of_ones_own(lm, tmp_path):
     assert json.loads(results.read_text())["lines"]["acc,none"] == 1.0
 
 
+def test_no_warning_of_our_model_type(tmp_path):
+    result = subprocess.run(
+        [*(sys.executable, "-m", "mlx_pararnn.cli.app", "lm", "generate", "--model", str(DEMO)),
+         *("--prompt", "def main(", "--max-tokens", "2")],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "pararnn" not in result.stderr
+
+
 def test_a_server_with_a_draft_is_refused():
     from typer.testing import CliRunner
 
