@@ -13,12 +13,18 @@ from mlx_pararnn.errors import PararnnError
 
 from . import options
 from .report import Debug, reports_errors
+from .tool_lines import ShowTools, ToolLines, printable, say_why
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_pararnn.chat.session import Chat
 
+EXAMPLES = [
+    "what is 12345678901234567890 + 98765432109876543210?",
+    "what day is 90 days after 3 March?",
+]
 HELP = """\
 /help        this list
 /undo        take back the last question and its answer
@@ -38,14 +44,15 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", help="A system prompt, for models with a chat template.")
     ] = None,
-    max_tokens: options.MaxTokens = 256,
-    temp: options.Temp = 0.0,
+    max_tokens: options.MaxTokens = None,
+    temp: options.TempOrModels = None,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    show_tools: ShowTools = False,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
@@ -54,16 +61,27 @@ def chat(
     Lines from a pipe work too: echo "def f(" | mlx-pararnn chat --max-tokens 40
     """
     loaded, tokenizer = options.load(model, modules)
-    chosen = options.sampling(temp, top_p, top_k, min_p, repetition_penalty, seed, loaded.args.vocab_size)
 
     from mlx_pararnn.chat.session import Chat
+    from mlx_pararnn.pocket.loop import Limits
 
-    session = _Session(
-        Chat(loaded, tokenizer, system), {"max_tokens": max_tokens, "stop": stop or (), **chosen}
-    )
-    _say("/help lists the commands.")
-    if not tokenizer.has_chat_template:
-        _say("This model's tokenizer has no chat template: it continues what you type, as plain text.")
+    conversation = Chat(loaded, tokenizer, system)
+    if conversation.uses_tools:
+        sampler = options.tool_sampling(
+            temp, top_p, top_k, min_p, repetition_penalty, seed, stop, loaded, tokenizer
+        )
+        answering = {"max_tokens": max_tokens or Limits.answer, "sampler": sampler}
+        for line in what_to_try(tokenizer):
+            _say(line)
+    else:
+        chosen = options.sampling(
+            temp or 0.0, top_p, top_k, min_p, repetition_penalty, seed, loaded.args.vocab_size
+        )
+        answering = {"max_tokens": max_tokens or options.MAX_TOKENS, "stop": stop or (), **chosen}
+        _say("/help lists the commands.")
+        if not tokenizer.has_chat_template:
+            _say("This model's tokenizer has no chat template: it continues what you type, as plain text.")
+    session = _Session(conversation, answering, ToolLines(show_tools))
     for line in _lines():
         command, *rest = line.split(maxsplit=1) or [""]
         argument = rest[0].strip().strip("'\"") if rest else ""
@@ -83,9 +101,10 @@ def chat(
 class _Session:
     """The conversation, the points of it that have a name, and how answers are made."""
 
-    def __init__(self, chat: "Chat", options: dict[str, Any]) -> None:
+    def __init__(self, chat: "Chat", options: dict[str, Any], lines: ToolLines) -> None:
         self.chat = chat
         self.options = options
+        self.lines = lines
         self.branches: dict[str, Chat] = {}
         self.last: GenerationResponse | None = None
 
@@ -136,10 +155,23 @@ class _Session:
                 **self.options,
             ):
                 self.last = response
+                if (event := getattr(response, "event", None)) is not None:
+                    self.lines.show(event)
                 print(response.text, end="", flush=True)
         print()
         if pressed:
             _say("(stopped)")
+        elif self.chat.uses_tools and self.last is not None:
+            say_why(self.last.finish_reason)
+
+
+def what_to_try(tokenizer: "TokenizerWrapper") -> list[str]:
+    """Two lines: of `examples` in the model folder's generation_config.json, or what such models can do."""
+    examples = options.generation_config(tokenizer).get("examples")
+    if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples[:2]):
+        examples = []
+    first, second = [printable(text)[:200] for text in [*examples[:2], *EXAMPLES][:2]]
+    return [f"Try: {first}", f"Or:  {second}   (/help lists the commands)"]
 
 
 def _lines() -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import options
 from .report import Debug, reports_errors
+from .tool_lines import ShowTools, ToolLines, say_why
 
 
 @reports_errors
@@ -24,8 +25,8 @@ def generate(
             help="Continue the text itself, even if the tokenizer has a chat template.",
         ),
     ] = False,
-    max_tokens: options.MaxTokens = 256,
-    temp: options.Temp = 0.0,
+    max_tokens: options.MaxTokens = None,
+    temp: options.TempOrModels = None,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
@@ -35,21 +36,31 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
     ] = False,
+    show_tools: ShowTools = False,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt: text to stdout as it comes, statistics to stderr.
+    """Continue a prompt, or answer it where the model uses tools: text to stdout, statistics to stderr.
 
     Example: mlx-pararnn generate my-model -p "Once upon a time" --temp 0.8 --seed 1
     """
     loaded, tokenizer = options.load(model, modules)
     from mlx_pararnn.generation import render, stream_generate
+    from mlx_pararnn.pocket.protocol import find_protocol
 
-    text = options.read_stdin() if prompt in (None, "-") else prompt
+    text = options.read_stdin() if prompt in (None, "-") else prompt or ""
+    if find_protocol(tokenizer) is not None and not ignore_chat_template:
+        sampler = options.tool_sampling(
+            temp, top_p, top_k, min_p, repetition_penalty, seed, stop, loaded, tokenizer
+        )
+        _answer(loaded, tokenizer, text.removesuffix("\n"), max_tokens, sampler, as_json, show_tools)
+        return
     tokens: str | list[int] = text
     if tokenizer.has_chat_template and not ignore_chat_template:
         tokens = render(tokenizer, [{"role": "user", "content": text}])
-    chosen = options.sampling(temp, top_p, top_k, min_p, repetition_penalty, seed, loaded.args.vocab_size)
+    chosen = options.sampling(
+        temp or 0.0, top_p, top_k, min_p, repetition_penalty, seed, loaded.args.vocab_size
+    )
 
     from .progress import PromptProgress
 
@@ -59,7 +70,7 @@ def generate(
             loaded,
             tokenizer,
             tokens,
-            max_tokens,
+            max_tokens or options.MAX_TOKENS,
             stop=stop or (),
             prompt_progress_callback=progress,
             **chosen,
@@ -90,3 +101,46 @@ def generate(
         f"({response.finish_reason})",
         file=sys.stderr,
     )
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    message: str,
+    max_tokens: int | None,
+    sampler: Any,
+    as_json: bool,
+    show_tools: bool,
+) -> None:
+    """The answer of a model that uses tools."""
+    from mlx_pararnn.pocket.answers import stream_answer
+    from mlx_pararnn.pocket.events import Call, Finish, Result, Text
+    from mlx_pararnn.pocket.loop import Limits
+
+    from .progress import PromptProgress
+
+    limits = Limits() if max_tokens is None else Limits(answer=max_tokens)
+    lines = ToolLines(show_tools)
+    pieces: list[str] = []
+    calls: list[dict[str, Any]] = []
+    with PromptProgress() as progress:
+        for event in stream_answer(
+            model, tokenizer, message, limits=limits, sampler=sampler, progress=progress
+        ):
+            lines.show(event)
+            if isinstance(event, Text):
+                pieces.append(event.text)
+                if not as_json:
+                    print(event.text, end="", flush=True)
+            elif isinstance(event, Call):
+                calls.append({"name": event.name, "arguments": event.arguments})
+            elif isinstance(event, Result):
+                calls[-1] |= {"result": event.text, "failed": event.failed}
+    assert isinstance(event, Finish)
+    if as_json:
+        found = {"text": "".join(pieces), "finish_reason": event.reason, "calls": calls}
+        print(json.dumps({**found, "tokens": event.tokens, "made": event.made, "seconds": event.seconds}))
+        return
+    print()
+    say_why(event.reason)
+    print(f"{event.tokens:,} tokens in {event.seconds:.2f} s ({event.reason})", file=sys.stderr)

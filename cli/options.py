@@ -3,6 +3,7 @@
 import re
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,8 @@ def stop_strings(values: list[str] | None) -> list[str] | None:
     return values and [re.sub(r"\\([nt\\])", lambda match: escapes[match[1]], value) for value in values]
 
 
+MAX_TOKENS = 256
+
 ModelPath = Annotated[
     str | None,
     typer.Argument(
@@ -41,12 +44,17 @@ ModelPath = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-m", min=1, help="Generate at most this many tokens.")
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        "-m",
+        min=1,
+        help=f"Generate at most this many tokens; {MAX_TOKENS}, or 4096 of an answer by tools, if left out.",
+    ),
 ]
-Temp = Annotated[
-    float,
-    typer.Option("--temp", min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest token."),
-]
+_TEMP = typer.Option("--temp", min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest token.")
+Temp = Annotated[float, _TEMP]
+TempOrModels = Annotated[float | None, _TEMP]
 TopP = Annotated[
     float,
     typer.Option(
@@ -144,3 +152,52 @@ def sampling(
             repetition_penalty=None if repetition_penalty == 1 else repetition_penalty
         ),
     }
+
+
+def tool_sampling(
+    temp: float | None,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: list[str] | None,
+    model: "Model",
+    tokenizer: "TokenizerWrapper",
+) -> Any:
+    """The sampler for a model that uses tools; None takes the likeliest token.
+
+    Without a temperature the model's own generation_config.json is followed.
+
+    Raises:
+        PararnnError: an option that such a model's turns have no place for.
+    """
+    if stop or repetition_penalty != 1:
+        raise PararnnError(
+            "this model uses tools and ends its answers itself: --stop and --repetition-penalty are not taken"
+        )
+    if temp is None:
+        own = generation_config(tokenizer)
+        temp = 0.0
+        if own.get("do_sample") is True:
+            temp, top_p = _number(own, "temperature", 1.0), _number(own, "top_p", top_p)
+            top_k = int(_number(own, "top_k", top_k))
+    chosen = sampling(temp, top_p, top_k, min_p, repetition_penalty, seed, model.args.vocab_size)
+    return chosen["sampler"] if temp else None
+
+
+def generation_config(tokenizer: "TokenizerWrapper") -> dict[str, Any]:
+    """What the generation_config.json beside a model's tokenizer says; nothing where there is none."""
+    from mlx_pararnn.model_files import read_json
+
+    try:
+        found = read_json(Path(tokenizer.name_or_path) / "generation_config.json")
+    except (PararnnError, FileNotFoundError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(settings: dict[str, Any], name: str, default: float) -> float:
+    value = settings.get(name, default)
+    sound = type(value) in (int, float) and 0 <= value <= (1e9 if name == "top_k" else 100)
+    return value if sound else default

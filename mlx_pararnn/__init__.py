@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .loading import load, load_cell, load_model
     from .model import Model
     from .model_config import ModelArgs
+    from .pocket.answers import answer, stream_answer
     from .pocket.functions import Functions
-    from .pocket.loop import answer, stream_answer
 
 _HOME = {
     "Cell": "cells",
@@ -30,14 +30,14 @@ _HOME = {
     "Model": "model",
     "ModelArgs": "model_config",
     "PararnnError": "errors",
-    "answer": "pocket.loop",
+    "answer": "pocket.answers",
     "generate": "generation",
     "get_cell": "cells",
     "load": "loading",
     "load_cell": "loading",
     "load_model": "loading",
     "register_cell": "cells",
-    "stream_answer": "pocket.loop",
+    "stream_answer": "pocket.answers",
     "stream_generate": "generation",
 }
 

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +22,11 @@ from ..errors import PararnnError
 from ..generation import check_text, encode, render, stream_generate
 from ..model import Model
 from ..model_files import open_regular
+from ..pocket.answers import stream_answer
+from ..pocket.events import Event, Finish, Text
+from ..pocket.functions import Functions
+from ..pocket.loop import Limits
+from ..pocket.protocol import find_protocol
 
 # Stands for what has been read when the chat template is asked what comes after it.
 _READ = "\ue000read\ue001"
@@ -36,31 +43,52 @@ class _Point(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """A question that was answered: the moment before it, and the state that lacks its last token only."""
+    """A question that was answered: the moment before it, and a state with the tokens to read from there."""
 
     text: str
     before: _Point
     cache: list[RecurrentCache]
-    token: int
+    tokens: list[int]
+
+
+@dataclass
+class ToolResponse(GenerationResponse):
+    """The response of a model that uses tools; `event` says what has happened, which need not be text."""
+
+    event: Event | None = None
 
 
 class Chat:
     """A conversation with a model: `respond` streams an answer, the state goes on from turn to turn.
 
-    With a chat template each turn is rendered by it; without one the text is fed as it is typed. A state is
+    With a chat template each turn is rendered by it; without one the text is fed as it is typed. A model that
+    uses tools answers by them, and `respond` gives a `ToolResponse` for everything that happens. A state is
     small, so those before each question are kept: `undo`, `regenerate` and `branch` read nothing again.
+
+    Args:
+        model, tokenizer: the model.
+        system: a system prompt, for models with a chat template.
+        functions: for a model that uses tools those that it may call; without it those of `standard`.
 
     Attributes:
         messages: the conversation so far, as chat templates want it: role and content.
         cache: the state after everything read and said.
     """
 
-    def __init__(self, model: Model, tokenizer: TokenizerWrapper, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        system: str | None = None,
+        functions: Functions | None = None,
+    ) -> None:
         if system and not tokenizer.has_chat_template:
             raise PararnnError("this model's tokenizer has no chat template, so it can take no system prompt")
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
+        self.functions = functions
+        self._protocol = find_protocol(tokenizer)
         self.reset()
 
     def reset(self) -> None:
@@ -69,6 +97,11 @@ class Chat:
         self.cache = self.model.make_cache()
         self._last_token: int | None = None
         self._turns: list[_Turn] = []
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the model speaks the protocol of tools."""
+        return self._protocol is not None
 
     @property
     def nbytes(self) -> int:
@@ -91,9 +124,10 @@ class Chat:
         Args:
             text: what the user says.
             interrupted: asked after each token and each piece of the prompt.
-            kwargs: for `stream_generate`: max_tokens, sampler, stop, ...
+            kwargs: for `stream_generate`: max_tokens, sampler, stop, ...; of these a model that uses tools
+                takes sampler, max_tokens, which are those of the answer, and `limits` (`pocket.loop.Limits`).
         """
-        tokens = encode(self.tokenizer, self._turn(text))
+        tokens = [] if self.uses_tools else encode(self.tokenizer, self._turn(text))
         yield from self._answer(text, tokens, self._point(), interrupted, kwargs)
 
     def undo(self) -> str:
@@ -116,11 +150,11 @@ class Chat:
             PararnnError: there is none, or it was asked before the last `load`.
         """
         turn = self._last_turn()
-        yield from self._answer(turn.text, [turn.token], turn.before, interrupted, kwargs, turn.cache)
+        yield from self._answer(turn.text, turn.tokens, turn.before, interrupted, kwargs, turn.cache)
 
     def branch(self) -> "Chat":
         """Another conversation that stands where this one does, and goes on by itself."""
-        twin = Chat(self.model, self.tokenizer, self.system)
+        twin = Chat(self.model, self.tokenizer, self.system, self.functions)
         twin._go_to(self._point())
         twin._turns = list(self._turns)
         return twin
@@ -155,14 +189,7 @@ class Chat:
 
         answer: list[str] = []
         try:
-            for response in stream_generate(
-                self.model,
-                self.tokenizer,
-                tokens,
-                prompt_cache=self.cache,
-                prompt_progress_callback=prompt_progress,
-                **kwargs,
-            ):
+            for response in self._responses(text, tokens, prompt_progress, **kwargs):
                 answer.append(response.text)
                 self._last_token = response.token
                 yield response
@@ -181,7 +208,50 @@ class Chat:
             {"role": "user", "content": text},
             {"role": "assistant", "content": "".join(answer)},
         ]
-        self._turns = [*turns, _Turn(text, before, read, tokens[-1])][-UNDO_LIMIT:]
+        self._turns = [*turns, _Turn(text, before, read or before.cache, tokens[-1:])][-UNDO_LIMIT:]
+
+    def _responses(
+        self, text: str, tokens: list[int], progress: Callable[[int, int], None], **kwargs: Any
+    ) -> Iterator[GenerationResponse]:
+        if self._protocol is None:
+            yield from stream_generate(
+                self.model,
+                self.tokenizer,
+                tokens,
+                prompt_cache=self.cache,
+                prompt_progress_callback=progress,
+                **kwargs,
+            )
+            return
+        if kwargs.get("stop") or kwargs.get("logits_processors"):
+            raise PararnnError("this model ends its answers itself: stop and penalties are not taken")
+        answer = {"answer": kwargs["max_tokens"]} if "max_tokens" in kwargs else {}
+        events = stream_answer(
+            self.model,
+            self.tokenizer,
+            text,
+            functions=self.functions,
+            limits=replace(kwargs.get("limits", Limits()), **answer),
+            sampler=kwargs.get("sampler"),
+            cache=self.cache,
+            progress=progress,
+        )
+        message, begin = len(self._protocol.render_message(text)), time.perf_counter()
+        for event in events:
+            made = event.tokens - message
+            yield ToolResponse(
+                text=event.text if isinstance(event, Text) else "",
+                token=self._protocol.end,  # what the state lacks when the turn is over
+                logprobs=mx.array([]),
+                from_draft=False,
+                prompt_tokens=message,
+                prompt_tps=0.0,
+                generation_tokens=made,
+                generation_tps=made / max(time.perf_counter() - begin, 1e-9),
+                peak_memory=0.0,
+                finish_reason=event.reason if isinstance(event, Finish) else None,
+                event=event,
+            )
 
     def _last_turn(self) -> _Turn:
         if not self._turns:

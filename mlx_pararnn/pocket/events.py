@@ -1,9 +1,12 @@
 """What happens in a turn of a model that uses tools."""
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from .protocol import Command
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the command line imports this file when it starts, and that one imports MLX
+    from .protocol import Command
 
 Reason = Literal["stop", "length", "steps", "time", "tool_calls"]
 

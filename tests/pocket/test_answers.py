@@ -6,8 +6,9 @@ import pytest
 
 import mlx_pararnn
 from mlx_pararnn import Functions, PararnnError, answer, load, stream_answer
+from mlx_pararnn.pocket.answers import ModelTokens
 from mlx_pararnn.pocket.events import Call, CommandGiven, Finish, Text, Thought
-from mlx_pararnn.pocket.loop import Limits, ModelTokens
+from mlx_pararnn.pocket.loop import Limits
 from tests.support.scripted import tools_folder, tools_protocol
 
 
@@ -42,7 +43,7 @@ def test_every_token_is_the_likeliest_of_those_allowed(pair, monkeypatch):
         recorders.append(Recorder(*args))
         return recorders[-1]
 
-    monkeypatch.setattr("mlx_pararnn.pocket.loop.ModelTokens", recorder)
+    monkeypatch.setattr("mlx_pararnn.pocket.answers.ModelTokens", recorder)
     events = list(stream_answer(model, tokenizer, "12 + 34 é" * 60, limits=Limits(steps=300)))
     assert isinstance(events[-1], Finish)
     (recorder,) = recorders

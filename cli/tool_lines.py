@@ -1,0 +1,118 @@
+"""What a terminal shows of the tools that a model uses, on stderr: one dim line a turn, or all of it."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_pararnn.pocket.events import (
+    Call,
+    CommandGiven,
+    Event,
+    Finish,
+    Observation,
+    Result,
+    Text,
+    Thought,
+)
+
+if TYPE_CHECKING:
+    pass
+
+WIDEST = 60  # characters of arguments or of a result in the dim line
+ShowTools = Annotated[
+    bool,
+    typer.Option(
+        "--show-tools", help="Show everything that a model with tools thinks, reads and calls, on stderr."
+    ),
+]
+
+
+class ToolLines:
+    """Shows the events of one turn after another; the answer itself is not its business.
+
+    Args:
+        unfold: show each event on a line of its own. Else a terminal gets one dim line before the answer, and
+            anything that is no terminal gets nothing.
+    """
+
+    def __init__(self, unfold: bool) -> None:
+        from rich.console import Console
+
+        self._console: Console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._unfold = unfold
+        self._begin()
+
+    def show(self, event: Event) -> None:
+        """Take notice of an event; it is called before a piece of the answer is printed."""
+        if self._unfold:
+            self._show_all(event)
+        elif self._console.is_terminal:
+            self._fold(event)
+        if isinstance(event, Finish):
+            self._begin()
+
+    def _begin(self) -> None:
+        self._calls: list[str] = []
+        self._commands, self._written, self._thought = 0, False, ""
+
+    def _fold(self, event: Event) -> None:
+        if isinstance(event, CommandGiven):
+            self._commands += 1
+        elif isinstance(event, Call):
+            self._calls.append(f"{printable(event.name)} {short(event.arguments)}")
+        elif isinstance(event, Result):
+            self._calls[-1] += f" → {short(event.text)}"
+        elif isinstance(event, Text | Finish) and not self._written:
+            self._written = True
+            pointers = [f"{self._commands:,} pointer commands"] if self._commands else []
+            if parts := [*self._calls, *pointers]:
+                self._console.print(" · ".join(parts), style="dim")
+
+    def _show_all(self, event: Event) -> None:
+        if isinstance(event, Thought):
+            self._thought += event.text
+            return
+        if self._thought:
+            self._line("thinks", self._thought)
+            self._thought = ""
+        match event:
+            case CommandGiven(command=command):
+                self._line(command.action, f"pointer {command.pointer}")
+            case Observation(name=name):
+                self._line("sees", name)
+            case Call(name=name, arguments=arguments):
+                self._line("calls", f"{name} {arguments}")
+            case Result(text=text, failed=failed):
+                self._line("fails" if failed else "result", text)
+            case Finish(reason=reason, tokens=tokens, made=made, seconds=seconds):
+                self._line("ends", f"{reason}; {tokens:,} tokens, {made:,} of them made; {seconds:.2f} s")
+
+    def _line(self, kind: str, text: str) -> None:
+        self._console.print(f"{kind:>8}  {printable(text)}", style="dim")
+
+
+def printable(text: str) -> str:
+    """A text without what would move a terminal's cursor or change its colours."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def short(text: str) -> str:
+    """The beginning of a text, on one line."""
+    line = printable(text)
+    return line if len(line) <= WIDEST else f"{line[: WIDEST - 1]}…"
+
+
+def why_it_ended(reason: str | None) -> str | None:
+    """A sentence for a turn that a limit has ended."""
+    return {
+        "length": "the answer has reached its limit (--max-tokens)",
+        "steps": "stopped: too many steps without an end",
+        "time": "stopped: it took too long",
+    }.get(reason or "")
+
+
+def say_why(reason: str | None) -> None:
+    """That sentence, on stderr, if there is one."""
+    if sentence := why_it_ended(reason):
+        print(f"({sentence})", file=sys.stderr)

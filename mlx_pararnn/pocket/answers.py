@@ -1,0 +1,124 @@
+"""Answers by a model that uses tools: events as they happen, or the text."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..cache import RecurrentCache
+from ..errors import PararnnError
+from ..generation import find_room
+from ..grammars import Grammars
+from ..model import Model
+from .events import Event, Text
+from .functions import Functions
+from .loop import Limits, run_turn
+from .protocol import Protocol, find_protocol
+from .standard import standard_functions
+
+PIECE = 512  # tokens of a message or result that are read at once
+
+
+def stream_answer(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    message: str,
+    *,
+    functions: Functions | Iterable[Callable[..., Any]] | None = None,
+    limits: Limits | None = None,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    cache: list[RecurrentCache] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Event]:
+    """Answer a message with a model that uses tools: everything that happens, as it happens.
+
+    Args:
+        model, tokenizer: a model whose tokenizer has the tokens of the protocol (`protocol`).
+        message: what the user says; text only, whatever it looks like.
+        functions: those that the model may call; without it calculator, clock, dates and units.
+        limits: where the turn ends in any case.
+        sampler, cache, progress: for `ModelTokens`; a cache that has read earlier turns is read on.
+
+    Raises:
+        PararnnError: the model does not speak the protocol, or the message is empty or no text.
+    """
+    protocol = require_protocol(tokenizer)
+    if not message:
+        raise PararnnError("the message is empty; write what the model should answer")
+    prefix = protocol.render_message(message)
+    limits = limits or Limits()
+    source = ModelTokens(model, sampler, cache, progress)
+    earlier = source.cache[0].offset
+    room = find_room(model, earlier + bool(earlier) + len(prefix))
+    if functions is None:
+        functions = standard_functions()
+    if earlier:  # the turn before ended with a token that was made, and not read
+        source.read([protocol.end])
+    return run_turn(
+        protocol,
+        source,
+        prefix,
+        functions if isinstance(functions, Functions) else Functions(functions),
+        limits if room is None else replace(limits, steps=min(limits.steps, room)),
+        grammars=Grammars(tokenizer, model.args.vocab_size),
+    )
+
+
+def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: Any) -> str:
+    """The text of the answer that `stream_answer` gives, in one piece; same arguments."""
+    events = stream_answer(model, tokenizer, message, **options)
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def require_protocol(tokenizer: TokenizerWrapper) -> Protocol:
+    """The protocol of a model; raises PararnnError where it has none."""
+    protocol = find_protocol(tokenizer)
+    if protocol is None:
+        raise PararnnError(
+            f"the model in {tokenizer.name_or_path} does not use tools: its tokenizer lacks the tokens for "
+            "them (docs/tools.md); use mlx_pararnn.generate"
+        )
+    return protocol
+
+
+class ModelTokens:
+    """A model as a source of tokens.
+
+    Args:
+        model: the model.
+        sampler: MLX-LM's, log probabilities (1, V) to a token; without it the likeliest is taken.
+        cache: where the state is kept; a new one if left out.
+        progress: called with how many tokens of a message or result have been read, and of how many.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampler: Callable[[mx.array], mx.array] | None = None,
+        cache: list[RecurrentCache] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.vocab_size = model.args.vocab_size
+        self.cache = model.make_cache() if cache is None else cache
+        self._model, self._sampler, self._progress = model, sampler, progress
+        self._logits: mx.array | None = None  # (1, V)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        for begin in range(0, len(tokens), PIECE):
+            piece = mx.array([tokens[begin : begin + PIECE]])
+            self._logits = self._model(piece, cache=self.cache)[:, -1]
+            if len(tokens) > 1:
+                mx.eval([layer.state for layer in self.cache])
+                self._progress(min(begin + PIECE, len(tokens)), len(tokens))
+
+    def choose(self, allowed: np.ndarray) -> int:
+        assert self._logits is not None
+        if self._sampler is None:
+            logits = np.array(self._logits.astype(mx.float32))[0]
+            return int(np.where(allowed, logits, -np.inf).argmax())
+        logits = mx.where(mx.array(allowed), self._logits.astype(mx.float32), -mx.inf)
+        token = self._sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        return cast(int, token.item())

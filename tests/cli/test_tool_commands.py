@@ -1,0 +1,263 @@
+"""`generate` and `chat` with a model that uses tools: answers on stdout, the tools on stderr."""
+
+import io
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mlx_pararnn import load
+from mlx_pararnn.cache import RecurrentCache
+from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.cli.app import app
+from mlx_pararnn.cli.chat import what_to_try
+from mlx_pararnn.pocket.events import Result
+from mlx_pararnn.pocket.functions import Functions
+from mlx_pararnn.pocket.loop import Limits
+from tests.support.scripted import Script, tools_folder, tools_protocol
+
+CALL = '<|call|>{"name":"calculate","arguments":{"expression":"2+3"}}<|result|>'
+SUM = f"<|right1|><|read1|>a{CALL}<|answer|>It is 5.<|end|>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tools_folder(tmp_path_factory.mktemp("tools") / "model")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Scripts that stand in for the model, one a turn; the sources that were made of them."""
+    waiting, sources = [], []
+
+    def source(model, sampler, cache, progress):
+        source = Script(waiting.pop(0) if waiting else SUM)
+        source.cache, source.sampler = model.make_cache() if cache is None else cache, sampler
+        read = source.read
+
+        def counted(tokens):
+            read(tokens)
+            for layer in source.cache:
+                layer.open(1)
+                layer.advance(len(tokens))
+
+        source.read = counted
+        sources.append(source)
+        return source
+
+    monkeypatch.setattr("mlx_pararnn.pocket.answers.ModelTokens", source)
+    return waiting, sources
+
+
+def run(*args, **kwargs):
+    return CliRunner().invoke(app, list(map(str, args)), **kwargs)
+
+
+def test_generate_answers_by_tools_with_the_answer_alone_on_stdout(folder, scripts):
+    result = run("generate", folder, "-p", "2+3?")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "It is 5.\n"
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith("(stop)\n")
+    assert scripts[1][0].taken[:6] == tools_protocol().render_message("2+3?")
+
+
+def test_show_tools_unfolds_what_was_done(folder, scripts):
+    result = run("generate", folder, "-p", "2+3?", "--show-tools")
+    assert result.stdout == "It is 5.\n"
+    assert [line.split(maxsplit=1) for line in result.stderr.splitlines()[:7]] == [
+        ["right", "pointer 1"],
+        ["read", "pointer 1"],
+        ["sees", "'2'"],
+        ["thinks", "a"],
+        ["calls", 'calculate {"expression":"2+3"}'],
+        ["result", "5"],
+        ["ends", result.stderr.splitlines()[6].split(maxsplit=1)[1]],
+    ]
+
+
+def test_a_terminal_gets_one_dim_line(folder, scripts, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        "rich.console.Console",
+        lambda **options: Console(**{**options, "file": shown, "stderr": False, "force_terminal": True}),
+    )
+    scripts[0].append(SUM.replace("2+3", "1+" * 60 + "1"))
+    result = run("generate", folder, "-p", "2+3?")
+    assert result.stdout == "It is 5.\n"
+    (line,) = [line for line in shown.getvalue().splitlines() if "calculate" in line]
+    assert "\x1b[2m" in line  # dim
+    assert "… → 61 · 2 pointer commands" in line
+
+
+def test_what_a_model_writes_moves_no_cursor(folder, scripts):
+    scripts[0].append("\x1b[2J\r<|answer|>x<|end|>")
+    result = run("generate", folder, "-p", "x", "--show-tools")
+    assert "\x1b" not in result.stderr
+    assert r"\x1b[2J\r" in result.stderr
+
+
+def test_json_has_the_calls(folder, scripts):
+    answer = json.loads(run("generate", folder, "-p", "2+3?", "--json").stdout)
+    assert (answer["text"], answer["finish_reason"]) == ("It is 5.", "stop")
+    (call,) = answer["calls"]
+    assert (call["name"], call["result"], call["failed"]) == ("calculate", "5", False)
+    assert answer["tokens"] > answer["made"] > 50
+
+
+def test_a_limit_is_said(folder, scripts):
+    result = run("generate", folder, "-p", "2+3?", "--max-tokens", "2")
+    assert result.stdout == "It\n"
+    assert "(the answer has reached its limit (--max-tokens))" in result.stderr
+
+
+def test_a_message_from_a_pipe_ends_before_its_last_newline(folder, scripts):
+    assert run("generate", folder, input="2+3?\n").stdout == "It is 5.\n"
+    assert scripts[1][0].taken[:6] == tools_protocol().render_message("2+3?")
+
+
+def test_the_text_itself_can_be_continued(folder):
+    result = run("generate", folder, "-p", "2", "--ignore-chat-template", "-m", "3")
+    assert result.exit_code == 0, result.stderr
+    assert "generated: 3 tokens" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("option", [["--stop", "x"], ["--repetition-penalty", "1.1"]])
+def test_options_without_a_place_are_refused(folder, command, option):
+    given = ["-p", "x"] if command == "generate" else []
+    result = run(command, folder, *given, *option)
+    assert result.exit_code == 1
+    assert "ends its answers itself" in result.stderr
+
+
+def test_an_empty_message_is_one_sentence(folder):
+    result = run("generate", folder, input="")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: the message is empty; write what the model should answer\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "sampled"),
+    [
+        ({}, [], False),
+        ({"do_sample": True, "temperature": 0.5}, [], True),
+        ({"do_sample": False, "temperature": 0.5}, [], False),
+        ({"do_sample": True, "temperature": "hot"}, [], True),
+        ({"do_sample": True}, ["--temp", "0"], False),
+        ({}, ["--temp", "0.5"], True),
+    ],
+)
+def test_sampling_defaults_are_the_models_own(folder, scripts, tmp_path, settings, options, sampled):
+    own = shutil.copytree(folder, tmp_path / "model")
+    (own / "generation_config.json").write_text(json.dumps(settings))
+    assert run("generate", own, "-p", "x", *options).exit_code == 0
+    assert (scripts[1][0].sampler is not None) == sampled
+
+
+def test_chat_opens_with_two_lines_to_try_and_answers(folder, scripts):
+    result = run("chat", folder, input="2+3?\n\n/stats\n/quit\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "It is 5.\n"
+    first, second, *rest = result.stderr.splitlines()
+    assert first.startswith("Try: ")
+    assert second.startswith("Or:  ")
+    assert "/help" in second
+    assert "1 to /undo" in rest[-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [
+        ('{"examples": ["add 1 and 2", "sort 3 1 2", "more"]}', ["Try: add 1 and 2", "Or:  sort 3 1 2"]),
+        (r'{"examples": ["\u001b[2J"]}', [r"Try: \x1b[2J", "Or:  what is 1234"]),
+        ('{"examples": 5}', ["Try: what is 1234", "Or:  what day"]),
+        ("[", ["Try: what is 1234", "Or:  what day"]),
+        (None, ["Try: what is 1234", "Or:  what day"]),
+    ],
+)
+def test_what_to_try_comes_from_the_model_folder(folder, tmp_path, config, lines):
+    own = shutil.copytree(folder, tmp_path / "model")
+    if config is not None:
+        (own / "generation_config.json").write_text(config)
+    shown = what_to_try(load(own)[1])
+    assert [line.startswith(start) for line, start in zip(shown, lines, strict=True)] == [True, True]
+
+
+def say(talk, text, **kwargs):
+    return "".join(response.text for response in talk.respond(text, **kwargs))
+
+
+def test_a_conversation_goes_on_from_its_state(folder, scripts):
+    talk = Chat(*load(folder))
+    assert talk.uses_tools
+    assert say(talk, "2+3?") == "It is 5."
+    before = talk.tokens
+    scripts[0].append("<|answer|>Again.<|end|>")
+    assert say(talk, "and?") == "Again."
+    end, *turn = scripts[1][1].taken
+    assert end == tools_protocol().end  # of the first turn, which nobody had read
+    assert turn[:6] == tools_protocol().render_message("and?")
+    assert talk.tokens == before + 1 + len(turn)
+    assert [message["content"] for message in talk.messages] == ["2+3?", "It is 5.", "and?", "Again."]
+    assert talk.undo() == "and?"
+    assert talk.tokens == before
+    scripts[0].append("<|answer|>Other.<|end|>")
+    assert "".join(response.text for response in talk.regenerate()) == "Other."
+    assert talk.messages[-2:] == [
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "content": "Other."},
+    ]
+    assert scripts[1][2].taken[0] == tools_protocol().user  # from the state before the question
+
+
+def test_a_conversation_calls_the_functions_it_was_given(folder, scripts):
+    rung = []
+
+    def ring(times: int) -> str:
+        rung.append(times)
+        return "rung"
+
+    talk = Chat(*load(folder), functions=Functions([ring]))
+    scripts[0].append('<|call|>{"name":"ring","arguments":{"times":2}}<|result|><|answer|><|end|>')
+    responses = list(talk.respond("ring!"))
+    assert rung == [2]
+    assert [response.event.text for response in responses if isinstance(response.event, Result)] == ["rung"]
+    assert talk.messages[-1]["content"] == "rung"
+    assert responses[-1].finish_reason == "stop"
+    assert say(talk.branch(), "2+3?") == "It is 5."
+
+
+@pytest.mark.parametrize("when", ["thinking", "answering"])
+def test_a_turn_that_is_stopped_keeps_what_was_said(folder, scripts, when):
+    talk = Chat(*load(folder))
+    scripts[0].append("<|right1|>" if when == "thinking" else "<|answer|>abc")
+    count = 0
+
+    def interrupted():
+        nonlocal count
+        count += 1
+        return count > 20
+
+    said = say(talk, "x", interrupted=interrupted)
+    assert said == ("" if when == "thinking" else "abc" + "c" * 18)
+    assert talk.messages[-1] == {"role": "assistant", "content": said}
+    assert say(talk, "2+3?") == "It is 5."
+
+
+def test_a_conversation_is_saved_and_loaded(folder, tmp_path):
+    """With the model itself: the state is a real one."""
+    model, tokenizer = load(folder)
+    talk, other = Chat(model, tokenizer), Chat(model, tokenizer)
+    say(talk, "x", limits=Limits(steps=30))
+    other.load(talk.save(tmp_path / "talk"))
+    assert isinstance(other.cache[0], RecurrentCache)
+    assert other.tokens == talk.tokens
+    more = [list(chat.respond("y", limits=Limits(steps=60)))[-1] for chat in (talk, other)]
+    assert more[0].event.tokens == more[1].event.tokens
+    assert talk.tokens == other.tokens
+    assert talk.messages == other.messages
