@@ -22,7 +22,7 @@ from ..errors import PararnnError
 from ..generation import check_text, encode, render, stream_generate
 from ..model import Model
 from ..model_files import open_regular
-from ..pocket.answers import stream_answer
+from ..pocket.answers import assistant_functions, stream_answer
 from ..pocket.events import Event, Finish, Text
 from ..pocket.functions import Functions
 from ..pocket.loop import Limits
@@ -68,7 +68,7 @@ class Chat:
     Args:
         model, tokenizer: the model.
         system: a system prompt, for models with a chat template.
-        functions: for a model that uses tools those that it may call; without it those of `standard`.
+        functions: for a model that uses tools those that it may call; without it those of an `Assistant`.
 
     Attributes:
         messages: the conversation so far, as chat templates want it: role and content.
@@ -87,8 +87,8 @@ class Chat:
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
-        self.functions = functions
         self._protocol = find_protocol(tokenizer)
+        self.functions = assistant_functions() if functions is None else functions
         self.reset()
 
     def reset(self) -> None:

@@ -13,11 +13,11 @@ from ..errors import PararnnError
 from ..generation import find_room
 from ..grammars import Grammars
 from ..model import Model
+from .assistant import Assistant
 from .events import Event, Text
 from .functions import Functions
 from .loop import Limits, run_turn
 from .protocol import Protocol, find_protocol
-from .standard import standard_functions
 
 PIECE = 512  # tokens of a message or result that are read at once
 
@@ -38,7 +38,7 @@ def stream_answer(
     Args:
         model, tokenizer: a model whose tokenizer has the tokens of the protocol (`protocol`).
         message: what the user says; text only, whatever it looks like.
-        functions: those that the model may call; without it calculator, clock, dates and units.
+        functions: those that the model may call; without it those of a new `Assistant`.
         limits: where the turn ends in any case.
         sampler, cache, progress: for `ModelTokens`; a cache that has read earlier turns is read on.
 
@@ -54,7 +54,7 @@ def stream_answer(
     earlier = source.cache[0].offset
     room = find_room(model, earlier + bool(earlier) + len(prefix))
     if functions is None:
-        functions = standard_functions()
+        functions = assistant_functions()
     if earlier:  # the turn before ended with a token that was made, and not read
         source.read([protocol.end])
     return run_turn(
@@ -71,6 +71,11 @@ def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: A
     """The text of the answer that `stream_answer` gives, in one piece; same arguments."""
     events = stream_answer(model, tokenizer, message, **options)
     return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def assistant_functions() -> Functions:
+    """The functions of a new `Assistant`, with its own timers, reminders and lists."""
+    return Functions(Assistant().functions())
 
 
 def require_protocol(tokenizer: TokenizerWrapper) -> Protocol:

@@ -1,7 +1,6 @@
-"""Functions that come with the package: calculator, clock and dates, units. They touch nothing outside."""
+"""An exact calculator and units, for functions that models call."""
 
 import ast
-import datetime as dt
 import math
 import operator
 import re
@@ -9,19 +8,10 @@ from collections.abc import Callable
 from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
-
-from .functions import Functions
 
 MAX_BITS = 50_000  # of a number that is computed: some 15,000 digits
 MAX_EXPRESSION = 10_000  # characters
 _DIGITS = Context(prec=15)  # of a number that has no end
-
-
-def standard_functions() -> Functions:
-    """A fresh list of them, to add to."""
-    functions: list[Callable[..., Any]] = [calculate, current_time, weekday, date_after, days_between]
-    return Functions([*functions, convert_units])
 
 
 def calculate(expression: str) -> str:
@@ -37,34 +27,6 @@ def calculate(expression: str) -> str:
     except (SyntaxError, MemoryError, RecursionError):
         raise ValueError(f"{expression[:100]!r} is no expression") from None
     return as_text(_value(tree.body))
-
-
-def current_time(time_zone: str = "") -> str:
-    """The weekday, date and time now, here or in a time zone such as Europe/Berlin."""
-    return now(time_zone).strftime("%A, %Y-%m-%d %H:%M")
-
-
-def weekday(date: str) -> str:
-    """The day of the week of a date."""
-    return f"{_date(date):%A}"
-
-
-def date_after(date: str = "today", days: int = 0, weeks: int = 0, months: int = 0, years: int = 0) -> str:
-    """The date so many days, weeks, months and years after another; before it with negative numbers."""
-    start = _date(date)
-    month = start.year * 12 + start.month - 1 + months + 12 * years
-    try:
-        first = dt.date(month // 12, month % 12 + 1, 1)
-        last = (first.replace(day=28) + dt.timedelta(days=4)).replace(day=1) - dt.timedelta(days=1)
-        found = first.replace(day=min(start.day, last.day)) + dt.timedelta(days=days + 7 * weeks)
-    except (ValueError, OverflowError):
-        raise ValueError("the date is outside the years 1 to 9999") from None
-    return f"{found:%A}, {found.isoformat()}"
-
-
-def days_between(start: str, end: str) -> int:
-    """How many days a date comes after another; negative where it comes before."""
-    return (_date(end) - _date(start)).days
 
 
 def convert_units(value: float, from_unit: str, to_unit: str) -> str:
@@ -165,36 +127,6 @@ def _root(number: Fraction) -> Fraction:
 
 def _too_large() -> Any:
     raise ValueError("the number is too large")
-
-
-def now(time_zone: str = "") -> dt.datetime:
-    """The time here, or in a time zone."""
-    if not time_zone:
-        return dt.datetime.now().astimezone()
-    try:
-        return dt.datetime.now(ZoneInfo(time_zone.strip().replace(" ", "_")))
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"there is no time zone {time_zone[:60]!r}; they are called Europe/Berlin") from None
-
-
-_WORDS = {"today": 0, "tomorrow": 1, "yesterday": -1}
-_FORMATS = ("%Y-%m-%d", "%d %B %Y", "%B %d %Y", "%d %b %Y", "%b %d %Y", "%Y/%m/%d", "%d.%m.%Y")
-
-
-def _date(text: str) -> dt.date:
-    """A date as people write one; without a year in this year."""
-    words = re.sub(r"(\d)(st|nd|rd|th)\b", r"\1", text.strip().lower().replace(",", " "))
-    words = " ".join(word for word in words.split() if word not in ("the", "of"))
-    today = now().date()
-    if words in _WORDS:
-        return today + dt.timedelta(days=_WORDS[words])
-    for year in ("", f" {today.year}"):
-        for form in _FORMATS:
-            try:
-                return dt.datetime.strptime(words + year, form).date()
-            except ValueError:
-                continue
-    raise ValueError(f"{text[:60]!r} is no date; write 2026-03-31, 31 March 2026, 31 March, or today")
 
 
 # Of each kind: names of a unit, and how many of the first unit it is.

@@ -73,7 +73,7 @@ def test_show_tools_unfolds_what_was_done(folder, scripts):
         ["sees", "'2'"],
         ["thinks", "a"],
         ["calls", 'calculate {"expression":"2+3"}'],
-        ["result", "5"],
+        ["result", "2+3 is 5."],
         ["ends", result.stderr.splitlines()[6].split(maxsplit=1)[1]],
     ]
 
@@ -89,7 +89,8 @@ def test_a_terminal_gets_one_dim_line(folder, scripts, monkeypatch):
     assert result.stdout == "It is 5.\n"
     (line,) = [line for line in shown.getvalue().splitlines() if "calculate" in line]
     assert "\x1b[2m" in line  # dim
-    assert "… → 61 · 2 pointer commands" in line
+    assert "… → 1+1+1+1" in line
+    assert "… · 2 pointer commands" in line
 
 
 def test_what_a_model_writes_moves_no_cursor(folder, scripts):
@@ -103,7 +104,7 @@ def test_json_has_the_calls(folder, scripts):
     answer = json.loads(run("generate", folder, "-p", "2+3?", "--json").stdout)
     assert (answer["text"], answer["finish_reason"]) == ("It is 5.", "stop")
     (call,) = answer["calls"]
-    assert (call["name"], call["result"], call["failed"]) == ("calculate", "5", False)
+    assert (call["name"], call["result"], call["failed"]) == ("calculate", "2+3 is 5.", False)
     assert answer["tokens"] > answer["made"] > 50
 
 
@@ -213,6 +214,15 @@ def test_a_conversation_goes_on_from_its_state(folder, scripts):
         {"role": "assistant", "content": "Other."},
     ]
     assert scripts[1][2].taken[0] == tools_protocol().user  # from the state before the question
+
+
+def test_timers_and_lists_last_as_long_as_the_conversation(folder, scripts):
+    conversation = Chat(*load(folder))
+    call = '<|call|>{"name":"add_to_list","arguments":{"items":"milk"}}<|result|><|answer|><|end|>'
+    show = '<|call|>{"name":"show_list","arguments":{}}<|result|><|answer|><|end|>'
+    scripts[0][:] = [call, show]
+    say(conversation, "put milk on my list")
+    assert "milk" in say(conversation, "what is on my list?")
 
 
 def test_a_conversation_calls_the_functions_it_was_given(folder, scripts):
