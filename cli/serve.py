@@ -44,6 +44,13 @@ def serve(
     prompt_cache_mb: Annotated[
         int, typer.Option("--prompt-cache-mb", min=0, help="Memory for the states of earlier requests.")
     ] = 1024,
+    functions: Annotated[
+        bool,
+        typer.Option(
+            "--functions",
+            help="Let a model that uses tools call the package's own functions here: sums, dates, units.",
+        ),
+    ] = False,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
@@ -67,6 +74,7 @@ def serve(
         top_k=top_k,
         min_p=min_p,
         prompt_cache_bytes=prompt_cache_mb * 2**20,
+        functions=functions,
     )
     run(model or DEMO, settings, ready=lambda url: print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr))
     print("Stopped.", file=sys.stderr)

@@ -65,7 +65,7 @@ class TokenSource(Interface):
 
 @dataclass
 class External:
-    """Functions that somebody else runs: the turn stops at a call of one.
+    """Functions that somebody else runs: the turn stops at a call of one. They go before the loop's own.
 
     Attributes:
         functions: OpenAI's: name, parameters.
@@ -158,7 +158,7 @@ class _Turn:
                 elif token == protocol.call:
                     call = yield from self.read_call()
                     yield call
-                    if call.name not in self.functions and self.external.schema(call.name) is not None:
+                    if self.external.schema(call.name) is not None:
                         raise _Over("tool_calls")
                     result = self.result(call)
                     yield result
@@ -245,7 +245,7 @@ class _Turn:
     def arguments_matcher(self, grammars: Grammars, name: str) -> Any:
         """Of a function's arguments: any object where its schema cannot be kept to, or it does not exist."""
         schema = self.external.schema(name)
-        if name in self.functions:
+        if schema is None and name in self.functions:
             schema = self.functions[name].parameters
         try:
             return grammars.compile(grammars.call_arguments(schema or {"type": "object"}))

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mlx_lm.generate import BatchGenerator
 from ...cache import RecurrentCache
 from ...errors import PararnnError
 from ...loading import load
+from ...pocket.events import Call, Event, Finish, Text
 from ..prompt_cache import SPACING, PromptCache
 from .metrics import Metrics
 from .sampling import GrammarProcessor, SeededSampler
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 64  # rows that generate together
 READ_STEP = 512  # tokens of a prompt that are read between two steps of the others
+TURN_STEP = 64  # events of a turn with tools, the same
 SCORE_STEP = 128  # the same where the logits of each are needed
 SHARE = 128  # tokens that a row may generate while others wait for its place
 MOST_UNSENT, FEW_UNSENT = 256, 64  # pieces that wait for a slow client: above it is parked, below it goes on
@@ -50,12 +52,13 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class Piece:
-    """What came of one step: some text, its tokens where they were asked for, and how the answer ended."""
+    """What came of one step: text, its tokens where asked for, how the answer ended, calls of tools."""
 
     text: str = ""
     tokens: list[TokenInfo] = field(default_factory=list)
     finish_reason: str | None = None
     error: BaseException | None = None
+    calls: list[Call] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -71,6 +74,7 @@ class Job:
         top_logprobs: so many likeliest tokens beside each; None for no log probabilities at all.
         score_prompt: whether the prompt's own log probabilities are wanted, in the first piece.
         system_length: how much of the prompt other conversations begin with too; kept by itself.
+        turn: for a model that uses tools: begins the turn; its events take the place of the batch.
         cached_tokens, completion_tokens: counted on the way.
     """
 
@@ -82,6 +86,7 @@ class Job:
     top_logprobs: int | None = None
     score_prompt: bool = False
     system_length: int = 0
+    turn: Callable[[], Iterator[Event]] | None = None
     cached_tokens: int = 0
     completion_tokens: int = 0
 
@@ -96,6 +101,21 @@ class Job:
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._made = self._taken = 0
         self._parked = False
+        self._events: Iterator[Event] | None = None
+        self._call: Call | None = None
+
+    def _piece_of(self, event: Event) -> Piece | None:
+        """What a client gets of an event: text, and the call that it is to run itself."""
+        match event:
+            case Text(text=text):
+                return Piece(text)
+            case Call():
+                self._call = event
+            case Finish(reason="tool_calls"):
+                return Piece(calls=[self._call] if self._call else [], finish_reason="tool_calls")
+            case Finish(reason=reason):
+                return Piece(finish_reason="stop" if reason == "stop" else "length")
+        return None
 
 
 class Engine:
@@ -124,6 +144,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._reading: deque[tuple[Job, Iterator[None]]] = deque()
         self._running: dict[int, Job] = {}
+        self._turns: list[Job] = []
         self._parked: set[Job] = set()
         self._outbox: list[tuple[Job, Piece]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -190,6 +211,7 @@ class Engine:
             *self._waiting,
             *(job for job, _ in self._reading),
             *self._running.values(),
+            *self._turns,
             *self._parked,
         ]:
             self._put(job, Piece(error=error))
@@ -215,9 +237,9 @@ class Engine:
     def _take_commands(self) -> bool:
         """Apply what is asked for; wait where there is nothing else to do. False where it is to stop."""
         while True:
-            self._metrics.running.set(len(self._running) + len(self._reading))
+            self._metrics.running.set(self._busy)
             self._metrics.waiting.set(len(self._waiting))
-            idle = not (self._waiting or self._reading or self._running)
+            idle = not (self._waiting or self._busy)
             try:
                 command = self._commands.get() if idle else self._commands.get_nowait()
             except queue.Empty:
@@ -231,10 +253,17 @@ class Engine:
             elif action == "cancel":
                 self._drop(job)
 
+    @property
+    def _busy(self) -> int:
+        """How many jobs are being worked on."""
+        return len(self._running) + len(self._reading) + len(self._turns)
+
     def _step(self) -> None:
         self._make_room()
-        while self._waiting and len(self._running) + len(self._reading) < BATCH:
+        while self._waiting and self._busy < BATCH:
             self._start(self._waiting.popleft())
+        for job in list(self._turns):
+            self._advance(job)
         if self._running:
             read, generated = self._generator.next()
             for response in read:
@@ -260,7 +289,7 @@ class Engine:
                 job._parked = True
                 self._suspend(uid)
                 (self._parked.add if job._made - job._taken >= FEW_UNSENT else self._waiting.append)(job)
-        excess = len(self._waiting) + len(self._running) + len(self._reading) - BATCH
+        excess = len(self._waiting) + self._busy - BATCH
         longest = sorted(self._running.items(), key=lambda item: -item[1]._share)
         for uid, job in longest[: max(0, excess)]:
             if job._share >= SHARE:
@@ -277,7 +306,33 @@ class Engine:
         places = [p for p in cache[0].positions() if p < len(job._tokens)] if cache else [0]
         job._cache = [layer.at(places[-1]) for layer in cache] if places[-1] else None
 
+    def _advance(self, job: Job) -> None:
+        """Some events of a turn with tools."""
+        assert job._events is not None
+        try:
+            for event in islice(job._events, TURN_STEP):
+                piece = job._piece_of(event)
+                made = event.tokens - len(job.prompt) - job.completion_tokens
+                job.completion_tokens += made
+                self._metrics.generated.inc(made)
+                if piece is not None:
+                    self._put(job, piece)
+        except BaseException as error:  # a sampler, say: this job only
+            self._put(job, Piece(error=_as_ours(error)))
+        if job.ended:
+            self._turns.remove(job)
+        elif job._made - job._taken > MOST_UNSENT:
+            job._parked = True
+            self._turns.remove(job)
+            (self._parked.add if job._made - job._taken >= FEW_UNSENT else self._waiting.append)(job)
+
     def _start(self, job: Job) -> None:
+        if job.turn is not None:
+            if job._events is None:
+                self._metrics.read.inc(len(job.prompt))
+                job._events = job.turn()
+            self._turns.append(job)
+            return
         job._share = 0
         if job._cache is None and not job.score_prompt:
             job._cache, rest = self._prompts.fetch_nearest_cache("", job._tokens)
@@ -408,6 +463,8 @@ class Engine:
         if job in self._waiting:
             self._waiting.remove(job)
         self._reading = deque(item for item in self._reading if item[0] is not job)
+        if job in self._turns:
+            self._turns.remove(job)
         for uid, other in list(self._running.items()):
             if other is job:
                 self._remember_and_remove(uid)

@@ -52,7 +52,7 @@ class Prompts:
         tools = request.tools if request.tool_choice != "none" else []
         if tools and not tokenizer.has_tool_calling:
             raise Refused(400, "tools are not taken: this model's chat template has no tool calls")
-        messages = [_plain(message) for message in request.messages]
+        messages = [plain(message) for message in request.messages]
         for message in messages:
             check_text(message["content"])
         if not tokenizer.has_chat_template:
@@ -83,7 +83,7 @@ class Prompts:
         return Prompt(tokens, find_room(self._model, len(tokens)), system_length, reasoning)
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
+def plain(message: dict[str, Any]) -> dict[str, Any]:
     """A message as chat templates want it: its content a string, the arguments of its calls objects."""
     content = message.get("content") or ""
     if isinstance(content, list):

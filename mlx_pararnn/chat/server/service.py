@@ -13,6 +13,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from ...detokenizer import Detokenizer
 from ...errors import PararnnError
 from ...grammars import Grammars
+from ...pocket.events import Call
+from ...pocket.protocol import find_protocol
 from .answers import MessageParser, Part, TokenTexts, chat_logprobs, completion_logprobs, usage_of
 from .engine import Engine, Job, Piece, TokenInfo
 from .metrics import Metrics
@@ -21,6 +23,7 @@ from .sampling import GrammarProcessor, SeededSampler, shared_sampler
 from .schema import ChatRequest, CompletionRequest, Refused, Request
 from .settings import Settings
 from .text import AnswerText
+from .turns import Turns, call_of
 
 Event = dict[str, Any]
 
@@ -46,6 +49,8 @@ class Service:
         self.engine, self.name, self.settings = engine, name, settings
         self._metrics = metrics
         self.prompts = Prompts(engine.model, engine.tokenizer)
+        protocol = find_protocol(engine.tokenizer)
+        self.turns = None if protocol is None else Turns(engine, protocol, settings.functions)
         self._grammars = Grammars(engine.tokenizer, engine.model.args.vocab_size)
         self._texts = TokenTexts(engine.tokenizer)
         self._started = int(time.time())
@@ -58,7 +63,7 @@ class Service:
             "created": self._started,
             "owned_by": "mlx-pararnn",
             "state_bytes": self.engine.state_nbytes,
-            "has_chat_template": bool(self.engine.tokenizer.has_chat_template),
+            "has_chat_template": bool(self.engine.tokenizer.has_chat_template or self.turns),
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
         }
@@ -109,7 +114,7 @@ class Service:
         answers = await self._whole(conversation.jobs)
         choices = []
         for n, (job, answer) in enumerate(zip(conversation.jobs, answers, strict=True)):
-            part = self.parser(conversation).add(answer.text, last=True)
+            part = self.part(conversation, self.parser(conversation), answer)
             message: Event = {"role": "assistant", **part.delta(), "content": part.content or None}
             for call in message.get("tool_calls", []):
                 del call["index"]
@@ -146,6 +151,11 @@ class Service:
     async def converse(self, request: ChatRequest) -> Conversation:
         """Read a chat's messages and make its jobs."""
         self.check(request)
+        if self.turns is not None:
+            prompt = await run_apart(self.turns.prompt, request)
+            return Conversation(
+                request, prompt, [self._turn_job(request, prompt, n) for n in range(request.n)]
+            )
         prompt = await run_apart(self.prompts.of_chat, request)
         matcher = await run_apart(self._matcher, request)
         top = request.top_logprobs if request.logprobs else None
@@ -156,6 +166,23 @@ class Service:
         """For one of a conversation's answers."""
         return MessageParser(self.engine.tokenizer, conversation.request.tools, conversation.prompt.reasoning)
 
+    def part(self, conversation: Conversation, parser: MessageParser, piece: Piece) -> Part:
+        """A piece of an answer as part of a message."""
+        if self.turns is None:
+            return parser.add(piece.text, last=piece.finish_reason is not None)
+        return Part(piece.text, calls=[call_of(call) for call in piece.calls])
+
+    def _turn_job(self, request: ChatRequest, prompt: Prompt, n: int) -> Job:
+        assert self.turns is not None
+        wanted = self.settings.max_tokens if request.max_tokens is None else request.max_tokens
+        return Job(
+            prompt=prompt.tokens,
+            max_tokens=min(wanted, self.settings.max_tokens),
+            text=AnswerText(Detokenizer(self.engine.tokenizer)),
+            sampler=(sampler := self._sampler(request, n)),
+            turn=self.turns.begin(request, prompt, sampler, min(wanted, self.settings.max_tokens)),
+        )
+
     async def parts(
         self, conversation: Conversation
     ) -> AsyncGenerator[tuple[int, Part, Piece, str | None], None]:
@@ -163,7 +190,7 @@ class Service:
         parsers = [self.parser(conversation) for _ in conversation.jobs]
         async with aclosing(self.pieces(conversation.jobs)) as pieces:
             async for n, piece in pieces:
-                part = parsers[n].add(piece.text, last=piece.finish_reason is not None)
+                part = self.part(conversation, parsers[n], piece)
                 reason = finish_reason(piece, parsers[n].calls > 0)
                 if part.delta() or piece.tokens or reason:
                     yield n, part, piece, reason
@@ -227,12 +254,17 @@ class Service:
         texts = [""] * len(jobs)
         tokens: list[list[TokenInfo]] = [[] for _ in jobs]
         reasons: list[str | None] = [None] * len(jobs)
+        calls: list[list[Call]] = [[] for _ in jobs]
         async with aclosing(self.pieces(jobs)) as pieces:
             async for n, piece in pieces:
                 texts[n] += piece.text
                 tokens[n] += piece.tokens
                 reasons[n] = piece.finish_reason
-        return [Piece(*parts) for parts in zip(texts, tokens, reasons, strict=True)]
+                calls[n] += piece.calls
+        return [
+            Piece(text, infos, reason, calls=called)
+            for text, infos, reason, called in zip(texts, tokens, reasons, calls, strict=True)
+        ]
 
     def _job(self, request: Request, prompt: Prompt, n: int, top: int | None, matcher: Any) -> Job:
         wanted = min(512, self.settings.max_tokens) if request.max_tokens is None else request.max_tokens

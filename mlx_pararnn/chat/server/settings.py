@@ -15,6 +15,7 @@ class Settings:
         max_tokens: the most that one answer may have.
         temperature, top_p, top_k, min_p: for requests that do not say.
         prompt_cache_bytes: for stored states.
+        functions: whether a model that uses tools may call the package's own functions, which run here.
     """
 
     host: str = "127.0.0.1"
@@ -27,3 +28,4 @@ class Settings:
     top_k: int = 0
     min_p: float = 0.0
     prompt_cache_bytes: int = 2**30
+    functions: bool = False

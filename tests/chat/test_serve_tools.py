@@ -1,0 +1,176 @@
+"""The server with a model that uses tools: turns in the engine, OpenAI's tool calls and their results."""
+
+import json
+
+import pytest
+from starlette.testclient import TestClient
+
+from mlx_pararnn.chat.prompt_cache import PromptCache
+from mlx_pararnn.chat.server.app import make_app
+from mlx_pararnn.chat.server.engine import Engine
+from mlx_pararnn.chat.server.metrics import Metrics
+from mlx_pararnn.chat.server.service import Service
+from mlx_pararnn.chat.server.settings import Settings
+from tests.support.scripted import Script, tokens_of, tools_folder, tools_protocol
+
+LAMP = {
+    "type": "function",
+    "function": {
+        "name": "set_lamp",
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"type": "string"}},
+            "required": ["room"],
+            "additionalProperties": False,
+        },
+    },
+}
+LAMP_CALL = '<|call|>{"name":"set_lamp","arguments":{"room":"hall"}}<|result|>'
+SUM_CALL = '<|call|>{"name":"calculate","arguments":{"expression":"2+3"}}<|result|>'
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = tools_folder(tmp_path_factory.mktemp("served") / "model")
+    metrics = Metrics()
+    engine = Engine(folder, PromptCache(), metrics)
+    engine.wait()
+    yield engine, metrics
+    engine.stop()
+    engine.thread.join(60)
+
+
+@pytest.fixture
+def served(engine, monkeypatch):
+    """Clients of the server by its settings; scripts that stand in for the model; what they were given."""
+    scripts, sources = [], []
+
+    def source(model, sampler):
+        sources.append(Script(scripts.pop(0)))
+        return sources[-1]
+
+    monkeypatch.setattr("mlx_pararnn.chat.server.turns.ModelTokens", source)
+
+    def client(**settings):
+        chosen = Settings(**settings)
+        service = Service(engine[0], "tools", chosen, engine[1])
+        return TestClient(make_app(service, chosen, engine[1]), base_url="http://127.0.0.1:8080")
+
+    return client, scripts, sources
+
+
+def ask(client, *messages, **fields):
+    given = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
+    return client.post("/v1/chat/completions", json={"messages": given, **fields})
+
+
+def test_an_answer(served):
+    client, scripts, sources = served
+    scripts.append("<|right1|><|read1|>hm<|answer|>five é<|end|>")
+    response = ask(client(), "earlier", {"role": "assistant", "content": "x"}, "2+3?").json()
+    (choice,) = response["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "five é"}
+    assert choice["finish_reason"] == "stop"
+    assert sources[0].taken[:6] == tools_protocol().render_message("2+3?")
+    assert response["usage"]["prompt_tokens"] == 6
+    assert response["usage"]["completion_tokens"] == 14
+
+
+def test_an_answer_in_chunks(served):
+    client, scripts, _ = served
+    scripts.append("<|answer|>five<|end|>")
+    events = [
+        json.loads(line.removeprefix("data: "))
+        for line in ask(client(), "2+3?", stream=True).text.splitlines()
+        if line.startswith("data: {")
+    ]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "five"
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_the_clients_function_and_its_result(served, stream):
+    client, scripts, sources = served
+    scripts += [f"hm{LAMP_CALL}", "<|answer|>The lamp is on.<|end|>"]
+    response = ask(client(), "light!", tools=[LAMP], stream=stream)
+    if stream:
+        lines = [line for line in response.text.splitlines() if line.startswith("data: {")]
+        chunks = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+        calls = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]
+        reason = chunks[-1]["finish_reason"]
+    else:
+        (choice,) = response.json()["choices"]
+        calls, reason = choice["message"]["tool_calls"], choice["finish_reason"]
+    (call,) = calls
+    assert reason == "tool_calls"
+    assert call["function"]["name"] == "set_lamp"
+    assert json.loads(call["function"]["arguments"]) == {"room": "hall"}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "on <|end|>"}
+    answer = ask(client(), "light!", said, result, tools=[LAMP]).json()["choices"][0]
+    assert answer["message"]["content"] == "The lamp is on."
+    begin = [*tokens_of(f"<|user|>light!<|end|>{LAMP_CALL}"), *tools_protocol().render_result("on <|end|>")]
+    assert sources[1].taken[: len(begin)] == begin
+
+
+def test_a_call_can_be_required(served):
+    client, scripts, _ = served
+    scripts.append(LAMP_CALL)
+    (choice,) = ask(client(), "hi", tools=[LAMP], tool_choice="required").json()["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "set_lamp"
+
+
+def test_the_packages_functions_run_only_where_they_are_allowed(served):
+    client, scripts, sources = served
+    scripts += [f"{SUM_CALL}<|answer|><|end|>"] * 2
+    (choice,) = ask(client(functions=True), "2+3?").json()["choices"]
+    assert choice["message"]["content"] == "2+3 is 5."
+    assert "tool_calls" not in choice["message"]
+    (choice,) = ask(client(), "2+3?").json()["choices"]
+    assert choice["message"]["content"] == "error: there is no function 'calculate'; there are: none"
+    assert tools_protocol().decode(sources[1].taken).count("no function") == 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "said"),
+    [
+        ([{"role": "system", "content": "x"}], {}, "one of a user"),
+        ([""], {}, "one of a user"),
+        (["x", {"role": "assistant", "content": "y"}], {}, "must end with a user's"),
+        (["x", {"role": "tool", "content": "y", "tool_call_id": "a"}], {}, "for each of tool_calls"),
+        (["x"], {"stop": ["a"]}, "stop is not taken"),
+        (["x"], {"presence_penalty": 1}, "presence_penalty is not taken"),
+        (["x"], {"logprobs": True}, "logprobs is not taken"),
+        (["x"], {"response_format": {"type": "json_object"}}, "response_format is not taken"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(served, messages, fields, said):
+    response = ask(served[0](), *messages, **fields)
+    assert response.status_code == 400
+    assert said in response.json()["error"]["message"]
+
+
+def test_limits_end_an_answer(served):
+    client, scripts, _ = served
+    scripts.append("<|answer|>abc")
+    (choice,) = ask(client(), "x", max_tokens=5).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("abccc", "length")
+
+
+def test_a_turn_that_fails_ends_alone(served):
+    client, scripts, _ = served
+    scripts += ["<|edge|>", "<|answer|>ok<|end|>"]
+    assert ask(client(), "x").status_code == 500
+    assert ask(client(), "x").json()["choices"][0]["message"]["content"] == "ok"
+
+
+def test_several_answers_and_anthropics_protocol(served):
+    client, scripts, _ = served
+    scripts += ["<|answer|>a<|end|>", "<|answer|>b<|end|>", LAMP_CALL]
+    choices = ask(client(), "x", n=2).json()["choices"]
+    assert sorted(choice["message"]["content"] for choice in choices) == ["a", "b"]
+    tool = {"name": "set_lamp", "input_schema": LAMP["function"]["parameters"]}
+    body = {"max_tokens": 9, "messages": [{"role": "user", "content": "light!"}], "tools": [tool]}
+    answer = client().post("/v1/messages", json=body).json()
+    assert answer["stop_reason"] == "tool_use"
+    assert answer["content"][-1]["input"] == {"room": "hall"}
