@@ -124,11 +124,14 @@ def read_stdin() -> str:
 
 
 def load(model: str | None, modules: list[str] | None) -> "tuple[Model, TokenizerWrapper]":
+    from mlx_pararnn.hub import find_model
+
+    path = None if model is None else find_model(model)  # a wrong name is told before seconds of importing
     import_modules(modules)
     from mlx_pararnn.loading import DEMO
     from mlx_pararnn.loading import load as load_pair
 
-    return load_pair(model or DEMO)
+    return load_pair(path or DEMO)
 
 
 def sampling(

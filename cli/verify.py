@@ -51,7 +51,8 @@ def verify(
     options.import_modules(modules)
     from mlx_pararnn.convert.coreml.package_check import is_package, verify_package
     from mlx_pararnn.errors import PararnnError
-    from mlx_pararnn.loading import DEMO, find_model, load_model, load_tokenizer
+    from mlx_pararnn.hub import find_model
+    from mlx_pararnn.loading import DEMO, load_model, load_tokenizer
     from mlx_pararnn.tools.verification import verify_logits, verify_methods, verify_weights
 
     path = find_model(model or DEMO)

@@ -1,6 +1,5 @@
 """Models from folders and from the Hugging Face hub. No Python file of a model folder is ever run."""
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +13,12 @@ from transformers.utils import logging as transformers_logging
 
 from .detokenizer import Detokenizer
 from .errors import PararnnError
-from .hub import download, is_hub_name
+from .hub import find_model
 from .model import Model, RecurrentLayer
 from .model_config import ModelArgs, weight_bits
 from .model_files import VOCABULARY_FILES, open_regular, read_json
 
 DEMO = Path(__file__).parent / "demo"
-
-# What is fetched of a repository on the hub: never a Python file.
-MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt")
 
 # What transformers calls a tokenizer that is its tokenizer.json and nothing else; any model type that has one
 # gives that class.
@@ -184,35 +180,6 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
         raise _misfit(path, error) from error
     mx.eval(layer.parameters())
     return layer, config
-
-
-def find_model(path_or_hf_repo: str | Path) -> Path:
-    """The local folder of a model; a hub repository is downloaded, or found in the hub's cache.
-
-    Raises:
-        PararnnError: neither a folder nor a reachable repository.
-    """
-    path = Path(path_or_hf_repo)
-    if path.is_file():
-        raise PararnnError(
-            f"{path} is a file, not a model folder; convert it first: mlx-pararnn convert {path} -o OUT"
-        )
-    if path.is_dir():
-        try:
-            str(path.absolute()).encode()
-        except UnicodeEncodeError:
-            raise PararnnError(
-                f"{os.fsencode(path)!r}: a folder in this path has a name that is not UTF-8, and MLX loads "
-                "nothing from there; rename it"
-            ) from None
-        return path
-    name = str(path_or_hf_repo)
-    if not is_hub_name(name, with_owner=True):
-        raise PararnnError(
-            f"no such model folder: {name}; give one that mlx-pararnn convert wrote, or owner/name on the "
-            "Hugging Face hub"
-        )
-    return download(name, MODEL_FILES, "pass a folder that mlx-pararnn convert wrote")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +193,39 @@ def test_the_demo_is_what_the_converter_makes(converted):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (DEMO / name).read_bytes() == (made / name).read_bytes()
     assert sum(f.stat().st_size for f in DEMO.iterdir()) < 2_000_000
+
+
+def run_python(code, **environment):
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False, timeout=120
+    )
+
+
+def test_a_hub_that_never_answers_is_given_up(tmp_path):
+    """A server that takes the connection and stays silent."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = (
+            "import logging, mlx_pararnn.hub as hub; logging.basicConfig(level=logging.INFO)\n"
+            "hub.SECONDS, hub.SILENT_SECONDS = 1.0, 0.1\n"
+            "try: hub.find_model('someone/model')\n"
+            "except hub.PararnnError as error: print(error)"
+        )
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        result = run_python(code, HF_ENDPOINT=endpoint, HF_HUB_CACHE=str(tmp_path / "hub"))
+    said = "someone/model: not a folder here, and Hugging Face could not be reached"
+    assert result.stdout.startswith(said), result.stderr
+    assert "looking for someone/model on Hugging Face" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "nothing", "def main("])
+def test_a_wrong_path_is_told_before_anything_heavy_is_imported(name):
+    code = (
+        "import sys; from mlx_pararnn.cli import options\n"
+        f"try: options.load({name!r}, None)\n"
+        "except ValueError as error: print(error)\n"
+        "print(sorted({'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
+    )
+    result = run_python(code)
+    assert result.stdout.splitlines()[0].startswith(f"no such model folder: {name};"), result.stderr
+    assert result.stdout.splitlines()[1] == "[]"
