@@ -147,7 +147,7 @@ class _Session:
         """Print what `chat.respond` or `chat.regenerate` gives."""
         from .progress import PromptProgress
 
-        with _ctrl_c() as pressed, PromptProgress() as progress:
+        with _ctrl_c() as pressed, PromptProgress() as progress, self.lines:
             for response in answer(
                 *texts,
                 interrupted=lambda: bool(pressed),

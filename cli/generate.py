@@ -120,10 +120,9 @@ def _answer(
     from .progress import PromptProgress
 
     limits = Limits() if max_tokens is None else Limits(answer=max_tokens)
-    lines = ToolLines(show_tools)
     pieces: list[str] = []
     calls: list[dict[str, Any]] = []
-    with PromptProgress() as progress:
+    with PromptProgress() as progress, ToolLines(show_tools) as lines:
         for event in stream_answer(
             model, tokenizer, message, limits=limits, sampler=sampler, progress=progress
         ):

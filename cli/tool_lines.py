@@ -1,6 +1,7 @@
 """What a terminal shows of the tools that a model uses, on stderr: one dim line a turn, or all of it."""
 
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,8 +18,9 @@ from mlx_pararnn.pocket.events import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from rich.status import Status
 
+PATIENCE = 1.0  # seconds before it is shown how far a turn has got
 WIDEST = 60  # characters of arguments or of a result in the dim line
 ShowTools = Annotated[
     bool,
@@ -39,8 +41,9 @@ class ToolLines:
     def __init__(self, unfold: bool) -> None:
         from rich.console import Console
 
-        self._console: Console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._unfold = unfold
+        self._status: Status | None = None
         self._begin()
 
     def show(self, event: Event) -> None:
@@ -52,11 +55,22 @@ class ToolLines:
         if isinstance(event, Finish):
             self._begin()
 
+    def __enter__(self) -> "ToolLines":
+        self._begin()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._begin()
+
     def _begin(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+        self._status, self._start = None, time.monotonic()
         self._calls: list[str] = []
         self._commands, self._written, self._thought = 0, False, ""
 
     def _fold(self, event: Event) -> None:
+        self._progress(event)
         if isinstance(event, CommandGiven):
             self._commands += 1
         elif isinstance(event, Call):
@@ -68,6 +82,18 @@ class ToolLines:
             pointers = [f"{self._commands:,} pointer commands"] if self._commands else []
             if parts := [*self._calls, *pointers]:
                 self._console.print(" · ".join(parts), style="dim")
+
+    def _progress(self, event: Event) -> None:
+        """How far a turn has got, once it has taken a second and until it answers."""
+        if self._written or isinstance(event, Text | Finish):
+            if self._status is not None:
+                self._status.stop()
+            self._status = None
+        elif self._status is not None:
+            self._status.update(f"{event.tokens:,} tokens", spinner_style="dim")
+        elif time.monotonic() - self._start > PATIENCE:
+            self._status = self._console.status(f"{event.tokens:,} tokens", spinner_style="dim")
+            self._status.start()
 
     def _show_all(self, event: Event) -> None:
         if isinstance(event, Thought):

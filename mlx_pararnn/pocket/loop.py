@@ -92,6 +92,7 @@ def run_turn(
     *,
     grammars: Grammars | None = None,
     external: External | None = None,
+    read: int = 0,
 ) -> Iterator[Event]:
     """Let `source` go on after `prefix` to the end of the turn.
 
@@ -103,8 +104,9 @@ def run_turn(
         limits: where it ends in any case.
         grammars: holds the JSON of calls to its schema; without it that is only checked.
         external: functions at whose call the turn stops.
+        read: how many tokens of the prefix the source has read.
     """
-    yield from _Turn(protocol, source, functions, limits, grammars, external or External()).run(prefix)
+    yield from _Turn(protocol, source, functions, limits, grammars, external or External()).run(prefix, read)
 
 
 class _Over(Exception):
@@ -142,10 +144,10 @@ class _Turn:
         self.masks = _masks(protocol, source.vocab_size)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def run(self, prefix: Sequence[int]) -> Iterator[Event]:
+    def run(self, prefix: Sequence[int], read: int) -> Iterator[Event]:
         protocol = self.protocol
         self.memory = PointerMemory(prefix, protocol.edge)
-        self.source.read(prefix)
+        self.source.read(prefix[read:])
         self.tokens = len(prefix)
         mask = self.masks.thinking if self.external.required is None else self.masks.only_call
         event: type[Thought] | type[Text] = Thought

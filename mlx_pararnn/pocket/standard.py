@@ -15,7 +15,7 @@ _DIGITS = Context(prec=15)  # of a number that has no end
 
 
 def calculate(expression: str) -> str:
-    """Compute + - * / // % ** ( ) and sqrt, abs, round, min, max exactly, of numbers of any length."""
+    """Compute + - * / // % ** ( ) and sqrt, cbrt, abs, round, min, max exactly, of numbers of any length."""
     if len(expression) > MAX_EXPRESSION:
         raise ValueError(f"an expression may have {MAX_EXPRESSION} characters")
     text = expression.translate(_SIGNS)
@@ -52,9 +52,7 @@ def as_text(number: Fraction) -> str:
         scaled = abs(number.numerator) * 10**places // number.denominator
         whole, part = divmod(scaled, 10**places)
         return f"{'-' if number < 0 else ''}{Decimal(whole)}.{part:0{places}d}"
-    found = _DIGITS.divide(
-        _DIGITS.create_decimal(number.numerator), _DIGITS.create_decimal(number.denominator)
-    )
+    found = _DIGITS.divide(Decimal(number.numerator), Decimal(number.denominator))
     return f"{found.normalize(_DIGITS)}"
 
 
@@ -69,7 +67,8 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Any]] = {
     ast.Mod: operator.mod,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "abs": abs, "round": round, "min": min, "max": max, "sqrt": lambda number: _root(number)
+    "abs": abs, "round": round, "min": min, "max": max, "sqrt": lambda number: _root(number),
+    "cbrt": lambda number: _cube_root(number)
 }  # fmt: skip
 _CONSTANTS = {"pi": Fraction("3.14159265358979323846"), "e": Fraction("2.71828182845904523536")}
 
@@ -123,6 +122,13 @@ def _root(number: Fraction) -> Fraction:
         return Fraction(top, bottom)
     precise = Context(prec=30)
     return Fraction(precise.sqrt(precise.divide(Decimal(number.numerator), Decimal(number.denominator))))
+
+
+def _cube_root(number: Fraction) -> Fraction:
+    """Exact where it is a fraction, else to some 16 digits."""
+    guess = Fraction(math.cbrt(number)) if number else Fraction(0)
+    near = Fraction(round(guess)), guess.limit_denominator(1000)
+    return next((root for root in near if root**3 == number), guess)
 
 
 def _too_large() -> Any:

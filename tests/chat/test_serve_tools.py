@@ -150,6 +150,15 @@ def test_what_cannot_be_asked_is_refused(served, messages, fields, said):
     assert said in response.json()["error"]["message"]
 
 
+def test_a_long_message_is_read_in_pieces(served):
+    client, scripts, sources = served
+    scripts.append("<|last1|><|left1|><|read1|><|answer|>ok<|end|>")
+    message = "".join(map(str, range(1000)))
+    assert ask(client(), message).json()["choices"][0]["message"]["content"] == "ok"
+    begin = tools_protocol().render_message(message)
+    assert sources[0].taken == [*begin, *tokens_of("<|last1|><|left1|><|read1|>9<|answer|>ok")]
+
+
 def test_limits_end_an_answer(served):
     client, scripts, _ = served
     scripts.append("<|answer|>abc")

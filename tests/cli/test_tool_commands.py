@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import time
 
 import pytest
 from rich.console import Console
@@ -13,9 +14,11 @@ from mlx_pararnn.cache import RecurrentCache
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.cli.chat import what_to_try
-from mlx_pararnn.pocket.events import Result
+from mlx_pararnn.cli.tool_lines import ToolLines
+from mlx_pararnn.pocket.events import CommandGiven, Result, Text
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits
+from mlx_pararnn.pocket.protocol import Command
 from tests.support.scripted import Script, tools_folder, tools_protocol
 
 CALL = '<|call|>{"name":"calculate","arguments":{"expression":"2+3"}}<|result|>'
@@ -91,6 +94,26 @@ def test_a_terminal_gets_one_dim_line(folder, scripts, monkeypatch):
     assert "\x1b[2m" in line  # dim
     assert "… → 1+1+1+1" in line
     assert "… · 2 pointer commands" in line
+
+
+def test_a_long_turn_shows_how_far_it_is(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        "rich.console.Console",
+        lambda **options: Console(**{**options, "file": shown, "stderr": False, "force_terminal": True}),
+    )
+    monkeypatch.setattr("mlx_pararnn.cli.tool_lines.PATIENCE", -1)
+    with ToolLines(False) as lines:
+        for _ in range(200):
+            lines.show(CommandGiven(1234, Command("right", 1)))
+            if "1,234 tokens" in shown.getvalue():
+                break
+            time.sleep(0.02)
+        assert "1,234 tokens" in shown.getvalue()
+        lines.show(Text(9999, "x"))
+    after = len(shown.getvalue())
+    lines.show(Text(9999, "y"))
+    assert "9,999 tokens" not in shown.getvalue()[after:]
 
 
 def test_what_a_model_writes_moves_no_cursor(folder, scripts):

@@ -312,11 +312,13 @@ class Engine:
         try:
             for event in islice(job._events, TURN_STEP):
                 piece = job._piece_of(event)
-                made = event.tokens - len(job.prompt) - job.completion_tokens
+                made = max(0, event.tokens - len(job.prompt) - job.completion_tokens)
                 job.completion_tokens += made
                 self._metrics.generated.inc(made)
                 if piece is not None:
                     self._put(job, piece)
+                if type(event) is Event:  # a piece of a long prompt
+                    break
         except BaseException as error:  # a sampler, say: this job only
             self._put(job, Piece(error=_as_ours(error)))
         if job.ended:

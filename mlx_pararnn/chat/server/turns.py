@@ -11,7 +11,7 @@ from ...pocket.events import Call, Event
 from ...pocket.functions import Functions
 from ...pocket.loop import External, Limits, run_turn
 from ...pocket.protocol import Protocol
-from .engine import Engine
+from .engine import READ_STEP, Engine
 from .prompts import Prompt, plain
 from .schema import ChatRequest, Refused
 
@@ -67,15 +67,25 @@ class Turns:
         """What begins the turn, in the engine's thread."""
         steps = Limits.steps if prompt.room is None else min(Limits.steps, prompt.room)
         functions = assistant_functions() if self._own else Functions()
-        return lambda: run_turn(
-            self._protocol,
-            ModelTokens(self._engine.model, sampler),
-            prompt.tokens,
-            functions,
-            Limits(steps=steps, answer=answer),
-            grammars=self._grammars,
-            external=_external(request),
-        )
+
+        def events() -> Iterator[Event]:
+            source, read = ModelTokens(self._engine.model, sampler), 0
+            while len(prompt.tokens) - read > READ_STEP:  # between the steps of other requests
+                source.read(prompt.tokens[read : read + READ_STEP])
+                read += READ_STEP
+                yield Event(read)
+            yield from run_turn(
+                self._protocol,
+                source,
+                prompt.tokens,
+                functions,
+                Limits(steps=steps, answer=answer),
+                grammars=self._grammars,
+                external=_external(request),
+                read=read,
+            )
+
+        return events
 
 
 def call_of(call: Call) -> dict[str, Any]:
