@@ -1,10 +1,15 @@
 """`mlx-pararnn generate`: continue a prompt."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from mlx_pararnn.errors import PararnnError
 
 from . import options
 from .report import Debug, reports_errors
@@ -17,6 +22,18 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="The text to continue; '-', or nothing, reads standard input."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="FILE", help="Read the text from a file; --prompt follows it."),
+    ] = None,
+    token_ids: Annotated[
+        str | None,
+        typer.Option(
+            "--tokens",
+            metavar="IDS",
+            help='Continue token ids, as in "17 4 260", and print ids: for models without a tokenizer.',
+        ),
     ] = None,
     ignore_chat_template: Annotated[
         bool,
@@ -44,20 +61,37 @@ def generate(
 
     Example: mlx-pararnn generate my-model -p "Once upon a time" --temp 0.8 --seed 1
     """
+    if prompt is None and file is None and token_ids is None:
+        _check_for_prompt(model)
+    if token_ids is not None:
+        if prompt is not None or file is not None or stop:
+            raise typer.BadParameter("--tokens goes without --prompt, --file and --stop")
+        _continue_ids(
+            model,
+            modules,
+            token_ids,
+            max_tokens,
+            (temp or 0.0, top_p, top_k, min_p, repetition_penalty, seed),
+            as_json,
+        )
+        return
     loaded, tokenizer = options.load(model, modules)
     from mlx_pararnn.generation import render, stream_generate
     from mlx_pararnn.pocket.protocol import find_protocol
 
-    text = options.read_stdin() if prompt in (None, "-") else prompt or ""
+    text = _text(prompt, file)
+    asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
     if find_protocol(tokenizer) is not None and not ignore_chat_template:
         sampler = options.tool_sampling(
             temp, top_p, top_k, min_p, repetition_penalty, seed, stop, loaded, tokenizer
         )
-        _answer(loaded, tokenizer, text.removesuffix("\n"), max_tokens, sampler, as_json, show_tools)
+        _answer(loaded, tokenizer, text, max_tokens, sampler, asked if as_json else None, show_tools)
         return
     tokens: str | list[int] = text
     if tokenizer.has_chat_template and not ignore_chat_template:
         tokens = render(tokenizer, [{"role": "user", "content": text}])
+    elif not as_json and sys.stdout.isatty():
+        typer.secho(text.encode(errors="replace").decode(), dim=True, nl=False)
     chosen = options.sampling(
         temp or 0.0, top_p, top_k, min_p, repetition_penalty, seed, loaded.args.vocab_size
     )
@@ -83,6 +117,7 @@ def generate(
         print(
             json.dumps(
                 {
+                    **asked,
                     "text": "".join(pieces),
                     "tokens": ids,
                     "finish_reason": response.finish_reason,
@@ -103,16 +138,71 @@ def generate(
     )
 
 
+def _check_for_prompt(model: str | None) -> None:
+    """Refuse a MODEL that reads like a prompt, which would go on to wait for standard input."""
+    if model and not Path(model).exists() and re.search(r"[\s()?!,;:=\"']", model):
+        raise PararnnError(f"no such model folder: {model}; did you mean -p {shlex.quote(model)}?")
+
+
+def _text(prompt: str | None, file: Path | None) -> str:
+    """The text to continue: the file's, and after it on a new line the prompt's."""
+    if file is None:
+        return options.read_stdin() if prompt in (None, "-") else prompt or ""
+    text = options.without_new_line(options.as_text(file.read_bytes()))
+    return text if prompt is None else f"{text}\n{options.read_stdin() if prompt == '-' else prompt}"
+
+
+def _continue_ids(
+    model: str | None,
+    modules: list[str] | None,
+    given: str,
+    max_tokens: int | None,
+    sampling: tuple[float, float, int, float, float, int | None],
+    as_json: bool,
+) -> None:
+    """Token ids that follow token ids; no tokenizer is read."""
+    try:
+        prompt = [int(number) for number in given.replace(",", " ").split()]
+    except ValueError:
+        raise PararnnError(
+            f'--tokens takes whole numbers, as in "17 4 260", and got {given[:60]!r}'
+        ) from None
+    loaded, config, name = options.load_model(model, modules)
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    from mlx_pararnn.generation import check_tokens, find_room
+
+    check_tokens(prompt, loaded.args.vocab_size)
+    room = find_room(loaded, len(prompt))
+    limit = max_tokens or options.MAX_TOKENS
+    chosen = options.sampling(*sampling, loaded.args.vocab_size)
+    steps = generate_step(
+        mx.array(prompt), loaded, max_tokens=limit if room is None else min(limit, room), **chosen
+    )
+    ends = config.get("eos_token_id")
+    ids: list[int] = []
+    for token, _ in steps:
+        ids.append(int(token))
+        if not as_json:
+            print(ids[-1], end=" ", flush=True)
+        if ids[-1] in (ends if isinstance(ends, list) else [ends]):
+            break
+    print(
+        json.dumps({"model": name, "prompt": prompt, "seed": sampling[-1], "tokens": ids}) if as_json else ""
+    )
+
+
 def _answer(
     model: Any,
     tokenizer: Any,
     message: str,
     max_tokens: int | None,
     sampler: Any,
-    as_json: bool,
+    asked: dict[str, Any] | None,
     show_tools: bool,
 ) -> None:
-    """The answer of a model that uses tools."""
+    """The answer of a model that uses tools; with `asked`, as JSON after those fields."""
     from mlx_pararnn.pocket.answers import stream_answer
     from mlx_pararnn.pocket.events import Call, Finish, Result, Text
     from mlx_pararnn.pocket.loop import Limits
@@ -129,15 +219,15 @@ def _answer(
             lines.show(event)
             if isinstance(event, Text):
                 pieces.append(event.text)
-                if not as_json:
+                if asked is None:
                     print(event.text, end="", flush=True)
             elif isinstance(event, Call):
                 calls.append({"name": event.name, "arguments": event.arguments})
             elif isinstance(event, Result):
                 calls[-1] |= {"result": event.text, "failed": event.failed}
     assert isinstance(event, Finish)
-    if as_json:
-        found = {"text": "".join(pieces), "finish_reason": event.reason, "calls": calls}
+    if asked is not None:
+        found = {**asked, "text": "".join(pieces), "finish_reason": event.reason, "calls": calls}
         print(json.dumps({**found, "tokens": event.tokens, "made": event.made, "seconds": event.seconds}))
         return
     print()

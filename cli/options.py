@@ -119,19 +119,47 @@ def import_modules(names: list[str] | None) -> None:
 
 
 def read_stdin() -> str:
-    """All of standard input; what is not UTF-8 comes through as surrogates, for the library to refuse."""
-    return sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
+    """All of standard input without its last new line, as `as_text` reads it."""
+    if sys.stdin.isatty():
+        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        typer.echo(f"Type the text; {end} on a line of its own ends it, Ctrl-C leaves.", err=True)
+    return without_new_line(as_text(sys.stdin.buffer.read()))
+
+
+def as_text(data: bytes) -> str:
+    """UTF-8; what is none comes through as surrogates, for the library to refuse."""
+    return data.decode("utf-8", errors="surrogateescape")
+
+
+def without_new_line(text: str) -> str:
+    """A text without the new line that ends its last line."""
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def load(model: str | None, modules: list[str] | None) -> "tuple[Model, TokenizerWrapper]":
+    """The model that a command names, or the bundled one, and its tokenizer."""
+    path = _find(model, modules)
+    from mlx_pararnn.loading import load as load_pair
+
+    return load_pair(path)
+
+
+def load_model(model: str | None, modules: list[str] | None) -> "tuple[Model, dict[str, Any], str]":
+    """The same without a tokenizer: the model, its config, and its name."""
+    path = _find(model, modules)
+    from mlx_pararnn.loading import load_model as load_alone
+
+    return *load_alone(path), model or path.name
+
+
+def _find(model: str | None, modules: list[str] | None) -> Path:
     from mlx_pararnn.hub import find_model
 
     path = None if model is None else find_model(model)  # a wrong name is told before seconds of importing
     import_modules(modules)
     from mlx_pararnn.loading import DEMO
-    from mlx_pararnn.loading import load as load_pair
 
-    return load_pair(path or DEMO)
+    return path or DEMO
 
 
 def sampling(

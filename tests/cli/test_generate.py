@@ -91,10 +91,98 @@ def test_a_new_line_can_stop_a_text():
     )
 
 
+def test_a_file_and_a_prompt_after_it(tmp_path):
+    (tmp_path / "start.py").write_text("import os\n\n\n\n")
+    both = run("generate", "-f", str(tmp_path / "start.py"), "-p", "def main(", "-m", "5", "--json")
+    assert json.loads(both.stdout)["prompt"] == "import os\n\n\n\ndef main("
+    alone = run("generate", "--file", str(tmp_path / "start.py"), "-m", "5", "--json")
+    assert json.loads(alone.stdout)["prompt"] == "import os\n\n\n"
+    missing = run("generate", "-f", str(tmp_path / "nothing"), "-p", "x")
+    assert (missing.exit_code, missing.stderr.count("\n")) == (1, 1)
+    assert "nothing" in missing.stderr
+
+
+def test_json_says_what_was_asked():
+    answer = json.loads(
+        run("generate", "-p", "def main(", "-m", "3", "--temp", "1", "--seed", "4", "--json").stdout
+    )
+    assert (answer["model"], answer["prompt"], answer["seed"]) == (DEMO.name, "def main(", 4)
+    answer = json.loads(run("generate", str(DEMO), "-p", "def main(", "-m", "3", "--json").stdout)
+    assert (answer["model"], answer["seed"]) == (str(DEMO), None)
+
+
+def test_token_ids_need_no_tokenizer(tmp_path, demo):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(DEMO / name, tmp_path)
+    prompt = demo[1].encode("def main(")
+    greedy = json.loads(run("generate", "-p", "def main(", "-m", "6", "--json").stdout)["tokens"]
+    ids = " ".join(map(str, prompt))
+    assert run("generate", str(tmp_path), "--tokens", ids, "-m", "6").stdout.split() == [
+        str(i) for i in greedy
+    ]
+    result = run("generate", str(tmp_path), "--tokens", ids.replace(" ", ","), "-m", "6", "--json")
+    assert json.loads(result.stdout) == {
+        "model": str(tmp_path), "prompt": prompt, "seed": None, "tokens": greedy
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"), [("1 x", "whole numbers"), ("", "the prompt is empty"), ("99999", "99999")]
+)
+def test_token_ids_that_are_none(ids, said):
+    result = run("generate", "--tokens", ids)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert said in result.stderr
+
+
+def test_token_ids_end_where_the_config_says(tmp_path, demo):
+    config = json.loads((DEMO / "config.json").read_text())
+    ids = " ".join(map(str, demo[1].encode("def main(")))
+    greedy = run("generate", "--tokens", ids, "-m", "6").stdout.split()
+    shutil.copy(DEMO / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": int(greedy[2])}))
+    ended = run("generate", str(tmp_path), "--tokens", ids, "-m", "6").stdout.split()
+    assert ended == greedy[: greedy.index(greedy[2]) + 1]
+    assert run("generate", "--tokens", ids, "-p", "x").exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["def main(", "Once upon a time", "what is 2 + 2?"])
+def test_a_model_that_reads_like_a_prompt(text):
+    result = run("generate", text)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: no such model folder: {text}; did you mean -p '{text}'?\n"
+
+
+def command(*args, **streams):
+    return subprocess.Popen([sys.executable, "-m", "mlx_pararnn.cli.app", "generate", *args], **streams)
+
+
+def test_a_terminal_sees_the_prompt_dimly():
+    ours, theirs = os.openpty()
+    with command("-p", "def main(", "-m", "5", stdout=theirs, stderr=subprocess.DEVNULL) as process:
+        assert process.wait() == 0
+    os.close(theirs)
+    assert os.read(ours, 4096).decode() == "\x1b[2mdef main(\x1b[0mself,\r\n"
+    os.close(ours)
+
+
+def test_a_terminal_is_told_how_to_end_the_text():
+    ours, theirs = os.openpty()
+    pipe = subprocess.PIPE
+    with command("-m", "5", stdin=theirs, stdout=pipe, stderr=pipe, text=True) as process:
+        os.write(ours, b"def main(\n\x04")
+        said, errors = process.communicate(timeout=120)
+    os.close(theirs)
+    os.close(ours)
+    assert errors.startswith("Type the text; Ctrl-D on a line of its own ends it")
+    assert said.startswith("self,")
+
+
 def test_the_prompt_may_come_from_stdin():
     for args in ((), ("-p", "-")):
-        result = run("generate", *args, "-m", "5", input="def main(")
-        assert result.stdout == "self,\n"
+        for end in ("", "\n", "\r\n"):  # echo's new line is not part of the text
+            result = run("generate", *args, "-m", "5", input=f"def main({end}")
+            assert result.stdout == "self,\n"
 
 
 @pytest.mark.large
