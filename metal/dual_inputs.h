@@ -22,23 +22,65 @@ inline Dual<N> operator/(float a, Dual<N> b) {
   return chain(b, value, -value / b.v);
 }
 
-#define PARARNN_COMPARISON(op)                 \
-  template <int N>                             \
-  inline auto operator op(Dual<N> a, Dual<N> b) { \
-    return a.v op b.v;                         \
-  }                                            \
-  template <int N>                             \
-  inline auto operator op(Dual<N> a, float b) { \
-    return a.v op b;                           \
-  }                                            \
-  template <int N>                             \
-  inline auto operator op(float a, Dual<N> b) { \
-    return a op b.v;                           \
-  }
-PARARNN_COMPARISON(>)
-PARARNN_COMPARISON(<)
-PARARNN_COMPARISON(>=)
-PARARNN_COMPARISON(<=)
+template <int N>
+inline auto operator>(Dual<N> a, Dual<N> b) {
+  return a.v > b.v;
+}
+
+template <int N>
+inline auto operator>(Dual<N> a, float b) {
+  return a.v > b;
+}
+
+template <int N>
+inline auto operator>(float a, Dual<N> b) {
+  return a > b.v;
+}
+
+template <int N>
+inline auto operator<(Dual<N> a, Dual<N> b) {
+  return a.v < b.v;
+}
+
+template <int N>
+inline auto operator<(Dual<N> a, float b) {
+  return a.v < b;
+}
+
+template <int N>
+inline auto operator<(float a, Dual<N> b) {
+  return a < b.v;
+}
+
+template <int N>
+inline auto operator>=(Dual<N> a, Dual<N> b) {
+  return a.v >= b.v;
+}
+
+template <int N>
+inline auto operator>=(Dual<N> a, float b) {
+  return a.v >= b;
+}
+
+template <int N>
+inline auto operator>=(float a, Dual<N> b) {
+  return a >= b.v;
+}
+
+template <int N>
+inline auto operator<=(Dual<N> a, Dual<N> b) {
+  return a.v <= b.v;
+}
+
+template <int N>
+inline auto operator<=(Dual<N> a, float b) {
+  return a.v <= b;
+}
+
+template <int N>
+inline auto operator<=(float a, Dual<N> b) {
+  return a <= b.v;
+}
 
 template <typename Condition, int N>
 inline Dual<N> choose(Condition condition, Dual<N> a, Dual<N> b) {

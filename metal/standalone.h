@@ -12,10 +12,26 @@ using namespace metal;
 #include "cells/gru.h"
 
 using Cell = pararnn::GRU<pararnn::Sigmoid, pararnn::Sigmoid, pararnn::Tanh>;
+
+// The cell on numbers with a tangent for each input, which adjoint.metal takes.
+namespace pararnn {
+enum { INPUTS = 7 };
+}
+namespace tangents {
+using Real = pararnn::Dual<pararnn::INPUTS>;
+}
+#include "dual_inputs.h"
+#define float Real
+#define pararnn tangents
+#include "cells/gru.h"
+#undef float
+#undef pararnn
+using TangentCell = tangents::GRU<pararnn::Sigmoid, pararnn::Sigmoid, pararnn::Tanh>;
+
 using InT = float;
 using OutT = float;
 
-// recurrence.metal
+// recurrence.metal, adjoint.metal
 constant constexpr int CW = 32;
 constant constexpr int C = 16;
 constant constexpr int S = 8;

@@ -19,6 +19,8 @@ from .texts import cuda_text, kernel_text, metal_text
 # Wide: every load of 32 lanes is one line. The others trade that for more chunks in time, where there are too
 # few channels to fill a GPU. Threadgroup memory is counted in metal/README.md.
 SHAPES = {"wide": (32, 16, 8), "medium": (16, 16, 8), "narrow": (8, 16, 8)}
+# The gradient's have one more: a single chunk, straight back through time, for cells of many slots.
+ADJOINT_SHAPES = {**SHAPES, "straight": (32, 16, 1)}
 # Below this many threadgroups the next narrower shape is taken. A guess until a GPU has been timed: Apple's
 # have 7 to 80 cores, and a core holds one or a few threadgroups of 256 threads.
 FULL_GPU = 32
@@ -39,6 +41,7 @@ INSTANTIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "info": (False, True),
     },
     "sequential": {"masked": (False, True), "every": (0, 3)},
+    "adjoint": {"tiling": tuple(ADJOINT_SHAPES), "masked": (False, True), "every": (0, 3)},
     "decode": {"gated": (False, True)},
     "conv": {"taps": (2, 4, 7)},
 }
@@ -149,6 +152,49 @@ def sequential_launch(
         every,
         grid=(blocks * _SEQUENTIAL_THREADS, B, 1),
         threads=_SEQUENTIAL_THREADS,
+    )
+
+
+def adjoint_launch(
+    cell: Cell,
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    *,
+    masked: bool = False,
+    every: int = 0,
+    tiling: str | None = None,
+) -> Launch:
+    """The gradient of a recurrence on u of `shape` (B, heads, T, gates, D / heads) and `dtype`.
+
+    Inputs: u, params (P, D), initial (B, slots, D), boundaries (B, T // CHUNK, slots, D), which are the states
+    after every CHUNK-th step, d_hidden (B, T, D) in `dtype`, read by strides, d_last (B, slots, D); d_states
+    (B, T // every, slots, D) and every (1,) if every > 0, and mask (B, T) if masked.
+    Outputs: d_u as u, in `dtype`; d_params (B, chunks, P, D), whose sum over B and chunks is the gradient of
+    params; d_initial (B, slots, D).
+    """
+    B, heads, _, _, W = shape
+    D, slots = heads * W, len(cell.slots)
+    tiling = tiling or _tiling(B, D)
+    CW, C, S = ADJOINT_SHAPES[tiling]
+    if 4 * ((slots + 1) * slots * S * 32 + slots * CW) > THREADGROUP_MEMORY:
+        CW, C, S = ADJOINT_SHAPES["straight"]
+    return _assembled(
+        "adjoint",
+        cell,
+        {"MASKED": int(masked), "STATES": int(every > 0)},
+        (
+            *("u", "params", "initial", "boundaries", "d_hidden", "d_last"),
+            *(("d_states", "every") if every else ()),
+            *(("mask",) if masked else ()),
+        ),
+        {
+            "d_u": (shape, dtype),
+            "d_params": ((B, S * 32 // CW, len(cell.params), D), mx.float32),
+            "d_initial": ((B, slots, D), mx.float32),
+        },
+        {"InT": dtype, "CW": CW, "C": C, "S": S},
+        (-(-D // CW) * S * 32, B, 1),
+        S * 32,
     )
 
 

@@ -55,7 +55,7 @@ def tangent_header(cell: Cell) -> tuple[str, str]:
     `tangents` and with `Real` in place of each float: a dual number with a tangent a slot, gate and param.
     """
     count = len(cell.slots) + len(cell.gates) + len(cell.params)
-    before = f"namespace pararnn {{ constexpr int INPUTS = {count}; }}\n"
+    before = f"namespace pararnn {{ enum {{ INPUTS = {count} }}; }}\n"
     before += "namespace tangents { using Real = pararnn::Dual<pararnn::INPUTS>; }\n"
     text = re.sub(r"\bpararnn\b", "tangents", _cell_text(cell))
     struct = f"using TangentCell = {_struct(cell, 'tangents')};\n"
@@ -82,6 +82,8 @@ def kernel_text(kernel: str, cell: Cell | None, flags: tuple[tuple[str, int], ..
     """Name, body and header of a kernel; kept, since every layer asks for them at every token."""
     header = "".join(f"#define {flag} {value}\n" for flag, value in flags)
     header += cell_header(cell) if cell else metal_text("dual.h") + metal_text("activations.h")
+    if cell and kernel == "adjoint":
+        header += "".join(tangent_header(cell))
     source = kernel_body(metal_text(f"{kernel}.metal"))
     # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from . import language
+from .adjoint_kernel import all_adjoints
 from .instances import all_instances
 from .language import METAL
 from .layer_kernels import all_calls
@@ -39,7 +40,7 @@ def arguments(signature: str) -> list[tuple[str, str]]:
 
 
 CALLS = [(made.launch, made.inputs) for made in all_instances()]
-CALLS += [(call.launch, call.inputs) for call in all_calls()]
+CALLS += [(call.launch, call.inputs) for call in (*all_calls(), *all_adjoints())]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -88,6 +89,9 @@ def test_the_file_compiles_as_it_stands(path, tmp_path):
     )
     assert language.whole_file(broken)
     broken.write_text(
-        path.read_text().replace("device OutT* y", "device float* z").replace("device OutT* hidden", "")
+        path.read_text()
+        .replace("device OutT* y", "device float* z")
+        .replace("device OutT* hidden", "")
+        .replace("device InT* d_u", "")
     )
     assert language.whole_file(broken)
