@@ -45,10 +45,10 @@
   constexpr int CELLS = CHUNKS * CW;
 
   const int b = int(threadgroup_position_in_grid.y);
-  const int heads = int(u_shape[1]);
+  const int B = int(u_shape[0]);
   const int T = int(u_shape[2]);
   const int W = int(u_shape[4]);
-  const int D = heads * W;
+  const int D = int(u_shape[1]) * W;
   const int channel = int(threadgroup_position_in_grid.x) * CW + column;
   const bool writes = channel < D;
   const int d = writes ? channel : D - 1;  // threads past the last channel repeat it and write nothing
@@ -199,7 +199,7 @@
       }
       if (i < steps && writes) {
         for (int g = 0; g < GATES; ++g) {
-          d_u[(((size_t(b) * heads + d / W) * T + t) * GATES + g) * W + d % W] = static_cast<InT>(gates[g]);
+          d_u[(((size_t(d / W) * B + b) * T + t) * GATES + g) * W + d % W] = static_cast<InT>(gates[g]);
         }
       }
     }

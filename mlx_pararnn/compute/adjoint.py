@@ -11,7 +11,7 @@ masked, s_t = s_{t-1}: J_t is the identity, and u_t and w have no part in it.
 
 `adjoint` is the one entry, for every backend. A kernel for it has the signature
 
-    launch(cell, params, u, state, mask, boundaries, d_hidden, d_last, d_states, every, TILE)
+    launch(cell, params, u, state, mask, boundaries, d_hidden, d_last, d_states, every, tile)
         -> d_params, d_u, d_state
 
 with the shapes and dtypes of `adjoint`, and is returned by `_launch_of`. It gets the states at the boundaries
@@ -27,12 +27,17 @@ from typing import Any
 import mlx.core as mx
 
 from ..cells import Cell
-from . import cpu_adjoint
+from . import cpu_adjoint, gpu, gpu_adjoint
 from .choice import evaluation, works_here
 from .newton import laid_out, linear_scan, masked_step, outputs, states_between, step_jacobian, unstack
 from .texts import has_kernel
 
-TILE = 64  # steps between two boundaries
+_TILE = 64
+
+
+def tile_of(backend: str) -> int:
+    """Steps between two boundaries. A GPU's are chunks, each of which starts from its own."""
+    return gpu.CHUNK if backend in ("metal", "cuda") else _TILE
 
 
 def adjoint(
@@ -57,7 +62,7 @@ def adjoint(
         u: (B, heads, T, gates, D / heads), float32, float16 or bfloat16; a strided view is fine.
         state: (B, slots, D), float32, the state before the first step.
         mask: (B, T), bool; None if all steps are real.
-        boundaries: (B, T // TILE, slots, D), float32, the state after every TILE-th step.
+        boundaries: (B, T // n, slots, D), float32, the state after every n-th step, n = `tile_of(backend)`.
         d_hidden: (B, T, D), u's dtype.
         d_last: (B, slots, D), float32.
         d_states: (B, T // every, slots, D), float32, where every > 0; else None.
@@ -69,10 +74,10 @@ def adjoint(
     """
     given = [params, u, state, mx.zeros((u.shape[0], 0)) if mask is None else mask, boundaries]
     given += [d_hidden, d_last] if d_states is None else [d_hidden, d_last, d_states]
-    launch = _launch_of(cell, backend, given)
+    launch, masked, tile = _launch_of(cell, backend, given), mask is not None, tile_of(backend)
     if launch is None:
-        return _in_ops(cell, mask is not None, every, *given)
-    d_params, d_u, d_state = _differentiable(cell, launch, mask is not None, every)(*given)
+        return _in_ops(cell, masked, every, tile, *given)
+    d_params, d_u, d_state = _differentiable(cell, launch, masked, every, tile)(*given)
     return d_params, d_u, d_state
 
 
@@ -81,13 +86,17 @@ Launch = Callable[..., Sequence[mx.array]]
 
 def _launch_of(cell: Cell, backend: str, given: Sequence[mx.array]) -> Launch | None:
     """The backend's kernel, where it has one, may run it on these arrays and is right; None for ops."""
-    if backend == "cpu" and has_kernel(cell) and evaluation(given) and _agrees(cell, cpu_adjoint.solve):
-        return cpu_adjoint.solve
+    if not has_kernel(cell):
+        return None
+    if backend == "cpu":
+        return cpu_adjoint.solve if evaluation(given) and _agrees(cell, "cpu", cpu_adjoint.solve) else None
+    if backend in ("metal", "cuda") and _agrees(cell, backend, gpu_adjoint.solver(backend)):
+        return gpu_adjoint.solver(backend)
     return None
 
 
 @lru_cache(maxsize=64)
-def _agrees(cell: Cell, launch: Launch) -> bool:
+def _agrees(cell: Cell, backend: str, launch: Launch) -> bool:
     """Try a kernel on a small problem, once a cell and process: `choice.works_here`."""
     B, heads, T, width, every = 2, 2, 150, 20, 7
     slots, D = len(cell.slots), heads * width
@@ -99,28 +108,29 @@ def _agrees(cell: Cell, launch: Launch) -> bool:
     mask = mx.arange(T) < mx.array([[T], [T - 20]])
     state = mx.zeros((B, slots, D))
     starts = states_between(cell, *laid_out(params, u, state, mask)[:2], state[:, None], mask, chunk=T)
-    boundaries = outputs(cell, starts, mask, TILE, mx.float32)[2]
+    tile = tile_of(backend)
+    boundaries = outputs(cell, starts, mask, tile, mx.float32)[2]
     slopes = waves(B, T, D), waves(B, slots, D), waves(B, T // every, slots, D)
     given = params, u, state, mask, boundaries, *slopes
 
     def outcomes() -> Iterator[tuple[Sequence[mx.array], Sequence[mx.array]]]:
-        yield launch(cell, *given, every, TILE), _in_ops(cell, True, every, *given)
+        yield launch(cell, *given, every, tile), _in_ops(cell, True, every, tile, *given)
 
-    return works_here(f"the gradient of {cell.name!r}", "cpu", outcomes)
+    return works_here(f"the gradient of {cell.name!r}", backend, outcomes)
 
 
 @lru_cache(maxsize=256)
-def _differentiable(cell: Cell, launch: Launch, masked: bool, every: int) -> Callable[..., Any]:
+def _differentiable(cell: Cell, launch: Launch, masked: bool, every: int, tile: int) -> Callable[..., Any]:
     """`launch` with the derivatives of `_in_ops`: a second derivative goes through ops."""
 
     @mx.custom_function
     def solve(*given: mx.array) -> list[mx.array]:
         params, u, state, mask, *rest = given
         cotangents = rest if every else [*rest, None]
-        return [*launch(cell, params, u, state, mask if masked else None, *cotangents, every, TILE)]
+        return [*launch(cell, params, u, state, mask if masked else None, *cotangents, every, tile)]
 
     def in_ops(*given: mx.array) -> list[mx.array]:
-        return [*_in_ops(cell, masked, every, *given)]
+        return [*_in_ops(cell, masked, every, tile, *given)]
 
     @solve.vjp
     def solve_vjp(
@@ -151,6 +161,7 @@ def _in_ops(
     cell: Cell,
     masked: bool,
     every: int,
+    tile: int,
     params: mx.array,
     u: mx.array,
     state: mx.array,
@@ -162,7 +173,7 @@ def _in_ops(
     steps = mask if masked else None
     laid = laid_out(params, u, state, steps)
     starts = mx.concatenate([state[:, None], boundaries], axis=1)
-    states = states_between(cell, *laid[:2], starts, steps, chunk=TILE)
+    states = states_between(cell, *laid[:2], starts, steps, chunk=tile)
     _, (g,) = mx.vjp(lambda s: [*outputs(cell, s, steps, every, u.dtype)], [states], [*cotangents])
     d_params, d_u, d_state = states_adjoint(cell, *laid[:3], steps, states, g)
     return d_params.reshape(params.shape), d_u.astype(u.dtype), d_state.reshape(state.shape)

@@ -20,7 +20,7 @@ from . import cpu, gpu
 from .texts import has_kernel
 
 BACKENDS = ("metal", "cuda", "cpu", "ops")
-CHUNK = 16  # steps of a chunk, in ops and in the kernels
+CHUNK = gpu.CHUNK  # steps of a chunk, in ops as in the kernels
 
 
 class Choice(NamedTuple):

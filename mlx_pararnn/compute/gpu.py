@@ -15,12 +15,13 @@ from ..cells import Cell
 from ..errors import PararnnError
 from .texts import cuda_text, kernel_text, metal_text
 
+CHUNK = 16  # steps of a chunk
 # The threadgroup shapes there are: (CW channels a simdgroup, C steps a chunk, S simdgroups a threadgroup).
 # Wide: every load of 32 lanes is one line. The others trade that for more chunks in time, where there are too
 # few channels to fill a GPU. Threadgroup memory is counted in metal/README.md.
-SHAPES = {"wide": (32, 16, 8), "medium": (16, 16, 8), "narrow": (8, 16, 8)}
+SHAPES = {"wide": (32, CHUNK, 8), "medium": (16, CHUNK, 8), "narrow": (8, CHUNK, 8)}
 # The gradient's have one more: a single chunk, straight back through time, for cells of many slots.
-ADJOINT_SHAPES = {**SHAPES, "straight": (32, 16, 1)}
+ADJOINT_SHAPES = {**SHAPES, "straight": (32, CHUNK, 1)}
 # Below this many threadgroups the next narrower shape is taken. A guess until a GPU has been timed: Apple's
 # have 7 to 80 cores, and a core holds one or a few threadgroups of 256 threads.
 FULL_GPU = 32
@@ -166,13 +167,13 @@ def adjoint_launch(
 ) -> Launch:
     """The gradient of a recurrence on u of `shape` (B, heads, T, gates, D / heads) and `dtype`.
 
-    Inputs: u, params (P, D), initial (B, slots, D), boundaries (B, T // CHUNK, slots, D), which are the states
-    after every CHUNK-th step, d_hidden (B, T, D) in `dtype`, read by strides, d_last (B, slots, D); d_states
+    Inputs: u, params (P, D), initial (B, slots, D), boundaries (B, T // CHUNK, slots, D), the states after
+    every CHUNK-th step, d_hidden (B, T, D) in `dtype`, read by strides, d_last (B, slots, D); d_states
     (B, T // every, slots, D) and every (1,) if every > 0, and mask (B, T) if masked.
-    Outputs: d_u as u, in `dtype`; d_params (B, chunks, P, D), whose sum over B and chunks is the gradient of
-    params; d_initial (B, slots, D).
+    Outputs: d_u (heads, B, T, gates, D / heads) in `dtype`; d_params (B, chunks, P, D), whose sum over B and
+    chunks is the gradient of params; d_initial (B, slots, D).
     """
-    B, heads, _, _, W = shape
+    B, heads, T, gates, W = shape
     D, slots = heads * W, len(cell.slots)
     tiling = tiling or _tiling(B, D)
     CW, C, S = ADJOINT_SHAPES[tiling]
@@ -188,7 +189,7 @@ def adjoint_launch(
             *(("mask",) if masked else ()),
         ),
         {
-            "d_u": (shape, dtype),
+            "d_u": ((heads, B, T, gates, W), dtype),
             "d_params": ((B, S * 32 // CW, len(cell.params), D), mx.float32),
             "d_initial": ((B, slots, D), mx.float32),
         },

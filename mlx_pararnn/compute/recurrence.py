@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..cells import Cell
 from ..errors import PararnnError
 from . import cpu, gpu
-from .adjoint import TILE, adjoint, directional, states_adjoint
+from .adjoint import adjoint, directional, states_adjoint, tile_of
 from .choice import CHUNK, Choice, choose, works_here
 from .newton import Solution, laid_out, newton, outputs, sequential, unstack
 
@@ -144,7 +144,8 @@ def solve(
         if return_info:
             return _launch(plan, backend, return_states, *arrays, info=True)
         # where a gradient may follow, what it starts from is kept: the states at the boundaries of tiles
-        every = return_states or (TILE if where.gradient and T >= TILE else 0)
+        tile = tile_of(backend)
+        every = return_states or (tile if where.gradient and tile <= T else 0)
         returned = _differentiable_kernel(plan, backend, every)(*arrays)
         return tuple(returned[: 3 if return_states else 2])
 
@@ -254,10 +255,13 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], returned: tuple[mx.array, ...]
     ) -> tuple[mx.array, ...]:
         params, u, state, mask = primals
-        if every == TILE:
+        tile = tile_of(backend)
+        if every == tile:
             boundaries = returned[2]
+        elif u.shape[2] < tile:
+            boundaries = mx.zeros((state.shape[0], 0, *state.shape[1:]))
         else:  # not by _launch: a second derivative goes through them
-            boundaries = _differentiable_kernel(plan, backend, TILE)(*primals)[2]
+            boundaries = _differentiable_kernel(plan, backend, tile)(*primals)[2]
         steps = mask if plan.masked else None
         gradients = adjoint(
             plan.cell, params, u, state, steps, boundaries, *cotangents, every=every, backend=backend

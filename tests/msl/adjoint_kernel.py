@@ -145,7 +145,7 @@ class AdjointCall:
         exact = {name: array.astype(kind) for name, array in self._problem[1].items()}
         d_params, d_u, d_initial = oracle.adjoint(self.cell, **exact, mask=self.given.get("mask"))
         B, heads, T, gates, W = self.u_shape
-        d_u = d_u.reshape(B, T, gates, heads, W).transpose(0, 3, 1, 2, 4)
+        d_u = d_u.reshape(B, T, gates, heads, W).transpose(3, 0, 1, 2, 4)
         return {"d_params": d_params, "d_u": d_u, "d_initial": d_initial}
 
     def run(self, change: Callable[[Launch], Launch] = lambda launch: launch, **options) -> Arrays:

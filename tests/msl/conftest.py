@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pararnn.compute import gpu, layer_ops
+from mlx_pararnn.compute import adjoint, gpu, layer_ops
 from mlx_pararnn.compute.recurrence import _kernels_agree
 
 from . import harness
@@ -30,7 +30,7 @@ def mac(monkeypatch):
 
     monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
     monkeypatch.setattr(gpu, "run", run)
-    trials = _kernels_agree, layer_ops._conv_works, layer_ops._decode_works
+    trials = _kernels_agree, adjoint._agrees, layer_ops._conv_works, layer_ops._decode_works
     for trial in trials:
         trial.cache_clear()
     yield names
@@ -41,6 +41,11 @@ def mac(monkeypatch):
 @pytest.fixture
 def launched(mac, monkeypatch):
     """As `mac`, after the trial at first use."""
-    for trial in ("recurrence._kernels_agree", "layer_ops._conv_works", "layer_ops._decode_works"):
+    for trial in (
+        "recurrence._kernels_agree",
+        "adjoint._agrees",
+        "layer_ops._conv_works",
+        "layer_ops._decode_works",
+    ):
         monkeypatch.setattr(f"mlx_pararnn.compute.{trial}", lambda *_: True)
     return mac

@@ -110,8 +110,76 @@ def test_gradients(launched, name):
     mask = mx.arange(40)[None] < mx.array([[40], [31]])
     kernel = mx.grad(loss_of(cell, {}, mask, 7), argnums=(0, 1, 2))(*arrays)
     ops = mx.grad(loss_of(cell, {"backend": "ops"}, mask, 7), argnums=(0, 1, 2))(*arrays)
-    assert len(launched) == 2
+    forward = "sequential" if name == "slstm" else "recurrence"
+    assert [kernel.split("_")[1] for kernel in launched] == [forward, forward, "adjoint"]
     for a, b in zip(kernel, ops, strict=True):
+        assert mx.abs(b).max() > 1e-3
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-4)
+
+
+def test_the_kernel_of_the_gradient_is_tried_once_and_then_used(mac):
+    cell, params, u, state = problem("lstm", T=30, state=True)
+    arrays = [mx.array(a) for a in (params, u, state)]
+    for _ in range(2):
+        mx.eval(mx.grad(loss_of(cell, {}), argnums=(0, 1, 2))(*arrays))
+    assert sum("adjoint" in name for name in mac) == 1 + 2
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong numbers"])
+def test_a_gradient_that_does_not_work_here_is_not_used(mac, monkeypatch, fault):
+    working = gpu.run
+
+    def broken(launch, arrays, backend):
+        if "adjoint" not in launch.name:
+            return working(launch, arrays, backend)
+        if fault == "raises":
+            raise RuntimeError("Unable to build metal library")
+        return {name: array + 1 for name, array in working(launch, arrays, backend).items()}
+
+    monkeypatch.setattr(gpu, "run", broken)
+    cell, params, u, state = problem("gru", T=30, state=True)
+    arrays = [mx.array(a) for a in (params, u, state)]
+    with pytest.warns(RuntimeWarning, match="the metal backend does not work here .the gradient of 'gru'"):
+        given = mx.grad(loss_of(cell, {}), argnums=(0, 1, 2))(*arrays)
+    wanted = mx.grad(loss_of(cell, {"backend": "ops"}), argnums=(0, 1, 2))(*arrays)
+    for a, b in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("T", "heads", "every"), [(1, 1, 0), (5, 2, 7), (16, 2, 16), (40, 3, 3)])
+def test_gradients_of_short_and_long(launched, T, heads, every):
+    """Fewer steps than a chunk; fewer than `every`; boundaries that the call itself returned; heads."""
+    cell, params, u, state = problem("gru", T=T, D=12, heads=heads, state=True)
+    arrays = [mx.array(a) for a in (params, u, state)]
+    given = mx.grad(loss_of(cell, {}, None, every), argnums=(0, 1, 2))(*arrays)
+    wanted = mx.grad(loss_of(cell, {"backend": "ops"}, None, every), argnums=(0, 1, 2))(*arrays)
+    for a, b in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5)
+    assert len(launched) == (2 if T <= 16 else 3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_gradients_in_low_precision(launched, dtype):
+    cell, params, u, state = problem("lstm", T=50, state=True)
+    arrays = [mx.array(params), mx.array(u).astype(dtype), mx.array(state)]
+    given = mx.grad(loss_of(cell, {}), argnums=(0, 1, 2))(*arrays)
+    wanted = mx.grad(loss_of(cell, {"backend": "ops"}), argnums=(0, 1, 2))(*arrays)
+    assert [a.dtype for a in given] == [mx.float32, dtype, mx.float32]
+    for a, b in zip(given, wanted, strict=True):
+        a, b = (np.array(array.astype(mx.float32)) for array in (a, b))
+        np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-2)
+    assert launched
+
+
+def test_second_derivatives_go_through_ops(launched):
+    cell, params, u, state = problem("gru", T=20, D=4, state=True)
+    arrays = [mx.array(a) for a in (params, u, state)]
+
+    def slope(backend):
+        first = mx.grad(loss_of(cell, {"backend": backend} if backend else {}), argnums=(0, 1, 2))
+        return mx.grad(lambda *given: sum((d * d).sum() for d in first(*given)), argnums=(0, 1, 2))
+
+    for a, b in zip(slope(None)(*arrays), slope("ops")(*arrays), strict=True):
         assert mx.abs(b).max() > 1e-3
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-4)
 
@@ -119,10 +187,10 @@ def test_gradients(launched, name):
 GRAPHS = {
     "as it is": (lambda call, _: call, ["recurrence"]),
     "mx.compile": (lambda call, _: mx.compile(call), ["recurrence"]),
-    "mx.grad": (lambda _, loss: mx.grad(loss, argnums=(0, 1, 2)), ["recurrence", "recurrence"]),
+    "mx.grad": (lambda _, loss: mx.grad(loss, argnums=(0, 1, 2)), ["recurrence", "recurrence", "adjoint"]),
     "mx.compile and mx.grad": (
         lambda _, loss: mx.compile(mx.grad(loss, argnums=(0, 1, 2))),
-        ["recurrence", "recurrence"],
+        ["recurrence", "recurrence", "adjoint"],
     ),
 }
 
@@ -139,7 +207,8 @@ def test_recorded_by_mlx_itself(graph, monkeypatch, tmp_path):
     recorded = gpu.run
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
-    monkeypatch.setattr("mlx_pararnn.compute.recurrence._kernels_agree", lambda *_: True)
+    for trial in ("recurrence._kernels_agree", "adjoint._agrees"):
+        monkeypatch.setattr(f"mlx_pararnn.compute.{trial}", lambda *_: True)
     cell, params, u, state = problem("lstm", T=60, state=True)
     mask = mx.arange(60)[None] < mx.array([[60], [41]])
 

@@ -1,0 +1,49 @@
+"""Adjoint on a GPU: metal/adjoint.metal, launched."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import mlx.core as mx
+
+from ..cells import Cell
+from . import gpu
+
+
+@lru_cache(maxsize=4)
+def solver(backend: str) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+    """`adjoint.adjoint` on "metal" or "cuda"; one function a backend, always the same."""
+    return partial(_solve, backend)
+
+
+def _solve(
+    backend: str,
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    state: mx.array,
+    mask: mx.array | None,
+    boundaries: mx.array,
+    d_hidden: mx.array,
+    d_last: mx.array,
+    d_states: mx.array | None,
+    every: int,
+    tile: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    masked = mask is not None
+    launch = gpu.adjoint_launch(cell, u.shape, u.dtype, masked=masked, every=every)
+    assert tile == gpu.CHUNK, "the kernel's chunks start at boundaries"
+    if not boundaries.size:  # an empty array has no memory that could be handed over; it is not read
+        boundaries = state[:, None]
+    arrays: dict[str, Any] = {"u": u, "d_hidden": d_hidden.astype(u.dtype)}
+    whole = {"params": params, "initial": state, "boundaries": boundaries, "d_last": d_last}
+    if every:
+        if d_states is None or not d_states.size:
+            d_states = d_last[:, None]
+        whole["d_states"], arrays["every"] = d_states, mx.array([every], mx.int32)
+    arrays |= {name: mx.contiguous(array.astype(mx.float32)) for name, array in whole.items()}
+    if mask is not None:
+        arrays["mask"] = mx.contiguous(mask)
+    outputs = gpu.run(launch, arrays, backend)
+    # heads outermost in memory, as u's projection left it: its own gradient then takes d_u without a copy
+    return outputs["d_params"].sum(axis=(0, 1)), outputs["d_u"].swapaxes(0, 1), outputs["d_initial"]
