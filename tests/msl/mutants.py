@@ -1,18 +1,10 @@
-"""Kernels broken on purpose, and the check of battery.py that has to see each.
+"""Kernels broken on purpose, and the check of battery.py that has to see each."""
 
-A mutation replaces `old` by `new` in one file of metal/, where `old` must stand exactly once.
-"""
+from .adjoint_mutants import ADJOINT, ADJOINT_MUTANTS, INPUTS
+from .mutant import BARRIER, Mutant, without_barrier
 
-import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
+__all__ = ["ADJOINT", "CONV", "DECODE", "INPUTS", "MUTANTS", "NEWTON", "STRAIGHT", "Mutant"]
 
-from mlx_pararnn.compute.gpu import Launch
-from mlx_pararnn.compute.texts import kernel_body
-
-METAL = Path(__file__).parents[2] / "metal"
-
-BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 SCAN_BARRIER = f"      {BARRIER}\n\n      // Each thread scans"
 MOVED_BARRIER = f"      {BARRIER}\n      iterations += 1;"
 CARRY_BARRIER = f"    {BARRIER}\n    for (int s = 0; s < SLOTS; ++s) {{\n      carry[s]"
@@ -20,36 +12,6 @@ TILE_BARRIER = f"    {BARRIER}  // before the next tile"
 GRU, LSTM, NLRU, SLSTM = (f"cells/{cell}.h" for cell in ("gru", "lstm", "nlru", "slstm"))
 NEWTON, STRAIGHT, DUAL, ACTIVATIONS = "recurrence.metal", "sequential.metal", "dual.h", "activations.h"
 CONV, DECODE = "conv.metal", "decode.metal"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    file: str
-    old: str
-    new: str
-    seen_by: str  # kinds of battery.py, by blanks
-    cell: str = "gru"
-
-    def __str__(self) -> str:
-        return self.name
-
-    def apply(self, launch: Launch) -> Launch:
-        """The launch with this mutation's text; unchanged if it does not contain the file."""
-        text = (METAL / self.file).read_text()
-        if self.file.endswith(".metal"):
-            text = kernel_body(text)
-        if text.count(self.old) != 1:
-            raise ValueError(f"{self.file} contains {text.count(self.old)} times: {self.old!r}")
-        broken = text.replace(self.old, self.new)
-        return dataclasses.replace(
-            launch, source=launch.source.replace(text, broken), header=launch.header.replace(text, broken)
-        )
-
-
-def without_barrier(place: str, instead: str = "") -> str:
-    return place.replace(BARRIER, instead)
-
 
 MUTANTS = [
     # barriers and divergence
@@ -626,3 +588,4 @@ MUTANTS = [
     ),
     Mutant("decode: a double literal", DECODE, "1.0f / metal", "1.0 / metal", "language compile"),
 ]
+MUTANTS += ADJOINT_MUTANTS

@@ -105,9 +105,9 @@ def test_the_sums_do_not_depend_on_the_order_of_threads(cell):
 
 
 @needs_harness
-@pytest.mark.parametrize("tiling", gpu.ADJOINT_SHAPES)
-def test_a_spoiled_channel_spoils_no_other(tiling):
-    call = adjoint("lstm", 2, 300, 40, tiling=tiling)
+@pytest.mark.parametrize("shape", gpu.ADJOINT_SHAPES)
+def test_a_spoiled_channel_spoils_no_other(shape):
+    call = adjoint("lstm", 2, 300, 40, shape=shape)
     clean = call.run(check=False)
     call.given["u"] = call.given["u"].copy()
     call.given["u"][0, 0, 50, :, 3] = np.nan

@@ -3,15 +3,17 @@
 import pytest
 
 from . import language
+from .adjoint_kernel import adjoint_cases
 from .battery import newton_cases, objection, sequential_cases
 from .harness import missing
 from .instances import CELLS
 from .layer_kernels import conv_cases, decode_cases
-from .mutants import CONV, DECODE, MUTANTS, NEWTON, STRAIGHT, Mutant
+from .mutants import ADJOINT, CONV, DECODE, INPUTS, MUTANTS, NEWTON, STRAIGHT, Mutant
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-CASES = {STRAIGHT: sequential_cases, CONV: conv_cases, DECODE: decode_cases}  # of other files: newton_cases
+CASES = {STRAIGHT: sequential_cases, CONV: conv_cases, DECODE: decode_cases}
+CASES |= {ADJOINT: adjoint_cases, INPUTS: adjoint_cases}  # of other files: newton_cases
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def cases_for():
 
 @pytest.mark.sampled("harness")
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("file", [NEWTON, *CASES])
+@pytest.mark.parametrize("file", [NEWTON, STRAIGHT, CONV, DECODE, ADJOINT])
 def test_the_kernels_pass(file, cell, cases_for):
     assert objection(cases_for(file, cell), lambda launch: launch) is None
 
