@@ -18,14 +18,10 @@ inline float sum(float a, float b) { return __fadd_rn(a, b); }
 inline float sum(float a, float b) { return a + b; }
 #endif
 
-#ifndef PARARNN_TANGENT
-#define PARARNN_TANGENT float
-#endif
-
 template <int N>
 struct Dual {
   float v;
-  PARARNN_TANGENT d[N > 0 ? N : 1];
+  float d[N > 0 ? N : 1];
 };
 
 // A constant: no tangents.

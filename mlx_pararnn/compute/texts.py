@@ -106,8 +106,8 @@ def cpu_adjoint_text(cell: Cell) -> str:
     """The C++ text of the adjoint of a cell's recurrence; raises PararnnError for a cell without MSL."""
     needed, tangents = tangent_header(cell)
     header = cpu_text(cell_header(cell) + needed) + cuda_text(tangents)
-    before = metal_text("cpu.h") + metal_text("cpu_tangents.h") + "#define PARARNN_TANGENT Tangent\n"
-    return before + header + metal_text("cpu_adjoint.cpp")
+    header = header.replace("Vec d[N > 0 ? N : 1];", "Tangent d[N > 0 ? N : 1];")
+    return metal_text("cpu.h") + metal_text("cpu_tangents.h") + header + metal_text("cpu_adjoint.cpp")
 
 
 def cpu_elementwise_text() -> str:
