@@ -167,7 +167,7 @@ def test_where_it_runs_and_where_ops_do(launches):
     loss, every = loss_of(cell, {}), (0, 1, 2)
     wanted = mx.grad(loss_of(cell, {"backend": "ops"}), argnums=every)(*arrays)
     recurrence(cell, *arrays)
-    adjoint._agrees(cell, cpu_adjoint.solve)
+    adjoint._agrees(cell, "cpu", cpu_adjoint.solve)
     launches.clear()
 
     def after_a_checkpoint(*arrays):

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_pararnn.compute.adjoint import TILE, adjoint
+from mlx_pararnn.compute.adjoint import adjoint, tile_of
 from mlx_pararnn.compute.recurrence import recurrence
 from tests.msl.instances import DTYPES
 from tests.msl.problem import Problem, assert_close, rounded
@@ -50,7 +50,7 @@ class Slopes(Problem):
         """The same by a direct call of `adjoint`, from the oracle's states at the boundaries."""
         params, u, state, mask = self.arrays()
         d_hidden, d_last, *rest = self.slopes()
-        given = params, u, state, mask, mx.array(self.boundaries(TILE)), d_hidden, d_last
+        given = params, u, state, mask, mx.array(self.boundaries(tile_of(backend))), d_hidden, d_last
         d_states = rest[0] if self.every else None
         return self.laid_out(adjoint(self.cell, *given, d_states, every=self.every, backend=backend))
 

@@ -44,39 +44,6 @@ def step_and_jacobian(cell, params, u, state):
     return tuple(s.value for s in new), J
 
 
-def adjoint(cell, params, u, g, state, mask=None):
-    """Gradients of params, u and state, one step after the other, backwards, in the inputs' precision.
-
-    g (B, T, slots, D) is the loss's derivative by each state.
-    """
-    B, T, gates, D = u.shape
-    slots, count = len(cell.slots), len(cell.slots) + gates + len(params)
-    states = sequential(cell, params, u, state, mask)
-    before = [np.concatenate([state[:, None, i], s[:, :-1]], axis=1) for i, s in enumerate(states)]
-    one, zero = np.ones((B, D), u.dtype), np.zeros((B, D), u.dtype)
-    d_u, d_params = np.zeros_like(u), np.zeros((B, *params.shape), u.dtype)
-    carried = np.zeros((B, slots, D), u.dtype)
-    for t in reversed(range(T)):
-        values = [s[:, t] for s in before] + [u[:, t, i] for i in range(gates)] + [p + zero for p in params]
-        inputs = [Dual(v, tuple(one if i == j else zero for j in range(count))) for i, v in enumerate(values)]
-        new = cell.step(
-            tuple(inputs[:slots]),
-            _named(cell.gates, inputs[slots : slots + gates]),
-            _named(cell.params, inputs[slots + gates :]),
-            DUAL_F,
-        )
-        arrived = carried + g[:, t]
-        d = [
-            sum(arrived[:, i] * (s.tangents[j] if s.tangents else zero) for i, s in enumerate(new))
-            for j in range(count)
-        ]
-        here = np.ones((B, 1), bool) if mask is None else mask[:, t, None]
-        carried = np.where(here[:, None], np.stack(d[:slots], axis=1), arrived)
-        d_u[:, t] = np.where(here[:, None], np.stack(d[slots : slots + gates], axis=1), 0)
-        d_params += np.where(here[:, None], np.stack(d[slots + gates :], axis=1), 0)
-    return d_params.sum(axis=0), d_u, carried
-
-
 def apple_lstm_jacobian(cell, params, u, state, exact):
     """Apple's linearisation of the LSTM: the h row is taken at the iterate's own c_t, not at step's c'.
 
