@@ -322,3 +322,38 @@ def test_a_turn_without_a_finish_is_no_turn():
     events, _ = play("<|answer|><|end|>")
     assert kinds(events) == ["Finish"]
     assert isinstance(events[0], Finish)
+
+
+class Random(Script):
+    """Any of the allowed tokens; special ones as often as bytes."""
+
+    def __init__(self, seed):
+        super().__init__("")
+        self.random = np.random.default_rng(seed)
+
+    def choose(self, allowed):
+        choices = np.flatnonzero(allowed)
+        special = choices[choices > 255]
+        few = special if len(special) and self.random.random() < 0.5 else choices
+        return int(self.random.choice(few))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_whatever_a_model_does_the_turn_keeps_the_protocol_and_ends(held):
+    """The tokens of any turn can be taken apart, and what the loop told of them fits."""
+    reasons = set()
+    for seed in range(40):
+        source = Random(seed)
+        events, taken = play(source, held=held, external=EXTERNAL, limits=Limits(steps=300, answer=5))
+        finish = events[-1]
+        reasons.add(finish.reason)
+        whole = [*taken, tools_protocol().end] if finish.reason == "stop" else taken
+        assert finish.tokens == len(whole)
+        segments = tools_protocol().split(whole)
+        assert sum(tools_protocol().loss_mask(whole)) == finish.made
+        answer = [token for segment in segments if segment.kind == "answer" for token in segment.tokens]
+        text = tools_protocol().decode(answer)
+        shown = text_of(events)
+        assert shown == text or (text == "" and shown in [e.text for e in events if isinstance(e, Result)])
+        assert sum(segment.kind == "command" for segment in segments) == kinds(events).count("CommandGiven")
+    assert {"stop", "length"} <= reasons
