@@ -11,6 +11,7 @@ import pytest
 from mlx_pararnn import get_cell
 from mlx_pararnn.compute import gpu, layer_ops
 from mlx_pararnn.compute.recurrence import recurrence
+from tests.msl.adjoint_kernel import adjoint, all_adjoints
 from tests.msl.instances import CELLS, DTYPES
 from tests.msl.layer_kernels import all_calls, conv, decode
 from tests.msl.problem import Problem, assert_close
@@ -115,9 +116,11 @@ def test_gradients_and_compile(name):
 LARGE = [conv(3, 1000, 2050), conv(2, 1, 4096, dtype="bfloat16"), decode("gru", 8, 1024, 4)]
 LARGE += [decode("lstm", 3, 4096, 4, "float16"), decode("slstm", 1, 5000, gated=False)]
 
+LARGE += [adjoint("gru", 3, 1000, 1030), adjoint("lstm", 1, 700, 40, 2, shape="narrow", memory=2.0)]
 
-@pytest.mark.parametrize("call", [*all_calls(), *LARGE], ids=str)
-def test_convolution_and_decoding(call):
+
+@pytest.mark.parametrize("call", [*all_calls(), *all_adjoints(), *LARGE], ids=str)
+def test_convolution_decoding_and_the_gradient(call):
     arrays = {
         n: mx.array(a).view(mx.bfloat16) if call.dtypes[n] == "bfloat16" else mx.array(a)
         for n, a in call.given.items()

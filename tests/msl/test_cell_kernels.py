@@ -14,8 +14,10 @@ from mlx_pararnn.compute.gpu import Launch, newton_launch, sequential_launch
 from tests.support import oracle
 
 from . import harness, language
+from .adjoint_kernel import AdjointCall
 from .instances import ACTIVATIONS
 from .lint import lint
+from .wrap import wrap
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=str(harness.missing()))
 
@@ -141,3 +143,9 @@ def test_a_cell_of_ones_own(name):
             assert language.address_spaces(launch, wrapped) == []
         answers.append(harness.run(launch, given))
     np.testing.assert_array_equal(answers[0]["hidden"], answers[1]["hidden"])
+    gradient = AdjointCall(cell, 2, 150, 40)
+    wrapped = wrap(gradient.launch, gradient.inputs)
+    assert lint(wrapped, gradient.launch.header) == []
+    if language.clang():
+        assert language.address_spaces(gradient.launch, wrapped) == []
+    assert gradient.compare(gradient.run()) == ""
