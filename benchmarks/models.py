@@ -1,5 +1,7 @@
 """The models that are compared: ours, and MLX-LM's llama and mamba2 with as many parameters."""
 
+from typing import NamedTuple
+
 import mlx_pararnn  # before mlx.core: it loads OpenBLAS
 
 # isort: split
@@ -8,20 +10,30 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama as mlx_llama
 from mlx_lm.models import mamba2 as mlx_mamba2
 
-D, LAYERS, VOCABULARY, INTERMEDIATE, HEADS = 1024, 4, 32000, 2816, 4
+
+class Sizes(NamedTuple):
+    d: int
+    layers: int
+    vocabulary: int
+    intermediate: int
+    heads: int
 
 
-def pararnn(cell="gru", layers=LAYERS):
-    """The 400m preset's blocks, of which there are 24, four times."""
+LARGE = Sizes(1024, 4, 32000, 2816, 4)  # the 400m preset's blocks, of which there are 24, four times
+SMALL = Sizes(192, 3, 300, 512, 4)
+D, LAYERS, VOCABULARY, INTERMEDIATE, HEADS = LARGE
+
+
+def pararnn(cell="gru", layers=None, sizes=LARGE):
     mx.random.seed(0)
     model = mlx_pararnn.Model(
         mlx_pararnn.ModelArgs(
             cell=cell,
-            hidden_size=D,
-            num_hidden_layers=layers,
-            num_heads=HEADS,
-            intermediate_size=INTERMEDIATE,
-            vocab_size=VOCABULARY,
+            hidden_size=sizes.d,
+            num_hidden_layers=layers or sizes.layers,
+            num_heads=sizes.heads,
+            intermediate_size=sizes.intermediate,
+            vocab_size=sizes.vocabulary,
         )
     )
     return _ready(model)

@@ -4,7 +4,7 @@ import os
 
 import torch
 import torch.nn.functional as F
-from models import HEADS, INTERMEDIATE, LAYERS, VOCABULARY, D
+from models import LARGE, D
 from pararnn import NewtonConfig
 from pararnn.cells import ParaGRU, ParaLSTM
 from pararnn.solvers import vjp
@@ -23,32 +23,50 @@ SOLVERS = {
 class HeadsProjection(nn.Module):
     """Our block-diagonal input projection, instead of pararnn-torch's dense one: as much work as ours."""
 
-    def __init__(self, gates):
+    def __init__(self, gates, sizes):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(HEADS, D // HEADS, gates * D // HEADS) * D**-0.5)
-        self.bias = nn.Parameter(torch.zeros(gates * D))
+        d, heads = sizes.d, sizes.heads
+        self.weight = nn.Parameter(torch.randn(heads, d // heads, gates * d // heads) * d**-0.5)
+        self.bias = nn.Parameter(torch.zeros(gates * d))
 
     def forward(self, x):
-        rows = x.reshape(-1, HEADS, D // HEADS).transpose(0, 1)
-        u = torch.bmm(rows, self.weight).view(HEADS, rows.shape[1], -1, D // HEADS)
+        heads, width, _ = self.weight.shape
+        rows = x.reshape(-1, heads, width).transpose(0, 1)
+        u = torch.bmm(rows, self.weight).view(heads, rows.shape[1], -1, width)
         return u.permute(1, 2, 0, 3).reshape(*x.shape[:-1], -1) + self.bias  # gate by gate, as its cells read
+
+
+def _projection_vjp(projection, x, slope):
+    """Gradients of x, weight and bias: what pararnn-torch's Newton asks of the cell's projection."""
+    if not isinstance(projection, HeadsProjection):
+        return _dense_vjp(projection, x, slope)
+    heads, width, _ = projection.weight.shape
+    rows = x.reshape(-1, heads, width).transpose(0, 1)
+    slopes = slope.reshape(rows.shape[1], -1, heads, width).permute(2, 0, 1, 3).flatten(2)
+    d_x = torch.bmm(slopes, projection.weight.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
+    return d_x, torch.bmm(rows.transpose(1, 2), slopes), slope.flatten(0, 1).sum(0)
+
+
+# It writes the gradient of its dense projection out by hand, in this function.
+_dense_vjp, vjp._linear_vjp = vjp._linear_vjp, _projection_vjp
 
 
 class Block(nn.Module):
     """Input projection and gate, causal convolution, SiLU, cell, gated RMSNorm, output projection; SwiGLU."""
 
-    def __init__(self, cell, solver):
+    def __init__(self, cell, solver, sizes):
         super().__init__()
-        self.norm, self.gated_norm, self.mlp_norm = (nn.RMSNorm(D, eps=1e-6) for _ in range(3))
-        self.in_proj = nn.Linear(D, 2 * D, bias=False)
-        self.conv = nn.Conv1d(D, D, 4, groups=D, padding=3)
-        self.cell = CELLS[cell](D, D)
-        self.cell.W_x = HeadsProjection(3)
+        d, wide = sizes.d, sizes.intermediate
+        self.norm, self.gated_norm, self.mlp_norm = (nn.RMSNorm(d, eps=1e-6) for _ in range(3))
+        self.in_proj = nn.Linear(d, 2 * d, bias=False)
+        self.conv = nn.Conv1d(d, d, 4, groups=d, padding=3)
+        self.cell = CELLS[cell](d, d)
+        self.cell.W_x = HeadsProjection(3, sizes)
         self.solve = SOLVERS[solver]
-        self.out_proj = nn.Linear(D, D, bias=False)
-        self.gate_proj = nn.Linear(D, INTERMEDIATE, bias=False)
-        self.up_proj = nn.Linear(D, INTERMEDIATE, bias=False)
-        self.down_proj = nn.Linear(INTERMEDIATE, D, bias=False)
+        self.out_proj = nn.Linear(d, d, bias=False)
+        self.gate_proj = nn.Linear(d, wide, bias=False)
+        self.up_proj = nn.Linear(d, wide, bias=False)
+        self.down_proj = nn.Linear(wide, d, bias=False)
 
     def forward(self, x, last_only):
         main, gate = self.in_proj(self.norm(x)).chunk(2, dim=-1)
@@ -64,30 +82,49 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, cell, solver):
+    def __init__(self, cell, solver, sizes=LARGE):
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, D)
-        self.blocks = nn.ModuleList(Block(cell, solver) for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(D, eps=1e-6)
-        self.head = nn.Linear(D, VOCABULARY, bias=False)
+        self.embedding = nn.Embedding(sizes.vocabulary, sizes.d)
+        self.blocks = nn.ModuleList(Block(cell, solver, sizes) for _ in range(sizes.layers))
+        self.norm = nn.RMSNorm(sizes.d, eps=1e-6)
+        self.head = nn.Linear(sizes.d, sizes.vocabulary, bias=False)
 
     @torch.inference_mode()
-    def forward(self, ids):
+    def read(self, ids):
         """Logits of the last token of ids (B, T)."""
+        return self(ids, last_only=True)[:, -1]
+
+    def forward(self, ids, last_only=False):
+        """Logits of ids (B, T), of all tokens or of the last."""
         x = self.embedding(ids)
-        for k, block in enumerate(self.blocks):
-            x = block(x, last_only=k == LAYERS - 1)
-        return self.head(self.norm(x[:, -1]))
+        for block in self.blocks:
+            x = block(x, last_only=last_only and block is self.blocks[-1])
+        return self.head(self.norm(x))
 
 
 def prefill(cell, solver, tokens):
     """A function that reads a prompt once."""
     torch.manual_seed(0)
     model = LanguageModel(cell, solver).eval()
-    ids = torch.randint(0, VOCABULARY, (1, tokens))
+    ids = torch.randint(0, LARGE.vocabulary, (1, tokens))
 
     def run():
-        model(ids)
+        model.read(ids)
+
+    return run
+
+
+def training_step(cell, solver, tokens, targets, sizes, rate):
+    """A function that makes one step: forward, cross entropy, backward, AdamW; tokens and targets (B, T)."""
+    torch.manual_seed(0)
+    model = LanguageModel(cell, solver, sizes).train()
+    tokens, targets = torch.tensor(tokens), torch.tensor(targets)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True)
+
+    def run():
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()).backward()
+        optimizer.step()
 
     return run
 
