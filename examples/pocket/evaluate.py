@@ -1,0 +1,126 @@
+"""How often the pocket model is right: `python -m examples.pocket.evaluate MODEL`.
+
+For each task and length, new messages are made, with a seed that training does not use. Greedy decoding gives
+a whole trace exactly where each of its tokens is the likeliest after those before it, so one pass over the
+trace tells whether the model would write it. `--decode` lets the tool loop run instead, and compares the
+answers.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+import mlx_pararnn
+from mlx_pararnn.model import Model
+from mlx_pararnn.pocket.answers import answer
+from mlx_pararnn.pocket.loop import Limits
+from mlx_pararnn.pocket.protocol import find_protocol
+
+from .batches import encode
+from .data import TASKS
+from .traces import solve
+
+DIGITS = (5, 10, 50, 200, 1000)
+COUNTS = {5: 200, 10: 200, 50: 100, 200: 40, 1000: 10}
+PIECE = 1024  # tokens read at once
+
+
+def samples(task: str, digits: int, count: int, seed: int = 10**6) -> list[tuple[str, str]]:
+    """So many messages of a task with their answers."""
+    rng = random.Random(f"{task} {digits} {seed}")
+    return [TASKS[task](rng, digits) for _ in range(count)]
+
+
+def check_traces(model: Model, turns: list[tuple[list[int], list[bool]]]) -> list[int | None]:
+    """Of each turn, the place of the first token that the model would not write; None if there is none.
+
+    Turns are read together, as rows of a batch.
+    """
+    longest = max(len(tokens) for tokens, _ in turns)
+    inputs = np.zeros((len(turns), longest), np.int32)
+    learned = np.zeros((len(turns), longest), bool)
+    for row, (tokens, own) in enumerate(turns):
+        inputs[row, : len(tokens)], learned[row, : len(own)] = tokens, own
+    cache, wrong = model.make_cache(len(turns)), np.zeros_like(learned)
+    for begin in range(0, longest - 1, PIECE):
+        end = min(begin + PIECE, longest - 1)
+        best = mx.argmax(model(mx.array(inputs[:, begin:end]), cache=cache), axis=-1)
+        wrong[:, begin + 1 : end + 1] = np.array(best) != inputs[:, begin + 1 : end + 1]
+        mx.eval([layer.state for layer in cache])
+    wrong &= learned
+    return [int(row.argmax()) if row.any() else None for row in wrong]
+
+
+def evaluate(
+    model: Model, tokenizer: Any, task: str, digits: int, count: int, decode: bool
+) -> dict[str, Any]:
+    """The share of messages that are answered exactly, and for those that are not, the first wrong tokens."""
+    begin, asked = time.perf_counter(), samples(task, digits, count)
+    faults = []
+    if decode:
+        limits = Limits(steps=10**6, seconds=10**6, answer=10**5)
+        wrong = [m for m, right in asked if answer(model, tokenizer, m, limits=limits) != right]
+        faults = [message[:80] for message in wrong]
+    else:
+        ids = find_protocol(tokenizer)
+        traces = [solve(message) for message, _ in asked]
+        rows = max(1, 200_000 // max(len(trace.tokens) for trace in traces))
+        for first in range(0, count, rows):
+            part = traces[first : first + rows]
+            places = check_traces(model, [encode(trace, ids) for trace in part])
+            for trace, place in zip(part, places, strict=True):
+                if place is not None:
+                    faults.append(
+                        f"{' '.join(trace.tokens[max(0, place - 8) : place])} -> {trace.tokens[place]}"
+                    )
+    return {
+        "task": task,
+        "digits": digits,
+        "count": count,
+        "exact": 1 - len(faults) / count,
+        "decoded": decode,
+        "faults": faults[:5],
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as Markdown: a row a task, a column a length."""
+    lengths = sorted({result["digits"] for result in results})
+    by_place = {(result["task"], result["digits"]): result for result in results}
+    lines = [
+        "| task | " + " | ".join(f"{n} digits" for n in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for task in dict.fromkeys(result["task"] for result in results):
+        cells = [by_place.get((task, n)) for n in lengths]
+        shown = [
+            "" if cell is None else f"{round(cell['exact'] * cell['count'])} of {cell['count']}"
+            for cell in cells
+        ]
+        lines.append(f"| {task} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--digits", nargs="*", type=int, default=DIGITS)
+    parser.add_argument("--count", type=int, help="messages a task and length")
+    parser.add_argument("--decode", action="store_true", help="free decoding by the tool loop")
+    given = parser.parse_args()
+    model, tokenizer = mlx_pararnn.load(given.model)
+    results = []
+    for task in given.tasks:
+        for digits in given.digits:
+            count = given.count or COUNTS.get(digits, 10)
+            results.append(evaluate(model, tokenizer, task, digits, count, given.decode))
+            print(json.dumps(results[-1]), flush=True)
+    print(table(results))

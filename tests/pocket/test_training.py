@@ -1,0 +1,101 @@
+"""The pocket model's training: rows of turns, a short run in two parts, and the check of whole traces."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from examples.pocket import evaluate, train
+from examples.pocket.batches import batches, encode, mixed, number_turns, other_turns, protocol
+from examples.pocket.traces import solve
+from mlx_pararnn import load
+
+
+def some_turns(seed):
+    return number_turns(seed, longest=3)
+
+
+def test_rows_go_on_from_batch_to_batch():
+    rows = [np.zeros((3, 0), int), np.zeros((3, 0), bool)]
+    for number, batch in enumerate(itertools.islice(batches(some_turns, 3, 40, seed=5), 4)):
+        assert batch.fresh == (number == 0)
+        assert batch.tokens.shape == (3, 41)
+        if number:
+            assert (batch.tokens[:, 0] == rows[0][:, -1]).all()
+        rows = [np.hstack([rows[0], batch.tokens[:, 1:]]), np.hstack([rows[1], batch.mask])]
+    for row in range(3):
+        turns = itertools.chain.from_iterable(zip(*turn, strict=True) for turn in some_turns(5000 + row))
+        expected = list(itertools.islice(turns, 161))[1:]
+        assert list(zip(rows[0][row], rows[1][row], strict=True)) == expected
+
+
+@pytest.mark.parametrize("source", [some_turns, other_turns])
+def test_turns_are_in_the_protocols_order(source):
+    """And what the loop feeds is what has no loss."""
+    ids = protocol()
+    for tokens, learned in itertools.islice(source(0), 40):
+        assert ids.loss_mask(tokens) == learned
+
+
+def test_a_mixture_has_its_shares():
+    turns = mixed(
+        [lambda seed: itertools.repeat(([1], [True])), lambda seed: itertools.repeat(([2], [True]))],
+        (1, 3),
+        0,
+    )
+    count = sum(tokens == [2] for tokens, _ in itertools.islice(turns, 1000))
+    assert 700 < count < 800
+
+
+class Recorded:
+    """A model that has learned a few turns by heart, but for the tokens at some places."""
+
+    def __init__(self, turns, wrong):
+        self.turns, self.wrong, self.at = turns, wrong, 0
+
+    def make_cache(self, rows):
+        return []
+
+    def __call__(self, inputs, cache):
+        logits = np.zeros((*inputs.shape, 300), np.float32)
+        for row, (tokens, _) in enumerate(self.turns):
+            for step in range(inputs.shape[1]):
+                place = self.at + step + 1
+                if place < len(tokens):
+                    logits[row, step, 299 if (row, place) in self.wrong else tokens[place]] = 1
+        self.at += inputs.shape[1]
+        return mx.array(logits)
+
+
+def test_the_first_token_that_a_model_would_not_write_is_found(monkeypatch):
+    monkeypatch.setattr(evaluate, "PIECE", 16)
+    turns = [encode(solve(message), protocol()) for message in ("1 + 2", "sort 3 1 2", "12 - 7")]
+    told = turns[2][1].index(False, 30)  # an observation: no matter what the model would write
+    own = [i for i, learned in enumerate(turns[1][1]) if learned]
+    model = Recorded(turns, {(1, own[20]), (1, own[30]), (2, told)})
+    assert evaluate.check_traces(model, turns) == [None, own[20], None]
+
+
+def test_a_table_of_results():
+    results = [
+        {"task": "addition", "digits": digits, "count": 10, "exact": exact}
+        for digits, exact in ((5, 1.0), (50, 0.8))
+    ]
+    assert evaluate.table(results).splitlines()[2] == "| addition | 10 of 10 | 8 of 10 |"
+
+
+@pytest.mark.large
+def test_a_short_run_learns_and_is_taken_up_again(tmp_path):
+    lines = []
+    train.train("numbers", tmp_path / "run", steps=20, report=lines.append)
+    train.train("numbers", tmp_path / "run", steps=40, report=lines.append)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert [line["checkpoint"] for line in lines if "checkpoint" in line] == ["00000020", "00000040"]
+    assert losses[-1] < losses[0] / 2
+    more = train.train(
+        "pocket", tmp_path / "pocket", tmp_path / "run" / "model", steps=2, report=lines.append
+    )
+    model, tokenizer = load(more)
+    result = evaluate.evaluate(model, tokenizer, "reversal", 5, 4, decode=False)
+    assert result["count"] == 4
