@@ -158,7 +158,7 @@ class _Session:
                 if (event := getattr(response, "event", None)) is not None:
                     self.lines.show(event)
                 print(response.text, end="", flush=True)
-        print()
+        print(flush=True)  # before what follows on stderr
         if pressed:
             _say("(stopped)")
         elif self.chat.uses_tools and self.last is not None:

@@ -432,3 +432,13 @@ def test_a_template_that_fails_is_named_and_nothing_was_asked(template, template
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "chat template in" in done.stderr
+
+
+def test_an_answer_ends_before_what_stderr_says_next():
+    """Into one pipe, as with 2>&1; Python's own buffering must not turn them round."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    result = subprocess.run(
+        [sys.executable, "-m", "mlx_pararnn.cli.app", "chat", "--max-tokens", "5"],
+        input="def main(\n/stats\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+    assert re.search(r"^14 tokens so far", result.stdout, re.M), result.stdout

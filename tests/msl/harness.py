@@ -100,9 +100,9 @@ def run(
     buffers = (_Buffer * len(memory))()
     for i, (parameter, array) in enumerate(zip(wrapped.parameters, memory, strict=True)):
         low, high = byte_bounds(array) if array.size else (array.ctypes.data,) * 2
-        name = parameter.name.encode()
+        encoded = parameter.name.encode()
         writable = parameter.name in outputs
-        buffers[i] = _Buffer(array.ctypes.data, low, high - low, array.itemsize, writable, name)
+        buffers[i] = _Buffer(array.ctypes.data, low, high - low, array.itemsize, writable, encoded)
     _launch(
         launch, wrapped, library, buffers, order, check, math == "metal", may_stay_unwritten, seconds, info
     )
@@ -124,7 +124,7 @@ def _numpy(name: str) -> np.dtype:
 
 def _prepare(array: np.ndarray, contiguous: bool) -> np.ndarray:
     array = np.asarray(array)
-    return np.require(array, requirements="CA") if contiguous and array.ndim else array
+    return np.require(array, requirements=["C", "A"]) if contiguous and array.ndim else array
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -65,7 +66,7 @@ def instance(
     cell = get_cell(cell_name, activations)
     B, heads, T, W = shape
     u_shape = (B, heads, T, len(cell.gates), W)
-    options = {"masked": masked, "every": every}
+    options: dict[str, Any] = {"masked": masked, "every": every}
     if tiling is None:
         launch = sequential_launch(cell, u_shape, DTYPES[dtype], **options)
     else:
@@ -92,7 +93,7 @@ def all_instances() -> Iterator[Instance]:
 def few_instances() -> Iterator[Instance]:
     """Every cell, dtype, tiling, option and activation at least once, for what is slow."""
     for i, (cell, tiling) in enumerate(itertools.product(CELLS, (*SHAPES, None))):
-        options = {"masked": i % 2 == 1, "every": 3 * (i // 2 % 2), "info": i % 3 == 0}
+        options: dict[str, Any] = {"masked": i % 2 == 1, "every": 3 * (i // 2 % 2), "info": i % 3 == 0}
         if tiling is None:
             options["info"] = False
         yield instance(cell, list(DTYPES)[i % 3], tiling, **options)
