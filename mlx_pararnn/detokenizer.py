@@ -76,6 +76,8 @@ class Detokenizer(StreamingDetokenizer):
     def _next(self, token: int) -> str:
         some_bytes = self._tokens.as_bytes(token)
         before, self._before = self._before, token
+        if some_bytes == b" " and before is None:  # decoders may drop a space that a text begins with
+            return self._tokens.added_text(None, token)
         if some_bytes is not None:
             return self._utf8.decode(some_bytes)
         broken = self._utf8.decode(b"", final=True)

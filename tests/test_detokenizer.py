@@ -93,6 +93,14 @@ def texts(draw, tokenizer):
     return list(itertools.chain(*draw(st.lists(st.one_of(parts), min_size=1, max_size=20))))
 
 
+def test_a_space_as_a_byte_at_the_beginning():
+    for kind in ("SentencePiece", "SentencePiece, space kept"):
+        tokenizer = TOKENIZERS[kind]
+        space = tokenizer.convert_tokens_to_ids("<0x20>")
+        for answer in ([space], [space, space], [space, *tokenizer.convert_tokens_to_ids(["Hello"])]):
+            assert "".join(stream(tokenizer, answer)) == tokenizer.decode(answer), kind
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())

@@ -438,7 +438,7 @@ def test_an_answer_ends_before_what_stderr_says_next():
     """Into one pipe, as with 2>&1; Python's own buffering must not turn them round."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     result = subprocess.run(
-        [sys.executable, "-m", "mlx_pararnn.cli.app", "chat", "--max-tokens", "5"],
-        input="def main(\n/stats\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        [sys.executable, "-m", "mlx_pararnn.cli.app", "chat", "--max-tokens", "5"], env=environment,
+        input="def main(\n/stats\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert re.search(r"^14 tokens so far", result.stdout, re.M), result.stdout
