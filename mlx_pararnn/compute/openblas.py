@@ -5,6 +5,7 @@ its symbols when it is loaded, so this runs just before (`registration.py`).
 """
 
 import ctypes
+import mmap
 import os
 import sys
 
@@ -23,16 +24,51 @@ def load_openblas() -> str | None:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
+        from _ctypes import dlclose
+
+        if not _has_room(library):
+            dlclose(library._handle)
+            return None
         better = _better_kernels(openblas_core(library))
         if better:
-            from _ctypes import dlclose
-
             dlclose(library._handle)
             os.environ["OPENBLAS_CORETYPE"] = better
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
             del os.environ["OPENBLAS_CORETYPE"]
+        if _is_limited():
+            _take_memory(library)
         return name
     return None
+
+
+# What OpenBLAS allocates for each thread that computes, once, and asks for again and again, for ever, where
+# there is no room: the process then spins in native code and heeds no signal.
+_BUFFER = 160 << 20
+
+
+def _is_limited() -> bool:
+    """Whether the address space has a limit (`ulimit -v`)."""
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def _has_room(library: ctypes.CDLL) -> bool:
+    if not _is_limited():
+        return True
+    try:
+        mmap.mmap(-1, (library.openblas_get_num_threads() + 1) * _BUFFER).close()
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def _take_memory(library: ctypes.CDLL) -> None:
+    """Have OpenBLAS allocate while there is room: by a product that is too large for its small kernels."""
+    n, row_major, as_it_is = 128, 101, 111
+    numbers = (ctypes.c_float * (n * n))()
+    one = ctypes.c_float(1)
+    library.cblas_sgemm(row_major, as_it_is, as_it_is, n, n, n, one, numbers, n, numbers, n, one, numbers, n)
 
 
 def openblas_core(library: ctypes.CDLL) -> str:

@@ -1,6 +1,9 @@
 """Linear layers and heads on a CPU: half precision, quantized weights, and products for few rows."""
 
 import copy
+import resource
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -143,3 +146,19 @@ def test_linear_has_forward_and_second_derivatives():
     for a, b in zip(given, derivatives(lambda x: x @ module.weight.T), strict=True):
         assert mx.abs(b).max().item() > 0
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.large
+@pytest.mark.skipif(sys.platform != "linux", reason="no system OpenBLAS is loaded elsewhere")
+@pytest.mark.parametrize("room", [300, 700, 1000, 1400, 1500, 1700])
+def test_a_limit_of_the_address_space_ends_in_a_result_or_a_sentence(room):
+    """OpenBLAS asks for its work memory again and again: without care the process spins until SIGXCPU."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (room * 10**6, room * 10**6))
+        resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+
+    command = [sys.executable, "-m", "mlx_pararnn.cli.app", "generate", "-p", "def main(", "-m", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    assert done.returncode in (0, 1), (done.returncode, done.stderr)
+    assert (done.stdout == "self\n") if done.returncode == 0 else done.stderr.startswith("error: ")
