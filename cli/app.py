@@ -58,7 +58,7 @@ def _print_version(value: bool) -> None:
 
 
 @app.callback()
-def main_options(
+def main_options(  # noqa: D103 - its docstring would be the help
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -67,6 +67,7 @@ def main_options(
 
 
 def main() -> None:
+    """The command line; returns where a command does."""
     _open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _leave)

@@ -24,12 +24,16 @@ PRESET = "400m"
 
 
 class Dtype(StrEnum):
+    """Number formats that are measured."""
+
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
 
 
 class Section(StrEnum):
+    """What is measured."""
+
     recurrence = "recurrence"
     prefill = "prefill"
     decode = "decode"

@@ -17,12 +17,16 @@ from .report import Debug, expand_home, reports_errors, size
 
 
 class Dtype(StrEnum):
+    """What --dtype takes."""
+
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
 
 
 class Bits(StrEnum):
+    """What --q-bits takes."""
+
     two = "2"
     three = "3"
     four = "4"
@@ -32,12 +36,16 @@ class Bits(StrEnum):
 
 
 class GroupSize(StrEnum):
+    """What --q-group-size takes."""
+
     small = "32"
     middle = "64"
     large = "128"
 
 
 class Mode(StrEnum):
+    """What --q-mode takes."""
+
     affine = "affine"
     mxfp4 = "mxfp4"
     nvfp4 = "nvfp4"
@@ -45,16 +53,22 @@ class Mode(StrEnum):
 
 
 class Target(StrEnum):
+    """What --to takes."""
+
     mlx = "mlx"
     coreml = "coreml"
 
 
 class State(StrEnum):
+    """What --state takes."""
+
     graph = "graph"
     io = "io"
 
 
 class Palette(StrEnum):
+    """What --palettize takes."""
+
     four = "4"
 
 

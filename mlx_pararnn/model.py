@@ -144,6 +144,8 @@ class CausalConv(nn.Module):
 
 
 class GatedConvMixer(nn.Module):
+    """Input projection, convolution, cell, gated norm, output projection: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         D = args.hidden_size
@@ -175,6 +177,8 @@ class GatedConvMixer(nn.Module):
 
 
 class PlainMixer(nn.Module):
+    """The cell alone: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.cell = RecurrentLayer(
@@ -194,6 +198,8 @@ class PlainMixer(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU or GELU, (B, T, D) -> (B, T, D)."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         gated = args.mlp == "swiglu"
@@ -216,6 +222,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Norm, mixer, residual; norm, MLP, residual: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         norm = nn.RMSNorm if args.norm == "rms" else nn.LayerNorm

@@ -30,6 +30,7 @@ def plain_arrays(name: str, module: nn.Module) -> dict[str, mx.array]:
 
 
 def norm_arrays(name: str, module: nn.Module, eps: float) -> dict[str, mx.array]:
+    """A norm's arrays; raises Changed where its eps is another."""
     arrays = plain_arrays(name, module)
     if module.eps != eps:
         raise Changed

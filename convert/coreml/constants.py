@@ -27,6 +27,8 @@ class Stored(Protocol):
 
 
 class Half(NamedTuple):
+    """Numbers kept in float16."""
+
     numbers: Array  # float16
 
     @property
@@ -135,4 +137,5 @@ def _middles(centres: Array) -> Array:
 
 
 def total_bytes(weights: Iterable[Stored]) -> int:
+    """Size of all weights as stored."""
     return sum(w.nbytes for w in weights)

@@ -39,4 +39,5 @@ def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:
 
 
 def state_dtypes(form: Form) -> dict[str, Any]:
+    """Name -> NumPy type of the states."""
     return {"cell_state": form.recurrence_dtype, "conv": np.float16}

@@ -74,6 +74,7 @@ def verify_package(folder: Path) -> Iterator[Check]:
 
 
 def can_predict() -> bool:
+    """Whether this machine runs Core ML models of iOS 18 and macOS 15."""
     return platform.system() == "Darwin" and int(platform.mac_ver()[0].split(".")[0]) >= 15
 
 

@@ -15,6 +15,8 @@ _EPS = 1e-5  # torch.nn.LayerNorm's default
 
 
 class BabyLM:
+    """The published BabyLM models, and checkpoints of their layout."""
+
     name = "babylm"
     title = "BabyLM ParaRNN model"
 

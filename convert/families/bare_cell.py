@@ -15,6 +15,8 @@ _TORCH = "W_x.weight"
 
 
 class BareCell:
+    """A single cell, ml-pararnn's or pararnn-torch's."""
+
     name = "bare-cell"
     title = "single ParaRNN cell"
 

@@ -248,4 +248,5 @@ def permuted(name: str, tensor: Tensor, axes: tuple[int, ...], shape: Shape) -> 
 
 
 def element_count(outputs: Iterable[Output]) -> int:
+    """How many numbers the outputs hold."""
     return sum(math.prod(output.shape) for output in outputs)

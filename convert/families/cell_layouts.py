@@ -16,6 +16,8 @@ from .base import Output, Source, computed, copied, permuted
 
 @dataclass(frozen=True)
 class CellSizes:
+    """A cell's name and sizes, as its tensors' shapes have them."""
+
     cell: str
     input_size: int
     hidden_size: int

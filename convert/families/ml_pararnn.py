@@ -12,6 +12,8 @@ _EPS = 1e-6  # the source's RMSNorm
 
 
 class MlPararnn:
+    """Language models of ml-pararnn's training code."""
+
     name = "ml-pararnn"
     title = "Apple's ml-pararnn language model"
 

@@ -16,6 +16,8 @@ _DEFAULT_EPS = 1e-6
 
 
 class PararnnTorch:
+    """pararnn-torch's language models, as save_pretrained writes them."""
+
     name = "pararnn-torch"
     title = "pararnn-torch language model"
 

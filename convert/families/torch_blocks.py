@@ -15,6 +15,7 @@ DEFAULT_CAP = 0.5  # pararnn-torch 0.17.4's max_recurrent_norm
 
 
 def is_torch_lm(checkpoint: Checkpoint) -> bool:
+    """Whether tensors have the names of blocks as pararnn-torch makes them."""
     return any(".rnn.layers.0." in name and "blocks." in name for name in checkpoint.tensors)
 
 
@@ -68,6 +69,7 @@ def blocks(
 
 
 def norm(source: Source, old: str, new: str, d: int, bias: bool) -> list[Output]:
+    """A norm's weight (D,) and, with `bias`, its bias."""
     parts = ("weight", "bias") if bias else ("weight",)
     return [copied(f"{new}.{part}", source.take(f"{old}.{part}", (d,))) for part in parts]
 

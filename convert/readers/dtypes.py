@@ -54,6 +54,7 @@ def widened(array: Array, dtype: str) -> Array:
 
 
 def all_finite(array: Array, dtype: str) -> bool:
+    """Whether an array in the stored format `dtype` holds neither NaN nor infinity."""
     infinity, itemsize = _INFINITY[dtype], STORED_AS[dtype].itemsize
     numbers = np.ascontiguousarray(array).reshape(-1)
     signed, unsigned = numbers.view(f"<i{itemsize}"), numbers.view(f"<u{itemsize}")

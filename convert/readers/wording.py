@@ -16,4 +16,5 @@ def listed(names: Sequence[str], first: int = 10) -> str:
 
 
 def shape_text(shape: Iterable[int]) -> str:
+    """A shape as messages show it."""
     return "(" + ", ".join(str(n) for n in shape) + ")"

@@ -278,4 +278,5 @@ def _dense_strides(shape: tuple[int, ...]) -> bytes:
 
 
 def address(array: mx.array) -> int:
+    """Where the numbers of an evaluated array lie."""
     return view(array).ctypes.data

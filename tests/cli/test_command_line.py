@@ -20,7 +20,7 @@ def checkpoint():
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "<&-", ">&-", "<&- >&- 2>&-"])
 def test_closed_streams(closed, checkpoint, tmp_path):
     text = f'exec "$@" {closed}'
     arguments = ["convert", str(checkpoint), "-o", str(tmp_path / "out"), "--tokenizer", "none"]

@@ -191,6 +191,7 @@ def test_every_cell_and_a_plain_model_are_measured():
         assert list(dict.fromkeys(measured)) == [*benchmark.SECTIONS]
 
 
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c(tmp_path):
     plot, begun = tmp_path / "never.svg", tmp_path / "begun"

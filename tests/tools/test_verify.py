@@ -166,6 +166,7 @@ def test_lm_generate():
     assert "self, other)" in result.stdout
 
 
+@pytest.mark.large
 def test_lm_help_is_mlx_lms():
     result = command("lm", "generate", "--help")
     assert result.returncode == 0

@@ -101,6 +101,8 @@ class Request(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    """What a stream tells beside its pieces."""
+
     include_usage: bool = False
 
 
