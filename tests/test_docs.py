@@ -68,7 +68,7 @@ def missing(text):
 MADE_BY_USERS = {"my_cell.py", "pararnn.py"}
 FILES = [
     {file.name for file in (ROOT / top).rglob("*")}
-    for top in ("mlx_pararnn", "convert", "cli", "metal", "benchmarks", "docs", "tests", "swift", "Examples")
+    for top in ("mlx_pararnn", "convert", "cli", "metal", "benchmarks", "docs", "tests", "swift", "examples")
 ] + [{file.name for file in ROOT.iterdir()}]
 
 

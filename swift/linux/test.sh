@@ -16,7 +16,7 @@ fi
 
 rm -rf "$work/swift"
 cp -R "$root/Package.swift" "$root/swift" "$work/"
-cp "$root/Examples/ChatApp/ChatApp/Conversation.swift" "$work/swift/ParaRNNTests/"
+cp "$root/examples/ChatApp/ChatApp/Conversation.swift" "$work/swift/ParaRNNTests/"
 python3 "$root/swift/doc_samples.py" > "$work/swift/ParaRNNTests/DocSamples.swift"
 
 # One folder for each way: with a shared one, the stand-in of the second would be found by the first.

@@ -7,6 +7,7 @@ value of every parameter, or, of a parameter with a text of its own, every word 
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from typing import cast
 
 import pytest
 
@@ -47,8 +48,8 @@ def a_few(items: Iterable[pytest.Function]) -> list[pytest.Function]:
 def mark_what_is_left_out(items: Iterable[pytest.Item]) -> None:
     cases: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("sampled") and isinstance(item, pytest.Function):
-            cases[item.nodeid.partition("[")[0]].append(item)
+        if item.get_closest_marker("sampled"):
+            cases[item.nodeid.partition("[")[0]].append(cast(pytest.Function, item))
     for group in cases.values():
         chosen = a_few(group)
         for item in group:
