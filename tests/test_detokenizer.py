@@ -124,7 +124,8 @@ def test_the_bytes_of_tokens_join_to_the_text(kind, data):
     tokenizer = TOKENIZERS[kind]
     first, *rest = data.draw(texts(tokenizer))
     joined = tokenizer.decode([first]).encode() if kind != "byte level" else token_bytes(tokenizer, first)
-    if "<0x" in tokenizer.convert_ids_to_tokens(first):
+    name = tokenizer.convert_ids_to_tokens(first)
+    if "<0x" in name and name != "<0x20>":  # decoders may drop a space that a text begins with
         joined = token_bytes(tokenizer, first)
     joined += b"".join(token_bytes(tokenizer, token) for token in rest)
     assert joined.decode(errors="replace") == tokenizer.decode([first, *rest])
