@@ -405,7 +405,7 @@ def test_ctrl_c_leaves_nothing(data, tmp_path):
     command += ["--to", "coreml", "-o", tmp_path / "out", "--tokenizer", "bytes", "--chunk", "128"]
     with subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".out-*.partial/reference.safetensors")):
+        while not list(tmp_path.glob(".out-*.partial/*")):
             assert process.poll() is None, "it ended before it could be interrupted"
             assert time.monotonic() < deadline
             time.sleep(0.01)
