@@ -80,17 +80,8 @@ void conv_silu(const void* const* in, void* out, const int64_t* size, const floa
 
 }  // namespace pararnn
 
-#define PARARNN_EXPORT(name, dtype, T)                                                                       \
-  extern "C" void name##_##dtype(const void* const* in, void* out, const int64_t* size, const float* number, \
-                                 int threads) {                                                              \
-    pararnn::name<T>(in, out, size, number, threads);                                                        \
-  }
-#define PARARNN_EXPORTS(name)                     \
-  PARARNN_EXPORT(name, float32, float)            \
-  PARARNN_EXPORT(name, float16, pararnn::Float16) \
-  PARARNN_EXPORT(name, bfloat16, pararnn::Bfloat16)
-PARARNN_EXPORTS(swiglu)
-PARARNN_EXPORTS(rms_norm)
-PARARNN_EXPORTS(gated_norm)
-PARARNN_EXPORTS(conv_silu)
-PARARNN_EXPORTS(product)
+PARARNN_EXPORTS(swiglu, void*)
+PARARNN_EXPORTS(rms_norm, void*)
+PARARNN_EXPORTS(gated_norm, void*)
+PARARNN_EXPORTS(conv_silu, void*)
+PARARNN_EXPORTS(product, void*)

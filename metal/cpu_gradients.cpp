@@ -108,18 +108,21 @@ void norm_gradient(const T* x,
 
 // in: x, weight, slope; out: the gradients of x and weight
 template <typename T>
-void rms_norm_gradient(const void* const* in, void* const* out, const int64_t* size, const float* eps, int threads) {
+void rms_norm_gradient(
+    const void* const* in, void* const* out, const int64_t* size, const float* eps, int threads) {
   norm_gradient<T, false>(static_cast<const T*>(in[0]), size[2], nullptr, 0, static_cast<const float*>(in[1]),
-                          static_cast<const T*>(in[2]), size[3], static_cast<T*>(out[0]), nullptr, out[1], size[0],
-                          size[1], eps[0], threads);
+                          static_cast<const T*>(in[2]), size[3], static_cast<T*>(out[0]), nullptr, out[1],
+                          size[0], size[1], eps[0], threads);
 }
 
 // in: hidden, gate, weight, slope; out: the gradients of hidden, gate and weight
 template <typename T>
-void gated_norm_gradient(const void* const* in, void* const* out, const int64_t* size, const float* eps, int threads) {
+void gated_norm_gradient(
+    const void* const* in, void* const* out, const int64_t* size, const float* eps, int threads) {
   norm_gradient<T, true>(static_cast<const T*>(in[0]), size[2], static_cast<const T*>(in[1]), size[3],
                          static_cast<const float*>(in[2]), static_cast<const T*>(in[3]), size[4],
-                         static_cast<T*>(out[0]), static_cast<T*>(out[1]), out[2], size[0], size[1], eps[0], threads);
+                         static_cast<T*>(out[0]), static_cast<T*>(out[1]), out[2], size[0], size[1], eps[0],
+                         threads);
 }
 
 // in: x, window, weight (K, width), bias, the slopes of y and of the new window;
@@ -173,7 +176,8 @@ void conv_gradient_of_taps(const void* const* in, void* const* out, const int64_
 }
 
 template <typename T>
-void conv_silu_gradient(const void* const* in, void* const* out, const int64_t* size, const float*, int threads) {
+void conv_silu_gradient(
+    const void* const* in, void* const* out, const int64_t* size, const float*, int threads) {
   if (size[3] == 4) {
     conv_gradient_of_taps<T, 4>(in, out, size, threads);
   } else {
@@ -213,7 +217,8 @@ void cross_entropy(const void* const* in, void* const* out, const int64_t* size,
 // in: logits, targets, the largest logits and the sums of cross_entropy, the losses' slopes; out: the gradient of the
 // logits
 template <typename T>
-void cross_entropy_gradient(const void* const* in, void* const* out, const int64_t* size, const float*, int threads) {
+void cross_entropy_gradient(
+    const void* const* in, void* const* out, const int64_t* size, const float*, int threads) {
   const int64_t rows = size[0], width = size[1];
   rows_in_parallel(rows, threads, [&](int64_t row) {
     const T* logits = static_cast<const T*>(in[0]) + row * size[2];
@@ -230,18 +235,9 @@ void cross_entropy_gradient(const void* const* in, void* const* out, const int64
 
 }  // namespace pararnn
 
-#define PARARNN_EXPORT(name, dtype, T)                                                                              \
-  extern "C" void name##_##dtype(const void* const* in, void* const* out, const int64_t* size, const float* number, \
-                                 int threads) {                                                                     \
-    pararnn::name<T>(in, out, size, number, threads);                                                               \
-  }
-#define PARARNN_EXPORTS(name)                     \
-  PARARNN_EXPORT(name, float32, float)            \
-  PARARNN_EXPORT(name, float16, pararnn::Float16) \
-  PARARNN_EXPORT(name, bfloat16, pararnn::Bfloat16)
-PARARNN_EXPORTS(swiglu_gradient)
-PARARNN_EXPORTS(rms_norm_gradient)
-PARARNN_EXPORTS(gated_norm_gradient)
-PARARNN_EXPORTS(conv_silu_gradient)
-PARARNN_EXPORTS(cross_entropy)
-PARARNN_EXPORTS(cross_entropy_gradient)
+PARARNN_EXPORTS(swiglu_gradient, void* const*)
+PARARNN_EXPORTS(rms_norm_gradient, void* const*)
+PARARNN_EXPORTS(gated_norm_gradient, void* const*)
+PARARNN_EXPORTS(conv_silu_gradient, void* const*)
+PARARNN_EXPORTS(cross_entropy, void* const*)
+PARARNN_EXPORTS(cross_entropy_gradient, void* const*)

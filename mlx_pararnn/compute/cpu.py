@@ -105,11 +105,11 @@ def solve(
     B, heads, T, _, W = u.shape
     D, slots = heads * W, len(cell.slots)
     name = DTYPES[u.dtype]
-    hidden = _room((B, T, D), u.dtype)
-    last = _room((B, slots, D), mx.float32)
-    states = _room((B, T // every, slots, D), mx.float32) if every else None
+    hidden = room((B, T, D), u.dtype)
+    last = room((B, slots, D), mx.float32)
+    states = room((B, T // every, slots, D), mx.float32) if every else None
     mx.eval(params, state, hidden, last, *([] if mask is None else [mask]), *([states] if every else []))
-    u = _lines(u)
+    u = in_lines(u)
     read = view(u)
     call = Call(
         read.ctypes.data,
@@ -138,23 +138,23 @@ def _elementwise() -> ctypes.CDLL:
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up, both (..., width), at once."""
-    rows = _rows(gate), _rows(up)
+    rows = in_rows(gate), in_rows(up)
     sizes = [gate.size // gate.shape[-1], gate.shape[-1], *(stride for _, stride in rows)]
     return _call("swiglu", [array for array, _ in rows], gate.shape, sizes)
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """RMSNorm of x (..., width) with weight (width,), at once."""
-    x, stride = _rows(x)
+    x, stride = in_rows(x)
     sizes = [x.size // x.shape[-1], x.shape[-1], stride]
-    return _call("rms_norm", [x, _exact(weight)], x.shape, sizes, eps)
+    return _call("rms_norm", [x, in_float32(weight)], x.shape, sizes, eps)
 
 
 def gated_norm(hidden: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
     """RMSNorm(hidden) * silu(gate), both (..., width), with the norm's weight (width,); at once."""
-    rows = _rows(hidden), _rows(gate)
+    rows = in_rows(hidden), in_rows(gate)
     sizes = [gate.size // gate.shape[-1], gate.shape[-1], *(stride for _, stride in rows)]
-    return _call("gated_norm", [*(array for array, _ in rows), _exact(weight)], gate.shape, sizes, eps)
+    return _call("gated_norm", [*(array for array, _ in rows), in_float32(weight)], gate.shape, sizes, eps)
 
 
 def conv_silu(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
@@ -171,11 +171,11 @@ def conv_silu(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -
     """
     B, T, D = x.shape
     K = weight.shape[0]
-    x, window = _lines(x), mx.contiguous(window.astype(x.dtype))
+    x, window = in_lines(x), mx.contiguous(window.astype(x.dtype))
     mx.eval(window)
     read = view(x)
     sizes = [B, T, D, K, *(stride // read.itemsize for stride in read.strides[:2])]
-    y = _call("conv_silu", [x, window, _exact(weight), _exact(bias)], x.shape, sizes)
+    y = _call("conv_silu", [x, window, in_float32(weight), in_float32(bias)], x.shape, sizes)
     moved = np.concatenate([view(window), read[:, -(K - 1) :]], axis=1)[:, -(K - 1) :].copy()
     return y, mx.array(moved).view(x.dtype)
 
@@ -191,7 +191,7 @@ def _call(
     name: str, arrays: list[mx.array], shape: tuple[int, ...], sizes: list[int], number: float = 0.0
 ) -> mx.array:
     """One function of metal/cpu_elementwise.cpp; the output has the first array's dtype."""
-    out = _room(shape, arrays[0].dtype)
+    out = room(shape, arrays[0].dtype)
     mx.eval(out, *arrays)
     place = ctypes.c_void_p(address(out))
     run(getattr(_elementwise(), f"{name}_{DTYPES[out.dtype]}"), arrays, [out], place, sizes, number)
@@ -216,16 +216,17 @@ def run(
     )
 
 
-def _room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+def room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An array to write into. MLX fills every new one, and bytes faster than floats."""
     return mx.zeros((*shape[:-1], shape[-1] * dtype.size), mx.uint8).view(dtype)
 
 
-def _exact(weight: mx.array) -> mx.array:
+def in_float32(weight: mx.array) -> mx.array:
+    """A weight as the C++ reads it: float32, in one piece."""
     return mx.contiguous(weight.astype(mx.float32))
 
 
-def _lines(array: mx.array) -> mx.array:
+def in_lines(array: mx.array) -> mx.array:
     """The array, evaluated, such that numbers of its last axis are neighbours."""
     mx.eval(array)
     if view(array).strides[-1] != view(array).itemsize:
@@ -234,9 +235,9 @@ def _lines(array: mx.array) -> mx.array:
     return array
 
 
-def _rows(array: mx.array) -> tuple[mx.array, int]:
+def in_rows(array: mx.array) -> tuple[mx.array, int]:
     """The array, evaluated, such that its rows are equally far apart, and how many elements that is."""
-    array = _lines(array)
+    array = in_lines(array)
     seen = view(array)
     axes = [(n, stride) for n, stride in zip(seen.shape[:-1], seen.strides, strict=False) if n > 1]
     if any(outer != n * inner for (_, outer), (n, inner) in pairwise(axes)):

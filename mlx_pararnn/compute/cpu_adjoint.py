@@ -6,7 +6,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ..cells import Cell
-from .cpu import DTYPES, _lines, _room, address, is_large, threads, view
+from .cpu import DTYPES, address, in_lines, is_large, room, threads, view
 from .cpu_build import build
 from .texts import cpu_adjoint_text, plain_name
 
@@ -47,14 +47,14 @@ def solve(
     """`adjoint.adjoint` at once; `tile` steps stand between two boundaries."""
     B, heads, T, _, W = u.shape
     D, slots, P = heads * W, len(cell.slots), len(cell.params)
-    u, d_hidden = _lines(u), _lines(d_hidden.astype(u.dtype))
+    u, d_hidden = in_lines(u), in_lines(d_hidden.astype(u.dtype))
     read, slope = view(u), view(d_hidden)
     # d_u lies as u does, so that whoever made u a view takes its gradient without a copy
     axes = sorted(range(4), key=lambda axis: -read.strides[axis])
-    lying = _room((*(u.shape[axis] for axis in axes), W), u.dtype)
+    lying = room((*(u.shape[axis] for axis in axes), W), u.dtype)
     d_u = lying.transpose(*(axes.index(axis) for axis in range(4)), 4)
-    d_params, d_state = _room((P, D), mx.float32), _room((B, slots, D), mx.float32)
-    sums = _room((B, P, D), mx.float32)
+    d_params, d_state = room((P, D), mx.float32), room((B, slots, D), mx.float32)
+    sums = room((B, P, D), mx.float32)
     params, state, boundaries, d_last = (
         mx.contiguous(array.astype(mx.float32)) for array in (params, state, boundaries, d_last)
     )
