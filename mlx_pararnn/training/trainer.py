@@ -188,7 +188,7 @@ class Trainer:
             if self.sample is not None and self._due(settings.sample_every):
                 with self.averaged():
                     self._report({"step": self.step, "sample": self.sample()})
-            if self._due(settings.save_every):
+            if self._due(settings.save_every) and self.step < settings.steps:  # the last comes below
                 self.save()
         self._use(self.weights)
         if self.step < settings.steps and not self._stop:
