@@ -20,6 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mlx_pararnn.pocket.date_words import MONTHS, WEEKDAYS
+from mlx_pararnn.pocket.number_words import ORDINALS, SMALL, TENS
+
 FOLDER = Path(__file__).parent
 DECLINE = "decline"
 DECLINED = (
@@ -223,58 +226,11 @@ def _misspelt(text: str, rng: random.Random) -> str:
 
 Filler = Callable[[random.Random], tuple[str, str]]
 
-_SMALL = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
-_WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-_ORDINALS = [
-    "first",
-    "second",
-    "third",
-    "fourth",
-    "fifth",
-    "sixth",
-    "seventh",
-    "eighth",
-    "ninth",
-    "tenth",
-    "eleventh",
-    "twelfth",
-]
+_SMALL = [*SMALL]
+_TENS = ["zero", "ten", *TENS]
+_MONTHS = [month.capitalize() for month in MONTHS]
+_WEEKDAYS = [day.capitalize() for day in WEEKDAYS]
+_ORDINALS = [*ORDINALS][:12]
 # Of a quantity, its units as people write them, and the plain name of each.
 _MEASURES = (
     {"km": "kilometer", "kilometers": "kilometer", "kilometres": "kilometer", "miles": "mile", "mi": "mile",

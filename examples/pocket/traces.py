@@ -10,6 +10,7 @@ the trace writes it down and reads it again: pointer 4 stands on the tag that sa
     4. Pointer 3 goes back over the thoughts and the digits of the answer are written out.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlx_pararnn.pocket.pointer import PointerMemory
@@ -196,13 +197,9 @@ def _add(trace: Trace) -> None:
     trace.read(4)
     trace.think("o")  # no carry; "c" is one
     carry = 0
-    while True:
-        a, b = trace.read(1), trace.read(2)
-        if not a.isdigit() and not b.isdigit():
-            break
+    for a, b in _digits_from_the_right(trace):
         carry, digit = divmod(_value(a) + _value(b) + carry, 10)
         trace.think(str(digit) + "oc"[carry])
-        _left_from_digits(trace, a, b)
     if carry:
         trace.think("1o")
     trace.last(3)
@@ -226,15 +223,11 @@ def _subtract(trace: Trace) -> None:
     trace.read(4)
     mark = "="
     trace.think(mark)
-    while True:
-        a, b = trace.read(1), trace.read(2)
-        if not a.isdigit() and not b.isdigit():
-            break
+    for a, b in _digits_from_the_right(trace):
         difference = _value(a) - _value(b)
         digits = (difference - (mark == "<")) % 10, (-difference - (mark == ">")) % 10
         mark = "<" if difference < 0 else ">" if difference else mark
         trace.think(f"{digits[0]}{digits[1]}{mark}")
-        _left_from_digits(trace, a, b)
     trace.last(3)
     trace.answer("-" if mark == "<" else "")
     _write_out(trace, first=1 if mark == "<" else 2, stride=3)
@@ -265,14 +258,10 @@ def _compare(trace: Trace) -> None:
     trace.read(4)
     mark = "e"
     trace.think(mark)
-    while True:
-        a, b = trace.read(1), trace.read(2)
-        if not a.isdigit() and not b.isdigit():
-            break
+    for a, b in _digits_from_the_right(trace):
         difference = _value(a) - _value(b)
         mark = "l" if difference < 0 else "g" if difference else mark
         trace.think(mark)
-        _left_from_digits(trace, a, b)
     trace.last(3)
     task = trace.read(4)
     mark = trace.read(3)
@@ -394,11 +383,17 @@ def _write_out(trace: Trace, first: int, stride: int) -> None:
         trace.think("0")
 
 
-def _left_from_digits(trace: Trace, a: str, b: str) -> None:
-    if a.isdigit():
-        trace.left(1)
-    if b.isdigit():
-        trace.left(2)
+def _digits_from_the_right(trace: Trace) -> Iterator[tuple[str, str]]:
+    """What pointers 1 and 2 read, from the last digits of two numbers on, until neither is a digit."""
+    while True:
+        a, b = trace.read(1), trace.read(2)
+        if not a.isdigit() and not b.isdigit():
+            return
+        yield a, b
+        if a.isdigit():
+            trace.left(1)
+        if b.isdigit():
+            trace.left(2)
 
 
 def _value(character: str) -> int:

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from ..errors import PararnnError
 
-_SMALL = {
+SMALL = {
     word: value
     for value, word in enumerate(
         [
@@ -38,7 +38,7 @@ _SMALL = {
         ]
     )
 }
-_TENS = {
+TENS = {
     word: 20 + 10 * i
     for i, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"])
 }
@@ -54,7 +54,7 @@ _PARTS = {
     "fifths": 5,
 }
 _COUNTS = {"hundred": 100, "dozen": 12, "couple": 2}
-_NUMBER_WORDS = (*_SMALL, *_TENS, *_LARGE, *_PARTS, *_COUNTS)
+_NUMBER_WORDS = (*SMALL, *TENS, *_LARGE, *_PARTS, *_COUNTS)
 ORDINALS = dict(
     zip(
         [
@@ -207,9 +207,9 @@ def read_number(words: list[str], at: int, *, article: bool = False) -> tuple[Fr
     if words[at : at + 1] == ["point"]:
         digits = ""
         while (
-            at + 1 < len(words) and (word := words[at + 1]) and (_SMALL.get(word, 10) < 10 or word.isdigit())
+            at + 1 < len(words) and (word := words[at + 1]) and (SMALL.get(word, 10) < 10 or word.isdigit())
         ):
-            digits += word if word.isdigit() else str(_SMALL[word])
+            digits += word if word.isdigit() else str(SMALL[word])
             at += 1
         return (value + Fraction(f"0.{digits}"), at + 1) if digits else None
     if re.fullmatch(r"\d+/\d+", "".join(words[at : at + 1])) and value.denominator == 1:  # "3 1/2"
@@ -250,14 +250,14 @@ def _whole_number(words: list[str], at: int) -> tuple[Fraction, int] | None:
     start, total, current, known = at, 0, 0, False
     while at < len(words):
         word = nearest(words[at], _NUMBER_WORDS) or words[at]
-        if word in _SMALL and (
-            not current or current % 100 == 0 or (current % 10 == 0 and 0 < _SMALL[word] < 10)
+        if word in SMALL and (
+            not current or current % 100 == 0 or (current % 10 == 0 and 0 < SMALL[word] < 10)
         ):
             if current % 100 == 10:
                 break
-            current += _SMALL[word]
-        elif word in _TENS and current % 100 == 0:
-            current += _TENS[word]
+            current += SMALL[word]
+        elif word in TENS and current % 100 == 0:
+            current += TENS[word]
         elif word == "hundred" and current < 100:
             current = (current or 1) * 100
         elif word in _LARGE:
@@ -277,7 +277,7 @@ def _whole_number(words: list[str], at: int) -> tuple[Fraction, int] | None:
 
 
 def _is_small(words: list[str], at: int) -> bool:
-    return at < len(words) and (nearest(words[at], _NUMBER_WORDS) or "") in {*_SMALL, *_TENS}
+    return at < len(words) and (nearest(words[at], _NUMBER_WORDS) or "") in {*SMALL, *TENS}
 
 
 def _numeral(word: str) -> Fraction | None:
