@@ -130,9 +130,15 @@ def test_paths_and_bodies(server):
     documented = [path for line in table for path in re.findall(r"`(/[\w/.]*)`", line.split("|")[1])]
     assert len(documented) > 5
     assert set(documented) <= set(described["paths"])
+    stored = json.loads(ask(server, "/v1/responses", {"input": "x", "max_output_tokens": 1})[2])["id"]
+    page = ask(server, "/docs", method="GET")[2]
     for path, entry in described["paths"].items():
-        (method,) = entry
-        assert ask(server, path.replace("{name}", "demo"), "{}", method.upper())[0] != 404
+        for method in entry:
+            there = path.replace("{name}", "demo").replace("{response_id}", stored)
+            assert ask(server, there, "{}", method.upper())[0] != 404
+            assert f"<h2>{method.upper()} {path}</h2>" in page
+    assert "max_completion_tokens<td>integer from 1 or null" in page
+    assert not re.search("https?:|//|<script", page)  # nothing of the page comes from elsewhere
     # Nothing of the body is waited for where nothing answers.
     assert ask(server, "/nowhere", b"", Content_Length="1000")[0] == 404
 
@@ -260,6 +266,8 @@ def test_messages_as_anthropics_clients_send_them(server):
     assert answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"] == 9
     status, headers, said = ask(server, "/v1/messages", {**body, "stream": True})
     assert headers["Content-Type"].startswith("text/event-stream")
+    status, _, counted = ask(server, "/v1/messages/count_tokens", body)
+    assert (status, json.loads(counted)) == (200, {"input_tokens": 9})
     events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: ")]
     kinds = [event["type"] for event in events]
     assert kinds[:2] == ["message_start", "content_block_start"]
@@ -278,6 +286,8 @@ def test_anthropics_own_client(server):
     client = anthropic.Anthropic(base_url=server.url, api_key="-", max_retries=0, timeout=60)
     arguments = {"model": "demo", "max_tokens": 12, "messages": [{"role": "user", "content": "def main("}]}
     assert client.messages.create(**arguments).content[0].text == "self, other)"
+    counted = client.messages.count_tokens(model="demo", messages=arguments["messages"])
+    assert counted.input_tokens == 9
     with client.messages.stream(**arguments) as stream:
         assert "".join(stream.text_stream) == "self, other)"
 

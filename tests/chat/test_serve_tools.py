@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from openai.types.responses import Response
 from starlette.testclient import TestClient
 
 from mlx_pararnn.chat.prompt_cache import PromptCache
@@ -183,3 +184,33 @@ def test_several_answers_and_anthropics_protocol(served):
     answer = client().post("/v1/messages", json=body).json()
     assert answer["stop_reason"] == "tool_use"
     assert answer["content"][-1]["input"] == {"room": "hall"}
+
+
+def test_a_call_of_the_clients_function_in_responses(served):
+    """By the id of the response before, and by sending all items again."""
+    client, scripts, sources = served
+    scripts += [LAMP_CALL, LAMP_CALL, *["<|answer|>The lamp is on.<|end|>"] * 2]
+    tool = {"type": "function", **LAMP["function"]}
+    body = {"input": "light!", "tools": [tool], "tool_choice": {"type": "function", "name": "set_lamp"}}
+    asked = client()
+    streamed = asked.post("/v1/responses", json={**body, "stream": True}).text
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: ")]
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    call_kinds = ["function_call_arguments.delta", "function_call_arguments.done"]
+    assert kinds == [
+        "created", "in_progress", "output_item.added", *call_kinds, "output_item.done", "completed",
+    ]  # fmt: skip
+    whole = asked.post("/v1/responses", json=body).json()
+    for first in (events[-1]["response"], whole):
+        Response.model_validate(first, strict=True)
+        (call,) = first["output"]
+        assert json.loads(call["arguments"]) == {"room": "hall"}
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "on"}
+    for again in (
+        {"input": [result], "previous_response_id": whole["id"]},
+        {"input": [{"role": "user", "content": "light!"}, *whole["output"], result]},
+    ):
+        answer = asked.post("/v1/responses", json={"tools": [tool], **again}).json()
+        assert answer["output"][0]["content"][0]["text"] == "The lamp is on."
+        begin = [*tokens_of(f"<|user|>light!<|end|>{LAMP_CALL}"), *tools_protocol().render_result("on")]
+        assert sources[-1].taken[: len(begin)] == begin

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ...errors import PararnnError
@@ -21,8 +21,10 @@ from .access import Access, error_response, read_json
 from .engine import EngineStopped
 from .messages import message, message_events, read_messages, write_event
 from .metrics import Metrics
+from .openapi import docs_page, openapi
 from .prompts import run_apart
-from .schema import ChatRequest, CompletionRequest, Refused, TokenizeRequest, openapi, read_request
+from .responses import StoredResponses, read_responses, response, response_events
+from .schema import ChatRequest, CompletionRequest, Refused, TokenizeRequest, read_request
 from .service import Service
 from .settings import Settings
 
@@ -39,20 +41,28 @@ def make_app(service: Service, settings: Settings, metrics: Metrics) -> Any:
         "/v1/completions": endpoints.completions,
         "/v1/chat/completions": endpoints.chat_completions,
         "/chat/completions": endpoints.chat_completions,
+        "/v1/responses": endpoints.responses,
+        "/v1/responses/input_tokens": endpoints.count_input,
         "/v1/messages": endpoints.messages,
+        "/v1/messages/count_tokens": endpoints.count_messages,
         "/tokenize": endpoints.tokenize,
     }
     get = {
         "/": endpoints.page,
         "/v1/models": endpoints.models,
         "/v1/models/{name:path}": endpoints.model,
+        "/v1/responses/{response_id}": endpoints.stored_response,
         "/health": endpoints.health,
         "/metrics": endpoints.metrics,
         "/openapi.json": endpoints.openapi,
+        "/docs": endpoints.docs,
     }
-    endpoints.paths = {**dict.fromkeys(post, "post"), **dict.fromkeys(get, "get")}
-    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()]
-    routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
+    delete = {"/v1/responses/{response_id}": endpoints.delete_response}
+    routes = []
+    for method, answers in (("post", post), ("get", get), ("delete", delete)):
+        for path, endpoint in answers.items():
+            endpoints.paths.setdefault(path, []).append(method)
+            routes.append(Route(path, endpoint, methods=[method.upper()]))
     handlers: dict[Any, Any] = {
         HTTPException: _http_error,
         Refused: _refused,
@@ -68,13 +78,13 @@ class Endpoints:
     """What is done at each path.
 
     Attributes:
-        paths: every path and its method, for the description at /openapi.json.
+        paths: every path and its methods, for the description at /openapi.json.
     """
 
-    paths: dict[str, str]
-
     def __init__(self, service: Service, metrics: Metrics) -> None:
+        self.paths: dict[str, list[str]] = {}
         self._service, self._metrics = service, metrics
+        self._responses = StoredResponses()
 
     async def completions(self, request: Request) -> Response:
         wanted = read_request(CompletionRequest, await self._body(request))
@@ -97,6 +107,29 @@ class Endpoints:
         if wanted.stream:
             return await stream(request, message_events(self._service, wanted), write_event)
         return JSONResponse(await while_connected(request, message(self._service, wanted)))
+
+    async def count_messages(self, request: Request) -> Response:
+        prompt = await self._service.prompt(read_messages(await self._body(request)))
+        return JSONResponse({"input_tokens": len(prompt.tokens)})
+
+    async def responses(self, request: Request) -> Response:
+        asked = read_responses(await self._body(request), self._responses)
+        if asked[0].stream:
+            return await stream(request, response_events(self._service, self._responses, *asked), write_event)
+        return JSONResponse(await while_connected(request, response(self._service, self._responses, *asked)))
+
+    async def count_input(self, request: Request) -> Response:
+        _, chat = read_responses(await self._body(request), self._responses)
+        prompt = await self._service.prompt(chat)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.tokens)})
+
+    async def stored_response(self, request: Request) -> Response:
+        return JSONResponse(self._responses.get(request.path_params["response_id"]).response)
+
+    async def delete_response(self, request: Request) -> Response:
+        response_id = request.path_params["response_id"]
+        self._responses.remove(response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     async def tokenize(self, request: Request) -> Response:
         wanted = read_request(TokenizeRequest, await self._body(request))
@@ -125,6 +158,10 @@ class Endpoints:
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(openapi(self.paths))
+
+    async def docs(self, request: Request) -> Response:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+        return HTMLResponse(docs_page(openapi(self.paths)), headers={"Content-Security-Policy": policy})
 
     async def _body(self, request: Request) -> Any:
         if self._service.engine.refusing:

@@ -5,12 +5,10 @@ A field that is not taken is refused by name, unless it cannot change the answer
 
 import math
 import re
-from importlib.metadata import version
 from inspect import signature
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.json_schema import models_json_schema
 from transformers import PreTrainedTokenizerBase
 
 MAX_STOP_STRINGS = 16
@@ -238,6 +236,44 @@ class ChatRequest(_OpenAI):
         return self
 
 
+class ResponsesRequest(Request):
+    """/v1/responses; responses.py brings it into the form of a chat."""
+
+    messages_if_missing = {"input": "input must be a string or a list of items, and not empty"}
+
+    input: str | list[dict[str, Any]]
+    instructions: str = ""
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    text: dict[str, Any] = {}
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    include: list[str] = []
+    top_logprobs: int = Field(0, ge=0, le=20)
+    reasoning: dict[str, Any] = {}
+    metadata: dict[str, str] = Field({}, max_length=16)
+    store: bool = True
+    truncation: Literal["auto", "disabled"] = "disabled"
+    stream_options: dict[str, Any] = {}
+    max_tool_calls: int | None = None
+    prompt_cache_options: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _input(cls, value: Any) -> Any:
+        is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+        if not value or not (isinstance(value, str) or is_list):
+            raise ValueError(cls.messages_if_missing["input"])
+        return value
+
+    @model_validator(mode="after")
+    def _limit(self) -> "ResponsesRequest":
+        self.max_tokens = self.max_output_tokens or self.max_tokens
+        return self
+
+
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -322,44 +358,3 @@ class TokenizeRequest(BaseModel):
     def special(self) -> bool:
         """Whether the tokenizer's own special tokens are put around the text."""
         return self.add_special if self.content is not None else self.add_special_tokens
-
-
-# What answers at each path takes; /v1/messages brings its fields into a chat's form itself.
-_BODIES: dict[str, type[BaseModel]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatRequest,
-    "/chat/completions": ChatRequest,
-    "/tokenize": TokenizeRequest,
-}
-
-
-def openapi(paths: dict[str, str]) -> dict[str, Any]:
-    """The OpenAPI description: `paths` with their methods, and the fields that each takes."""
-    reference = "#/components/schemas/{model}"
-    kinds = list(dict.fromkeys(_BODIES.values()))
-    _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=reference)
-    described: dict[str, Any] = {}
-    for path, method in paths.items():
-        parameters = re.findall(r"{(\w+)(?::path)?}", path)
-        entry: dict[str, Any] = {"responses": {"200": {"description": "JSON, or events with `stream`"}}}
-        if method == "get":
-            entry["responses"]["200"]["description"] = path.strip("/") or "the chat page"
-        elif path in _BODIES:
-            entry["summary"] = (_BODIES[path].__doc__ or "").splitlines()[0]
-            schema: dict[str, Any] = {"$ref": reference.format(model=_BODIES[path].__name__)}
-        else:
-            schema = {"type": "object"}
-        if method == "post":
-            entry["requestBody"] = {"content": {"application/json": {"schema": schema}}}
-        if parameters:
-            entry["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                for name in parameters
-            ]
-        described[path.replace(":path}", "}")] = {method: entry}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "mlx-pararnn serve", "version": version("mlx-pararnn")},
-        "paths": described,
-        "components": {"schemas": schemas["$defs"]},
-    }

@@ -52,7 +52,7 @@ class Service:
         protocol = find_protocol(engine.tokenizer)
         self.turns = None if protocol is None else Turns(engine, protocol, settings.functions)
         self._grammars = Grammars(engine.tokenizer, engine.model.args.vocab_size)
-        self._texts = TokenTexts(engine.tokenizer)
+        self.texts = TokenTexts(engine.tokenizer)
         self._started = int(time.time())
 
     def model_entry(self) -> Event:
@@ -125,7 +125,7 @@ class Service:
                     "finish_reason": finish_reason(answer, bool(part.calls)),
                     "logprobs": None
                     if job.top_logprobs is None
-                    else chat_logprobs(self._texts, answer.tokens),
+                    else chat_logprobs(self.texts, answer.tokens),
                 }
             )
         usage = usage_of(conversation.jobs, request.n)
@@ -142,21 +142,24 @@ class Service:
                 if n not in begun:
                     delta = {"role": "assistant", "content": "", **delta}
                     begun.add(n)
-                logprobs = chat_logprobs(self._texts, piece.tokens) if piece.tokens else None
+                logprobs = chat_logprobs(self.texts, piece.tokens) if piece.tokens else None
                 choice = {"index": n, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
                 yield {**head, "choices": [choice]}
         if request.stream_options.include_usage:
             yield {**head, "choices": [], "usage": usage_of(conversation.jobs, request.n)}
 
+    async def prompt(self, request: ChatRequest) -> Prompt:
+        """The tokens of a chat's messages."""
+        self.check(request)
+        return await run_apart(self.prompts.of_chat if self.turns is None else self.turns.prompt, request)
+
     async def converse(self, request: ChatRequest) -> Conversation:
         """Read a chat's messages and make its jobs."""
-        self.check(request)
+        prompt = await self.prompt(request)
         if self.turns is not None:
-            prompt = await run_apart(self.turns.prompt, request)
             return Conversation(
                 request, prompt, [self._turn_job(request, prompt, n) for n in range(request.n)]
             )
-        prompt = await run_apart(self.prompts.of_chat, request)
         matcher = await run_apart(self._matcher, request)
         top = request.top_logprobs if request.logprobs else None
         jobs = [self._job(request, prompt, n, top, matcher) for n in range(request.n)]
@@ -355,11 +358,11 @@ class Service:
         self, request: CompletionRequest, job: Job, tokens: list[TokenInfo], echoed: str
     ) -> Event:
         if not request.echo or (tokens and tokens[0].logprob is not None):
-            return completion_logprobs(self._texts, tokens, len(echoed))
+            return completion_logprobs(self.texts, tokens, len(echoed))
         # The prompt's own tokens come first, and their offsets are counted here.
         length = len(job.prompt)
-        prompt = completion_logprobs(self._texts, tokens[:length])
-        rest = completion_logprobs(self._texts, tokens[length:], len(echoed))
+        prompt = completion_logprobs(self.texts, tokens[:length])
+        rest = completion_logprobs(self.texts, tokens[length:], len(echoed))
         position, detokenizer = 0, Detokenizer(self.engine.tokenizer)
         for n, token in enumerate(job.prompt):
             prompt["text_offset"][n] = position
