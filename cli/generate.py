@@ -50,6 +50,14 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            "--json-schema",
+            metavar="FILE|JSON",
+            help="Answer in JSON that fits this JSON schema: a file, or the schema itself.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
     ] = False,
@@ -64,8 +72,8 @@ def generate(
     if prompt is None and file is None and token_ids is None:
         _check_for_prompt(model)
     if token_ids is not None:
-        if prompt is not None or file is not None or stop:
-            raise typer.BadParameter("--tokens goes without --prompt, --file and --stop")
+        if prompt is not None or file is not None or stop or json_schema:
+            raise typer.BadParameter("--tokens goes without --prompt, --file, --stop and --json-schema")
         _continue_ids(
             model,
             modules,
@@ -75,6 +83,7 @@ def generate(
             as_json,
         )
         return
+    schema = None if json_schema is None else _schema(json_schema)
     loaded, tokenizer = options.load(model, modules)
     from mlx_pararnn.generation import render, stream_generate
     from mlx_pararnn.pocket.protocol import find_protocol
@@ -82,6 +91,8 @@ def generate(
     text = _text(prompt, file)
     asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
     if find_protocol(tokenizer) is not None and not ignore_chat_template:
+        if schema is not None:
+            raise PararnnError("this model uses tools and ends its answers itself; it takes no --json-schema")
         sampler = options.tool_sampling(
             temp, top_p, top_k, min_p, repetition_penalty, seed, stop, loaded, tokenizer
         )
@@ -106,6 +117,7 @@ def generate(
             tokens,
             max_tokens or options.MAX_TOKENS,
             stop=stop or (),
+            json_schema=schema,
             prompt_progress_callback=progress,
             **chosen,
         ):
@@ -150,6 +162,22 @@ def _text(prompt: str | None, file: Path | None) -> str:
         return options.read_stdin() if prompt in (None, "-") else prompt or ""
     text = options.without_new_line(options.as_text(file.read_bytes()))
     return text if prompt is None else f"{text}\n{options.read_stdin() if prompt == '-' else prompt}"
+
+
+def _schema(given: str) -> dict[str, Any]:
+    """A JSON schema from its text, or from a file."""
+    text, where = given, "--json-schema"
+    if not given.lstrip().startswith("{"):
+        text, where = options.as_text(Path(given).read_bytes()), given
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PararnnError(f"{where} is not JSON ({error})") from None
+    if not isinstance(schema, dict):
+        raise PararnnError(
+            f"{where} is not a JSON schema: it must be an object, as in " + '{"type": "object"}'
+        )
+    return schema
 
 
 def _continue_ids(

@@ -26,6 +26,7 @@ def stream_generate(
     max_tokens: int = 256,
     *,
     stop: str | Sequence[str] = (),
+    json_schema: dict[str, Any] | None = None,
     draft_model: Model | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
@@ -40,6 +41,8 @@ def stream_generate(
         prompt: text or token ids.
         max_tokens: at most so many tokens; -1 for no limit.
         stop: a string, or several, that end the text; they are not part of it.
+        json_schema: the text is JSON that fits this schema, whatever the model would say, and ends where the
+            JSON does. Where `max_tokens` ends it before, a sentence in the log says so.
         draft_model: a smaller model with the same tokens, whose guesses the model checks several at a time
             (`num_draft_tokens`, 2 if not given). The tokens are those that the model gives without it.
         kwargs: mlx_lm's: sampler, logits_processors, prompt_cache, prefill_step_size, ...
@@ -50,7 +53,8 @@ def stream_generate(
 
     Raises:
         PararnnError: the prompt is empty, holds a token id that the model does not have, or leaves no
-            position to generate at; the draft has another vocabulary.
+            position to generate at; the draft has another vocabulary; the schema cannot be kept to, or not
+            together with a draft.
     """
     tokens = encode(tokenizer, prompt)
     check_tokens(tokens, model.args.vocab_size)
@@ -61,11 +65,19 @@ def stream_generate(
         kwargs.update(_for_draft(model, draft_model, cache, kwargs.get("num_draft_tokens")))
         rooms = [r for r in (room, find_room(draft_model, taken)) if r is not None]
         room = min(rooms, default=None)
+    matcher = None
+    if json_schema is not None:
+        if draft_model is not None:
+            raise PararnnError("json_schema and draft_model are not taken together; leave one out")
+        matcher, processor = _grammar_of(json_schema, tokenizer, model.args.vocab_size, len(tokens))
+        kwargs["logits_processors"] = [*(kwargs.get("logits_processors") or []), processor]
     limited = room is not None and not 0 <= max_tokens <= room
     responses = mlx_lm_stream_generate(
         model, tokenizer, mx.array(tokens), max_tokens=cast(int, room) if limited else max_tokens, **kwargs
     )
     responses = _texts(responses, tokenizer, tokens)
+    if matcher is not None:
+        responses = _until_complete(responses, matcher)
     finish_reason = None
     stop = [stop] if isinstance(stop, str) else [word for word in stop if word]
     for response in _until(responses, stop) if stop else responses:
@@ -92,6 +104,32 @@ def check_text(text: str) -> None:
         raise PararnnError(
             "the prompt is not UTF-8 text; convert it first, for instance with iconv"
         ) from None
+
+
+def _grammar_of(
+    schema: dict[str, Any], tokenizer: TokenizerWrapper, vocab_size: int, prompt_length: int
+) -> tuple[Any, Any]:
+    """A matcher of a schema's JSON, and the logits processor that lets only such through."""
+    from .grammars import GrammarProcessor, Grammars
+
+    grammars = Grammars(tokenizer, vocab_size)
+    matcher = grammars.compile(grammars.json(schema))
+    return matcher, GrammarProcessor(matcher.deep_copy(), prompt_length)
+
+
+def _until_complete(
+    responses: Generator[GenerationResponse, None, None], matcher: Any
+) -> Generator[GenerationResponse, None, None]:
+    """Responses up to the one whose token completes what the grammar allows."""
+    for response in responses:
+        if response.finish_reason != "stop":
+            matcher.consume_token(response.token)
+        if matcher.is_stopped():
+            yield replace(response, finish_reason="stop")
+            return
+        yield response
+    if not matcher.is_accepting():
+        logger.warning("stopped: the text ends before its JSON is complete; allow more tokens")
 
 
 def _texts(

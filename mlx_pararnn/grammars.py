@@ -1,10 +1,11 @@
 """Grammars that generated text must keep, for one tokenizer: JSON schemas and calls of functions."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import llguidance
 import llguidance.hf
+import mlx.core as mx
 import numpy as np
 
 from .errors import PararnnError
@@ -88,6 +89,43 @@ class Grammars:
         """The grammar of the rest: arguments that fit a schema, without spaces, and the closing brace."""
         compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
         return f'start: arguments "}}"\narguments: %json {json.dumps(compact)}\n'
+
+
+class GrammarProcessor:
+    """Lets a row choose only tokens that its grammar allows; a logits processor.
+
+    Args:
+        matcher: at the beginning of an answer; nobody else's.
+        prompt_length: how many tokens stand before the answer.
+    """
+
+    def __init__(self, matcher: "llguidance.LLMatcher", prompt_length: int) -> None:
+        self._matcher, self._read = matcher, prompt_length
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """Logits (1, V), -inf where the grammar does not allow a token; `tokens` are prompt and answer.
+
+        Raises:
+            PararnnError: no token of the tokenizer can follow.
+        """
+        fresh = cast(list[int], tokens[self._read :].tolist())
+        self._read += len(fresh)
+        for token in fresh:
+            if not self._matcher.is_stopped():
+                self._matcher.consume_token(token)
+        if self._matcher.is_error():
+            raise PararnnError(f"the grammar cannot be kept to ({self._matcher.get_error()})")
+        if self._matcher.is_stopped():
+            return logits
+        allowed = allowed_tokens(self._matcher, logits.shape[-1])
+        if not allowed.any():
+            raise PararnnError("the grammar cannot be kept to (no token of this model can follow)")
+        return mx.where(mx.array(allowed), logits, -mx.inf)
 
 
 def allowed_tokens(matcher: "llguidance.LLMatcher", vocab_size: int) -> np.ndarray:

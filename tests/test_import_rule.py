@@ -27,7 +27,7 @@ ARROWS = {
     "package": "loading generation registration pocket",
     "registration": "compute",
     "loading": "model hub model_files detokenizer",
-    "generation": "model detokenizer",
+    "generation": "model detokenizer grammars",
     "model": "compute cache model_config module_arrays",
     "model_config": "cells",
     "module_arrays": "",

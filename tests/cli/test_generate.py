@@ -383,3 +383,58 @@ def test_a_cell_of_ones_own_is_found_again(tmp_path, monkeypatch):
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "name": {"enum": ["é😀", "y"]}},
+    "required": ["ok", "name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_json_schema_is_kept_to_and_ends_the_text(tmp_path, caplog, as_file):
+    given = json.dumps(SCHEMA)
+    if as_file:
+        (tmp_path / "schema.json").write_text(given)
+        given = str(tmp_path / "schema.json")
+    result = run("generate", "-p", "x", "--json-schema", given, "--temp", "1", "--seed", "1", "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    said = json.loads(answer["text"])
+    assert set(said) == {"ok", "name"}
+    assert said["name"] in ("é😀", "y")
+    assert answer["finish_reason"] == "stop"
+    text = answer["text"].encode()
+    # The last token completes it, and one fewer is said to be cut.
+    cut = run(
+        "generate", "-p", "x", "--json-schema", given, "--temp", "1", "--seed", "1", "-m", str(len(text) - 1)
+    )
+    assert cut.stdout.encode() == text[:-1] + b"\n"
+    assert "ends before its JSON is complete" in caplog.text
+    caplog.clear()
+    whole = run(
+        "generate", "-p", "x", "--json-schema", given, "--temp", "1", "--seed", "1", "-m", str(len(text))
+    )
+    assert (whole.stdout.encode(), "complete" in caplog.text) == (text + b"\n", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("no-such-file.json", "No such file or directory (no-such-file.json)"),
+        ("{", "--json-schema is not JSON"),
+        ('{"type": "foo"}', "the schema cannot be kept to"),
+    ],
+)
+def test_a_json_schema_that_cannot_be_used(given, said):
+    result = run("generate", "-p", "x", "--json-schema", given)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert said in result.stderr
+
+
+def test_a_json_schema_is_not_taken_with_a_draft(demo):
+    model, tokenizer = demo
+    with pytest.raises(PararnnError, match="json_schema and draft_model"):
+        mlx_pararnn.generate(model, tokenizer, "x", json_schema=SCHEMA, draft_model=model)

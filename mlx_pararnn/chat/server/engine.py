@@ -23,11 +23,12 @@ from mlx_lm.generate import BatchGenerator
 
 from ...cache import RecurrentCache
 from ...errors import PararnnError
+from ...grammars import GrammarProcessor
 from ...loading import load
 from ...pocket.events import Call, Event, Finish, Text
 from ..prompt_cache import SPACING, PromptCache
 from .metrics import Metrics
-from .sampling import GrammarProcessor, SeededSampler
+from .sampling import SeededSampler
 from .text import AnswerText
 
 logger = logging.getLogger(__name__)

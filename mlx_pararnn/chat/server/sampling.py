@@ -1,15 +1,11 @@
-"""How a request's tokens are chosen: samplers, penalties, and the grammar that an answer must keep."""
+"""How a request's tokens are chosen: samplers, with a seed or without."""
 
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
 
-import llguidance
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc, make_sampler
-
-from ...errors import PararnnError
-from ...grammars import allowed_tokens
 
 
 @lru_cache(maxsize=256)
@@ -60,29 +56,3 @@ class SeededSampler:
         if self._top_k > 0:
             logprobs = apply_top_k(logprobs, self._top_k)
         return mx.random.categorical(logprobs * (1 / self._temp), key=key)
-
-
-class GrammarProcessor:
-    """Lets a row choose only tokens that its grammar allows; a logits processor."""
-
-    def __init__(self, matcher: "llguidance.LLMatcher", prompt_length: int) -> None:
-        self._matcher, self._read = matcher, prompt_length
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing can follow."""
-        return bool(self._matcher.is_stopped())
-
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """Logits (1, V), -inf where the grammar does not allow a token; `tokens` are prompt and answer."""
-        fresh = cast(list[int], tokens[self._read :].tolist())
-        self._read += len(fresh)
-        for token in fresh:
-            if not self._matcher.is_stopped():
-                self._matcher.consume_token(token)
-        if self._matcher.is_error():
-            raise PararnnError(f"the grammar cannot be kept to ({self._matcher.get_error()})")
-        allowed = allowed_tokens(self._matcher, logits.shape[-1])
-        if not allowed.any():
-            return logits
-        return mx.where(mx.array(allowed), logits, -mx.inf)

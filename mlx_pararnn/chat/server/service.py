@@ -12,14 +12,14 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from ...detokenizer import Detokenizer
 from ...errors import PararnnError
-from ...grammars import Grammars
+from ...grammars import GrammarProcessor, Grammars
 from ...pocket.events import Call
 from ...pocket.protocol import find_protocol
 from .answers import MessageParser, Part, TokenTexts, chat_logprobs, completion_logprobs, usage_of
 from .engine import Engine, Job, Piece, TokenInfo
 from .metrics import Metrics
 from .prompts import Prompt, Prompts, run_apart
-from .sampling import GrammarProcessor, SeededSampler, shared_sampler
+from .sampling import SeededSampler, shared_sampler
 from .schema import ChatRequest, CompletionRequest, Refused, Request
 from .settings import Settings
 from .text import AnswerText
