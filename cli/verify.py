@@ -53,7 +53,12 @@ def verify(
     from mlx_pararnn.errors import PararnnError
     from mlx_pararnn.hub import find_model
     from mlx_pararnn.loading import DEMO, load_model, load_tokenizer
-    from mlx_pararnn.tools.verification import verify_logits, verify_methods, verify_weights
+    from mlx_pararnn.tools.verification import (
+        verify_files,
+        verify_logits,
+        verify_methods,
+        verify_weights,
+    )
 
     path = find_model(model or DEMO)
     if is_package(path):
@@ -63,6 +68,7 @@ def verify(
         _report(list(verify_package(path)), as_json)
         return
     loaded, config = load_model(path)
+    known = verify_files(path)
     try:
         tokens = load_tokenizer(path, config).encode(prompt)
     except PararnnError:  # a model of ids only
@@ -71,7 +77,7 @@ def verify(
     if len(tokens) < 2:
         raise PararnnError("the prompt is too short to compare anything; give at least two tokens")
     checks = list(verify_methods(loaded, tokens))
-    if not (zeros := verify_weights(loaded)).passed:
+    if not (zeros := verify_weights(loaded, known)).passed:
         checks.insert(0, zeros)
     if logits:
         checks.append(verify_logits(loaded, logits))

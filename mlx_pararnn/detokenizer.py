@@ -23,8 +23,12 @@ CONTEXT = 4
 class Detokenizer(StreamingDetokenizer):
     """The text of generated tokens: prompt and text, one after the other, are what decodes from all tokens.
 
-    Bytes that are no UTF-8 become U+FFFD. It is one of MLX-LM's detokenizers: `add_token`, `last_segment`,
-    and `finalize` at the end.
+    Two things are not as the tokenizer decodes the whole, since text that was given cannot be taken back.
+    Where the prompt ends within a character, the text begins with that character, whole. And bytes that are
+    no UTF-8 become U+FFFD one by one as in `bytes.decode`, whereas the decoders of byte-fallback tokenizers
+    replace every byte token that joins them, whole characters too.
+
+    It is one of MLX-LM's detokenizers: `add_token`, `last_segment`, and `finalize` at the end.
 
     Args:
         tokenizer: transformers' or MLX-LM's.

@@ -4,28 +4,33 @@ The libraries' writers hold everything they write. Here every header is known fr
 to its place in the file as it comes; threads make the next pieces and write those that are made.
 """
 
+import hashlib
 import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_pararnn import weights_digest
+
 from ..readers.dtypes import STORED_AS, Array
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 # Threads that make pieces and write them: while one waits for the file, which takes one writer at a time,
 # others convert. More gain little.
 _WORKERS = min(8, os.cpu_count() or 1)
 MAX_SHARD_BYTES = 5 << 30  # as MLX-LM's
 _FILE = "model.safetensors"
-_METADATA = {"format": "mlx"}
 
 
 @dataclass(frozen=True)
@@ -108,37 +113,46 @@ def _write_file(path: Path, jobs: list[Job], written: Callable[[int], None]) -> 
         (entry for job in jobs for entry in job.entries),
         key=lambda entry: (-STORED_AS[entry.dtype].itemsize, entry.name),
     )
-    header: dict[str, Any] = {"__metadata__": _METADATA}
-    ends: dict[str, int] = {}
-    position = 0
+    digests = {entry.name: hashlib.sha256() for entry in entries}
+    cursors, position = {}, len(_header(entries, digests))
     for entry in entries:
-        ends[entry.name] = position + entry.nbytes
-        offsets = [position, ends[entry.name]]
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
-        position = ends[entry.name]
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    start = 8 + len(raw)
-    cursors = {entry.name: start + ends[entry.name] - entry.nbytes for entry in entries}
+        cursors[entry.name] = position
+        position += entry.nbytes
+    ends = {entry.name: cursors[entry.name] + entry.nbytes for entry in entries}
     with open(path, "wb", buffering=0) as file, _weight_threads() as workers:
-        _put(file.fileno(), 0, np.frombuffer(len(raw).to_bytes(8, "little") + raw, np.uint8))
         writing: deque[Future[int]] = deque()
         for job, piece in _made_ahead(jobs, workers):
             for entry, numbers in zip(job.entries, piece, strict=True):
-                array = np.ascontiguousarray(numbers, STORED_AS[entry.dtype])
+                array = np.ascontiguousarray(numbers, STORED_AS[entry.dtype]).reshape(-1)
                 writing.append(workers.submit(_put, file.fileno(), cursors[entry.name], array))
+                digests[entry.name].update(array.data)
                 cursors[entry.name] += array.nbytes
             while len(writing) > _WORKERS:
                 written(writing.popleft().result())
         for future in writing:
             written(future.result())
+        _put(file.fileno(), 0, np.frombuffer(_header(entries, digests), np.uint8))
+    if cursors != ends:
+        wrong = next(name for name in ends if cursors[name] != ends[name])
+        raise ValueError(f"{wrong}: not as many bytes were written as announced")
+
+
+def _header(entries: Sequence[Entry], digests: Mapping[str, "_Hash"]) -> bytes:
+    """The file up to its first tensor; its length does not depend on the digests."""
+    noted = weights_digest.combined({name: digest.digest() for name, digest in digests.items()})
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx", weights_digest.KEY: noted}}
+    position = 0
     for entry in entries:
-        if cursors[entry.name] != start + ends[entry.name]:
-            raise ValueError(f"{entry.name}: not as many bytes were written as announced")
+        offsets = [position, position + entry.nbytes]
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        position += entry.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _put(file: int, position: int, numbers: Array) -> int:
-    buffer = numbers.reshape(-1).data.cast("B")
+    buffer = numbers.data.cast("B")
     while buffer:
         count = os.pwrite(file, buffer, position)
         position += count

@@ -10,9 +10,13 @@ from mlx.utils import tree_flatten
 
 from ..errors import PararnnError
 from ..model import Model
+from ..weights_digest import is_as_written
 
 # float32 implementations of one model agree to about 2e-5 in their logits.
 TOLERANCE = 5e-5
+# Where a row stands for a token or a position: one that training never met may be zero.
+_TABLES = ("model.embed_tokens.", "model.embed_positions.", "lm_head.")
+_STRETCH_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,39 @@ class Check:
         return self.difference <= self.tolerance  # False for NaN
 
 
-def verify_weights(model: Model) -> Check:
-    """Whether a matrix is zero from its first number to its last, as in a file not copied to its end."""
+def verify_files(folder: Path) -> bool:
+    """Whether all weight files say what they hold; raises PararnnError for one that holds something else."""
+    found = {file: is_as_written(file) for file in sorted(folder.glob("model*.safetensors"))}
+    for file, as_written in found.items():
+        if as_written is False:
+            raise PararnnError(
+                f"{file}: its weights are not those that were written there; copy or download the file "
+                "again, or convert the checkpoint again"
+            )
+    return None not in found.values()
+
+
+def verify_weights(model: Model, known: bool = False) -> Check:
+    """Whether a matrix is zero, or has a stretch of zeros, as in a file that was not copied whole.
+
+    Stretches are at least 1 KiB long, not looked for in embeddings, whose unused rows may be zero, and not
+    where the weights are `known` to be those that were written.
+    """
     weights = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     matrices = [(name, w) for name, w in weights if w.ndim > 1 and not name.endswith("recurrent_weight")]
-    zero = [name for name, w in matrices if not mx.any(w).item()]
+    zero = [
+        name
+        for name, w in matrices
+        if not mx.any(w).item() or (not known and not name.startswith(_TABLES) and _has_zero_stretch(w))
+    ]
     note = f"of {len(matrices)} matrices" + (f": {', '.join(zero[:3])}" if zero else "")
-    return Check("matrices that hold zeros only", len(zero), 0, note)
+    return Check("matrices with stretches of zeros only", len(zero), 0, note)
+
+
+def _has_zero_stretch(weight: mx.array) -> bool:
+    count = _STRETCH_BYTES // weight.itemsize
+    stretches = weight.reshape(-1)[: weight.size // count * count].reshape(-1, count)
+    return stretches.size > 0 and not mx.all(mx.any(stretches, axis=1)).item()
 
 
 def verify_methods(model: Model, tokens: list[int]) -> Iterator[Check]:

@@ -14,6 +14,7 @@ from mlx_pararnn.convert.readers.dtypes import all_finite, cast, transposed
 from mlx_pararnn.convert.readers.tensors import boxes
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers import safetensors_writer
+from mlx_pararnn.weights_digest import is_as_written
 from tests.support.golden import golden_file
 
 SOURCE = "lm/paragru_s64/state_dict.pt"
@@ -55,7 +56,8 @@ def test_shards_hold_what_one_file_holds(quantize, sharded, converted):
             assert index["weight_map"][tensor] == name
             assert value.tobytes() == whole[tensor].tobytes()
         with safe_open(folder / name, "np") as file:
-            assert file.metadata() == {"format": "mlx"}
+            assert file.metadata().keys() == {"format", "sha256"}
+        assert is_as_written(folder / name)
 
 
 @pytest.mark.parametrize("quantize", [False, True])

@@ -17,6 +17,7 @@ import mlx_pararnn
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.compute import gpu
 from mlx_pararnn.loading import DEMO
+from tests.support.golden import golden_file
 
 
 def run(*args):
@@ -52,6 +53,53 @@ def test_a_matrix_of_zeros_is_no_weight(converted, tmp_path):
     result = run("verify", folder)
     assert result.exit_code == 1
     assert f"matrices: {name}" in result.stdout
+
+
+@pytest.mark.parametrize("quantize", [False, pytest.param(True, marks=pytest.mark.large)])
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_page_of_zeros_in_the_weights(converted, tmp_path, noted, quantize):
+    """Its SHA-256 tells a file that convert wrote; of others, as MLX-LM's, a stretch of zeros is seen."""
+    options = {"quantize": True, "q_group_size": 32} if quantize else {}
+    folder = shutil.copytree(
+        converted("trained/paragru/final.pt", tokenizer="bytes", **options), tmp_path / "model"
+    )
+    file = folder / "model.safetensors"
+    weights = mx.load(str(file))
+    if not noted:
+        mx.save_safetensors(str(file), weights)
+    assert run("verify", folder).exit_code == 0
+    name = next(name for name in weights if name.endswith("layers.1.mlp.down_proj.weight"))
+    with open(file, "r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        begin, end = json.loads(opened.read(length))[name]["data_offsets"]
+        opened.seek(8 + length + begin + 1000)
+        opened.write(bytes(min(4096, end - begin - 1000)))
+    result = run("verify", folder)
+    assert result.exit_code == 1
+    if noted:
+        assert f"{file}: its weights are not those that were written there; copy" in result.stderr
+    else:
+        assert f"matrices: {name}" in result.stdout
+    with open(file, "r+b") as opened:  # one bit elsewhere
+        opened.seek(-1, 2)
+        last = opened.read(1)[0]
+        opened.seek(-1, 2)
+        opened.write(bytes([last ^ 1]))
+    assert run("verify", folder).exit_code == 1
+
+
+def test_zeros_of_the_checkpoint_itself_are_no_damage(tmp_path):
+    """Pruned rows, tokens that never came."""
+    torch = pytest.importorskip("torch")
+    content = torch.load(golden_file("trained/paragru/final.pt"), weights_only=False)
+    state = content["model_state_dict"]
+    state["blocks.1.1.w1.weight"][:8] = 0
+    state["embedding.weight"][-8:] = 0
+    torch.save(state, tmp_path / "pruned.pt")
+    done = run("convert", tmp_path / "pruned.pt", "-o", tmp_path / "model", "--tokenizer", "bytes")
+    assert done.exit_code == 0, done.output
+    result = run("verify", tmp_path / "model")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_good_model_passes(converted, exported):
