@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import PararnnError
+from .mlx_lm_internals import plain_tokenizer
 
 
 class Grammars:
@@ -63,7 +64,7 @@ class Grammars:
         try:
             if self._compiled is None:
                 self._compiled = llguidance.hf.from_tokenizer(
-                    getattr(self._tokenizer, "_tokenizer", self._tokenizer), n_vocab=self._vocab_size
+                    plain_tokenizer(self._tokenizer), n_vocab=self._vocab_size
                 )
         except Exception as error:
             raise PararnnError(f"this model's tokenizer cannot keep to a grammar ({error})") from error

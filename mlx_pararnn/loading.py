@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from .detokenizer import Detokenizer
 from .errors import PararnnError
 from .hub import find_model
+from .mlx_lm_internals import set_detokenizer
 from .model import Model, RecurrentLayer
 from .model_config import ModelArgs, weight_bits
 from .model_files import VOCABULARY_FILES, open_regular, read_json
@@ -134,7 +135,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     finally:
         transformers_logging.set_verbosity(verbosity)
     # MLX-LM's own drops the first space of a byte-level tokenizer's text, and slows down along a line.
-    vars(tokenizer)["_detokenizer"] = Detokenizer(tokenizer)
+    set_detokenizer(tokenizer, Detokenizer(tokenizer))
     return tokenizer
 
 

@@ -66,28 +66,66 @@ def test_mlx_lms_tokenizer_wrapper_copies_its_detokenizer():
     assert isinstance(tokenizer, TokenizerWrapper)
     first, second = tokenizer.detokenizer, tokenizer.detokenizer
     assert isinstance(first, Detokenizer), (
-        "mlx_lm's TokenizerWrapper no longer takes its detokenizer from _detokenizer; see loading.py"
+        "mlx_lm's TokenizerWrapper no longer takes its detokenizer from _detokenizer; see mlx_lm_internals.py"
     )
     first.add_token(97)
     second.add_token(98)
     assert (first.text, second.text) == ("a", "b"), "two callers share the state of one detokenizer"
 
 
-@pytest.mark.parametrize(
-    "name", ["BatchGenerator", "TextStateMachine", "make_text_state_machine", "stream_generate"]
-)
-def test_mlx_lm_generate_has_what_the_server_stands_on(name):
+def test_mlx_lm_keeps_what_mlx_lm_internals_stands_on():
+    """Each name, and that it does what the file says."""
+    see = "see mlx_pararnn/mlx_lm_internals.py"
     from importlib import import_module
 
     # A function of that name hides the module in the package.
-    assert hasattr(import_module("mlx_lm.generate"), name), f"mlx_lm.generate.{name} is gone; see chat/server"
+    generate = import_module("mlx_lm.generate")
+    for name in ("BatchGenerator", "TextStateMachine", "make_text_state_machine", "stream_generate"):
+        assert hasattr(generate, name), f"mlx_lm.generate.{name} is gone; {see}"
+    for name in ("insert_segments", "next", "extract_cache", "remove"):
+        assert hasattr(generate.BatchGenerator, name), f"BatchGenerator.{name} is gone; {see}"
+
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from mlx_pararnn.mlx_lm_internals import MessageStates, calls_tools_in_json, plain_tokenizer
+
+    words = {word: n for n, word in enumerate(["?", "<tool_call>", "</tool_call>", "<think>", "</think>"])}
+    inner = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="?")))
+    json_tools = import_module("mlx_lm.tool_parsers.json_tools")
+    tokenizer = TokenizerWrapper(
+        inner,
+        tool_parser=json_tools.parse_tool_call,
+        tool_call_start="<tool_call>",
+        tool_call_end="</tool_call>",
+    )
+    assert plain_tokenizer(tokenizer) is inner, f"TokenizerWrapper._tokenizer is gone; {see}"
+    assert plain_tokenizer(inner) is inner
+    assert calls_tools_in_json(tokenizer), f"mlx_lm's tool parsers stand elsewhere; {see}"
+    states = MessageStates(tokenizer, reasoning=True)
+    parts = [*states.split("a</think>b<tool_call>c</tool_call>d<tool"), states.flush()]
+    said: dict[str, str] = {}
+    for state, text in parts:
+        said[state] = said.get(state, "") + text
+    assert said == {"reasoning": "a", "normal": "bd<tool", "tool": "c"}, f"TextStateMachine differs; {see}"
 
 
-@pytest.mark.parametrize("name", ["insert_segments", "next", "extract_cache", "remove"])
-def test_mlx_lms_batch_generator_has(name):
-    from mlx_lm.generate import BatchGenerator
+def test_no_other_file_names_private_parts_of_mlx_lm():
+    import ast
+    from pathlib import Path
 
-    assert hasattr(BatchGenerator, name), f"BatchGenerator.{name} is gone; see chat/server/engine.py"
+    root = Path(__file__).parents[1]
+    for path in [*root.glob("mlx_pararnn/**/*.py"), *root.glob("cli/*.py"), *root.glob("convert/**/*.py")]:
+        if path.name == "mlx_lm_internals.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lm"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                private += [part for part in (node.module or "").split(".") if part.startswith("_")]
+                assert not private, f"{path} imports {private}"
+            if isinstance(node, ast.Constant):
+                assert node.value not in ("_tokenizer", "_detokenizer"), path
 
 
 def test_uvicorns_protocol_has_what_the_server_watches():

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.server import Settings, serve
 from mlx_pararnn.chat.server.answers import TokenTexts, chat_logprobs, completion_logprobs
-from mlx_pararnn.chat.server.engine import TokenInfo
+from mlx_pararnn.chat.server.jobs import TokenInfo
 from mlx_pararnn.loading import DEMO
 from tests.support.serving import PAGE_ORIGIN, TEMPLATE, client_of, folder_of, running
 

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
-
 from ...detokenizer import Tokens
-from .engine import Job, TokenInfo
+from ...mlx_lm_internals import MessageStates
+from .jobs import Job, TokenInfo
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +33,18 @@ class MessageParser:
 
     def __init__(self, tokenizer: Any, tools: list[dict[str, Any]], reasoning: bool) -> None:
         self._tokenizer, self._tools = tokenizer, tools
-        self._state: Any = None
-        if tokenizer.has_thinking or tokenizer.has_tool_calling:
-            start = tokenizer.response_initial_state or ("reasoning" if reasoning else "normal")
-            self._state = make_text_state_machine(tokenizer).make_state(start)
+        has_states = tokenizer.has_thinking or tokenizer.has_tool_calling
+        self._states = MessageStates(tokenizer, reasoning) if has_states else None
         self._call = ""
         self.calls = 0
 
     def add(self, text: str, last: bool = False) -> Part:
         """What can be told after some more text; `last` where none follows."""
-        if self._state is None:
+        if self._states is None:
             return Part(text)
-        self._state, segments = TextStateMachine.split(self._state, text)
+        segments = self._states.split(text)
         if last:
-            self._state, held, state = TextStateMachine.flush(self._state)
-            segments.append((state, held))
+            segments.append(self._states.flush())
         part = Part()
         for state, said in segments:
             if state == "tool":

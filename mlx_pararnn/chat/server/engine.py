@@ -1,4 +1,4 @@
-"""The one thread that owns the model: it batches all requests, at most one step of each at a time.
+"""The one thread that owns the model: it lets all jobs go on, at most one step of each at a time.
 
 Requests come as jobs and get their pieces back through the event loop. A job waits, is read (long prompts
 piece by piece, between the steps of those that generate), generates in the batch, and ends. It leaves the
@@ -12,111 +12,26 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.generate import BatchGenerator
 
-from ...cache import RecurrentCache
 from ...errors import PararnnError
-from ...grammars import GrammarProcessor
 from ...loading import load
-from ...pocket.events import Call, Event, Finish, Text
+from ...pocket.events import Event
 from ..prompt_cache import SPACING, PromptCache
+from .batch import Batch, Token
+from .jobs import Job, Piece, TokenInfo
 from .metrics import Metrics
-from .sampling import SeededSampler
-from .text import AnswerText
+from .reading import read, score
 
 logger = logging.getLogger(__name__)
 
 BATCH = 64  # rows that generate together
-READ_STEP = 512  # tokens of a prompt that are read between two steps of the others
-TURN_STEP = 64  # events of a turn with tools, the same
-SCORE_STEP = 128  # the same where the logits of each are needed
+TURN_STEP = 64  # events of a turn with tools between two steps of the others
 SHARE = 128  # tokens that a row may generate while others wait for its place
-MOST_UNSENT, FEW_UNSENT = 256, 64  # pieces that wait for a slow client: above it is parked, below it goes on
-
-
-@dataclass(frozen=True)
-class TokenInfo:
-    """A token with its log probability, the likeliest ones beside it, and where its text begins."""
-
-    id: int
-    logprob: float | None
-    top: list[tuple[int, float]] = field(default_factory=list)
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What came of one step: text, its tokens where asked for, how the answer ended, calls of tools."""
-
-    text: str = ""
-    tokens: list[TokenInfo] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: BaseException | None = None
-    calls: list[Call] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Job:
-    """One sequence to generate.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_tokens: at most so many; 0 only scores the prompt.
-        text: makes text of its tokens.
-        sampler: log probabilities (B, V) to tokens (B,).
-        processors: functions of the tokens so far and the logits (1, V).
-        top_logprobs: so many likeliest tokens beside each; None for no log probabilities at all.
-        score_prompt: whether the prompt's own log probabilities are wanted, in the first piece.
-        system_length: how much of the prompt other conversations begin with too; kept by itself.
-        turn: for a model that uses tools: begins the turn; its events take the place of the batch.
-        cached_tokens, completion_tokens: counted on the way.
-    """
-
-    prompt: list[int]
-    max_tokens: int
-    text: AnswerText
-    sampler: Any
-    processors: list[Any] = field(default_factory=list)
-    top_logprobs: int | None = None
-    score_prompt: bool = False
-    system_length: int = 0
-    turn: Callable[[], Iterator[Event]] | None = None
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        self.failure: BaseException | None = None
-        self.ended = False
-        self._tokens = list(self.prompt)  # what a row that goes on must have read
-        self._cache: list[RecurrentCache] | None = None
-        self._share = 0
-        self._length = self._sent_length = 0  # characters of the answer
-        self._unsent_tokens: list[TokenInfo] = []
-        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self._made = self._taken = 0
-        self._parked = False
-        self._events: Iterator[Event] | None = None
-        self._call: Call | None = None
-
-    def _piece_of(self, event: Event) -> Piece | None:
-        """What a client gets of an event: text, and the call that it is to run itself."""
-        match event:
-            case Text(text=text):
-                return Piece(text)
-            case Call():
-                self._call = event
-            case Finish(reason="tool_calls"):
-                return Piece(calls=[self._call] if self._call else [], finish_reason="tool_calls")
-            case Finish(reason=reason):
-                return Piece(finish_reason="stop" if reason == "stop" else "length")
-        return None
 
 
 class Engine:
@@ -144,7 +59,6 @@ class Engine:
         self._commands: queue.SimpleQueue[tuple[str, Job] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._reading: deque[tuple[Job, Iterator[None]]] = deque()
-        self._running: dict[int, Job] = {}
         self._turns: list[Job] = []
         self._parked: set[Job] = set()
         self._outbox: list[tuple[Job, Piece]] = []
@@ -173,10 +87,10 @@ class Engine:
         self._commands.put(("submit", job))
         try:
             while True:
-                piece = await job._pieces.get()
-                job._taken += 1
-                if job._parked and job._made - job._taken < FEW_UNSENT:
-                    job._parked = False
+                piece = await job.unread.get()
+                job.taken += 1
+                if job.parked and job.is_caught_up:
+                    job.parked = False
                     self._commands.put(("resume", job))
                 if piece.error is not None:
                     raise piece.error
@@ -208,13 +122,8 @@ class Engine:
             self.failure = failure
             error = EngineStopped(f"generation stopped: {failure}")
         self.stopping = self.refusing = True
-        for job in [
-            *self._waiting,
-            *(job for job, _ in self._reading),
-            *self._running.values(),
-            *self._turns,
-            *self._parked,
-        ]:
+        reading = [job for job, _ in self._reading]
+        for job in [*self._waiting, *reading, *self._batch.jobs, *self._turns, *self._parked]:
             self._put(job, Piece(error=error))
         self._send()
         if self.failure is not None:
@@ -227,13 +136,8 @@ class Engine:
         mx.eval(model(mx.array([[0]]), cache=probe))
         self.state_nbytes = sum(layer.state_nbytes for layer in probe)
         self.model, self.tokenizer = model, tokenizer
-        self._eos = set(tokenizer.eos_token_ids)
-        self._generator = BatchGenerator(
-            model,
-            stop_tokens=[[token] for token in self._eos],
-            completion_batch_size=BATCH,
-            prefill_step_size=READ_STEP,
-        )
+        self._end_tokens = set(tokenizer.eos_token_ids)
+        self._batch = Batch(model, self._end_tokens, BATCH, self._prompts)
 
     def _take_commands(self) -> bool:
         """Apply what is asked for; wait where there is nothing else to do. False where it is to stop."""
@@ -257,7 +161,7 @@ class Engine:
     @property
     def _busy(self) -> int:
         """How many jobs are being worked on."""
-        return len(self._running) + len(self._reading) + len(self._turns)
+        return len(self._batch.jobs) + len(self._reading) + len(self._turns)
 
     def _step(self) -> None:
         self._make_room()
@@ -265,54 +169,43 @@ class Engine:
             self._start(self._waiting.popleft())
         for job in list(self._turns):
             self._advance(job)
-        if self._running:
-            read, generated = self._generator.next()
-            for response in read:
-                if response.end_of_segment and not response.end_of_prompt and response.uid in self._running:
-                    cache, tokens = self._generator.extract_cache([response.uid])[response.uid]
-                    self._prompts.insert_cache("", list(tokens), cache)
-            for response in generated:
-                if response.uid in self._running:
-                    self._take(response)
+        if self._batch.jobs:
+            for token in self._batch.step():
+                self._take(token)
         if self._reading:
             job, steps = self._reading.popleft()
-            try:
-                next(steps)
+            if _go_on(steps):
                 self._reading.append((job, steps))
-            except StopIteration:
+            else:
                 self._insert(job)
         self._send()
 
     def _make_room(self) -> None:
         """Rows leave the batch that have had their share while others wait, or whose clients do not read."""
-        for uid, job in list(self._running.items()):
-            if job._made - job._taken > MOST_UNSENT:
-                job._parked = True
-                self._suspend(uid)
-                (self._parked.add if job._made - job._taken >= FEW_UNSENT else self._waiting.append)(job)
+        for job in self._batch.jobs:
+            if job.is_too_far_ahead:
+                self._batch.suspend(job)
+                self._park(job)
         excess = len(self._waiting) + self._busy - BATCH
-        longest = sorted(self._running.items(), key=lambda item: -item[1]._share)
-        for uid, job in longest[: max(0, excess)]:
-            if job._share >= SHARE:
-                self._suspend(uid)
+        for job in sorted(self._batch.jobs, key=lambda job: -job.share)[: max(0, excess)]:
+            if job.share >= SHARE:
+                self._batch.suspend(job)
                 self._waiting.append(job)
 
-    def _suspend(self, uid: int) -> None:
-        job = self._running.pop(uid)
-        cache, tokens = self._generator.remove([uid], return_prompt_caches=True)[uid]
-        if len(tokens) > len(job._tokens):  # else it has not begun: its prompt is read as if new
-            job._tokens = list(tokens)
-        # The token that would come next is lost with the row, and what it has read cannot be asked again for
-        # it: the row goes on from a snapshot before its end.
-        places = [p for p in cache[0].positions() if p < len(job._tokens)] if cache else [0]
-        job._cache = [layer.at(places[-1]) for layer in cache] if places[-1] else None
+    def _park(self, job: Job) -> None:
+        """Until its client has taken most of what is there."""
+        job.parked = True
+        if job.is_caught_up:  # it has just done so, and may not have seen that it was to wait
+            self._waiting.append(job)
+        else:
+            self._parked.add(job)
 
     def _advance(self, job: Job) -> None:
         """Some events of a turn with tools."""
-        assert job._events is not None
+        assert job.events is not None
         try:
-            for event in islice(job._events, TURN_STEP):
-                piece = job._piece_of(event)
+            for event in islice(job.events, TURN_STEP):
+                piece = job.piece_of_event(event)
                 made = max(0, event.tokens - len(job.prompt) - job.completion_tokens)
                 job.completion_tokens += made
                 self._metrics.generated.inc(made)
@@ -324,140 +217,57 @@ class Engine:
             self._put(job, Piece(error=_as_ours(error)))
         if job.ended:
             self._turns.remove(job)
-        elif job._made - job._taken > MOST_UNSENT:
-            job._parked = True
+        elif job.is_too_far_ahead:
             self._turns.remove(job)
-            (self._parked.add if job._made - job._taken >= FEW_UNSENT else self._waiting.append)(job)
+            self._park(job)
 
     def _start(self, job: Job) -> None:
         if job.turn is not None:
-            if job._events is None:
+            if job.events is None:
                 self._metrics.read.inc(len(job.prompt))
-                job._events = job.turn()
+                job.events = job.turn()
             self._turns.append(job)
             return
-        job._share = 0
-        if job._cache is None and not job.score_prompt:
-            job._cache, rest = self._prompts.fetch_nearest_cache("", job._tokens)
+        job.share = 0
+        if job.cache is None and not job.score_prompt:
+            job.cache, rest = self._prompts.fetch_nearest_cache("", job.tokens)
             if not job.completion_tokens:
-                job.cached_tokens = len(job._tokens) - len(rest)
+                job.cached_tokens = len(job.tokens) - len(rest)
                 self._metrics.cached.inc(job.cached_tokens)
-        steps = self._score(job) if job.score_prompt else self._read(job)
+        steps = self._score(job) if job.score_prompt else read(job, self.model, self._prompts)
         self._reading.append((job, steps))
-        try:
-            next(steps)
-        except StopIteration:
+        if not _go_on(steps):
             self._reading.pop()
             self._insert(job)
 
-    def _read(self, job: Job) -> Iterator[None]:
-        """Read a long prompt until a short rest is left, which is read in the batch."""
-        cache = job._cache or self.model.make_cache()
-        while len(job._tokens) - cache[0].offset > 2 * READ_STEP:
-            begin = cache[0].offset
-            end = begin + READ_STEP
-            if begin < job.system_length < end:
-                end = job.system_length
-            self.model(mx.array([job._tokens[begin:end]]), cache=cache)
-            mx.eval([layer.state for layer in cache])
-            mx.clear_cache()
-            if end == job.system_length:
-                self._prompts.insert_cache("", job._tokens[:end], cache)
-            yield
-        if cache[0].offset:
-            job._cache = cache
-
     def _score(self, job: Job) -> Iterator[None]:
-        """Read a prompt but for its last token, and tell each token's log probability after those before."""
-        cache = self.model.make_cache()
-        tokens = job.prompt
-        infos = [TokenInfo(tokens[0], None)]
-        while (begin := cache[0].offset) < len(tokens) - 1:
-            end = min(begin + SCORE_STEP, len(tokens) - 1)
-            logits = self.model(mx.array([tokens[begin:end]]), cache=cache)[0].astype(mx.float32)
-            logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-            for token, row in zip(tokens[begin + 1 : end + 1], logprobs, strict=True):
-                infos.append(_token_info(token, row, job.top_logprobs or 0))
-            yield
-        job.score_prompt = False
+        infos: list[TokenInfo] = []
+        yield from score(job, self.model, infos)
         self._put(job, Piece(tokens=infos, finish_reason=None if job.max_tokens else "length"))
-        if len(tokens) > 1:
-            job._cache = cache
 
     def _insert(self, job: Job) -> None:
         """Into the batch, which reads the rest of its prompt."""
         if job.ended:
             return
-        read = job._cache[0].offset if job._cache else 0
         if not job.completion_tokens:
-            self._metrics.read.inc(len(job._tokens) - read)
-        if isinstance(job.sampler, SeededSampler):
-            job.sampler.position = job.completion_tokens
-        cuts = [0, *([job.system_length - read] if job.system_length > read else []), len(job._tokens) - read]
-        rest = job._tokens[read:]
-        (uid,) = self._generator.insert_segments(
-            [[rest[begin:end] for begin, end in pairwise(cuts)]],
-            max_tokens=[job.max_tokens - job.completion_tokens],
-            caches=[job._cache],  # type: ignore[list-item]  # None makes a new one
-            all_tokens=[job._tokens[:read]],
-            samplers=[job.sampler],
-            logits_processors=[[_guarded(job, processor) for processor in job.processors]],
-        )
-        job._cache = None
-        self._running[uid] = job
+            self._metrics.read.inc(len(job.tokens) - (job.cache[0].offset if job.cache else 0))
+        self._batch.insert(job)
 
-    def _take(self, response: Any) -> None:
+    def _take(self, token: Token) -> None:
         """One token of a job."""
-        job = self._running[response.uid]
+        job = token.job
         job.completion_tokens += 1
-        job._share += 1
+        job.share += 1
         self._metrics.generated.inc()
-        finish_reason = response.finish_reason
+        is_end = token.id in self._end_tokens and token.finish_reason == "stop"
         try:
-            if job.failure is not None:
-                raise job.failure
-            piece, ended = self._piece(job, response)
+            piece, ended = job.piece_of_token(token.id, token.logprobs, token.finish_reason, is_end)
         except BaseException as error:  # a tokenizer's panic is no Exception, and ends this job only
             piece, ended = Piece(error=_as_ours(error)), True
-        if finish_reason is not None:
-            self._running.pop(response.uid)
-            self._prompts.insert_cache("", response.all_tokens, response.prompt_cache)
-        elif ended:
-            self._remember_and_remove(response.uid)
+        if ended and token.finish_reason is None:
+            self._batch.remove(job)
         if ended or piece.text or piece.tokens:
             self._put(job, piece)
-
-    def _piece(self, job: Job, response: Any) -> tuple[Piece, bool]:
-        offset = job._length
-        text = ""
-        is_end = response.token in self._eos and response.finish_reason == "stop"
-        if not is_end:
-            if job.top_logprobs is not None:
-                logprobs = np.array(response.logprobs.astype(mx.float32))
-                info = _token_info(response.token, logprobs, job.top_logprobs, offset)
-                job._unsent_tokens.append(info)
-            text = job.text.add(response.token)
-            job._length = job.text.length
-        finish_reason = response.finish_reason
-        grammars = [p for p in job.processors if isinstance(p, GrammarProcessor)]
-        if job.text.stopped or any(grammar.finished for grammar in grammars):
-            finish_reason = "stop"
-        if finish_reason is not None and not job.text.stopped:
-            text += job.text.finish()
-            if job.text.stopped:
-                finish_reason = "stop"
-        job._sent_length += len(text)
-        tokens = job._unsent_tokens
-        if finish_reason is None or job.text.stopped:
-            tokens = [info for info in tokens if info.offset < job._sent_length]
-        job._unsent_tokens = job._unsent_tokens[len(tokens) :]
-        return Piece(text, tokens, finish_reason), finish_reason is not None
-
-    def _remember_and_remove(self, uid: int) -> None:
-        self._running.pop(uid)
-        cache, tokens = self._generator.remove([uid], return_prompt_caches=True)[uid]
-        if cache and tokens:
-            self._prompts.insert_cache("", list(tokens), cache)
 
     def _drop(self, job: Job) -> None:
         """Nobody waits for it any more."""
@@ -468,13 +278,12 @@ class Engine:
         self._reading = deque(item for item in self._reading if item[0] is not job)
         if job in self._turns:
             self._turns.remove(job)
-        for uid, other in list(self._running.items()):
-            if other is job:
-                self._remember_and_remove(uid)
+        if job in self._batch.jobs:
+            self._batch.remove(job)
 
     def _put(self, job: Job, piece: Piece) -> None:
         job.ended = job.ended or piece.finish_reason is not None or piece.error is not None
-        job._made += 1
+        job.made += 1
         self._outbox.append((job, piece))
 
     def _send(self) -> None:
@@ -489,30 +298,12 @@ class EngineStopped(Exception):
 
 def _deliver(outbox: list[tuple[Job, Piece]]) -> None:
     for job, piece in outbox:
-        job._pieces.put_nowait(piece)
+        job.unread.put_nowait(piece)
 
 
-def _token_info(token: int, logprobs: np.ndarray, top: int, offset: int = 0) -> TokenInfo:
-    """A token among log probabilities (V,)."""
-    best: list[int] = []
-    if top:
-        best = np.argpartition(-logprobs, min(top, len(logprobs) - 1))[:top].tolist()
-        best.sort(key=lambda other: -logprobs[other])
-    return TokenInfo(token, float(logprobs[token]), [(b, float(logprobs[b])) for b in best], offset)
-
-
-def _guarded(job: Job, processor: Any) -> Any:
-    """A logits processor whose failure is this job's and not the batch's."""
-
-    def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        if job.failure is None:
-            try:
-                return processor(tokens, logits)
-            except BaseException as error:
-                job.failure = error
-        return logits
-
-    return process
+def _go_on(steps: Iterator[None]) -> bool:
+    """One more step; False where there is none."""
+    return next(steps, True) is None
 
 
 def _as_ours(error: BaseException) -> PararnnError:

@@ -13,10 +13,12 @@ from mlx_lm.sample_utils import make_logits_processors
 from ...detokenizer import Detokenizer
 from ...errors import PararnnError
 from ...grammars import GrammarProcessor, Grammars
+from ...mlx_lm_internals import calls_tools_in_json
 from ...pocket.events import Call
 from ...pocket.protocol import find_protocol
 from .answers import MessageParser, Part, TokenTexts, chat_logprobs, completion_logprobs, usage_of
-from .engine import Engine, Job, Piece, TokenInfo
+from .engine import Engine
+from .jobs import Job, Piece, TokenInfo
 from .metrics import Metrics
 from .prompts import Prompt, Prompts, run_apart
 from .sampling import SeededSampler, shared_sampler
@@ -337,7 +339,7 @@ class Service:
 
     def _tool_matcher(self, request: ChatRequest) -> Any:
         tokenizer, choice = self.engine.tokenizer, request.tool_choice
-        in_json = tokenizer.tool_parser.__module__.endswith("json_tools")
+        in_json = calls_tools_in_json(tokenizer)
         forced = choice != "auto"
         if not in_json and forced:
             raise Refused(400, "tool_choice can only be auto or none: this model does not call tools in JSON")

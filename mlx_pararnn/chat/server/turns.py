@@ -11,8 +11,9 @@ from ...pocket.events import Call, Event
 from ...pocket.functions import Functions
 from ...pocket.loop import External, Limits, run_turn
 from ...pocket.protocol import Protocol
-from .engine import READ_STEP, Engine
+from .engine import Engine
 from .prompts import Prompt, plain
+from .reading import READ_STEP
 from .schema import ChatRequest, Refused
 
 # Fields that such a turn has no place for, and what they are where nothing is asked.

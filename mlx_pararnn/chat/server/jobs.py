@@ -1,0 +1,164 @@
+"""A sequence to generate, from its request to the pieces that its client gets."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...cache import RecurrentCache
+from ...grammars import GrammarProcessor
+from ...pocket.events import Call, Event, Finish, Text
+from .text import AnswerText
+
+MOST_UNSENT, FEW_UNSENT = 256, 64  # pieces that wait for a slow client: above it is parked, below it goes on
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """A token with its log probability, the likeliest ones beside it, and where its text begins."""
+
+    id: int
+    logprob: float | None
+    top: list[tuple[int, float]] = field(default_factory=list)
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came of one step: text, its tokens where asked for, how the answer ended, calls of tools."""
+
+    text: str = ""
+    tokens: list[TokenInfo] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: BaseException | None = None
+    calls: list[Call] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence to generate.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_tokens: at most so many; 0 only scores the prompt.
+        text: makes text of its tokens.
+        sampler: log probabilities (B, V) to tokens (B,).
+        processors: functions of the tokens so far and the logits (1, V).
+        top_logprobs: so many likeliest tokens beside each; None for no log probabilities at all.
+        score_prompt: whether the prompt's own log probabilities are wanted, in the first piece.
+        system_length: how much of the prompt other conversations begin with too; kept by itself.
+        turn: for a model that uses tools: begins the turn; its events take the place of the batch.
+        cached_tokens, completion_tokens: counted on the way.
+        tokens: what a row that goes on must have read: the prompt, and what was generated before it left.
+        cache: the state of a beginning of `tokens`; None before the first.
+        events: of the turn, once it has begun.
+        share: tokens since it got its place.
+        made, taken: pieces that were made, and that its client has taken.
+        ended: whether its last piece was made.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    text: AnswerText
+    sampler: Any
+    processors: list[Any] = field(default_factory=list)
+    top_logprobs: int | None = None
+    score_prompt: bool = False
+    system_length: int = 0
+    turn: Callable[[], Iterator[Event]] | None = None
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.cache: list[RecurrentCache] | None = None
+        self.events: Iterator[Event] | None = None
+        self.share = self.made = self.taken = 0
+        self.ended = self.parked = False
+        self.unread: asyncio.Queue[Piece] = asyncio.Queue()
+        self._failure: BaseException | None = None
+        self._length = self._sent_length = 0  # characters of the answer
+        self._unsent_tokens: list[TokenInfo] = []
+        self._call: Call | None = None
+
+    @property
+    def is_too_far_ahead(self) -> bool:
+        """Whether its client does not take what is there."""
+        return self.made - self.taken > MOST_UNSENT
+
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether its client has taken most of what is there."""
+        return self.made - self.taken < FEW_UNSENT
+
+    def guarded(self, processor: Any) -> Any:
+        """A logits processor whose failure is this job's and not the batch's."""
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            if self._failure is None:
+                try:
+                    return processor(tokens, logits)
+                except BaseException as error:
+                    self._failure = error
+            return logits
+
+        return process
+
+    def piece_of_token(
+        self, token: int, logprobs: mx.array, finish_reason: str | None, is_end: bool
+    ) -> tuple[Piece, bool]:
+        """What a client gets of a token, and whether the answer ends with it.
+
+        Args:
+            token: the id.
+            logprobs: of all tokens (V,).
+            finish_reason: "length" where it is the last that is given, "stop" at an end token.
+            is_end: whether it is an end token, which is not part of the text.
+        """
+        if self._failure is not None:
+            raise self._failure
+        text = ""
+        if not is_end:
+            if self.top_logprobs is not None:
+                values = np.array(logprobs.astype(mx.float32))
+                self._unsent_tokens.append(token_info(token, values, self.top_logprobs, self._length))
+            text = self.text.add(token)
+            self._length = self.text.length
+        grammars = [p for p in self.processors if isinstance(p, GrammarProcessor)]
+        if self.text.stopped or any(grammar.finished for grammar in grammars):
+            finish_reason = "stop"
+        if finish_reason is not None and not self.text.stopped:
+            text += self.text.finish()
+            if self.text.stopped:
+                finish_reason = "stop"
+        self._sent_length += len(text)
+        tokens = self._unsent_tokens
+        if finish_reason is None or self.text.stopped:
+            tokens = [info for info in tokens if info.offset < self._sent_length]
+        self._unsent_tokens = self._unsent_tokens[len(tokens) :]
+        return Piece(text, tokens, finish_reason), finish_reason is not None
+
+    def piece_of_event(self, event: Event) -> Piece | None:
+        """What a client gets of a turn's event: text, and the call that it is to run itself."""
+        match event:
+            case Text(text=text):
+                return Piece(text)
+            case Call():
+                self._call = event
+            case Finish(reason="tool_calls"):
+                return Piece(calls=[self._call] if self._call else [], finish_reason="tool_calls")
+            case Finish(reason=reason):
+                return Piece(finish_reason="stop" if reason == "stop" else "length")
+        return None
+
+
+def token_info(token: int, logprobs: np.ndarray, top: int, offset: int = 0) -> TokenInfo:
+    """A token among log probabilities (V,)."""
+    best: list[int] = []
+    if top:
+        best = np.argpartition(-logprobs, min(top, len(logprobs) - 1))[:top].tolist()
+        best.sort(key=lambda other: -logprobs[other])
+    return TokenInfo(token, float(logprobs[token]), [(b, float(logprobs[b])) for b in best], offset)

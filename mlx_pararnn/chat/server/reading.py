@@ -1,0 +1,47 @@
+"""Reading a prompt piece by piece, so that other answers go on between its pieces."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..prompt_cache import PromptCache
+from .jobs import Job, TokenInfo, token_info
+
+READ_STEP = 512  # tokens of a prompt that are read between two steps of the others
+SCORE_STEP = 128  # the same where the logits of each are needed
+
+
+def read(job: Job, model: Any, prompts: PromptCache) -> Iterator[None]:
+    """Read a long prompt but for a short rest, which the batch reads; `prompts` keeps the system part."""
+    cache = job.cache or model.make_cache()
+    while len(job.tokens) - cache[0].offset > 2 * READ_STEP:
+        begin = cache[0].offset
+        end = begin + READ_STEP
+        if begin < job.system_length < end:
+            end = job.system_length
+        model(mx.array([job.tokens[begin:end]]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        if end == job.system_length:
+            prompts.insert_cache("", job.tokens[:end], cache)
+        yield
+    if cache[0].offset:
+        job.cache = cache
+
+
+def score(job: Job, model: Any, infos: list[TokenInfo]) -> Iterator[None]:
+    """Read a prompt but for its last token; `infos` gets each token's log probability after those before."""
+    cache, tokens = model.make_cache(), job.prompt
+    infos.append(TokenInfo(tokens[0], None))
+    while (begin := cache[0].offset) < len(tokens) - 1:
+        end = min(begin + SCORE_STEP, len(tokens) - 1)
+        logits = model(mx.array([tokens[begin:end]]), cache=cache)[0].astype(mx.float32)
+        logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        for token, row in zip(tokens[begin + 1 : end + 1], logprobs, strict=True):
+            infos.append(token_info(token, row, job.top_logprobs or 0))
+        yield
+    job.score_prompt = False
+    if len(tokens) > 1:
+        job.cache = cache
