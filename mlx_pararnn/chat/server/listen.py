@@ -220,7 +220,7 @@ def _watched() -> Iterator[None]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    command = [sys.executable, "-I", "-S", "-c", WATCHDOG, str(os.getpid()), str(LAST_WORDS - 0.5)]
+    command = [sys.executable, "-I", "-S", "-c", WATCHDOG, str(os.getpid()), str(LAST_WORDS - 1)]
     helper = subprocess.Popen(command, stdin=reader, stderr=subprocess.DEVNULL, start_new_session=True)
     os.close(reader)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
