@@ -1,6 +1,7 @@
 """Grammars that generated text must keep, for one tokenizer: JSON schemas and calls of functions."""
 
 import json
+from functools import lru_cache
 from typing import Any, cast
 
 import llguidance
@@ -23,7 +24,7 @@ class Grammars:
         """The grammar of JSON texts that fit a schema, without spaces between their parts."""
         return str(
             llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides={"whitespace_flexible": False}
+                json.dumps(prepared(schema)), overrides={"whitespace_flexible": False}
             )
         )
 
@@ -35,18 +36,13 @@ class Grammars:
             start, end: what stands around a call.
             required: whether the answer must be a call.
         """
-        bodies = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function["name"]},
-                    "arguments": function.get("parameters") or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for function in functions
-        ]
+        bodies = []
+        for n, function in enumerate(functions):
+            parameters = function.get("parameters") or {"type": "object"}
+            place = f"#/anyOf/{n}/properties/arguments"
+            properties = {"name": {"const": function["name"]}, "arguments": prepared(parameters, place)}
+            body = {"type": "object", "properties": properties, "required": ["name", "arguments"]}
+            bodies.append({**body, "additionalProperties": False})
         special = start in self._tokenizer.all_special_tokens
         first, last = (tag if special else json.dumps(tag) for tag in (start, end))
         any_call = json.dumps({"anyOf": bodies, "x-guidance": {"whitespace_flexible": False}})
@@ -88,7 +84,7 @@ class Grammars:
 
     def call_arguments(self, schema: dict[str, Any]) -> str:
         """The grammar of the rest: arguments that fit a schema, without spaces, and the closing brace."""
-        compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
+        compact = {**prepared(schema), "x-guidance": {"whitespace_flexible": False}}
         return f'start: arguments "}}"\narguments: %json {json.dumps(compact)}\n'
 
 
@@ -127,6 +123,37 @@ class GrammarProcessor:
         if not allowed.any():
             raise PararnnError("the grammar cannot be kept to (no token of this model can follow)")
         return mx.where(mx.array(allowed), logits, -mx.inf)
+
+
+def prepared(schema: dict[str, Any], place: str = "#") -> dict[str, Any]:
+    """A schema without the formats that llguidance does not know: for JSON Schema they are comments.
+
+    Args:
+        schema: a JSON schema.
+        place: where in a larger schema it will stand; references to its own parts are moved there.
+    """
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {}
+        for name, inner in value.items():
+            if name == "format" and isinstance(inner, str) and not _is_known_format(inner):
+                continue
+            if name == "$ref" and isinstance(inner, str) and (inner == "#" or inner.startswith("#/")):
+                inner = place + inner[1:]
+            kept[name] = inner if name in ("const", "enum", "default", "examples") else walk(inner)
+        return kept
+
+    return walk(schema)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1024)
+def _is_known_format(name: str) -> bool:
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "format": name}))
+    return not llguidance.LLMatcher.validate_grammar(grammar)
 
 
 def allowed_tokens(matcher: "llguidance.LLMatcher", vocab_size: int) -> np.ndarray:

