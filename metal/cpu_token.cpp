@@ -41,12 +41,15 @@ PARARNN_STRUCT(Layer, LAYER_FIELDS)
   FIELD(const void*, norm_bias)                              \
   FIELD(const void*, x) /* (B, D) */                         \
   FIELD(void*, y)       /* (B, D): the last norm's output */ \
+  FIELD(const void*, head) /* (vocab, D) */                  \
+  FIELD(void*, logits)     /* (B, vocab) */                  \
   FIELD(int64_t, depth)                                      \
   FIELD(int64_t, B)                                          \
   FIELD(int64_t, heads)                                      \
   FIELD(int64_t, W)                                          \
   FIELD(int64_t, taps)                                       \
   FIELD(int64_t, wide) /* I, the width of the MLP */         \
+  FIELD(int64_t, vocab)                                      \
   FIELD(float, eps)                                          \
   FIELD(int, mlp_residual)                                   \
   FIELD(int, threads)
@@ -98,12 +101,14 @@ class Decoder {
         u(input + B * D),
         hidden(u + B * Cell::GATES * D),
         mid(hidden + B * D),
-        mine(B * (D + t.wide)) {
+        mine(B * (D + t.wide)),
+        scores(B * PIECE) {
     const auto share = [&](int64_t width, int64_t i) {
       return i == members ? width : width / LANES * i / members * LANES;
     };
     begin = share(D, member), end = share(D, member + 1);
     wide_begin = share(t.wide, member), wide_end = share(t.wide, member + 1);
+    vocab_begin = share(t.vocab, member), vocab_end = share(t.vocab, member + 1);
   }
 
   static int64_t shared_size(const Token& t) { return t.B * ((4 + Cell::GATES) * t.heads * t.W + t.wide); }
@@ -119,14 +124,16 @@ class Decoder {
     for (int64_t b = 0; b < B; ++b) {
       own([&](int64_t i, int n) { store(static_cast<T*>(t.y) + b * D + i, load(&mine[b * D + i], n), n); });
     }
+    if (t.head) logits(meet);
   }
 
  private:
+  static constexpr int64_t PIECE = 16 * ROWS_AT_ONCE;  // of the head's rows
   const Token& t;
   const int64_t D, B;
   float *x, *gate, *input, *u, *hidden, *mid;  // all threads'
-  std::vector<float> mine;
-  int64_t begin, end, wide_begin, wide_end;
+  std::vector<float> mine, scores;
+  int64_t begin, end, wide_begin, wide_end, vocab_begin, vocab_end;
 
   static const T* at(const void* pointer) { return static_cast<const T*>(pointer); }
 
@@ -211,6 +218,21 @@ class Decoder {
       });
     }
     meet();
+  }
+
+  // The head reads what it would read if it were called alone: y, rounded to T.
+  template <typename Meet>
+  void logits(const Meet& meet) {
+    meet();
+    vectors(B * D, [&](int64_t i, int n) { store(&mine[i], load(at(t.y) + i, n), n); });
+    for (int64_t first = vocab_begin; first < vocab_end; first += PIECE) {
+      const int64_t rows = std::min(PIECE, vocab_end - first);
+      product(at(t.head) + first * D, mine.data(), D, scores.data(), PIECE, 0, rows);
+      for (int64_t b = 0; b < B; ++b) {
+        T* to = static_cast<T*>(t.logits) + b * t.vocab + first;
+        vectors(rows, [&](int64_t i, int n) { store(to + i, load(&scores[b * PIECE + i], n), n); });
+      }
+    }
   }
 
   // The causal convolution and SiLU of what in_proj left in `hidden`, into `input`.

@@ -294,12 +294,14 @@ class PararnnModel(nn.Module):
         input_embeddings: mx.array | None = None,
         backend: str | None = None,
         output_wanted: bool = False,
+        head: nn.Module | None = None,
         **options: Any,
-    ) -> tuple[mx.array, Choice]:
-        """What `__call__` gives, and where it was computed.
+    ) -> tuple[mx.array, Choice, mx.array | None]:
+        """What `__call__` gives, where it was computed, and the logits if `head` was called at once with it.
 
         Args:
             output_wanted: the caller reads for the output, not for the state alone (`Choice.deferred`).
+            head: what the caller will call with the output.
         """
         cell = self.layers[0].mixer.cell._cell
         if options.get("max_iters") is not None and not cell.few_iterations:
@@ -319,20 +321,32 @@ class PararnnModel(nn.Module):
             lambda: [x, *_arrays(cache), *dict(tree_flatten(self.parameters())).values()],
             **{"rows": B, "tokens": T, "width": D, "padded": mask is not None, "backend": backend, **options},
         )
-        y = self._in_one_call(x, cache) if where.one_call else None
-        if y is None:
+        decoded = None
+        if where.one_call:
+            plain = input_embeddings is None and "embed_positions" not in self
+            decoded = self._in_one_call(x, inputs if plain else None, cache, head)
+        if decoded is None:
             final = where if output_wanted else where.deferred()
             wheres = [where] * (len(cache) - 1) + [final]
             for layer, c, here in zip(self.layers, cache, wheres, strict=True):
                 x = layer(x, c, mask, here, **options)
-            y = _normed(self.norm, x, final)
+            decoded = cpu_token.Decoded(_normed(self.norm, x, final), None)
         for c in cache:
             c.advance(T)
-        return y, where
+        return decoded.y, where, decoded.logits
 
-    def _in_one_call(self, x: mx.array, cache: list[RecurrentCache]) -> mx.array | None:
+    def _in_one_call(
+        self, x: mx.array, ids: mx.array | None, cache: list[RecurrentCache], head: nn.Module | None
+    ) -> cpu_token.Decoded | None:
+        """The one call for a token: its numbers x (B, 1, D), or its ids (B, 1) if they say all about it."""
         weights = self.token_weights()
-        return None if weights is None else cpu_token.decode(weights, x, cache, _token_trial)
+        if weights is None:
+            return None
+        if ids is not None and type(self["embed_tokens"]) is nn.Embedding:
+            x, weights = ids, weights._replace(embedding=self["embed_tokens"]["weight"])
+        if head is not None and matrix_products.is_plain(head):
+            weights = weights._replace(head=head["weight"])
+        return cpu_token.decode(weights, x, cache, _token_trial)
 
     def token_weights(self) -> cpu_token.Weights | None:
         """What one call for a token of all layers reads; None where modules or settings do not allow it."""
@@ -399,9 +413,9 @@ class Model(nn.Module):
         """
         options.setdefault("output_wanted", cache is None)
         cache = self.make_cache(inputs.shape[0]) if cache is None else cache
-        out, where = self.model.read(inputs, cache, input_embeddings, **options)
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
-        return matrix_products.head(head, out, backend=where.head)
+        out, where, logits = self.model.read(inputs, cache, input_embeddings, head=head, **options)
+        return matrix_products.head(head, out, backend=where.head) if logits is None else logits
 
     @property
     def layers(self) -> list[Layer]:
@@ -452,8 +466,11 @@ def _token_trial(cell: Cell) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
     x, caches = waves((2, 1, 72)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
     for c in caches[0] + caches[1]:
         c.cache = [waves((2, len(cell.slots), 72)), waves((2, 3, 72))]
-    weights = cast(cpu_token.Weights, model.token_weights())
-    given = [cpu_token.run(weights, x, caches[0]), *_arrays(caches[0])]
+    head = waves((80, 72))
+    weights = cast(cpu_token.Weights, model.token_weights())._replace(head=head)
+    decoded = cpu_token.run(weights, x, caches[0])
     for layer, c in zip(model.layers, caches[1], strict=True):
         x = layer(x, c, None, PLAIN)
-    yield given, [model.norm(x), *_arrays(caches[1])]
+    y = model.norm(x)
+    given = decoded.y, cast(mx.array, decoded.logits)
+    yield [*given, *_arrays(caches[0])], [y, y @ head.T, *_arrays(caches[1])]

@@ -20,6 +20,37 @@ def test_transformers_gives_a_plain_tokenizer_for_the_model_type_that_loading_na
     )
 
 
+def test_mlx_calls_a_compiled_functions_python_again_only_for_new_shapes_and_where_an_input_is_traced():
+    import mlx.core as mx
+
+    called = []
+
+    @mx.compile
+    def note(*arrays):
+        called.append(len(arrays))
+        return arrays[0]
+
+    def calls(*arrays):
+        called.clear()
+        note(*arrays)
+        return len(called)
+
+    x, other = mx.ones((1, 3)), mx.ones((1, 3))
+    assert [calls(x, other) for _ in range(3)] == [1, 0, 0]
+    made = []
+
+    def function(x):
+        made.append(calls(x, other) * calls(other, x))
+        return (x * x).sum()
+
+    for transformed in (mx.grad(function), mx.compile(function), mx.vmap(function)):
+        transformed(x)
+    mx.jvp(lambda x: [function(x)], [x], [x])
+    assert made == [1] * 4, (
+        "compute.choice cannot ask MLX so whether arrays are traced: leave `_untraced` out"
+    )
+
+
 def test_mlx_lm_calls_auto_tokenizer_by_that_name():
     import mlx_lm.tokenizer_utils
     import transformers

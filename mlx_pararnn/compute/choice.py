@@ -7,6 +7,7 @@ it needs to know whether MLX allows evaluation, and must not compute what nobody
 """
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
@@ -66,7 +67,7 @@ class Evaluation(IntEnum):
 
 def evaluation(arrays: Sequence[mx.array]) -> Evaluation:
     """What MLX allows for results of these arrays. It has no other way to ask than to try."""
-    if not arrays:
+    if not arrays or _untraced(arrays):
         return Evaluation.FREE
     # A new array: of one that was evaluated before, async_eval would not notice that mx.grad traces it.
     probe = mx.depends([arrays[0]], [*arrays[1:]]) if len(arrays) > 1 else [mx.stop_gradient(arrays[0])]
@@ -77,6 +78,26 @@ def evaluation(arrays: Sequence[mx.array]) -> Evaluation:
         except ValueError:
             continue
     return Evaluation.NEVER
+
+
+_noted = threading.local()
+
+
+@mx.compile
+def _note(*arrays: mx.array) -> mx.array:
+    _noted.called = True
+    return arrays[0]
+
+
+def _untraced(arrays: Sequence[mx.array]) -> bool:
+    """Whether no transformation traces any of these arrays; False may also mean their shapes are new.
+
+    MLX calls a compiled function's Python again where an input is traced, else only for new shapes. Nothing
+    is evaluated: that would wake MLX's thread, which costs more than a small model's token.
+    """
+    _noted.called = False
+    _note(*arrays)
+    return not _noted.called
 
 
 def choose(

@@ -7,14 +7,13 @@ here runs at once: never inside mx.compile or mx.vmap.
 """
 
 import ctypes
-import math
 import os
-import struct
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -252,30 +251,41 @@ def view(array: mx.array) -> np.ndarray:
     return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
-# DLPack's DLTensor: data, device, axes, dtype, shape, strides, offset in bytes.
-_TENSOR = struct.Struct("P2ii4xPPQ")
-_CPU_MEMORY = (1, 0)  # DLPack's device kDLCPU and its number
-_pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
+class _Python(ctypes.Structure):
+    """struct PyBufferFunctions of metal/cpu_buffers.h."""
+
+    _fields_ = (("get", ctypes.c_void_p), ("release", ctypes.c_void_p))
+
+
+_PYTHON = _Python(
+    *(
+        ctypes.cast(function, ctypes.c_void_p)
+        for function in (ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release)
+    )
 )
 
 
-def dense_address(array: mx.array) -> int | None:
-    """Where an evaluated array stands, if row contiguous; quicker than `view` and `address`."""
-    # MLX built with Metal gives a buffer object of Metal's unless memory of the CPU is asked for.
-    capsule = array.__dlpack__(dl_device=_CPU_MEMORY)
-    tensor = ctypes.string_at(_pointer_in(capsule, b"dltensor"), _TENSOR.size)
-    data, device, _, axes, _, strides, offset = _TENSOR.unpack(tensor)
-    if device != _CPU_MEMORY[0]:
-        return None
-    if ctypes.string_at(strides, 8 * axes) != _dense_strides(array.shape):
-        return None
-    return int(data) + int(offset)
+def dense_addresses(library: ctypes.CDLL, arrays: Sequence[mx.array]) -> list[int | None]:
+    """Where evaluated arrays stand, each None unless row contiguous; much quicker than `address`.
+
+    Args:
+        library: one that has metal/cpu_buffers.h.
+    """
+    count = len(arrays)
+    addresses = (ctypes.c_void_p * count)()
+    _holding_the_lock(library).buffer_addresses(
+        ctypes.byref(_PYTHON),
+        (ctypes.py_object * count)(*cast(Any, arrays)),
+        ctypes.c_int64(count),
+        addresses,
+    )
+    return list(addresses)
 
 
-@lru_cache(maxsize=256)
-def _dense_strides(shape: tuple[int, ...]) -> bytes:
-    return struct.pack(f"{len(shape)}q", *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
+@lru_cache(maxsize=64)
+def _holding_the_lock(library: ctypes.CDLL) -> ctypes.PyDLL:
+    """The library for calls that use Python's objects."""
+    return ctypes.PyDLL(library._name, handle=library._handle)
 
 
 def address(array: mx.array) -> int:

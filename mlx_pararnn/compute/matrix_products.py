@@ -82,13 +82,18 @@ def head(module: nn.Module, x: mx.array, *, backend: str = "ops") -> mx.array:
     On the backend "cpu" one token of few sequences at once; more stay lazy, since whoever reads a prompt for
     its state never asks for them.
     """
-    plain = type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
-    few = plain and x.shape[-2] == 1 and _rows(x) <= cpu.FEW_ROWS and cpu.is_large(module.weight.size)
+    few = is_plain(module) and x.shape[-2] == 1 and _rows(x) <= cpu.FEW_ROWS
+    few = few and cpu.is_large(module.weight.size)
     # whether MLX traces the head's own weight was not asked when the call began
     if few and at_once(backend, module.weight, x) and evaluation([module.weight, x]):
         (y,) = _product_cpu()(x, module.weight)
         return cast(mx.array, y)
     return linear(module, x)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a head is a product with its weight and nothing else: not quantized, and without an adapter."""
+    return type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
 
 
 def _rows(x: mx.array) -> int:

@@ -122,7 +122,8 @@ def cpu_gradients_text() -> str:
 
 def cpu_token_text(cell: Cell) -> str:
     """The C++ text of a token through all layers; raises PararnnError for a cell without MSL."""
-    return cpu_elementwise_text() + cpu_text(cell_header(cell)) + metal_text("cpu_token.cpp")
+    text = cpu_elementwise_text() + cpu_text(cell_header(cell)) + metal_text("cpu_token.cpp")
+    return text + metal_text("cpu_buffers.h")
 
 
 def cuda_text(text: str) -> str:

@@ -109,21 +109,23 @@ class ModelTokens:
         self.vocab_size = model.args.vocab_size
         self.cache = model.make_cache() if cache is None else cache
         self._model, self._sampler, self._progress = model, sampler, progress
-        self._logits: mx.array | None = None  # (1, V)
+        self._logits: mx.array | None = None  # (1, T, V)
 
     def read(self, tokens: Sequence[int]) -> None:
         for begin in range(0, len(tokens), PIECE):
             piece = mx.array([tokens[begin : begin + PIECE]])
-            self._logits = self._model(piece, cache=self.cache)[:, -1]
+            self._logits = self._model(piece, cache=self.cache)
             if len(tokens) > 1:
                 mx.eval([layer.state for layer in self.cache])
                 self._progress(min(begin + PIECE, len(tokens)), len(tokens))
 
     def choose(self, allowed: np.ndarray) -> int:
         assert self._logits is not None
+        logits = self._logits[:, -1:] if self._logits.shape[1] > 1 else self._logits
         if self._sampler is None:
-            logits = np.array(self._logits.astype(mx.float32))[0]
-            return int(np.where(allowed, logits, -np.inf).argmax())
-        logits = mx.where(mx.array(allowed), self._logits.astype(mx.float32), -mx.inf)
+            # NumPy reads them where they stand; an operation of MLX's more would take longer than the token.
+            numbers = np.array(logits.astype(mx.float32) if logits.dtype == mx.bfloat16 else logits)[0, 0]
+            return int(np.where(allowed, numbers, -np.inf).argmax())
+        logits = mx.where(mx.array(allowed), logits[:, 0].astype(mx.float32), -mx.inf)
         token = self._sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         return cast(int, token.item())

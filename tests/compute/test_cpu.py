@@ -17,7 +17,7 @@ import pytest
 from mlx_pararnn import PararnnError, get_cell, load_model, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cli.app import show_messages
-from mlx_pararnn.compute import cpu, cpu_build, gpu, layer_ops, texts
+from mlx_pararnn.compute import cpu, cpu_build, cpu_token, gpu, layer_ops, texts
 from mlx_pararnn.compute.choice import evaluation
 from mlx_pararnn.compute.recurrence import recurrence
 from mlx_pararnn.tools import doctor
@@ -587,23 +587,14 @@ def test_a_cell_without_msl_runs_in_ops():
         recurrence(cell, mx.zeros((1, 8)), u, backend="cpu")
 
 
-class OnMetal:
-    """An array of an MLX built with Metal: memory is the CPU's only where that is asked for."""
-
-    def __init__(self, array, always=False):
-        self.array, self.shape, self.always = array, array.shape, always
-
-    def __dlpack__(self, dl_device=(8, 0)):
-        capsule = self.array.__dlpack__()
-        if self.always or dl_device != (1, 0):
-            pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-            place = pointer(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dltensor")
-            ctypes.c_int32.from_address(place + ctypes.sizeof(ctypes.c_void_p)).value = 8
-        return capsule
-
-
-def test_addresses_are_those_of_the_cpus_memory():
-    array = mx.arange(12).reshape(3, 4)
-    mx.eval(array)
-    assert cpu.dense_address(OnMetal(array)) == cpu.address(array)
-    assert cpu.dense_address(OnMetal(array, always=True)) is None
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_addresses_of_many_arrays(dtype):
+    whole = mx.arange(24).reshape(4, 6).astype(DTYPES[dtype])
+    dense = [whole, whole[2:], whole[1:2, 3:], mx.contiguous(whole.T), mx.zeros((1, 3, 1)), mx.zeros(())]
+    strided = [whole.T, whole[:, 1:], whole[::2], mx.broadcast_to(whole[:1], (4, 6))]
+    mx.eval(dense, strided)
+    library = cpu_token._library(get_cell("gru"))
+    found = cpu.dense_addresses(library, [*dense, *strided])
+    assert found == [cpu.address(array) for array in dense] + [None] * len(strided)
+    with pytest.raises(TypeError, match="bytes-like"):
+        cpu.dense_addresses(library, [whole, object()])

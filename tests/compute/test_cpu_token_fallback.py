@@ -151,6 +151,26 @@ def test_wishes(calls, monkeypatch):
     assert calls == [True] * 5
 
 
+@pytest.mark.parametrize("token", [-1, -37])
+def test_token_ids_without_a_row(token, calls):
+    """MLX counts negative ones from the end."""
+    stood_back(make(), calls, tokens=mx.array([[token], [5]]))
+
+
+def test_a_head_of_another_kind_is_called_by_itself(calls):
+    for change in (
+        lambda head: head.update({"weight": head.weight.astype(mx.bfloat16)}),
+        lambda head: head.update({"bias": mx.ones(37)}, strict=False),
+    ):
+        made = make()
+        change(made.lm_head)
+        calls.clear()
+        given, wanted = by_token(made, TOKENS), by_token(made, TOKENS, backend="ops")
+        assert calls == [True] * 5
+        assert given.dtype == wanted.dtype
+        assert distance(numbers(given), numbers(wanted)) < 1e-5
+
+
 def test_a_padded_token(calls):
     made = make()
     given, wanted = made.make_cache(2), made.make_cache(2)

@@ -32,7 +32,8 @@ int replay(char** argv) {
   in = fopen(argv[0], "rb");
   const int64_t times = number();
   pararnn::Token token{};
-  for (int64_t* to : {&token.depth, &token.B, &token.heads, &token.W, &token.taps, &token.wide}) {
+  for (int64_t* to : {&token.depth, &token.B, &token.heads, &token.W, &token.taps, &token.wide,
+                      &token.vocab}) {
     *to = number();
   }
   token.mlp_residual = int(number()), token.threads = int(number());
@@ -46,12 +47,13 @@ int replay(char** argv) {
       memcpy(reinterpret_cast<char*>(&layers[i]) + k * sizeof(void*), &parts[i][k].data, sizeof(void*));
     }
   }
-  const Part norm, norm_bias, x, y;
+  const Part norm, norm_bias, x, y, head, logits;
   token.layers = layers.data();
   token.norm = norm.data, token.norm_bias = norm_bias.data, token.x = x.data, token.y = y.data;
+  token.head = head.data, token.logits = logits.data;
   for (int64_t n = 0; n < times; ++n) DECODE(&token);
   FILE* out = fopen(argv[1], "wb");
-  y.write(out);
+  y.write(out), logits.write(out);
   for (const auto& layer : parts) layer[FIELDS - 2].write(out), layer[FIELDS - 1].write(out);
   return fclose(in) + fclose(out);
 }
@@ -88,7 +90,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
             {k: int(np.prod(v)) for k, v in cpu_token._shapes(cell, D, token.heads, K, token.wide).items()}
         )
         parts.clear()
-        integers = [times, token.depth, token.B, token.heads, token.W, K, token.wide]
+        integers = [times, token.depth, token.B, token.heads, token.W, K, token.wide, token.vocab]
         integers += [token.mlp_residual, threads, round(args.norm_eps * 1e9)]
         parts.append(np.array(integers, np.int64).tobytes())
         floats = {"params", "state", "new_state"}
@@ -97,7 +99,9 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
         for i in range(token.depth):
             for name, *_ in cpu_token.Layer._fields_:
                 add(getattr(token.layers[i], name), sizes[name] * (4 if name in floats else dtype.size))
-        for name, size in (("norm", D), ("norm_bias", D), ("x", token.B * D), ("y", token.B * D)):
+        sizes = {"norm": D, "norm_bias": D, "x": token.B * D, "y": token.B * D}
+        sizes |= {"head": token.vocab * D, "logits": token.B * token.vocab}
+        for name, size in sizes.items():
             add(getattr(token, name), size * dtype.size)
 
     library = cpu_token._library
@@ -107,11 +111,13 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
             self.cell = cell
 
         def __getattr__(self, name):
+            real = getattr(library(self.cell), name)
+
             def call(reference):
                 note(reference)
-                return getattr(library(self.cell), name)(reference)
+                return real(reference)
 
-            return call
+            return call if name.startswith("decode") else real
 
     cache, last = made.make_cache(tokens.shape[0]), None
     y = []
@@ -127,7 +133,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
         by_token(made, tokens, cache)
     last = y[-1]
     file.write_bytes(b"".join(parts))
-    floats = [numbers(last).ravel()]
+    floats = [numbers(last.y).ravel(), numbers(last.logits).ravel()]
     for c in cache:
         floats += [numbers(c[0]).ravel(), *([] if c[1] is None else [numbers(c[1]).ravel()])]
     return np.concatenate(floats)
@@ -148,6 +154,7 @@ def replayed(made, file):
         data = data[size:]
 
     take(B * D, dtype)
+    take(B * made.args.vocab_size, dtype)
     for _ in made.layers:
         take(B * len(cell.slots) * D, mx.float32)
         if window:
