@@ -1,12 +1,13 @@
 """What the pocket model learns from: turns in rows, the state carried from batch to batch."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.protocol import Protocol, find_protocol, tokenizer_files
 from mlx_pararnn.training.trainer import Batch
 
@@ -18,18 +19,16 @@ from .traces import Trace, solve
 # A turn: the token ids, and which of them the model makes itself.
 Turn = tuple[list[int], list[bool]]
 
-DECLINED = (
-    "I add, subtract and compare numbers of any length, multiply by one digit, reverse and sort. "
-    "Try: 12345 + 67890, or: sort 3 1 2"
-)
-# How often each task comes: a trace of sorting has four times the tokens of the others.
+LONGEST = 10  # digits of a number
+RESTART = 64
+# How often each task comes: a trace of sorting has four times the tokens of a reversal's.
 SHARES = {
     "addition": 4,
     "subtraction": 5,
-    "multiplication": 6,
+    "multiplication": 5,
     "comparison": 5,
-    "reversal": 2,
-    "sorting": 1,
+    "reversal": 3,
+    "sorting": 2,
 }
 
 
@@ -40,57 +39,71 @@ def protocol() -> Protocol:
     return found
 
 
-def encode(trace: Any, ids: Protocol) -> Turn:
+def encode(trace: Trace, ids: Protocol) -> Turn:
     """A trace, whose tokens are bytes (one character each) and names of special tokens, as ids."""
     special = {command.name: token for command, token in ids.command_ids.items()}
     special |= {f"<|{m}|>": getattr(ids, m) for m in ("user", "end", "answer", "call", "result", "edge")}
     return [special[t] if len(t) > 1 else ids.byte_ids[ord(t)] for t in trace.tokens], trace.learned
 
 
-def number_turns(seed: int, longest: int) -> Iterator[Turn]:
-    """Turns with numbers of 1 to `longest` digits, without end."""
+def turns(seed: int) -> Iterator[Turn]:
+    """Turns with numbers and turns with plain English, in equal number, without end."""
+    rng, streams = random.Random(seed), (number_turns(seed), english_turns(seed))
+    while True:
+        yield next(rng.choice(streams))
+
+
+def number_turns(seed: int) -> Iterator[Turn]:
+    """Tasks for the pointers, with numbers of 1 to LONGEST digits."""
     rng, ids = random.Random(seed), protocol()
     names, shares = list(SHARES), list(SHARES.values())
     while True:
         (name,) = rng.choices(names, shares)
-        solved = solve(TASKS[name](rng, rng.randint(1, longest))[0])
-        assert isinstance(solved, Trace)
+        solved = solve(TASKS[name](rng, rng.randint(1, LONGEST))[0])
+        assert solved is not None
         yield encode(solved, ids)
 
 
-def other_turns(seed: int) -> Iterator[Turn]:
-    """Turns with messages that are no task of the pointer memory, without end; all are declined."""
-    ids = protocol()
+def english_turns(seed: int) -> Iterator[Turn]:
+    """Turns with plain English: calls, and what is declined. Sums among it are for the pointers, as any."""
+    ids, rng = protocol(), random.Random(seed)
     for example in examples("train", seed):
-        yield encode(trace(Example(example.message), answer=DECLINED), ids)
+        turn = solve(example.message) or trace(example, _result(example, rng))
+        yield encode(turn, ids)
 
 
-def mixed(
-    sources: Sequence[Callable[[int], Iterator[Turn]]], shares: Sequence[float], seed: int
-) -> Iterator[Turn]:
-    """Turns of several sources, each started with the seed, in the given shares."""
-    rng, streams = random.Random(seed), [source(seed) for source in sources]
-    while True:
-        yield next(rng.choices(streams, shares)[0])
+def _result(example: Example, rng: random.Random) -> str:
+    """What the function says at some time of day and year."""
+    if example.function is None:
+        return ""
+    now = datetime(2024, 1, 1) + timedelta(minutes=rng.randrange(10**6))
+    try:
+        return str(getattr(Assistant(lambda: now), example.function)(**example.arguments))
+    except ValueError as error:
+        return f"error: {error}"
 
 
 def batches(turns: Callable[[int], Iterator[Turn]], rows: int, length: int, seed: int) -> Iterator[Batch]:
     """Batches of `rows` endless rows, each with turns of its own, `length` tokens of it in each batch.
 
+    Every RESTART batches all rows begin a turn anew, from the initial state: as a first turn does.
+
     Args:
         turns: from a seed to turns.
         rows, length, seed: row b has the turns of seed * 1000 + b.
     """
-    streams = [_tokens(turns(seed * 1000 + row)) for row in range(rows)]
-    ends = [next(stream) for stream in streams]
-    fresh = True
+    sources = [turns(seed * 1000 + row) for row in range(rows)]
     while True:
-        rows_now = [
-            [end, *(next(stream) for _ in range(length))] for end, stream in zip(ends, streams, strict=True)
-        ]
-        pairs = np.array(rows_now)  # (B, T + 1, 2)
-        yield Batch(pairs[..., 0], pairs[:, 1:, 1].astype(bool), fresh)
-        ends, fresh = [row[-1] for row in rows_now], False
+        streams = [_tokens(source) for source in sources]
+        ends = [next(stream) for stream in streams]
+        for number in range(RESTART):
+            rows_now = [
+                [end, *(next(stream) for _ in range(length))]
+                for end, stream in zip(ends, streams, strict=True)
+            ]
+            pairs = np.array(rows_now)  # (B, T + 1, 2)
+            yield Batch(pairs[..., 0], pairs[:, 1:, 1].astype(bool), number == 0)
+            ends = [row[-1] for row in rows_now]
 
 
 def _tokens(turns: Iterator[Turn]) -> Iterator[tuple[int, bool]]:

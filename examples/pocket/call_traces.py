@@ -2,32 +2,19 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from .calls import DECLINED, Example
+from .traces import END, USER, Trace, as_bytes, scan
 
+CALL, RESULT = "<|call|>", "<|result|>"
 LOOK_AHEAD = 4
-
-
-@dataclass
-class Trace:
-    """A turn: its tokens, and of each whether the model writes it itself.
-
-    Tokens are bytes, as characters of the same number, and special tokens by their names.
-    """
-
-    tokens: list[str] = field(default_factory=list)
-    learned: list[bool] = field(default_factory=list)
-
-    def write(self, tokens: Iterable[str], learned: bool = True) -> None:
-        for token in tokens:
-            self.tokens.append(token)
-            self.learned.append(learned)
+# Of each argument, the pointer that copies it. Pointer 1 has been used before, and goes back first.
+POINTERS = (2, 3, 1)
 
 
 def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
-    """The turn that an example teaches.
+    """The turn that an example teaches, after the message has been scanned.
 
     Each argument is found and copied by a pointer of its own, which reads the message byte by byte. Where a
     byte of the argument is no letter and no digit, the pointer looks a few bytes ahead first: whether the
@@ -38,46 +25,45 @@ def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
         result: what the function gives, as the loop feeds it. The empty answer after it means this text.
         answer: what is said where no function is wanted.
     """
-    turn = Trace()
-    memory = ["<|user|>", *_bytes(example.message), "<|end|>"]
-    turn.write(memory, learned=False)
+    turn = Trace(example.message)
+    scan(turn)
     if example.function is None:
-        turn.write(["<|answer|>", *_bytes(answer), "<|end|>"])
+        turn.answer(answer)
+        turn.end()
         return turn
-
-    def write(tokens: Iterable[str]) -> None:
-        tokens = list(tokens)
-        memory.extend(tokens)
-        turn.write(tokens)
-
-    def read(pointer: int, at: int) -> None:
-        turn.write([f"<|right{pointer}|>", f"<|read{pointer}|>"])
-        turn.write([memory[at]] if at < len(memory) else ["<|edge|>"], learned=False)
-
-    turn.write(["<|call|>"])
-    memory.append("<|call|>")
-    write(f'{{"name":"{example.function}","arguments":{{')
-    for pointer, (name, (start, end)) in enumerate(example.spans.items(), 1):
-        write(("" if pointer == 1 else ",") + f'"{name}":"')
-        first, last = (1 + len(_bytes(example.message[:at])) for at in (start, end))
-        at = 0
-        while at < last:
-            at += 1
-            read(pointer, at)
-            if at < first:
-                continue
-            if not _is_word_byte(memory[at]):
-                for ahead in range(1, LOOK_AHEAD + 1):
-                    read(pointer, at + ahead)
-                turn.write([f"<|left{pointer}|>"] * LOOK_AHEAD)
-            if at < last:
-                write(_escaped(memory[at]))
-        write('"')
-    write("}}")
-    turn.write(["<|result|>"])
-    turn.write([*_bytes(result), "<|end|>"], learned=False)
-    turn.write(["<|answer|>", "<|end|>"])
+    turn.keep(CALL)
+    turn.think(f'{{"name":"{example.function}","arguments":{{')
+    for pointer, (name, span) in zip(POINTERS, example.spans.items(), strict=False):
+        turn.think(("" if pointer == POINTERS[0] else ",") + f'"{name}":"')
+        start, end = (len(as_bytes(example.message[:at])) for at in span)
+        _copy(turn, pointer, start, end)
+        turn.think('"')
+    turn.think("}}")
+    turn.write(RESULT)
+    for token in (*as_bytes(result), END):
+        turn.observe(token)
+    turn.answer()
+    turn.end()
     return turn
+
+
+def _copy(turn: Trace, pointer: int, start: int, end: int) -> None:
+    """The bytes of the message from `start` to `end`, into the JSON of a call."""
+    while pointer == 1 and turn.read(1) != USER:
+        turn.left(1)
+    for at in range(end + 1):
+        turn.right(pointer)
+        byte = turn.read(pointer)
+        if at < start:
+            continue
+        if not _is_word_byte(byte):
+            for _ in range(LOOK_AHEAD):
+                turn.right(pointer)
+                turn.read(pointer)
+            turn.left(pointer, LOOK_AHEAD)
+        if at < end:
+            for token in _escaped(byte):
+                turn.keep(token)
 
 
 def call_of(tokens: Iterable[str]) -> dict[str, Any] | None:
@@ -99,10 +85,6 @@ def call_of(tokens: Iterable[str]) -> dict[str, Any] | None:
     except ValueError:
         return None
     return call if isinstance(call, dict) else None
-
-
-def _bytes(text: str) -> list[str]:
-    return list(text.encode().decode("latin-1"))
 
 
 def _is_word_byte(token: str) -> bool:

@@ -10,27 +10,30 @@ from . import traces
 
 Sample = tuple[str, str]  # message, answer
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+# How a question is asked about "12 + 34", and what may stand around it and around a request.
 ASK = (
+    "{}",
     "{}",
     "{}?",
     "{}=",
     "{} =",
     "what is {}?",
-    "What is {}?",
     "what's {}",
-    "calculate {}",
-    "Please compute {}.",
+    "whats {}?",
+    "what does {} equal?",
     "how much is {}?",
+    "calculate {}",
+    "compute {}.",
+    "work out {}",
+    "solve {}",
+    "evaluate: {}",
+    "tell me {}",
 )
-LIST = (
-    "sort {}",
-    "Sort {}",
-    "sort: {}",
-    "please sort {}",
-    "can you sort {}?",
-    "Sort these: {}",
-    "sort {} please",
-)
+LIST = ("sort {}", "sort: {}", "sort these: {}", "sort the numbers {}", "sort {} please")
+GREETINGS = ("hey, ", "hey ", "hello, ", "hi ", "ok, ", "so ", "ok ")
+POLITE = ("please ", "can you ", "could you ", "pls ", "would you ", "can you please ")
 
 
 def number(rng: random.Random, digits: int) -> str:
@@ -61,25 +64,26 @@ def addition(rng: random.Random, digits: int) -> Sample:
     a, b = pair(rng, digits)
     asked = ask(rng, f"{a}{rng.choice(('+', ' + ', ' plus '))}{b}")
     told = rng.choice(
-        (f"add {a} and {b}", f"Add {a} to {b}", f"sum of {a} and {b}", f"what is the sum of {a} and {b}?")
+        (f"add {a} and {b}", f"add {a} to {b}", f"sum of {a} and {b}", f"what is the sum of {a} and {b}?")
     )
-    return asked if rng.random() < 0.7 else told, str(int(a) + int(b))
+    return polite(rng, asked if rng.random() < 0.7 else told), str(int(a) + int(b))
 
 
 def subtraction(rng: random.Random, digits: int) -> Sample:
     a, b = pair(rng, digits)
     asked = ask(rng, f"{a}{rng.choice(('-', ' - ', ' minus '))}{b}")
-    told = rng.choice((f"subtract {b} from {a}", f"Subtract {b} from {a}.", f"please subtract {b} from {a}"))
-    return asked if rng.random() < 0.7 else told, str(int(a) - int(b))
+    told = rng.choice((f"subtract {b} from {a}", f"take {b} from {a}"))
+    return polite(rng, asked if rng.random() < 0.7 else told), str(int(a) - int(b))
 
 
 def multiplication(rng: random.Random, digits: int) -> Sample:
-    a, b = number(rng, digits), number(rng, 1 if rng.random() < 0.93 else rng.randint(2, max(2, digits)))
+    """Of a number and one digit, in either order."""
+    a, b = number(rng, digits), number(rng, 1)
+    if rng.random() < 0.3:
+        a, b = b, a
     asked = ask(rng, f"{a}{rng.choice(('*', ' * ', ' x ', 'x', ' times '))}{b}")
-    told = rng.choice(
-        (f"multiply {a} by {b}", f"Multiply {a} by {b}.", f"what is the product of {a} and {b}?")
-    )
-    return asked if rng.random() < 0.7 else told, str(int(a) * int(b)) if len(b) == 1 else traces.ONE_DIGIT
+    told = rng.choice((f"multiply {a} by {b}", f"what is the product of {a} and {b}?"))
+    return polite(rng, asked if rng.random() < 0.7 else told), str(int(a) * int(b))
 
 
 def comparison(rng: random.Random, digits: int) -> Sample:
@@ -88,78 +92,59 @@ def comparison(rng: random.Random, digits: int) -> Sample:
     kind = rng.randrange(3)
     if kind == 0:
         join = rng.choice((f"{a} and {b}", f"{a} with {b}", f"{a} to {b}", f"{a}, {b}"))
-        return rng.choice(("compare {}", "Compare {}.", "please compare {}")).format(join), f"{a} {sign} {b}"
+        return polite(rng, f"compare {join}"), f"{a} {sign} {b}"
     large = rng.random() < 0.5
     word = rng.choice(("bigger", "larger", "greater") if large else ("smaller", "less"))
     if kind == 1:
         join = rng.choice((f", {a} or {b}?", f": {a} or {b}", f", {a} or {b}"))
         best = a if (sign == ">") == large else b
-        return (
-            f"{rng.choice(('which is', 'Which is', 'what is', 'which number is'))} {word}{join}",
-            best if sign != "=" else traces.EQUAL,
-        )
+        start = rng.choice(("which is", "what is", "which number is", "which one is"))
+        return polite(rng, f"{start} {word}{join}"), best if sign != "=" else traces.EQUAL
     middle = rng.choice((f" {word} than ", " > " if large else " < ", ">" if large else "<"))
-    asked = rng.choice(("is {}?", "Is {}?", "is {}")).format(f"{a}{middle}{b}")
-    return asked, "yes" if sign == ("> " if large else "< ")[0] else "no"
+    asked = rng.choice(("is {}?", "is {}")).format(f"{a}{middle}{b}")
+    return polite(rng, asked), "yes" if sign == ("> " if large else "< ")[0] else "no"
 
 
 def reversal(rng: random.Random, digits: int) -> Sample:
     a = number(rng, digits)
     if rng.random() < 0.3:
-        return rng.choice(
-            (
-                "what is {} reversed?",
-                "{} reversed",
-                "{} backwards",
-                "say {} backwards",
-                "What is {} backwards?",
-            )
-        ).format(a), a[::-1]
+        asked = rng.choice(("what is {} reversed?", "{} reversed", "{} backwards", "say {} backwards"))
+        return polite(rng, asked.format(a)), a[::-1]
     what = "number"
-    if rng.random() < 0.5:
-        letters = rng.choice(
-            (
-                "abcdefghijklmnopqrstuvwxyz",
-                "abcdefghijklmnopqrstuvwxyz",
-                "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-                "aeioulnrst",
-            )
-        )
+    if rng.random() < 0.6:
+        letters = rng.choice((LETTERS, LETTERS, LETTERS.upper(), "aeioulnrst", LETTERS + "0123456789"))
         a, what = "".join(rng.choices(letters, k=digits)), rng.choice(("word", "string"))
-    form = rng.choice(
-        (
-            "reverse {}",
-            "Reverse {}",
-            "reverse {}",
-            "please reverse {}.",
-            "reverse the {what} {}",
-            "reverse: {}",
-            "can you reverse {}?",
-        )
-    )
-    return form.format(a, what=what), a[::-1]
+    form = rng.choice(("reverse {}", "reverse {}", "reverse the {what} {}", "reverse: {}", "reverse {}?"))
+    message, answer = polite(rng, form.format(a, what=what)), a[::-1]
+    return message, answer.upper() if message.isupper() else answer
 
 
 def sorting(rng: random.Random, digits: int) -> Sample:
     items = list(number(rng, digits))
     if rng.random() < 0.5:
-        form = rng.choice(
-            (
-                "sort {}",
-                "Sort {}.",
-                "sort the digits of {}",
-                "please sort the digits of {}",
-                "sort the digits of {}?",
-            )
-        )
+        form = rng.choice(("sort {}", "sort the digits of {}", "sort the digits of {}?"))
         row = "".join(items) if digits > 1 else "".join(items * 2)
-        return form.format(row), "".join(sorted(row))
+        return polite(rng, form.format(row)), "".join(sorted(row))
     join = rng.choice((" ", " ", ", ", ","))
     if rng.random() < 0.1:
         items[rng.randrange(len(items))] += rng.choice("0123456789")
         items.append(rng.choice("0123456789"))
-    asked = rng.choice(LIST).format(join.join(items))
+    asked = polite(rng, rng.choice(LIST).format(join.join(items)))
     return asked, " ".join(sorted(items)) if max(map(len, items)) == 1 else traces.SINGLE_DIGITS
+
+
+def polite(rng: random.Random, message: str) -> str:
+    """A message with what people put around it, in their cases."""
+    if rng.random() < 0.15 and message[0].isalpha() and not message.startswith(("wh", "how", "is")):
+        message = rng.choice(POLITE) + message
+    if rng.random() < 0.05:
+        message = rng.choice(GREETINGS) + message
+    if message[-1].isalnum() and rng.random() < 0.1:
+        message += rng.choice(".?!")
+    kind = rng.random()
+    if kind < 0.03:
+        return message.upper()
+    return message[0].upper() + message[1:] if kind < 0.35 else message
 
 
 def ask(rng: random.Random, expression: str) -> str:

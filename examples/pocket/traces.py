@@ -1,61 +1,73 @@
 """How a message is answered with the pointer memory: the traces that the model learns to write.
 
-`solve` writes the trace of one message. It works as the model must: it sees what it reads, one entry at a
-time, and every step follows from the last few tokens and from what it reads next. Where a step needs more,
-the trace writes it down and reads it again: pointer 4 stands on the tag that says which task this is.
+`scan` reads the message and notes down what it is about; `solve` goes on to the answer where that is a task
+with numbers. Both work as the model must: they see what they read, one entry at a time, and every step
+follows from the last few words and from what is read next, whatever the length of the numbers. What has to be
+known for longer is noted down, and read again.
 
-    1. Pointer 1 goes right through the message until the task is known and the first number has been passed.
-    2. Pointer 2 comes from the end of the message to the last digit of the second number.
+    1. Pointer 1 goes through the message. Pointer 4 stands on the last note, and is read where a word or a
+       number ends.
+    2. Pointer 1 comes back from the end to the last digit of the second number, pointer 2 goes from the
+       beginning to the last digit of the first.
     3. The task's own loop, which thinks one digit at a time.
-    4. Pointer 3 goes back over the thoughts and the digits of the answer are written out.
+    4. Pointer 3 goes back over the thoughts, and the digits of the answer are written out.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from mlx_pararnn.pocket.pointer import PointerMemory
 
 USER, END, ANSWER, EDGE = "<|user|>", "<|end|>", "<|answer|>", "<|edge|>"
 
-# What a message is about, by the words that say so; a tag is what the trace notes down.
-ADD, SUBTRACT, SUBTRACT_FROM, MULTIPLY = "+", "-", "~", "*"
+# Notes that say which task it is, taken where the second number begins.
+ADD, SUBTRACT, SUBTRACT_FROM, MULTIPLY, MULTIPLY_DIGIT = "+", "-", "~", "*", "x"
 COMPARE, LARGER, SMALLER, IS_GREATER, IS_LESS = "?", "M", "m", "G", "L"
-REVERSE, REVERSED, SORT = "r", "R", "o"
-BEFORE_NUMBERS = {
-    "add": ADD,
-    "sum": ADD,
-    "subtract": SUBTRACT_FROM,
-    "multiply": MULTIPLY,
-    "product": MULTIPLY,
-    "compare": COMPARE,
-    "bigger": LARGER,
-    "larger": LARGER,
-    "greater": LARGER,
-    "smaller": SMALLER,
-    "less": SMALLER,
-    "reverse": REVERSE,
-    "sort": SORT,
+TWO_NUMBERS = "+-~*x?MmGL"
+# Notes of tasks with one piece, taken where it ends: a word, a number, digits in a list or in a row.
+REVERSED_WORD, REVERSED_NUMBER, SORTED_LIST, SORTED_ROW = "R", "B", "O", "d"
+TOO_LONG = "s"  # a list to sort, of longer numbers
+NOTHING = "n"  # no such task
+# Notes that a word has begun a task, and what the second number makes of them.
+BEGUN = {"a": ADD, "f": SUBTRACT_FROM, "p": MULTIPLY, "c": COMPARE, "b": LARGER, "l": SMALLER}
+REVERSE, SORT = "r", "o"
+
+# Before the first number.
+_KEYWORD = re.compile(
+    r".*?(?:\b(?P<a>add|sum of)|\b(?P<f>subtract|take)|\b(?P<p>multiply|product of)|\b(?P<c>compare)"
+    r"|\b(?P<b>bigger|larger|greater)|\b(?P<l>smaller|less))(?: the numbers)?[:,]? "
+)
+_POLITE = r"(?:(?:hey|hi|hello|ok|so)?,? ?(?:please|pls|(?:can|could|would) you(?: please)?)? ?)"
+_VERB = re.compile(_POLITE)
+_QUESTION = re.compile(
+    _POLITE + r"(?:what is|what's|whats|what does|how much is|how much does|calculate|compute|work out"
+    r"|evaluate|solve|figure out|tell me|say|is)?:? ?"
+)
+# Between the numbers.
+_OPERATORS = {
+    **dict.fromkeys(("+", "plus"), ADD),
+    **dict.fromkeys(("-", "minus"), SUBTRACT),
+    **dict.fromkeys(("*", "x", "times", "multiplied by"), MULTIPLY),
+    **dict.fromkeys((">", "bigger than", "larger than", "greater than", "more than"), IS_GREATER),
+    **dict.fromkeys(("<", "smaller than", "less than"), IS_LESS),
 }
-AFTER_A_NUMBER = {
-    "+": ADD,
-    "plus": ADD,
-    "-": SUBTRACT,
-    "minus": SUBTRACT,
-    "*": MULTIPLY,
-    "x": MULTIPLY,
-    "times": MULTIPLY,
-    "bigger": IS_GREATER,
-    "larger": IS_GREATER,
-    "greater": IS_GREATER,
-    ">": IS_GREATER,
-    "smaller": IS_LESS,
-    "less": IS_LESS,
-    "<": IS_LESS,
-    "reversed": REVERSED,
-    "backwards": REVERSED,
+_JOINED_BY = {
+    "a": ("and", "to", ",", "plus"),
+    "f": ("from",),
+    "p": ("by", "and", "with", "times"),
+    "c": ("and", "with", "to", "or", ","),
+    "b": ("or", "and", ","),
+    "l": ("or", "and", ","),
 }
-ONE_DIGIT = "I can only multiply by one digit, as in 12345 * 7."
-SEPARATORS = (" ", ",")
+_REVERSED = re.compile(r".*\d (?:reversed|backwards)")
+# After a task's word, and after its end.
+_OF = ("the", "these", "digits", "digit", "numbers", "number", "of", "word", "string", "letters", "list")
+_COURTESY = ("please", "pls", "thanks", "thx", "equal", "equals", "make", "is")
+_HARMLESS = " ?!.,;:="
+_SEPARATORS = (" ", ", ", ",")
+
 SINGLE_DIGITS = "I can only sort single digits, as in sort 3 1 2."
 EQUAL = "they are equal"
 
@@ -65,7 +77,7 @@ class Trace:
     """What stands in the model's text: the message, then what it writes and observes.
 
     Attributes:
-        tokens: bytes as one-character strings, other tokens by their names.
+        tokens: bytes as characters of the same number, other tokens by their names.
         learned: of each token, whether the model writes it itself (message and observations it does not).
         answered: the answer so far, None before <|answer|>.
     """
@@ -76,128 +88,213 @@ class Trace:
     answered: str | None = None
 
     def __post_init__(self) -> None:
-        self.tokens = [USER, *self.message, END]
+        self.tokens = [USER, *as_bytes(self.message), END]
         self.learned = [False] * len(self.tokens)
         # The entries are names here, which the memory does not mind.
         self.memory: PointerMemory = PointerMemory(self.tokens, EDGE)  # type: ignore[arg-type]
 
     def read(self, pointer: int) -> str:
-        self._write(f"<|read{pointer}|>")
+        self.write(f"<|read{pointer}|>")
         seen = str(self.memory.read(pointer))
-        self.tokens.append(seen)
-        self.learned.append(False)
+        self.observe(seen)
         return seen
 
     def right(self, pointer: int) -> None:
-        self._write(f"<|right{pointer}|>")
+        self.write(f"<|right{pointer}|>")
         self.memory.move(pointer, 1)
 
     def left(self, pointer: int, times: int = 1) -> None:
         for _ in range(times):
-            self._write(f"<|left{pointer}|>")
+            self.write(f"<|left{pointer}|>")
             self.memory.move(pointer, -1)
 
     def last(self, pointer: int) -> None:
-        self._write(f"<|last{pointer}|>")
+        self.write(f"<|last{pointer}|>")
         self.memory.jump_to_last(pointer)
 
     def think(self, text: str) -> None:
-        for character in text:
-            self._write(character)
-            self.memory.append(character)  # type: ignore[arg-type]
-            if self.answered is not None:
-                self.answered += character
+        for character in as_bytes(text):
+            self.keep(character)
+        if self.answered is not None:
+            self.answered += text
 
     def answer(self, text: str = "") -> None:
         """<|answer|>: what is thought from here on is the answer."""
-        self._write(ANSWER)
-        self.memory.append(ANSWER)  # type: ignore[arg-type]
+        self.keep(ANSWER)
         self.answered = ""
         self.think(text)
 
     def end(self) -> None:
-        self._write(END)
+        self.write(END)
 
-    def _write(self, token: str) -> None:
+    def keep(self, token: str) -> None:
+        """A token that the model writes, and that can be read again."""
+        self.write(token)
+        self.memory.append(token)  # type: ignore[arg-type]
+
+    def write(self, token: str) -> None:
+        """A token that the model writes and the memory does not keep."""
         self.tokens.append(token)
         self.learned.append(True)
+
+    def observe(self, token: str) -> None:
+        """A token that is fed to the model."""
+        self.tokens.append(token)
+        self.learned.append(False)
 
 
 def solve(message: str) -> Trace | None:
     """The trace that answers a message, or None for one that is no task of the pointer memory."""
     trace = Trace(message)
-    tag = _find_task(trace)
-    if tag is None:
+    note = scan(trace)
+    if note not in _PROCEDURES:
         return None
-    _PROCEDURES[tag](trace)
+    _PROCEDURES[note](trace)
     trace.end()
     return trace
 
 
-def _find_task(trace: Trace) -> str | None:
-    """Read on until task and first number are known; pointer 1 ends where the task wants it."""
-    seen, number, noted = " ", False, False
+def as_bytes(text: str) -> list[str]:
+    """The UTF-8 bytes of a text, as characters of the same number."""
+    return list(text.encode().decode("latin-1"))
+
+
+# The message.
+
+
+@dataclass
+class _Scan:
+    """What is known on the way through a message. The note is what pointer 4 showed or was put on last."""
+
+    trace: Trace
+    note: str = USER
+    before: str = ""  # the message so far, in small letters
+    run: str = ""  # the word or the digits that end `before`
+    numbers: int = 0
+    first: str = ""  # the first number
+    between: str = ""  # what came after the last number
+
+    def take(self, character: str) -> None:
+        """Go on by one byte of the message, which has been read."""
+        kind, before = _kind(character), _kind(self.before[-1:])
+        if before and kind != before:
+            self.note = self.trace.read(4)
+            self.write(self.run_ends(character))
+        if kind == "digit" != before:
+            self.write(self.number_begins())
+            self.numbers, self.between = self.numbers + 1, ""
+        elif self.contradicts(character, kind, before):
+            self.write(NOTHING)
+        small = character.lower() if character.isascii() else character
+        if kind != "digit":
+            self.between += small
+        elif self.numbers == 1:
+            self.first += character
+        self.before += small
+        self.run = (self.run if kind == before else "") + small if kind else ""
+
+    def contradicts(self, character: str, kind: str, before: str) -> bool:
+        """Whether no task has such a byte here."""
+        if kind == "digit":
+            return self.note == MULTIPLY and len(self.run) == 1  # a second digit
+        if kind == "letter":
+            return character >= "\xc0" or (self.note == REVERSED_WORD and not before)
+        return self.note in TWO_NUMBERS and character not in (END, *_HARMLESS)
+
+    def write(self, note: str | None) -> None:
+        if note is not None:
+            self.trace.think(note)
+            self.trace.last(4)
+            self.note = note
+
+    def number_begins(self) -> str | None:
+        note, between = self.note, self.between.strip()
+        if note == USER and not self.numbers:
+            if found := _KEYWORD.fullmatch(self.before):
+                return found.lastgroup
+            return None if _QUESTION.fullmatch(self.before) else NOTHING
+        if note == USER:
+            return self.task(_OPERATORS.get(between))
+        if note in BEGUN:
+            return self.task(BEGUN[note] if between in _JOINED_BY[note] else None)
+        if note == SORTED_LIST:
+            return None if self.between in _SEPARATORS else TOO_LONG
+        if note == SORTED_ROW:
+            return TOO_LONG
+        another = note in (REVERSED_WORD, REVERSED_NUMBER) and not self.run
+        return NOTHING if another or note in TWO_NUMBERS else None
+
+    def task(self, found: str | None) -> str:
+        """Products are of a number and a digit; which of the two comes first is told apart here."""
+        if found == MULTIPLY and len(self.first) == 1:
+            return MULTIPLY_DIGIT
+        return found or NOTHING
+
+    def run_ends(self, character: str) -> str | None:
+        """A word or the digits of a number end; `character` follows."""
+        run, note = self.run, self.note
+        if run.isdigit():
+            if note == REVERSE:
+                return REVERSED_WORD if _kind(character) else REVERSED_NUMBER
+            if note == SORT:
+                return SORTED_ROW if len(run) > 1 else SORTED_LIST
+            return TOO_LONG if note == SORTED_LIST and len(run) > 1 else None
+        if note == USER:
+            if run in ("reverse", "sort") and _VERB.fullmatch(self.before.removesuffix(run)):
+                return REVERSE if run == "reverse" else SORT
+            return REVERSED_NUMBER if _REVERSED.fullmatch(self.before) else None
+        if note in (REVERSE, SORT):
+            return None if run in _OF else REVERSED_WORD if note == REVERSE else NOTHING
+        ended = note in (*TWO_NUMBERS, REVERSED_NUMBER, SORTED_LIST, SORTED_ROW)
+        return NOTHING if ended and run not in _COURTESY else None
+
+
+def scan(trace: Trace) -> str:
+    """Pointer 1 through the message, to its end; the last note, <|user|> where none was taken."""
+    state = _Scan(trace)
     while True:
         trace.right(1)
         character = trace.read(1)
-        if character == END and not (number and noted):
-            return None
-        if character.isdigit():
-            if number and not noted and not seen[-1].isdigit():
-                return None  # a second number, and the task still unknown
-            seen, number = seen + character, True
-            continue
-        if number and seen[-1].isdigit():  # behind the number
-            tag = trace.read(4)
-            if tag != USER:
-                trace.left(1)
-                return tag
-        seen += character.lower()
-        tag = _keyword(seen, AFTER_A_NUMBER if number else BEFORE_NUMBERS)
-        if tag is None or noted:
-            continue
-        noted = True
-        trace.think(tag)
-        trace.last(4)
-        if number:
-            _back_to_a_digit(trace, 1)
-            return tag
-        if tag in (REVERSE, SORT):
-            return tag
+        state.take(character)
+        if character == END:
+            return trace.read(4)
 
 
-def _keyword(seen: str, keywords: dict[str, str]) -> str | None:
-    for word, tag in keywords.items():
-        if seen.endswith(word) and not (word[0].isalpha() and seen[-len(word) - 1].isalpha()):
-            return tag
-    return None
+def _kind(character: str) -> str:
+    """Of which kind of run a byte is part; "" for none."""
+    if len(character) != 1:
+        return ""
+    if "0" <= character <= "9":
+        return "digit"
+    return "letter" if character.isalpha() or character == "'" or character >= "\x80" else ""
 
 
-def _back_to_a_digit(trace: Trace, pointer: int) -> None:
+# The tasks. Pointer 1 stands on the end of the message, pointers 2 and 3 at its beginning.
+
+
+def _to_two_numbers(trace: Trace) -> None:
+    """Pointer 1 to the last digit of the second number, pointer 2 to that of the first."""
+    _left_to_a_digit(trace, 1)
+    trace.right(2)
+    while not trace.read(2).isdigit():
+        trace.right(2)
+    trace.right(2)
+    while trace.read(2).isdigit():
+        trace.right(2)
+    trace.left(2)
+    _TWO_NUMBERS[trace.read(4)](trace)
+
+
+def _left_to_a_digit(trace: Trace, pointer: int) -> None:
     trace.left(pointer)
     while not trace.read(pointer).isdigit():
         trace.left(pointer)
 
 
-def _right_to_a_digit(trace: Trace, pointer: int) -> None:
-    trace.right(pointer)
-    while not trace.read(pointer).isdigit():
-        trace.right(pointer)
-
-
-def _two_numbers(trace: Trace) -> None:
-    """Pointer 2 to the last digit of the second number; pointer 1 stands on that of the first."""
-    trace.last(2)  # on the tag
-    trace.left(2)
-    _back_to_a_digit(trace, 2)
-
-
 def _add(trace: Trace) -> None:
-    _two_numbers(trace)
-    trace.read(4)
     trace.think("o")  # no carry; "c" is one
     carry = 0
-    for a, b in _digits_from_the_right(trace):
+    for a, b in _digits_from_the_right(trace, 2, 1):
         carry, digit = divmod(_value(a) + _value(b) + carry, 10)
         trace.think(str(digit) + "oc"[carry])
     if carry:
@@ -207,23 +304,11 @@ def _add(trace: Trace) -> None:
     _write_out(trace, first=1, stride=2)
 
 
-def _subtract(trace: Trace) -> None:
+def _subtract(trace: Trace, minuend: int = 2) -> None:
     """a - b and b - a at once: which of the lower parts is larger says who borrows, at the end the sign."""
-    if trace.read(4) == SUBTRACT_FROM:
-        trace.last(1)
-        trace.left(1)
-        _back_to_a_digit(trace, 1)
-        _right_to_a_digit(trace, 2)
-        trace.right(2)
-        while trace.read(2).isdigit():
-            trace.right(2)
-        trace.left(2)
-    else:
-        _two_numbers(trace)
-    trace.read(4)
     mark = "="
     trace.think(mark)
-    for a, b in _digits_from_the_right(trace):
+    for a, b in _digits_from_the_right(trace, minuend, 3 - minuend):
         difference = _value(a) - _value(b)
         digits = (difference - (mark == "<")) % 10, (-difference - (mark == ">")) % 10
         mark = "<" if difference < 0 else ">" if difference else mark
@@ -233,32 +318,26 @@ def _subtract(trace: Trace) -> None:
     _write_out(trace, first=1 if mark == "<" else 2, stride=3)
 
 
-def _multiply(trace: Trace) -> None:
-    _two_numbers(trace)
-    trace.left(2)
-    if trace.read(2).isdigit():
-        return trace.answer(ONE_DIGIT)
-    trace.right(2)
-    trace.read(4)
+def _multiply(trace: Trace, number: int = 2) -> None:
+    """The product of two digits first, then with the carry."""
     trace.think("A")  # carry 0; "B" is 1, up to "I"
     carry = 0
-    while (a := trace.read(1)).isdigit():
-        carry, digit = divmod(int(a) * int(trace.read(2)) + carry, 10)
-        trace.think(str(digit) + "ABCDEFGHI"[carry])
-        trace.left(1)
+    while (a := trace.read(number)).isdigit():
+        product = int(a) * int(trace.read(3 - number))
+        carry, digit = divmod(product + carry, 10)
+        trace.think(f"{product:02}{digit}{'ABCDEFGHI'[carry]}")
+        trace.left(number)
     if carry:
-        trace.think(f"{carry}A")
+        trace.think(f"00{carry}A")
     trace.last(3)
     trace.answer()
-    return _write_out(trace, first=1, stride=2)
+    _write_out(trace, first=1, stride=4)
 
 
 def _compare(trace: Trace) -> None:
-    _two_numbers(trace)
-    trace.read(4)
     mark = "e"
     trace.think(mark)
-    for a, b in _digits_from_the_right(trace):
+    for a, b in _digits_from_the_right(trace, 2, 1):
         difference = _value(a) - _value(b)
         mark = "l" if difference < 0 else "g" if difference else mark
         trace.think(mark)
@@ -271,11 +350,11 @@ def _compare(trace: Trace) -> None:
         if mark == "e":
             return trace.answer(EQUAL)
         trace.answer()
-        return _copy(trace, 1 if (task == LARGER) == (mark == "g") else 2)
+        return _copy(trace, 2 if (task == LARGER) == (mark == "g") else 1)
     trace.answer()
-    _copy(trace, 1)
+    _copy(trace, 2)
     trace.think({"l": " < ", "e": " = ", "g": " > "}[trace.read(3)])
-    return _copy(trace, 2)
+    return _copy(trace, 1)
 
 
 def _copy(trace: Trace, pointer: int) -> None:
@@ -284,52 +363,45 @@ def _copy(trace: Trace, pointer: int) -> None:
     while (character := trace.read(pointer)).isdigit():
         trace.think(character)
         trace.right(pointer)
-    if pointer == 1:  # the second number follows, or not
+    if pointer == 2:  # the second number follows, or not
         trace.read(4)
 
 
-def _reverse(trace: Trace) -> None:
-    """A word or number at the end of the message."""
-    trace.last(2)
-    trace.left(2, 2)
-    while not (character := trace.read(2)).isalnum():
-        trace.left(2)
+def _reverse_word(trace: Trace) -> None:
+    trace.left(1)
+    while not (character := trace.read(1)).isalnum():
+        trace.left(1)
     trace.answer()
     while character.isalnum():
         trace.think(character)
-        trace.left(2)
-        character = trace.read(2)
+        trace.left(1)
+        character = trace.read(1)
 
 
-def _reversed(trace: Trace) -> None:
-    """A number that the word follows; pointer 1 stands on its last digit."""
+def _reverse_number(trace: Trace) -> None:
+    _left_to_a_digit(trace, 1)
     trace.answer()
     while (character := trace.read(1)).isdigit():
         trace.think(character)
         trace.left(1)
 
 
-def _sort(trace: Trace) -> None:
+def _sort(trace: Trace, row: bool) -> None:
     """Once through the digits for each value from 0 to 9, there and back.
 
     Pointer 2 stands on the value. Pointer 3 stands on "d" for digits in one row, else on "s" before the first
     digit of the answer and then on "t".
     """
-    _right_to_a_digit(trace, 1)
-    trace.right(1)
-    row = trace.read(1).isdigit()
+    _left_to_a_digit(trace, 1)
     trace.think("d" if row else "st")
     trace.last(3)
     if not row:
         trace.left(3)
-    if not (_ends_as_row(trace) if row else _all_single(trace)):
-        return trace.answer(SINGLE_DIGITS)
     trace.think("9876543210")
     trace.last(2)
     trace.answer()
     step = trace.left
     while True:
-        step(1)
         character = trace.read(1)
         if character.isdigit():
             if trace.read(2) == character:
@@ -337,37 +409,12 @@ def _sort(trace: Trace) -> None:
                 if mark == "s":
                     trace.right(3)
                 trace.think(" " + character if mark == "t" else character)
-        elif character not in SEPARATORS:
+        elif character not in (" ", ","):
             trace.left(2)
             if not trace.read(2).isdigit():
-                return None
+                return
             step = trace.right if step == trace.left else trace.left
-
-
-def _ends_as_row(trace: Trace) -> bool:
-    """Past the row's digits; whether no other digits follow."""
-    character = "0"
-    while character.isdigit():
-        trace.right(1)
-        character = trace.read(1)
-    while character in SEPARATORS:
-        trace.right(1)
-        character = trace.read(1)
-    return not character.isdigit()
-
-
-def _all_single(trace: Trace) -> bool:
-    """Past the list; whether no digit follows another. Reading "s" after each tells this from a row."""
-    character, digit = trace.read(1), False
-    while character.isdigit() or character in SEPARATORS:
-        if character.isdigit():
-            if digit:
-                return False
-            trace.read(3)
-        digit = character.isdigit()
-        trace.right(1)
-        character = trace.read(1)
-    return True
+        step(1)
 
 
 def _write_out(trace: Trace, first: int, stride: int) -> None:
@@ -383,30 +430,36 @@ def _write_out(trace: Trace, first: int, stride: int) -> None:
         trace.think("0")
 
 
-def _digits_from_the_right(trace: Trace) -> Iterator[tuple[str, str]]:
-    """What pointers 1 and 2 read, from the last digits of two numbers on, until neither is a digit."""
+def _digits_from_the_right(trace: Trace, first: int, second: int) -> Iterator[tuple[str, str]]:
+    """What two pointers read, from the last digits of two numbers on, until neither is a digit."""
     while True:
-        a, b = trace.read(1), trace.read(2)
+        a, b = trace.read(first), trace.read(second)
         if not a.isdigit() and not b.isdigit():
             return
         yield a, b
         if a.isdigit():
-            trace.left(1)
+            trace.left(first)
         if b.isdigit():
-            trace.left(2)
+            trace.left(second)
 
 
 def _value(character: str) -> int:
     return int(character) if character.isdigit() else 0
 
 
-_PROCEDURES = {
+_TWO_NUMBERS = {
     ADD: _add,
     SUBTRACT: _subtract,
-    SUBTRACT_FROM: _subtract,
+    SUBTRACT_FROM: partial(_subtract, minuend=1),
     MULTIPLY: _multiply,
+    MULTIPLY_DIGIT: partial(_multiply, number=1),
     **dict.fromkeys((COMPARE, LARGER, SMALLER, IS_GREATER, IS_LESS), _compare),
-    REVERSE: _reverse,
-    REVERSED: _reversed,
-    SORT: _sort,
+}
+_PROCEDURES = {
+    **dict.fromkeys(_TWO_NUMBERS, _to_two_numbers),
+    REVERSED_WORD: _reverse_word,
+    REVERSED_NUMBER: _reverse_number,
+    SORTED_LIST: partial(_sort, row=False),
+    SORTED_ROW: partial(_sort, row=True),
+    TOO_LONG: partial(Trace.answer, text=SINGLE_DIGITS),
 }

@@ -1,16 +1,14 @@
-"""Train the pocket model: `python -m examples.pocket.train STAGE -o FOLDER`.
+"""Train the pocket model: `python -m examples.pocket.train -o FOLDER`.
 
-Stage "numbers" learns the tasks of the pointer memory; stage "pocket" starts from its model (--start), and
-learns to decline what is none of them. A run that was stopped goes on from its last checkpoint when the same
-command is given again. The model folder is FOLDER/model.
+A run that was stopped goes on from its last checkpoint when the same command is given again; with more
+--steps as long as the learning rate has not begun to fall. The model folder is FOLDER/model.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,67 +21,50 @@ from mlx_pararnn.pocket.protocol import tokenizer_files
 from mlx_pararnn.training.settings import Settings
 from mlx_pararnn.training.trainer import Trainer
 
-from .batches import Turn, batches, mixed, number_turns, other_turns, protocol
+from .batches import batches, protocol, turns
 
 ARGS = ModelArgs(
     cell="gru",
     mixer="gated_conv",
-    hidden_size=128,
-    num_hidden_layers=2,
-    intermediate_size=256,
+    hidden_size=192,
+    num_hidden_layers=3,
+    intermediate_size=384,
     vocab_size=278,
 )
-LONGEST = 6  # digits of a number in the training data
-
-COMMON = Settings(
-    batch_size=32,
-    length=128,
-    learning_rate=4e-3,
-    final_rate=0.05,
-    warmup=50,
+SETTINGS = Settings(
+    steps=6000,
+    batch_size=16,
+    length=256,
+    learning_rate=3e-3,
+    final_rate=0.02,
+    schedule="wsd",
+    decay=0.25,
+    warmup=100,
     beta2=0.98,
     weight_decay=0.01,
-    report_every=20,
+    report_every=50,
     eval_every=0,
-    save_every=50,
+    save_every=100,
 )
-NUMBERS = partial(number_turns, longest=LONGEST)
-# name -> settings, and from a seed to turns
-STAGES: dict[str, tuple[Settings, Callable[[int], Iterator[Turn]]]] = {
-    "numbers": (replace(COMMON, steps=1000), NUMBERS),
-    "pocket": (
-        replace(COMMON, steps=110, learning_rate=2e-3, warmup=5, seed=1),
-        partial(mixed, (NUMBERS, other_turns), (6, 1)),
-    ),
-}
 
 
 def train(
-    stage: str,
     out: Path,
-    start: Path | None = None,
-    steps: int | None = None,
+    settings: Settings = SETTINGS,
     report: Callable[[dict[str, Any]], None] = lambda line: print(json.dumps(line), flush=True),
 ) -> Path:
     """Train, or go on with training, and write the model folder.
 
     Args:
-        stage: one of STAGES.
         out: where checkpoints and the model are written.
-        start: a model folder to start from instead of random weights.
-        steps: instead of the stage's own.
+        settings: how.
         report: given each line of the log.
 
     Returns:
         The model folder.
     """
-    settings, turns = STAGES[stage]
-    settings = replace(settings, steps=steps or settings.steps)
     mx.random.seed(settings.seed)
     model = Model(ARGS)
-    if start is not None:
-        model.load_weights(str(start / "model.safetensors"))
-        model.set_dtype(mx.float32)
     data = batches(turns, settings.batch_size, settings.length, settings.seed + 1)
     trainer = Trainer(model, data, settings, folder=out / "checkpoints", report=report)
     trainer.resume()
@@ -112,9 +93,7 @@ def write_model(model: Model, folder: Path) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="a model folder to start from")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
     given = parser.parse_args()
-    print(train(given.stage, given.out, given.start, given.steps))
+    print(train(given.out, replace(SETTINGS, steps=given.steps)))
