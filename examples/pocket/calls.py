@@ -479,6 +479,29 @@ def _conversion(rng: random.Random) -> dict[str, Filler]:
 
 
 def _expression(rng: random.Random) -> tuple[str, str]:
+    return _signs(rng) if rng.random() < 0.4 else _arithmetic(rng)
+
+
+def _signs(rng: random.Random) -> tuple[str, str]:
+    """Numbers of any length with signs between them."""
+    a, b, c = (rng.randint(1, 10 ** rng.choice((1, 2, 3, 3, 4, 6, rng.randint(1, 12)))) for _ in range(3))
+    if rng.random() < 0.2:
+        return rng.choice(
+            ((f"{a:,} + {b:,}", f"{a}+{b}"), (f"-{a} + {b}", f"-{a}+{b}"), (f"{a:,} - {b}", f"{a}-{b}"),
+             (f"{a}^{b % 9}", f"{a}**{b % 9}"), (f"({a} - {b}) / {c}", f"({a}-{b})/{c}"))
+        )  # fmt: skip
+    signs = (("*", "*"), ("x", "*"), ("times", "*"), ("multiplied by", "*"), ("+", "+"), ("plus", "+"),
+             ("-", "-"), ("minus", "-"), ("/", "/"), ("divided by", "/"), ("over", "/"))  # fmt: skip
+    (sign, plain), (other, other_plain) = rng.choice(signs[:8] + signs), rng.choice(signs)
+    space = " " if len(sign) > 1 or rng.random() < 0.7 else ""
+    text, meant = f"{a}{space}{sign}{space}{b}", f"{a}{plain}{b}"
+    if rng.random() < 0.25:
+        space = " " if len(other) > 1 or space else ""
+        return f"{text}{space}{other}{space}{c}", f"{meant}{other_plain}{c}"
+    return text, meant
+
+
+def _arithmetic(rng: random.Random) -> tuple[str, str]:
     a, b = rng.randint(0, 20), rng.randint(1, 20)
     if rng.random() < 0.3:
         a, b = rng.choice((rng.randint(20, 999), 10 * rng.randint(2, 99))), rng.randint(2, 200)
