@@ -15,8 +15,7 @@ from examples.pocket.call_cases import Case, decline_rate, handwritten, held_out
 from examples.pocket.call_traces import LOOK_AHEAD, call_of, trace
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.functions import Functions
-from mlx_pararnn.pocket.pointer import PointerMemory
-from mlx_pararnn.pocket.protocol import SPECIAL_TOKENS
+from tests.support.pocket_traces import follow
 
 NOW = datetime(2026, 11, 29, 4, 12)
 # Their arguments are copied as they are; of the others every word is understood.
@@ -101,26 +100,6 @@ def test_the_script_shows_examples():
     ]
 
 
-def follow(turn):
-    """The turn's observations compared with what a pointer memory gives."""
-    start = turn.learned.index(True)
-    memory = PointerMemory(turn.tokens[:start], "<|edge|>")
-    shown = None
-    for token, learned in zip(turn.tokens[start:], turn.learned[start:], strict=True):
-        if shown is not None:
-            assert (token, learned) == (shown, False)
-            shown = None
-        elif token in SPECIAL_TOKENS and token[-3].isdigit():
-            action, pointer = token[2:-3], int(token[-3])
-            if action == "read":
-                shown = memory.read(pointer)
-            else:
-                memory.move(pointer, {"right": 1, "left": -1}[action])
-        else:
-            memory.append(token)
-    return memory
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 def test_a_trace_is_what_the_pointer_memory_shows(seed):
@@ -131,7 +110,7 @@ def test_a_trace_is_what_the_pointer_memory_shows(seed):
         assert turn.tokens[-1] == "<|end|>"
         if example.function:
             assert turn.tokens[-2:] == ["<|answer|>", "<|end|>"]
-            assert all(turn.tokens.count(f"<|left{k}|>") % LOOK_AHEAD == 0 for k in (1, 2, 3))
+            assert all(turn.tokens.count(f"<|left{k}|>") % LOOK_AHEAD == 0 for k in (2, 3))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +130,8 @@ def test_what_is_learned_is_what_the_model_writes():
     example = calls.Example("5 min timer", "set_timer", {"duration": "5 min"}, {"duration": (0, 5)})
     turn = trace(example, "Timer set.")
     fed = "".join(token for token, learned in zip(turn.tokens, turn.learned, strict=True) if not learned)
-    assert fed == "<|user|>5 min timer<|end|>5 min min timeTimer set.<|end|>"
+    scanned = "5 <|user|>min <|user|>timer<|end|><|user|><|user|>"
+    assert fed == f"<|user|>5 min timer<|end|>{scanned}5 min min timeTimer set.<|end|>"
 
 
 def test_calls_that_are_none():

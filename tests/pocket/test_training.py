@@ -1,36 +1,34 @@
 """The pocket model's training: rows of turns, a short run in two parts, and the check of whole traces."""
 
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from examples.pocket import evaluate, train
-from examples.pocket.batches import batches, encode, mixed, number_turns, other_turns, protocol
+from examples.pocket import batches as data
+from examples.pocket.batches import batches, encode, english_turns, number_turns, protocol, turns
 from examples.pocket.traces import solve
 from mlx_pararnn import load
 
 
-def some_turns(seed):
-    return number_turns(seed, longest=3)
-
-
 def test_rows_go_on_from_batch_to_batch():
     rows = [np.zeros((3, 0), int), np.zeros((3, 0), bool)]
-    for number, batch in enumerate(itertools.islice(batches(some_turns, 3, 40, seed=5), 4)):
+    for number, batch in enumerate(itertools.islice(batches(number_turns, 3, 40, seed=5), 4)):
         assert batch.fresh == (number == 0)
         assert batch.tokens.shape == (3, 41)
         if number:
             assert (batch.tokens[:, 0] == rows[0][:, -1]).all()
         rows = [np.hstack([rows[0], batch.tokens[:, 1:]]), np.hstack([rows[1], batch.mask])]
     for row in range(3):
-        turns = itertools.chain.from_iterable(zip(*turn, strict=True) for turn in some_turns(5000 + row))
+        turns = itertools.chain.from_iterable(zip(*turn, strict=True) for turn in number_turns(5000 + row))
         expected = list(itertools.islice(turns, 161))[1:]
         assert list(zip(rows[0][row], rows[1][row], strict=True)) == expected
 
 
-@pytest.mark.parametrize("source", [some_turns, other_turns])
+@pytest.mark.parametrize("source", [number_turns, english_turns])
 def test_turns_are_in_the_protocols_order(source):
     """And what the loop feeds is what has no loss."""
     ids = protocol()
@@ -38,14 +36,12 @@ def test_turns_are_in_the_protocols_order(source):
         assert ids.loss_mask(tokens) == learned
 
 
-def test_a_mixture_has_its_shares():
-    turns = mixed(
-        [lambda seed: itertools.repeat(([1], [True])), lambda seed: itertools.repeat(([2], [True]))],
-        (1, 3),
-        0,
-    )
-    count = sum(tokens == [2] for tokens, _ in itertools.islice(turns, 1000))
-    assert 700 < count < 800
+def test_all_rows_begin_anew_now_and_then(monkeypatch):
+    monkeypatch.setattr(data, "RESTART", 2)
+    user = protocol().user
+    for number, batch in enumerate(itertools.islice(batches(turns, 3, 40, seed=5), 5)):
+        assert batch.fresh == (number % 2 == 0)
+        assert not batch.fresh or (batch.tokens[:, 0] == user).all()
 
 
 class Recorded:
@@ -88,14 +84,12 @@ def test_a_table_of_results():
 @pytest.mark.large
 def test_a_short_run_learns_and_is_taken_up_again(tmp_path):
     lines = []
-    train.train("numbers", tmp_path / "run", steps=20, report=lines.append)
-    train.train("numbers", tmp_path / "run", steps=40, report=lines.append)
+    few = replace(train.SETTINGS, steps=20, warmup=5, batch_size=8, length=128, report_every=5)
+    train.train(tmp_path, few, report=lines.append)
+    folder = train.train(tmp_path, replace(few, steps=40), report=lines.append)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert [line["checkpoint"] for line in lines if "checkpoint" in line] == ["00000020", "00000040"]
     assert losses[-1] < losses[0] / 2
-    more = train.train(
-        "pocket", tmp_path / "pocket", tmp_path / "run" / "model", steps=2, report=lines.append
-    )
-    model, tokenizer = load(more)
+    model, tokenizer = load(folder)
     result = evaluate.evaluate(model, tokenizer, "reversal", 5, 4, decode=False)
     assert result["count"] == 4
