@@ -4,11 +4,15 @@ For each task and length, new messages are made, with a seed that training does 
 a whole trace exactly where each of its tokens is the likeliest after those before it, so one pass over the
 trace tells whether the model would write it. `--decode` lets the tool loop run instead, and compares the
 answers.
+
+`--calls N` measures plain English instead, N messages of each kind, all through the tool loop: phrasings that
+were kept from training, messages written by hand, and messages that want no function.
 """
 
 import argparse
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,13 @@ import numpy as np
 
 import mlx_pararnn
 from mlx_pararnn.model import Model
-from mlx_pararnn.pocket.answers import answer
+from mlx_pararnn.pocket.answers import answer, stream_answer
+from mlx_pararnn.pocket.events import Call
 from mlx_pararnn.pocket.loop import Limits
 from mlx_pararnn.pocket.protocol import find_protocol
 
 from .batches import encode
+from .call_cases import decline_rate, handwritten, held_out, measure, out_of_scope
 from .data import TASKS
 from .traces import solve
 
@@ -90,6 +96,28 @@ def evaluate(
     }
 
 
+def call_made(model: Model, tokenizer: Any, message: str) -> dict[str, Any] | None:
+    """The call that the model makes first for a message, None if it makes none."""
+    for event in stream_answer(model, tokenizer, message):
+        if isinstance(event, Call):
+            return {"name": event.name, "arguments": json.loads(event.arguments)}
+    return None
+
+
+def evaluate_calls(model: Model, tokenizer: Any, count: int) -> dict[str, dict[str, float]]:
+    """The measures of `call_cases`, of at most `count` messages of each kind."""
+
+    def made(message: str) -> dict[str, Any] | None:
+        return call_made(model, tokenizer, message)
+
+    results = {
+        "held-out phrasings": measure(made, held_out(count)),
+        "written by hand": measure(made, handwritten()[:count]),
+    }
+    declined = decline_rate(made, out_of_scope()[:count])
+    return {**results, "out of scope": {"declined": declined}}
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown: a row a task, a column a length."""
     lengths = sorted({result["digits"] for result in results})
@@ -115,8 +143,13 @@ if __name__ == "__main__":
     parser.add_argument("--digits", nargs="*", type=int, default=DIGITS)
     parser.add_argument("--count", type=int, help="messages a task and length")
     parser.add_argument("--decode", action="store_true", help="free decoding by the tool loop")
+    parser.add_argument("--calls", type=int, help="plain English instead, so many messages of each kind")
     given = parser.parse_args()
     model, tokenizer = mlx_pararnn.load(given.model)
+    if given.calls:
+        for kind, result in evaluate_calls(model, tokenizer, given.calls).items():
+            print(json.dumps({"kind": kind, **result}))
+        sys.exit()
     results = []
     for task in given.tasks:
         for digits in given.digits:

@@ -10,7 +10,8 @@ known for longer is noted down, and read again.
     2. Pointer 1 comes back from the end to the last digit of the second number, pointer 2 goes from the
        beginning to the last digit of the first.
     3. The task's own loop, which thinks one digit at a time.
-    4. Pointer 3 goes back over the thoughts, and the digits of the answer are written out.
+    4. A pointer goes back over the thoughts, and the digits of the answer are written out. It is another one in
+       each task, since they lie closer in some than in others.
 """
 
 import re
@@ -301,7 +302,7 @@ def _add(trace: Trace) -> None:
         trace.think("1o")
     trace.last(3)
     trace.answer()
-    _write_out(trace, first=1, stride=2)
+    _write_out(trace, 3, first=1, stride=2)
 
 
 def _subtract(trace: Trace, minuend: int = 2) -> None:
@@ -313,9 +314,9 @@ def _subtract(trace: Trace, minuend: int = 2) -> None:
         digits = (difference - (mark == "<")) % 10, (-difference - (mark == ">")) % 10
         mark = "<" if difference < 0 else ">" if difference else mark
         trace.think(f"{digits[0]}{digits[1]}{mark}")
-    trace.last(3)
+    trace.last(1)
     trace.answer("-" if mark == "<" else "")
-    _write_out(trace, first=1 if mark == "<" else 2, stride=3)
+    _write_out(trace, 1, first=1 if mark == "<" else 2, stride=3)
 
 
 def _multiply(trace: Trace, number: int = 2) -> None:
@@ -329,9 +330,9 @@ def _multiply(trace: Trace, number: int = 2) -> None:
         trace.left(number)
     if carry:
         trace.think(f"00{carry}A")
-    trace.last(3)
+    trace.last(2)
     trace.answer()
-    _write_out(trace, first=1, stride=4)
+    _write_out(trace, 2, first=1, stride=4)
 
 
 def _compare(trace: Trace) -> None:
@@ -417,15 +418,15 @@ def _sort(trace: Trace, row: bool) -> None:
         step(1)
 
 
-def _write_out(trace: Trace, first: int, stride: int) -> None:
-    """The answer's digits from pointer 3 leftwards: `first` entries on, then every `stride` entries."""
-    trace.left(3, first)
+def _write_out(trace: Trace, pointer: int, first: int, stride: int) -> None:
+    """The answer's digits from a pointer leftwards: `first` entries on, then every `stride` entries."""
+    trace.left(pointer, first)
     written = False
-    while (digit := trace.read(3)).isdigit():
+    while (digit := trace.read(pointer)).isdigit():
         if digit != "0" or written:
             trace.think(digit)
             written = True
-        trace.left(3, stride)
+        trace.left(pointer, stride)
     if not written:
         trace.think("0")
 

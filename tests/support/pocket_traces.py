@@ -8,7 +8,7 @@ from mlx_pararnn.pocket.pointer import PointerMemory
 def follow(trace):
     """The answer that the trace's own tokens give; each observation is what the memory shows."""
     start = trace.learned.index(True)
-    memory, answer = PointerMemory(trace.tokens[:start], "<|edge|>"), None
+    memory, answer = PointerMemory(trace.tokens[:start], "<|edge|>"), None  # type: ignore[arg-type]
     shown = None
     for token, learned in zip(trace.tokens[start:], trace.learned[start:], strict=True):
         command = re.fullmatch(r"<\|(read|right|left|last)([1-4])\|>", token)
