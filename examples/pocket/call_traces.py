@@ -4,21 +4,25 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .calls import DECLINED, Example
-from .traces import END, USER, Trace, as_bytes, scan
+from .calls import ARGUMENTS, DECLINED, Example
+from .traces import END, USER, Trace, as_bytes, begin
 
 CALL, RESULT = "<|call|>", "<|result|>"
 LOOK_AHEAD = 4
-# Of each argument, the pointer that copies it. Pointer 1 has been used before, and goes back first.
-POINTERS = (2, 3, 1)
+# The kinds of messages: a letter for each function, and one for those that want none.
+KINDS = {function: chr(ord("A") + at) for at, function in enumerate(ARGUMENTS)}
+DECLINE_KIND = "."
+# Of each argument, the pointer that copies it. Pointers 1 and 4 have been used before, and go back first.
+POINTERS = (2, 1, 4)
 
 
 def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
     """The turn that an example teaches, after the message has been scanned.
 
-    Each argument is found and copied by a pointer of its own, which reads the message byte by byte. Where a
-    byte of the argument is no letter and no digit, the pointer looks a few bytes ahead first: whether the
-    argument ends there is then decided by what is near.
+    Each argument is found and copied by a pointer of its own, which reads the message byte by byte; after
+    each word pointer 3 reads the kind of message again. Where a byte of the argument is no letter and no
+    digit, the pointer looks a few bytes ahead first: whether the argument ends there is then decided by what
+    is near.
 
     Args:
         example: a message and its call.
@@ -26,7 +30,8 @@ def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
         answer: what is said where no function is wanted.
     """
     turn = Trace(example.message)
-    scan(turn)
+    begin(turn, DECLINE_KIND if example.function is None else KINDS[example.function])
+    turn.read(3)
     if example.function is None:
         turn.answer(answer)
         turn.end()
@@ -49,19 +54,19 @@ def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
 
 def _copy(turn: Trace, pointer: int, start: int, end: int) -> None:
     """The bytes of the message from `start` to `end`, into the JSON of a call."""
-    while pointer == 1 and turn.read(1) != USER:
-        turn.left(1)
+    while pointer != POINTERS[0] and turn.read(pointer) != USER:
+        turn.left(pointer)
     for at in range(end + 1):
         turn.right(pointer)
         byte = turn.read(pointer)
-        if at < start:
-            continue
         if not _is_word_byte(byte):
-            for _ in range(LOOK_AHEAD):
-                turn.right(pointer)
-                turn.read(pointer)
-            turn.left(pointer, LOOK_AHEAD)
-        if at < end:
+            if at >= start:
+                for _ in range(LOOK_AHEAD):
+                    turn.right(pointer)
+                    turn.read(pointer)
+                turn.left(pointer, LOOK_AHEAD)
+            turn.read(3)
+        if start <= at < end:
             for token in _escaped(byte):
                 turn.keep(token)
 

@@ -1,17 +1,18 @@
 """How a message is answered with the pointer memory: the traces that the model learns to write.
 
-`scan` reads the message and notes down what it is about; `solve` goes on to the answer where that is a task
-with numbers. Both work as the model must: they see what they read, one entry at a time, and every step
-follows from the last few words and from what is read next, whatever the length of the numbers. What has to be
-known for longer is noted down, and read again.
+`begin` notes down what the message seems to be about, and reads it again from its beginning to its end;
+`solve` goes on to the answer where it is a task with numbers. From there on they work as the model must: they
+see what they read, one entry at a time, and every step follows from the last few words and from what is read
+next, whatever the length of the numbers. What has to be known for longer is noted down, and read again.
 
-    1. Pointer 1 goes through the message. Pointer 4 stands on the last note, and is read where a word or a
-       number ends.
+    1. Under pointer 3 stands the kind of message. A long number may have blurred it: it is looked at again
+       only where there is no task with numbers. Pointer 1 goes through the message. Pointer 4 stands on the
+       last note, and is read where a word or a number ends.
     2. Pointer 1 comes back from the end to the last digit of the second number, pointer 2 goes from the
        beginning to the last digit of the first.
     3. The task's own loop, which thinks one digit at a time.
-    4. A pointer goes back over the thoughts, and the digits of the answer are written out. It is another one in
-       each task, since they lie closer in some than in others.
+    4. A pointer goes back over the thoughts, and the digits of the answer are written out. It is another one
+       in each task, since they lie closer in some than in others.
 """
 
 import re
@@ -31,6 +32,7 @@ TWO_NUMBERS = "+-~*x?MmGL"
 REVERSED_WORD, REVERSED_NUMBER, SORTED_LIST, SORTED_ROW = "R", "B", "O", "d"
 TOO_LONG = "s"  # a list to sort, of longer numbers
 NOTHING = "n"  # no such task
+NUMBERS = "#"  # the kind of message that has a task with numbers
 # Notes that a word has begun a task, and what the second number makes of them.
 BEGUN = {"a": ADD, "f": SUBTRACT_FROM, "p": MULTIPLY, "c": COMPARE, "b": LARGER, "l": SMALLER}
 REVERSE, SORT = "r", "o"
@@ -147,12 +149,19 @@ class Trace:
 def solve(message: str) -> Trace | None:
     """The trace that answers a message, or None for one that is no task of the pointer memory."""
     trace = Trace(message)
-    note = scan(trace)
+    note = begin(trace, NUMBERS)
     if note not in _PROCEDURES:
         return None
     _PROCEDURES[note](trace)
     trace.end()
     return trace
+
+
+def begin(trace: Trace, kind: str) -> str:
+    """Note the kind of message down, and scan it; returns the last note, <|user|> where none was taken."""
+    trace.think(kind)
+    trace.last(3)
+    return _scan(trace)
 
 
 def as_bytes(text: str) -> list[str]:
@@ -250,8 +259,8 @@ class _Scan:
         return NOTHING if ended and run not in _COURTESY else None
 
 
-def scan(trace: Trace) -> str:
-    """Pointer 1 through the message, to its end; the last note, <|user|> where none was taken."""
+def _scan(trace: Trace) -> str:
+    """Pointer 1 through the message, to its end."""
     state = _Scan(trace)
     while True:
         trace.right(1)

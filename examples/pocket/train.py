@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import save_config, save_model
 
@@ -31,8 +32,10 @@ ARGS = ModelArgs(
     intermediate_size=384,
     vocab_size=278,
 )
+LONGEST_MEMORY = 400  # tokens: a message of 60 characters, until its arguments have been copied
+
 SETTINGS = Settings(
-    steps=6000,
+    steps=5000,
     batch_size=16,
     length=256,
     learning_rate=3e-3,
@@ -64,12 +67,26 @@ def train(
         The model folder.
     """
     mx.random.seed(settings.seed)
-    model = Model(ARGS)
+    model = remember_long(Model(ARGS))
     data = batches(turns, settings.batch_size, settings.length, settings.seed + 1)
     trainer = Trainer(model, data, settings, folder=out / "checkpoints", report=report)
     trainer.resume()
     trainer.run()
     return write_model(model, out / "model")
+
+
+def remember_long(model: Model) -> Model:
+    """Let the units of each layer begin with memories of 1 to LONGEST_MEMORY tokens.
+
+    By the bias of the update gate, as in "Can recurrent neural networks warp time?" (arXiv 1804.11188).
+    """
+    for layer in model.model.layers:
+        cell = layer.mixer.cell
+        steps = np.geomspace(1, LONGEST_MEMORY, ARGS.hidden_size, dtype=np.float32)
+        bias = np.array(cell.bias)
+        bias[0, : ARGS.hidden_size] = -np.log(steps)
+        cell.bias = mx.array(bias)
+    return model
 
 
 def write_model(model: Model, folder: Path) -> Path:
