@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from examples.pocket import calls
 from examples.pocket.call_cases import Case, decline_rate, handwritten, held_out, measure, out_of_scope
-from examples.pocket.call_traces import LOOK_AHEAD, call_of, trace
+from examples.pocket.call_traces import KINDS, LOOK_AHEAD, call_of, trace
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.functions import Functions
 from tests.support.pocket_traces import follow
@@ -110,7 +110,7 @@ def test_a_trace_is_what_the_pointer_memory_shows(seed):
         assert turn.tokens[-1] == "<|end|>"
         if example.function:
             assert turn.tokens[-2:] == ["<|answer|>", "<|end|>"]
-            assert all(turn.tokens.count(f"<|left{k}|>") % LOOK_AHEAD == 0 for k in (2, 3))
+            assert all(turn.tokens.count(f"<|left{k}|>") % LOOK_AHEAD == 0 for k in (2,))
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,9 @@ def test_what_is_learned_is_what_the_model_writes():
     example = calls.Example("5 min timer", "set_timer", {"duration": "5 min"}, {"duration": (0, 5)})
     turn = trace(example, "Timer set.")
     fed = "".join(token for token, learned in zip(turn.tokens, turn.learned, strict=True) if not learned)
-    scanned = "5 <|user|>min <|user|>timer<|end|><|user|><|user|>"
-    assert fed == f"<|user|>5 min timer<|end|>{scanned}5 min min timeTimer set.<|end|>"
+    kind = KINDS["set_timer"]
+    scanned = f"5 <|user|>min <|user|>timer<|end|><|user|><|user|>{kind}"
+    assert fed == f"<|user|>5 min timer<|end|>{scanned}5 min {kind}min time{kind}Timer set.<|end|>"
 
 
 def test_calls_that_are_none():
