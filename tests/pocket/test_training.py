@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from examples.pocket import evaluate, train
 from examples.pocket import batches as data
+from examples.pocket import evaluate, train
 from examples.pocket.batches import batches, encode, english_turns, number_turns, protocol, turns
 from examples.pocket.traces import solve
 from mlx_pararnn import load
