@@ -179,6 +179,7 @@ def test_uvicorns_protocol_has_what_the_server_watches():
     assert hasattr(uvicorn.Server, "capture_signals"), "see chat/server/listen.py"
 
 
+@pytest.mark.large
 def test_mlx_lm_is_imported_where_few_open_files_are_allowed():
     """Its utils raise the limit as they are imported; registration.py lets that fail."""
     code = (

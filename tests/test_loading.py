@@ -101,16 +101,21 @@ def test_public_names():
         mlx_pararnn.nothing  # noqa: B018
 
 
-def test_registration_works_whichever_is_imported_first():
-    for code in (
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize(
+    "code",
+    [
         "import mlx_lm, mlx_pararnn, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
         "import mlx_pararnn, mlx_lm, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
         "import mlx_pararnn.cache, mlx_lm.models.cache as c; print(c.RecurrentCache.__module__)",
         "import mlx_pararnn, mlx_lm.models.pararnn as p; print(p.Model.__module__)",
-    ):
-        assert run(code).stdout.strip() in ("mlx_pararnn.cache", "mlx_pararnn.model"), code
+    ],
+)
+def test_registration_works_whichever_is_imported_first(code):
+    assert run(code).stdout.strip() in ("mlx_pararnn.cache", "mlx_pararnn.model")
 
 
+@pytest.mark.large
 def test_a_model_folder_never_runs_python(folder):
     (folder / "evil.py").write_text("open('ran', 'w'); Model = ModelArgs = None")
     edit_config(folder, model_file="evil.py", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
@@ -202,6 +207,7 @@ def run_python(code, **environment):
     )
 
 
+@pytest.mark.large
 def test_a_hub_that_never_answers_is_given_up(tmp_path):
     """A server that takes the connection and stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -218,6 +224,7 @@ def test_a_hub_that_never_answers_is_given_up(tmp_path):
     assert "looking for someone/model on Hugging Face" in result.stderr
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("name", ["no/such/folder", "nothing", "def main("])
 def test_a_wrong_path_is_told_before_anything_heavy_is_imported(name):
     code = (

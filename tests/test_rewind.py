@@ -323,6 +323,7 @@ def lm(*args, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
+@pytest.mark.large
 def test_lm_generate_with_a_draft(tmp_path):
     """MLX-LM's command, with more guesses than are remembered by default."""
     folder = demo_in_float32(tmp_path / "demo")
@@ -335,6 +336,7 @@ def test_lm_generate_with_a_draft(tmp_path):
     assert plain.stdout.startswith("self")
 
 
+@pytest.mark.large
 def test_mlx_lms_prompt_cache_both_ways(tmp_path):
     """`lm cache_prompt` -> our /load and Python; our /save -> `lm generate --prompt-cache-file`."""
     model, tokenizer = mlx_pararnn.load()

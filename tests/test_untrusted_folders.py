@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.cli.app import app
 from mlx_pararnn.loading import DEMO
 
 EVIL = """\
@@ -65,6 +67,7 @@ def test_a_leftover_auto_map_of_any_kind_is_passed_over(tmp_path, kind, monkeypa
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     "command",
     [
@@ -86,12 +89,13 @@ def test_a_tokenizer_that_is_python_is_refused(tmp_path):
     (folder / "tokenizer.json").unlink()
     (folder / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]})
-    result = run(folder, "-m", "mlx_pararnn.cli.app", "generate", "model", "-p", "x")
-    assert result.returncode == 1
+    result = CliRunner().invoke(app, ["generate", str(folder), "-p", "x"], input="y\ny\ny\n")
+    assert result.exit_code == 1
     assert "is Python code (auto_map in tokenizer_config.json), which is never run" in result.stderr
     assert_nothing_asked_or_run(result, folder)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("command", ["generate", "benchmark", "fuse"])
 def test_mlx_lms_commands_neither_ask_nor_run_it_without_their_flag(tmp_path, command):
     folder = shutil.copytree(DEMO, tmp_path / "model")
@@ -107,6 +111,7 @@ def test_mlx_lms_commands_neither_ask_nor_run_it_without_their_flag(tmp_path, co
     assert_nothing_asked_or_run(result, folder)
 
 
+@pytest.mark.large
 def test_mlx_lms_flag_still_works(tmp_path):
     folder = shutil.copytree(DEMO, tmp_path / "model")
     (folder / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))

@@ -12,10 +12,12 @@ import time
 
 import mlx.core as mx
 import pytest
+from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.cli.app import app
 from mlx_pararnn.loading import DEMO
 
 TEMPLATE = (
@@ -427,13 +429,14 @@ def test_a_template_that_fails_is_named_and_nothing_was_asked(template, template
             list(conversation.respond("Hello again", max_tokens=2))
     assert (chat.messages, chat.tokens) == (messages, tokens)
     (folder / "chat_template.jinja").write_text(template)
-    command = [sys.executable, "-m", "mlx_pararnn", "generate", folder, "-p", "x", "--max-tokens", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, ["generate", str(folder), "-p", "x", "--max-tokens", "2"])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)  # else there was a traceback
     assert "Traceback" not in done.stderr
     assert "chat template in" in done.stderr
 
 
+@pytest.mark.large
 def test_an_answer_ends_before_what_stderr_says_next():
     """Into one pipe, as with 2>&1; Python's own buffering must not turn them round."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}

@@ -551,6 +551,7 @@ Model.__call__, prompts.encode, Detokenizer.add_token = broken, panicking, panic
 """
 
 
+@pytest.mark.large
 def test_a_panic_ends_a_request_and_a_lost_device_the_server(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.chdir(tmp_path)

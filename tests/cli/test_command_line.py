@@ -63,6 +63,7 @@ main()
 """
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     "imported", ["typer", "mlx_pararnn.cli.report", "mlx_pararnn.convert.to_mlx", "numpy"]
 )

@@ -166,6 +166,7 @@ def test_a_terminal_sees_the_prompt_dimly():
     os.close(ours)
 
 
+@pytest.mark.large
 def test_a_terminal_is_told_how_to_end_the_text():
     ours, theirs = os.openpty()
     pipe = subprocess.PIPE

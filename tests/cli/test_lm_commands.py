@@ -151,6 +151,7 @@ def test_evaluate_on_a_task_of_ones_own(lm, tmp_path):
     assert json.loads(results.read_text())["lines"]["acc,none"] == 1.0
 
 
+@pytest.mark.large
 def test_no_warning_of_our_model_type(tmp_path):
     result = subprocess.run(
         [*(sys.executable, "-m", "mlx_pararnn.cli.app", "lm", "generate", "--model", str(DEMO)),

@@ -324,6 +324,7 @@ def test_a_cell_of_ones_own(bending, launches, monkeypatch, tmp_path):
     p.check(gradients)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("fault", ["text without derivative", "other numbers"])
 def test_what_fails_means_ops_for_the_gradient_alone(fault, bending, monkeypatch, tmp_path):
     if fault == "other numbers":

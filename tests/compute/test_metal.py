@@ -42,6 +42,7 @@ class OnGpu(Problem):
 ROWS = [(kernel, row) for kernel in ("recurrence", "sequential") for row in gpu.options(kernel)]
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kernel", "row"), ROWS, ids=str)
@@ -59,6 +60,7 @@ def test_every_instantiation(name, dtype, kernel, row):
             assert_close(out["states"], states[:, every - 1 :: every], tolerance=tolerance)
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("name", ["gru", "lstm", "nlru"])
 @pytest.mark.parametrize("tiling", gpu.SHAPES)
 @pytest.mark.parametrize("iterations", [1, 2])
@@ -85,6 +87,7 @@ def test_weights_that_overflow_newton_on_the_whole_sequence(name, scale):
             np.testing.assert_array_equal(newton[output], straight[output])
 
 
+@pytest.mark.sampled("large", by=lambda case, method: [case["kind"], method])
 @pytest.mark.parametrize("case", cell_cases(), ids=lambda c: c["name"])
 @pytest.mark.parametrize("method", ["sequential", "newton"])
 def test_golden_cells(case, method):
@@ -119,6 +122,7 @@ LARGE += [decode("lstm", 3, 4096, 4, "float16"), decode("slstm", 1, 5000, gated=
 LARGE += [adjoint("gru", 3, 1000, 1030), adjoint("lstm", 1, 700, 40, 2, shape="narrow", memory=2.0)]
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("call", [*all_calls(), *all_adjoints(), *LARGE], ids=str)
 def test_convolution_decoding_and_the_gradient(call):
     arrays = {

@@ -91,6 +91,7 @@ def test_a_field_that_differs_is_found(side, fault, name):
             cpu_build.build(text, "structs", (used,))
 
 
+@pytest.mark.large
 def test_every_struct_of_a_library_is_checked(monkeypatch):
     checked = []
     monkeypatch.setattr(cpu_build, "_check_layout", lambda _, name, struct: checked.append((name, struct)))

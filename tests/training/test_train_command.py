@@ -103,7 +103,7 @@ def compared(out):
     return losses(read_log(out)), (out / "model.safetensors").read_bytes()
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_moment_a_run_resumes_to_the_bit(seed, text, tmp_path, handlers):
     settings = config(
