@@ -158,6 +158,12 @@ def convert(
         Palette | None,
         typer.Option(help="Core ML: store the matrices as indices of so many bits into 16 numbers."),
     ] = None,
+    initial_state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Core ML: begin every text from the state that `train --tune state` learned."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a model folder.")] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Convert weights that hold NaN or infinity.")
@@ -183,6 +189,7 @@ def convert(
         "--iterations": iterations,
         "--argmax": argmax,
         "--palettize": palettize,
+        "--initial-state": initial_state,
     }
     for name, value in (for_mlx if to == Target.coreml else for_coreml).items():
         if value not in (None, False):
@@ -208,6 +215,7 @@ def convert(
             else f"int{q_bits.value if q_bits else 8}"
             if quantize
             else "float16",
+            initial_state=initial_state,
             tokenizer=tokenizer,
             family=family,
             config=config,

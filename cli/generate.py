@@ -62,6 +62,7 @@ def generate(
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
     ] = False,
     show_tools: ShowTools = False,
+    state: options.InitialState = None,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
@@ -77,6 +78,7 @@ def generate(
         _continue_ids(
             model,
             modules,
+            state,
             token_ids,
             max_tokens,
             (temp or 0.0, top_p, top_k, min_p, repetition_penalty, seed),
@@ -84,7 +86,7 @@ def generate(
         )
         return
     schema = None if json_schema is None else _schema(json_schema)
-    loaded, tokenizer = options.load(model, modules)
+    loaded, tokenizer = options.load(model, modules, state)
     from mlx_pararnn.generation import render, stream_generate
     from mlx_pararnn.pocket.protocol import find_protocol
 
@@ -183,6 +185,7 @@ def _schema(given: str) -> dict[str, Any]:
 def _continue_ids(
     model: str | None,
     modules: list[str] | None,
+    state: Path | None,
     given: str,
     max_tokens: int | None,
     sampling: tuple[float, float, int, float, float, int | None],
@@ -195,7 +198,7 @@ def _continue_ids(
         raise PararnnError(
             f'--tokens takes whole numbers, as in "17 4 260", and got {given[:60]!r}'
         ) from None
-    loaded, config, name = options.load_model(model, modules)
+    loaded, config, name = options.load_model(model, modules, state)
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 

@@ -105,6 +105,16 @@ Import = Annotated[
     ),
 ]
 
+InitialState = Annotated[
+    Path | None,
+    typer.Option(
+        "--state",
+        "--initial-state",
+        metavar="FILE",
+        help="Begin every text from the state that `train --tune state` learned.",
+    ),
+]
+
 
 def import_modules(names: list[str] | None) -> None:
     """Import what --import names, from the working directory too."""
@@ -136,20 +146,24 @@ def without_new_line(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def load(model: str | None, modules: list[str] | None) -> "tuple[Model, TokenizerWrapper]":
+def load(
+    model: str | None, modules: list[str] | None, state: Path | None = None
+) -> "tuple[Model, TokenizerWrapper]":
     """The model that a command names, or the bundled one, and its tokenizer."""
     path = _find(model, modules)
     from mlx_pararnn.loading import load as load_pair
 
-    return load_pair(path)
+    return load_pair(path, state=state)
 
 
-def load_model(model: str | None, modules: list[str] | None) -> "tuple[Model, dict[str, Any], str]":
+def load_model(
+    model: str | None, modules: list[str] | None, state: Path | None = None
+) -> "tuple[Model, dict[str, Any], str]":
     """The same without a tokenizer: the model, its config, and its name."""
     path = _find(model, modules)
     from mlx_pararnn.loading import load_model as load_alone
 
-    return *load_alone(path), model or path.name
+    return *load_alone(path, state=state), model or path.name
 
 
 def _find(model: str | None, modules: list[str] | None) -> Path:

@@ -51,6 +51,7 @@ def serve(
             help="Let a model that uses tools call the package's own functions here: sums, dates, units.",
         ),
     ] = False,
+    state: options.InitialState = None,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
@@ -75,6 +76,7 @@ def serve(
         min_p=min_p,
         prompt_cache_bytes=prompt_cache_mb * 2**20,
         functions=functions,
+        initial_state=state,
     )
     run(model or DEMO, settings, ready=lambda url: print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr))
     print("Stopped.", file=sys.stderr)

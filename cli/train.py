@@ -61,6 +61,10 @@ def train(
             "--tokenizer", "A new model's: bytes (default), bpe:N trained on DATA, a folder or hub name."
         ),
     ] = None,
+    tune: Annotated[
+        str | None,
+        _option("--tune", "With --init: full (default), lora, dora, or state, the initial states alone."),
+    ] = None,
     steps: Annotated[int | None, _option("--steps", "Updates of the weights (1000).")] = None,
     batch_size: Annotated[int | None, _option("--batch-size", "Sequences in one pass (8).")] = None,
     accumulate: Annotated[
@@ -158,6 +162,7 @@ def train(
         "preset": preset,
         "cell": cell,
         "tokenizer": tokenizer,
+        "tune": tune,
         "report_to": tuple(report_to) if report_to else None,
     }
     options.import_modules(modules)

@@ -98,6 +98,7 @@ def convert_to_coreml(
     iterations: int | None = None,
     argmax: bool = False,
     weights: str = "float16",
+    initial_state: str | Path | None = None,
     tokenizer: str | Path | None = None,
     family: str | None = None,
     config: str | Path | None = None,
@@ -115,6 +116,7 @@ def convert_to_coreml(
         iterations: of Newton's method in `prefill`; None measures how many this model needs.
         argmax: give the likeliest token instead of the logits.
         weights: how matrices are stored: "float16", "int8", "int4" or "palette4".
+        initial_state: a file of `mlx-pararnn train --tune state`, which the package then begins with.
         tokenizer, family, config, force, allow_nonfinite: as for `convert_to_mlx`.
         progress: called with what is being done and the share of it that is.
 
@@ -150,7 +152,7 @@ def convert_to_coreml(
                 progress=lambda done, total: say("reading the checkpoint", done / total),
             )
             prepare_tokenizer(_found(model_folder), model_folder, vocab_size, {}).write(folder)
-        model, model_config = load_model(model_folder)
+        model, model_config = load_model(model_folder, state=initial_state)
         model.set_dtype(mx.float32)
         args: ModelArgs = model.args
         _check_fields(model_folder, model_config, EXPORTED)

@@ -43,6 +43,7 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
     # What `from_state`, which skips __init__, leaves as it is: a state from a file remembers nothing.
     recent = 0
     spacing = 0
+    initial: mx.array | None = None  # (slots, D), a learned state before the first token; None for zeros
 
     def __init__(self, batch_size: int = 1, left_padding: Sequence[int] | None = None) -> None:
         super().__init__(size=2)
@@ -69,6 +70,9 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         if self.empty() and len(self.offsets) == 1:
             self.offsets *= batch_size
             self.kept = [{} for _ in self.offsets]
+        if self.initial is not None and self.cache[0] is None:
+            rows = (self.batch_size, *self.initial.shape)
+            self.cache[0] = mx.contiguous(mx.broadcast_to(self.initial, rows))
 
     def spans(self, n: int) -> list[tuple[int, int]] | None:
         """Where the real tokens of the next n stand, (begin, end) a row; None if all are real."""
@@ -314,6 +318,8 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         if not (self.finalized and other.finalized):
             raise ValueError("rows can only join between pieces of a prompt, not while padding is pending")
         rows = self.batch_size, other.batch_size
+        for part in (self, other):
+            part.open(part.batch_size)  # rows that have not begun have their learned state
         self.cache = [_concatenate(a, b, *rows) for a, b in zip(self.cache, other.cache, strict=True)]
         self.offsets = self.offsets + other.offsets
         self.kept = self.kept + [dict(row) for row in other.kept]
@@ -322,7 +328,7 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
 
     def extract(self, idx: int) -> "RecurrentCache":
         row = RecurrentCache()
-        row.cache = self._row(idx)
+        row.cache, row.initial = self._row(idx), self.initial
         row.offsets = [self.offsets[idx]]
         row.kept = [dict(self.kept[idx])]
         row.spacing = self.spacing

@@ -19,6 +19,7 @@ from .model import Model, RecurrentLayer
 from .model_config import ModelArgs, weight_bits
 from .model_files import VOCABULARY_FILES, open_regular, read_json
 
+STATES = "initial_state.safetensors"
 DEMO = Path(__file__).parent / "demo"
 
 # What transformers calls a tokenizer that is its tokenizer.json and nothing else; any model type that has one
@@ -29,23 +30,29 @@ PLAIN_TOKENIZER_TYPE = "glm4"
 _MISFITS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
-def load(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, TokenizerWrapper]:
+def load(
+    path_or_hf_repo: str | Path = DEMO, *, state: str | Path | None = None
+) -> tuple[Model, TokenizerWrapper]:
     """A model and its tokenizer.
 
     Args:
         path_or_hf_repo: a folder that `mlx-pararnn convert` wrote, or a repository on the Hugging Face hub;
             without it, the small model that comes with the package.
+        state: a file of learned initial states (`mlx-pararnn train --tune state`) that goes before those
+            of the model's own weights; None for these, or zeros.
 
     Raises:
         PararnnError: there is no such model, or it is not whole; the message says what to do.
     """
     path = find_model(path_or_hf_repo)
-    model, config = load_model(path)
+    model, config = load_model(path, state=state)
     return model, load_tokenizer(path, config)
 
 
-def load_model(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, dict[str, Any]]:
-    """The model and its config.json as a dict, without a tokenizer; raises as `load` does."""
+def load_model(
+    path_or_hf_repo: str | Path = DEMO, *, state: str | Path | None = None
+) -> tuple[Model, dict[str, Any]]:
+    """The model and its config.json as a dict, without a tokenizer; as `load` otherwise."""
     path = find_model(path_or_hf_repo)
     config = _read_config(path)
     if config.get("model_type") != "pararnn":
@@ -63,6 +70,8 @@ def load_model(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, dict[str, Any
         model, config = mlx_lm.utils.load_model(
             path, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
         )
+        if state is not None:
+            load_states(cast(Model, model), Path(state))
         return cast(Model, model), config
     except PararnnError:
         raise
@@ -70,6 +79,34 @@ def load_model(path_or_hf_repo: str | Path = DEMO) -> tuple[Model, dict[str, Any
         raise PararnnError(f"no model*.safetensors in {path}; convert the checkpoint again") from None
     except _MISFITS as error:
         raise _misfit(path, error) from error
+
+
+def load_states(model: Model, file: Path) -> None:
+    """Give every layer the initial state that `file` has for it.
+
+    Raises:
+        PararnnError: the file cannot be read, or is of another model.
+    """
+    try:
+        with open_regular(file):
+            pass
+        arrays = cast(dict[str, mx.array], mx.load(str(file), "safetensors"))
+        mx.eval(arrays)
+    except FileNotFoundError:
+        raise PararnnError(f"{file}: no such file; --state takes what train --tune state wrote") from None
+    except (RuntimeError, OSError) as error:
+        raise PararnnError(f"{file} cannot be read ({_in_one_line(error)})") from error
+    wanted = {}
+    for number, layer in enumerate(model.layers):
+        cell = layer.mixer.cell
+        wanted[f"layers.{number}"] = (len(cell._cell.slots), cell.recurrent_weight.shape[1])
+    if {name: array.shape for name, array in arrays.items()} != wanted:
+        raise PararnnError(
+            f"{file}: is not the initial states of this model, which has {len(wanted)} layers with states of "
+            f"{' x '.join(map(str, wanted['layers.0']))}; give the model that they were learned with"
+        )
+    for number, layer in enumerate(model.layers):
+        layer.mixer.cell.add_initial_state(arrays[f"layers.{number}"])
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ class RecurrentLayer(nn.Module):
         input_proj.weight: (heads, gates * D / heads, input_size / heads), block diagonal over heads.
         bias: (heads, gates * D / heads).
         recurrent_weight: (P, D), one row for each of the cell's params; diagonal, kept in float32.
+        initial_state: (slots, D), where one was learned (`mlx-pararnn train --tune state`): the state before
+            the first token, instead of zeros.
     """
 
     def __init__(
@@ -96,6 +98,11 @@ class RecurrentLayer(nn.Module):
         if gated_norm:
             hidden = layer_ops.gated_norm(hidden, *gated_norm, backend=where.output)
         return hidden, *states
+
+    def add_initial_state(self, values: mx.array | None = None) -> None:
+        """Begin from these values (slots, D), which can be learned; None for zeros."""
+        shape = len(self._cell.slots), self.recurrent_weight.shape[1]
+        self.initial_state = mx.zeros(shape) if values is None else values.astype(mx.float32).reshape(shape)
 
     def token_arrays(self) -> dict[str, mx.array]:
         """What a token reads, by its names in struct Layer of metal/cpu_token.cpp."""
@@ -424,20 +431,24 @@ class Model(nn.Module):
     def make_cache(self, batch_size: int = 1) -> list[RecurrentCache]:
         """An empty state; it remembers what `recent_steps` and `snapshot_spacing` say."""
         caches = [RecurrentCache(batch_size) for _ in self.layers]
-        for cache in caches:
+        for layer, cache in zip(self.layers, caches, strict=True):
             cache.remember(self.recent_steps, self.snapshot_spacing)
+            cache.initial = layer.mixer.cell.get("initial_state")
         return caches
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Drop a tied head that a file repeats."""
+        """Drop a tied head that a file repeats, and make room for the initial states that it has."""
         if self.args.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
+        for number, layer in enumerate(self.layers):
+            if f"model.layers.{number}.mixer.cell.initial_state" in weights:
+                layer.mixer.cell.add_initial_state()
         return weights
 
     @property
     def cast_predicate(self) -> Any:
         """False for what MLX-LM's `convert --dtype` must leave as it is."""
-        return lambda path: not path.endswith("recurrent_weight")
+        return lambda path: not path.endswith(("recurrent_weight", "initial_state"))
 
     @property
     def quant_predicate(self) -> Any:

@@ -36,22 +36,22 @@ def iterations_needed(model: Model, tokens: list[int], chunk: int, dtype: Any) -
         of its Jacobians may overflow float16.
     """
     needed = 1
-    for cell, params, u in _problems(model, tokens):
+    for cell, params, u, first in _problems(model, tokens):
         with explained(cell), np.errstate(all="ignore"):
-            count = _needed_by_layer(cell, params, u, chunk, dtype)
+            count = _needed_by_layer(cell, params, u, first, chunk, dtype)
         if count is None:
             return None
         needed = max(needed, count)
     return needed
 
 
-def _needed_by_layer(cell: Cell, params: Any, u: Any, chunk: int, dtype: Any) -> int | None:
+def _needed_by_layer(cell: Cell, params: Any, u: Any, first: State, chunk: int, dtype: Any) -> int | None:
     steps = next(iter(u.values())).shape[2]
-    exact = _sequential(cell, _as(params, np.float64), _as(u, np.float64), steps)
+    exact = _sequential(cell, _as(params, np.float64), _as(u, np.float64), steps, first)
     needed = 1
     for begin in range(0, steps - chunk + 1, chunk):
         part = {gate: x[:, :, begin : begin + chunk] for gate, x in u.items()}
-        start = tuple(s[:, :, begin - 1 : begin] if begin else np.zeros_like(s[:, :, :1]) for s in exact)
+        start = tuple(s[:, :, begin - 1 : begin] for s in exact) if begin else first
         truth = tuple(s[:, :, begin : begin + chunk] for s in exact)
         errors = _errors(cell, params, part, start, truth, np.float32)
         count = next((k for k, error in enumerate(errors, 2) if error <= FLOOR), LIMIT + 1)
@@ -94,13 +94,11 @@ def _distance(states: State, truth: State) -> float:
 
 
 def _sequential(
-    cell: Cell, params: Mapping[str, Array], u: Mapping[str, Array], steps: int, start: State | None = None
+    cell: Cell, params: Mapping[str, Array], u: Mapping[str, Array], steps: int, start: State
 ) -> State:
     dtype = next(iter(u.values())).dtype
     first = next(iter(u.values()))[:, :, :1]
-    state: State = (
-        tuple(s.astype(dtype) for s in start) if start else (np.zeros_like(first),) * len(cell.slots)
-    )
+    state: State = tuple(s.astype(dtype) for s in start)
     states = []
     for t in range(steps):
         state = cell.step(state, {gate: x[:, :, t : t + 1] for gate, x in u.items()}, params, _F)
@@ -122,8 +120,10 @@ def _library(shape: tuple[int, ...], dtype: Any) -> Library:
     return Library(_F, delay, after, full)
 
 
-def _problems(model: Any, tokens: list[int]) -> Iterator[tuple[Cell, dict[str, Array], dict[str, Array]]]:
-    """Each layer's cell, params (1, H, 1, w) and inputs u (1, H, T, w), rounded to float16."""
+def _problems(
+    model: Any, tokens: list[int]
+) -> Iterator[tuple[Cell, dict[str, Array], dict[str, Array], State]]:
+    """Each layer's cell, params (1, H, 1, w), inputs u (1, H, T, w), rounded to float16, and first state."""
     cells = [layer.mixer.cell for layer in model.layers]
     projections = [cell.input_proj for cell in cells]
     try:
@@ -140,7 +140,16 @@ def _problems(model: Any, tokens: list[int]) -> Iterator[tuple[Cell, dict[str, A
         gates = np.split(u, len(cell.gates), axis=-1)
         width = gates[0].shape[-1]
         rows = np.array(layer.recurrent_weight).reshape(len(cell.params), 1, layer.num_heads, 1, width)
-        yield cell, dict(zip(cell.params, rows, strict=True)), dict(zip(cell.gates, gates, strict=True))
+        first = np.zeros((len(cell.slots), rows[0].size))
+        if "initial_state" in layer:
+            first = np.array(layer.initial_state, np.float64)
+        start = tuple(first.reshape(len(cell.slots), 1, layer.num_heads, 1, width))
+        yield (
+            cell,
+            dict(zip(cell.params, rows, strict=True)),
+            dict(zip(cell.gates, gates, strict=True)),
+            start,
+        )
 
 
 class _Recorder(nn.Module):

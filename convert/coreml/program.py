@@ -155,19 +155,33 @@ class _Builder:
             for name, row in zip(cell.params, rows, strict=True)
         }
         start = tuple(
-            Value(
-                mb.reshape(
-                    x=mb.slice_by_size(x=states, begin=[i, slot, 0], size=[1, 1, D]), shape=[1, H, 1, w]
-                )
-            )
+            mb.reshape(x=mb.slice_by_size(x=states, begin=[i, slot, 0], size=[1, 1, D]), shape=[1, H, 1, w])
             for slot in range(len(cell.slots))
         )
-        solved = self._solve(params, inputs, start)
+        initial = self._initial_state(i)
+        if initial is not None:
+            start = tuple(mb.add(x=s, y=known) for s, known in zip(start, initial, strict=True))
+        solved = self._solve(params, inputs, tuple(map(Value, start)))
         hidden = solved[cell.output_slot].var
         hidden = mb.reshape(x=mb.transpose(x=hidden, perm=[0, 2, 1, 3]), shape=[1, T, D])
         last = [s.var if T == 1 else self._steps(s.var, T - 1, 1) for s in solved]
+        if initial is not None:
+            last = [mb.sub(x=s, y=known) for s, known in zip(last, initial, strict=True)]
         last = [mb.reshape(x=s, shape=[1, 1, D]) for s in last]
         return _cast(hidden, np.float16), mb.concat(values=last, axis=1) if len(last) > 1 else last[0]
+
+    def _initial_state(self, i: int) -> list[Any] | None:
+        """A learned state's slots (1, H, 1, w), None without one.
+
+        It is added to what is read and taken from what is kept, so that the zeros that an app and Core ML
+        begin with stand for it.
+        """
+        name = f"model.layers.{i}.mixer.cell.initial_state"
+        if name not in self.weights:
+            return None
+        H, w = self.args.num_heads, self.args.hidden_size // self.args.num_heads
+        rows = self._numbers(name).astype(self.form.recurrence_dtype)
+        return [row.reshape(1, H, 1, w) for row in rows]
 
     def _input_projection(self, x: Any, path: str) -> Any:
         """(1, T, D) -> (1, H, T, gates * w)."""

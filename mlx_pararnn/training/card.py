@@ -30,6 +30,7 @@ def training_card(plan: Plan, args: ModelArgs, parameters: int, trainer: Trainer
     begin = "new weights" if plan.init is None else f"`{plan.init.rstrip('/').rpartition('/')[2]}`"
     rows = {
         "Began with": begin,
+        "Learned": plan.tune,
         "Data": f"`{plan.data.name.replace('`', '')}`, {tokens:,} tokens",
         "Read": f"{trainer.tokens:,} tokens in {trainer.step:,} of {settings.steps:,} steps",
         "Training loss": "" if trainer.loss is None else f"{trainer.loss:.4f} nats a token",

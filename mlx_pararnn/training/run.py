@@ -3,6 +3,7 @@
 OUT/run.json            what the run was started with; what makes the folder a run
 OUT/checkpoints/N/      what resumes it bit for bit (checkpoints.py)
 OUT/log.jsonl, loss.png the losses
+OUT/initial_state.safetensors   of `--tune state`; OUT/adapters.safetensors, adapter_config.json of adapters
 OUT/model.safetensors, config.json, tokenizer files, README.md   the model, as of the newest checkpoint
 """
 
@@ -29,7 +30,7 @@ from ..loading import find_model, load_model, load_tokenizer
 from ..model import Model
 from ..model_config import ModelArgs
 from ..model_files import read_json
-from . import checkpoints, data
+from . import checkpoints, data, tuning
 from .card import training_card
 from .reporting import Log, Reporters, check_reporters, draw_losses
 from .settings import Plan, model_args
@@ -39,7 +40,6 @@ from .trainer import Outcome, Trainer, random_seed
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
-WEIGHTS = "model.safetensors"
 # What may be changed when a run is resumed; everything else would make it another run.
 CHANGEABLE = frozenset(
     ("steps", "report_every", "eval_every", "save_every", "sample_every", "sample_prompt", "sample_tokens")
@@ -58,6 +58,7 @@ class Run:
         self.digest = learned.digest
         self.parameters = sum(array.size for _, array in _flat(self.model.parameters()))
         self.tokens = sum(map(len, learned.tokens))
+        tuning.prepare(self.model, plan)
         self._show = report or (lambda line: None)
         settings = plan.settings
         rows = settings.batch_size * settings.accumulate
@@ -122,16 +123,8 @@ class Run:
         return text
 
     def _write_model(self) -> None:
-        lower = self.plan.settings.precision == "bfloat16"
         with self.trainer.averaged():
-            weights = {
-                name: array.astype(mx.bfloat16) if lower and self.model.cast_predicate(name) else array
-                for name, array in _flat(self.model.parameters())
-            }
-            partial = self.out / f".partial.{WEIGHTS}"
-            mx.save_safetensors(str(partial), weights, metadata={"format": "mlx"})
-        checkpoints.to_disk(partial)
-        partial.replace(self.out / WEIGHTS)
+            tuning.write(self.model, self.plan, self.out)
         card = training_card(self.plan, self.model.args, self.parameters, self.trainer, self.tokens)
         checkpoints.write_whole(self.out / "README.md", card.encode())
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ SMALL_PRESETS = {
 SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("float32", "bfloat16")
 STATES = ("carried", "reset")
+TUNING = ("full", "lora", "dora", "state")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Settings:
             checkpoints and samples; 0 for none.
         eval_batches: at most so many batches of held-out text; 0 for all.
         keep: checkpoints that are kept.
+        lora_rank, lora_scale: of adapters.
         sample_prompt, sample_tokens: what samples begin with and how long they are.
     """
 
@@ -90,6 +92,8 @@ class Settings:
     sample_every: int = 0
     eval_batches: int = 0
     keep: int = 2
+    lora_rank: int = 8
+    lora_scale: float = 20.0
     sample_prompt: str = "The"
     sample_tokens: int = 100
 
@@ -139,6 +143,8 @@ class Plan:
         init: the model that training begins with, a folder or Hugging Face name; None for a new one.
         preset, cell, model: a new model's shape: a preset's, changed by fields of config.json.
         tokenizer: of a new model: "bytes", "bpe:N", a folder or Hugging Face name.
+        tune: what is learned: "full", all weights; "lora" and "dora", adapters of matrices (MLX-LM's);
+            "state", each layer's initial state alone.
         report_to: dashboards (`reporting.REPORTERS`).
         settings: how it is trained.
     """
@@ -150,8 +156,19 @@ class Plan:
     cell: str = "gru"
     model: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str = "bytes"
+    tune: str = "full"
     report_to: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        if self.tune not in TUNING:
+            raise PararnnError(f"tune is {self.tune!r}; it must be one of {', '.join(TUNING)}")
+        if self.tune != "full" and self.init is None:
+            raise PararnnError(
+                f"tune {self.tune}: is for a model that was trained; give it with --init MODEL"
+            )
+        if self.tune == "state" and self.settings.states == "carried" and self.settings.packing is not False:
+            object.__setattr__(self, "settings", replace(self.settings, states="reset"))
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self) | {"data": os.path.abspath(self.data), "report_to": list(self.report_to)}
@@ -176,7 +193,7 @@ class Plan:
 
 # the least whole number
 _WHOLE = {
-    **dict.fromkeys(("steps", "batch_size", "accumulate", "length", "keep"), 1),
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "length", "keep", "lora_rank"), 1),
     **dict.fromkeys(("warmup", "seed", "report_every", "eval_every", "save_every", "sample_every"), 0),
     **{"eval_batches": 0, "sample_tokens": 1},
 }
@@ -185,7 +202,7 @@ _NUMBERS = {
     **{"learning_rate": (0, math.inf, False), "final_rate": (0, 1.001, True), "decay": (0, 1.001, True)},
     **{"beta1": (0, 1, True), "beta2": (0, 1, True), "epsilon": (0, math.inf, False)},
     **{"weight_decay": (0, math.inf, True), "clip": (0, math.inf, True), "valid_share": (0, 1, True)},
-    **{"max_recurrent_norm": (0, math.inf, False), "ema": (0, 1, False)},
+    **{"lora_scale": (0, math.inf, False), "max_recurrent_norm": (0, math.inf, False), "ema": (0, 1, False)},
 }
 _OPTIONAL = ("max_recurrent_norm", "ema")
 
@@ -217,7 +234,7 @@ def read_plan(config: Path | None, others: Mapping[str, Any], settings: Mapping[
     for name in ("data", "valid"):
         if name in values and name not in others and config is not None:
             rest[name] = config.parent / _text(name, values[name])
-    for name in ("init", "preset", "cell", "tokenizer"):
+    for name in ("init", "preset", "cell", "tokenizer", "tune"):
         if name in rest:
             rest[name] = _text(name, rest[name])
     if rest.get("init") is not None:

@@ -41,6 +41,7 @@ class Engine:
         path: a model folder, or a repository on the hub.
         prompts: where the states of prompts are kept.
         metrics: what is counted.
+        state: a file of initial states; None for the model's own.
 
     Attributes:
         on_failure: called in the engine's thread when it cannot go on.
@@ -51,10 +52,12 @@ class Engine:
     tokenizer: Any
     state_nbytes = 0
 
-    def __init__(self, path: str | Path, prompts: PromptCache, metrics: Metrics) -> None:
+    def __init__(
+        self, path: str | Path, prompts: PromptCache, metrics: Metrics, state: Path | None = None
+    ) -> None:
         self.failure: BaseException | None = None
         self.stopping = self.refusing = False
-        self._path, self._prompts, self._metrics = path, prompts, metrics
+        self._path, self._state, self._prompts, self._metrics = path, state, prompts, metrics
         self.on_failure: Callable[[], None] = lambda: None
         self._commands: queue.SimpleQueue[tuple[str, Job] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
@@ -130,7 +133,7 @@ class Engine:
             self.on_failure()
 
     def _load(self) -> None:
-        model, tokenizer = load(self._path)
+        model, tokenizer = load(self._path, state=self._state)
         model.snapshot_spacing = SPACING
         probe = model.make_cache()
         mx.eval(model(mx.array([[0]]), cache=probe))

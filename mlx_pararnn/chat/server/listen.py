@@ -52,7 +52,7 @@ def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = l
     metrics = Metrics()
     prompts = PromptCache(max_size=256, max_bytes=settings.prompt_cache_bytes)
     with _watched():
-        engine = Engine(path, prompts, metrics)
+        engine = Engine(path, prompts, metrics, settings.initial_state)
         try:
             with _interrupting():
                 engine.wait()

@@ -1,6 +1,7 @@
 """What a server is told when it starts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Settings:
         temperature, top_p, top_k, min_p: for requests that do not say.
         prompt_cache_bytes: for stored states.
         functions: whether a model that uses tools may call the package's own functions, which run here.
+        initial_state: a file of states that every conversation begins with; None for the model's own.
     """
 
     host: str = "127.0.0.1"
@@ -29,3 +31,4 @@ class Settings:
     min_p: float = 0.0
     prompt_cache_bytes: int = 2**30
     functions: bool = False
+    initial_state: Path | None = None

@@ -4,6 +4,8 @@ The MLX model has the same float16-rounded weights and computes in float32. A di
 ||ours - reference|| / ||reference||.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -11,9 +13,21 @@ ct = pytest.importorskip("coremltools", reason="coremltools has no wheel for thi
 
 import mlx.core as mx  # noqa: E402
 from coremltools.proto import Model_pb2  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
-from mlx_pararnn import Cell, register_cell  # noqa: E402
-from tests.support.coreml.exporting import KINDS, QUANTIZED, TRAINED, golden, held_out, some_ids  # noqa: E402
+from mlx_pararnn import Cell, load_model, register_cell  # noqa: E402
+from tests.support.coreml.exporting import (  # noqa: E402
+    KINDS,
+    QUANTIZED,
+    TRAINED,
+    export,
+    golden,
+    held_out,
+    rounded,
+    rounded_model,
+    small_model,
+    some_ids,
+)
 from tests.support.coreml.interpreter import Package  # noqa: E402
 from tests.support.coreml.runner import Runner  # noqa: E402
 
@@ -347,3 +361,27 @@ def test_two_thousand_steps(exports, trained, state):
     pieces = [difference(ours[i : i + 500], expected[i : i + 500]) for i in range(0, 2000, 500)]
     assert max(pieces) < TOLERANCE["float16"]
     assert max(pieces) < 1.25 * pieces[0]
+
+
+@pytest.mark.parametrize("state", ["graph", "io"])
+def test_a_learned_state_is_where_a_package_begins(state, tmp_path):
+    """An app's zeros stand for it; from a file of states, as from the model's own."""
+    source = small_model(tmp_path / "plain", cell="lstm", num_heads=2)
+    states = {f"layers.{n}": mx.random.normal((2, 12), key=mx.random.key(n)) for n in range(2)}
+    mx.save_safetensors(str(tmp_path / "states.safetensors"), states)
+    tuned, _ = load_model(source, state=tmp_path / "states.safetensors")
+    out = tmp_path / "out"
+    options = ("--state", state, "--chunk", 8, "--initial-state", tmp_path / "states.safetensors")
+    result = export(source, out, *options, "--tokenizer", "none")
+    assert result.exit_code == 0, result.output
+    ids = some_ids(50, 20)
+    rounded(tuned)
+    check(out, tuned, ids)
+    assert difference(reference_logits(tuned, ids), reference_logits(rounded_model(source), ids)) > 0.05
+
+    with_own = tmp_path / "tuned"
+    shutil.copytree(source, with_own)
+    mx.save_safetensors(str(with_own / "model.safetensors"), dict(tree_flatten(tuned.parameters())))
+    assert export(with_own, tmp_path / "own", *options[:4], "--tokenizer", "none").exit_code == 0
+    ours, theirs = (Runner(folder).decode(ids[:4]) for folder in (out, tmp_path / "own"))
+    assert np.array_equal(ours, theirs)

@@ -86,7 +86,11 @@ def small_model(
 
 def rounded_model(folder: Path) -> Model:
     """The MLX model of a folder, its weights rounded to float16 and computing in float32."""
-    model, _ = mlx_pararnn.load_model(folder)
+    return rounded(mlx_pararnn.load_model(folder)[0])
+
+
+def rounded(model: Model) -> Model:
+    """The model, its weights rounded to float16 and computing in float32."""
     model.update(tree_map(lambda p: p.astype(mx.float16).astype(mx.float32), model.parameters()))
     mx.eval(model.parameters())
     return model

@@ -1,0 +1,199 @@
+"""Learned initial states and adapters: what changes, what is written, and that it loads everywhere."""
+
+import json
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import load_adapters
+from typer.testing import CliRunner
+
+from mlx_pararnn.cache import RecurrentCache
+from mlx_pararnn.cli.app import app
+from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.loading import STATES, load, load_states
+from mlx_pararnn.training import run as runs
+from mlx_pararnn.training.reporting import read_log
+from mlx_pararnn.training.settings import Plan, Settings
+from tests.support.training import SMALL, TEXT, losses, same, small_model
+
+QUICK = {
+    "steps": 6,
+    "batch_size": 4,
+    "length": 16,
+    "warmup": 1,
+    "eval_every": 3,
+    "save_every": 2,
+    "report_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder, and the text that it was trained on."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text(TEXT)
+    settings = Settings(**QUICK, learning_rate=1e-2)
+    plan = Plan(folder / "text.txt", cell="lstm", model=SMALL, settings=settings)
+    runs.start(folder / "model", plan).run()
+    return folder / "model", folder / "text.txt"
+
+
+def run_plan(base, tune, **changes):
+    settings = Settings(**QUICK | {"learning_rate": 0.05} | changes)
+    return Plan(base[1], init=str(base[0]), tune=tune, settings=settings)
+
+
+def tuned(base, out, tune, lines=None, stop=None, **changes):
+    report = (lambda line: None) if lines is None else lines.append
+    run = runs.start(out, run_plan(base, tune, **changes), report)
+    if stop:
+        run._targets = []
+        make_step = run.trainer._make_step
+
+        def stepping(batch):
+            make_step(batch)
+            if run.trainer.step == stop:
+                run.trainer.stop()
+
+        run.trainer._make_step = stepping
+    run.run()
+    return out
+
+
+def weights(path):
+    return dict(tree_flatten(load(path)[0].parameters()))
+
+
+TOKENS = mx.array(np.frombuffer(TEXT.encode(), np.uint8)[:80].astype(np.int32).reshape(2, 40))
+
+
+UP, DOWN = "abcdefg" * 8, "gfedcba" * 8
+
+
+@pytest.fixture(scope="module")
+def two_styles(tmp_path_factory):
+    """A model of texts that go up and texts that go down the alphabet, and a text that goes up alone."""
+    folder = tmp_path_factory.mktemp("styles")
+    lines = [json.dumps({"text": UP if i % 2 else DOWN}) for i in range(64)]
+    (folder / "both.jsonl").write_text("\n".join(lines))
+    (folder / "up.txt").write_text(UP * 32)
+    settings = Settings(
+        **QUICK | {"steps": 200, "length": 8, "batch_size": 16, "save_every": 0}, learning_rate=5e-2
+    )
+    plan = Plan(folder / "both.jsonl", cell="lstm", model=SMALL, settings=replace(settings, states="reset"))
+    runs.start(folder / "model", plan).run()
+    return folder / "model", folder / "up.txt"
+
+
+def test_a_state_chooses_the_style_and_is_all_that_changes(two_styles, tmp_path):
+    """Which way a text goes is one bit, which its second letter tells: log 2 nats in 8 letters."""
+    base, lines = two_styles, []
+    out = tuned(base, tmp_path / "out", "state", lines, steps=60, length=8, batch_size=16, weight_decay=0.0)
+    after, before = weights(out), weights(base[0])
+    learned = {name for name in after if name.endswith("initial_state")}
+    assert len(learned) == 2
+    assert all(mx.abs(after[name]).max() > 1e-3 for name in learned)
+    assert same({name: after[name] for name in before}, before)
+    assert set(after) - set(before) == learned
+    assert (out / STATES).stat().st_size < 1000
+    trainer = runs.start(tmp_path / "again", run_plan(base, "state", length=8, batch_size=16)).trainer
+    first, _ = trainer.evaluate(trainer.held_out)
+    held = [line["valid_loss"] for line in lines if "valid_loss" in line]
+    assert held[-1] < first - math.log(2) / 8
+
+    by_file, _ = load(base[0], state=out / STATES)
+    by_folder, _ = load(out)
+    assert mx.array_equal(by_file(TOKENS), by_folder(TOKENS))
+    assert not mx.allclose(by_file(TOKENS), load(base[0])[0](TOKENS), atol=1e-3)
+    for prompt in (["-p", "d"], ["--tokens", str(ord("d"))]):
+        texts = []
+        for where in ([str(out)], [str(base[0]), "--state", str(out / STATES)]):
+            done = CliRunner().invoke(app, ["generate", *where, *prompt, "--max-tokens", "4", "--json"])
+            assert done.exit_code == 0, done.stderr
+            texts.append(bytes(json.loads(done.stdout)["tokens"]).decode())
+        assert texts == ["efga"] * 2
+
+
+def test_tuned_states_resume_to_the_bit(base, tmp_path):
+    whole = tuned(base, tmp_path / "whole", "state")
+    parts = tuned(base, tmp_path / "parts", "state", stop=3)
+    runs.resume(parts).run()
+    assert (whole / STATES).read_bytes() == (parts / STATES).read_bytes()
+    assert losses(read_log(whole)) == losses(read_log(parts))
+
+
+@pytest.mark.parametrize("tune", ["lora", "dora"])
+def test_adapters_are_fused_and_load_in_mlx_lm(tune, base, tmp_path):
+    out = tuned(base, tmp_path / "out", tune, learning_rate=1e-2)
+    after, before = weights(out), weights(base[0])
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not mx.array_equal(after[name], before[name])}
+    assert changed
+    assert all(name.endswith("proj.weight") for name in changed)
+    model, _ = load(base[0])
+    load_adapters(model, str(out))
+    assert mx.allclose(model(TOKENS), load(out)[0](TOKENS), atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_learned_state_is_where_every_row_begins(cell):
+    model = small_model(cell=cell)
+    slots = len(model.layers[0].mixer.cell._cell.slots)
+    for layer in model.layers:
+        layer.mixer.cell.initial_state = mx.random.normal((slots, 16))
+    cache = model.make_cache()
+    for c, layer in zip(cache, model.layers, strict=True):
+        c.cache[0] = mx.broadcast_to(layer.mixer.cell.initial_state, (2, slots, 16))
+        c.offsets, c.kept = [0, 0], [{}, {}]
+    given = model(TOKENS, cache=cache)
+    assert mx.allclose(model(TOKENS), given, atol=1e-5)
+    one_by_one = model.make_cache(2)
+    pieces = [model(TOKENS[:, t : t + 1], cache=one_by_one) for t in range(40)]
+    assert mx.allclose(mx.concatenate(pieces, axis=1), given, atol=1e-4)
+    # rows that join before their first token, and one that has read some
+    merged = [
+        RecurrentCache.merge(layers) for layers in zip(model.make_cache(), model.make_cache(), strict=True)
+    ]
+    assert mx.allclose(model(TOKENS, cache=merged), given, atol=1e-5)
+    begun = model.make_cache()
+    model(TOKENS[:1], cache=begun)
+    joined = [RecurrentCache.merge(layers) for layers in zip(begun, model.make_cache(), strict=True)]
+    assert mx.allclose(model(TOKENS, cache=joined)[1], given[1], atol=1e-5)
+
+
+def test_states_that_do_not_fit(base, tmp_path):
+    model, _ = load(base[0])
+    with pytest.raises(PararnnError, match="no such file"):
+        load_states(model, tmp_path / "none")
+    (tmp_path / "bad").write_bytes(b"no safetensors")
+    with pytest.raises(PararnnError, match="cannot be read"):
+        load_states(model, tmp_path / "bad")
+    mx.save_safetensors(str(tmp_path / "s.safetensors"), {"layers.0": mx.zeros((1, 16))})
+    with pytest.raises(PararnnError, match="2 layers with states of 2 x 16"):
+        load_states(model, tmp_path / "s.safetensors")
+
+
+def test_the_server_begins_from_a_state(base, tmp_path):
+    from mlx_pararnn.chat.prompt_cache import PromptCache
+    from mlx_pararnn.chat.server.engine import Engine
+    from mlx_pararnn.chat.server.metrics import Metrics
+
+    states = {f"layers.{n}": mx.full((2, 16), 0.25) for n in range(2)}
+    mx.save_safetensors(str(tmp_path / "s.safetensors"), states)
+    engine = Engine(base[0], PromptCache(), Metrics(), tmp_path / "s.safetensors")
+    engine.wait()
+    try:
+        assert engine.model.layers[1].mixer.cell.initial_state.tolist() == [[0.25] * 16] * 2
+    finally:
+        engine.stop()
+
+
+def test_tuning_needs_a_model(base):
+    with pytest.raises(PararnnError, match="give it with --init MODEL"):
+        Plan(base[1], tune="lora")
+    with pytest.raises(PararnnError, match="tune is 'all'; it must be one of full, lora"):
+        Plan(base[1], init=str(base[0]), tune="all")
