@@ -1,6 +1,7 @@
 """`mlx-pararnn serve`: OpenAI's protocol and a chat page, over HTTP."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -44,6 +45,14 @@ def serve(
     prompt_cache_mb: Annotated[
         int, typer.Option("--prompt-cache-mb", min=0, help="Memory for the states of earlier requests.")
     ] = 1024,
+    prompt_cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-cache-dir",
+            metavar="FOLDER",
+            help="Save these states here too, so that they survive a restart. They hold what was said.",
+        ),
+    ] = None,
     functions: Annotated[
         bool,
         typer.Option(
@@ -75,6 +84,7 @@ def serve(
         top_k=top_k,
         min_p=min_p,
         prompt_cache_bytes=prompt_cache_mb * 2**20,
+        prompt_cache_folder=prompt_cache_dir,
         functions=functions,
         initial_state=state,
     )

@@ -86,9 +86,7 @@ class PromptCache(LRUPromptCache):
         key = model, np.array(tokens[:read], np.int32).tobytes()
         if key in self._states:
             self._drop(key)
-        self._states[key] = stored
-        self._nbytes += _size(key, stored)
-        self.trim_to(n_sequences=self.max_size, n_bytes=self.max_bytes)
+        self._store(key, stored)
 
     def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
         """Evict until there are no more than so many texts, of no more than so many bytes together."""
@@ -98,9 +96,21 @@ class PromptCache(LRUPromptCache):
         ):
             self._drop(next(iter(self._states)))
 
+    def open(self, model: Any) -> None:
+        """For a cache that outlives the process: read what was saved for this model."""
+
+    def save_some(self, busy: bool = False) -> bool:
+        """For a cache that outlives the process: save one state; False where nothing was to save."""
+        return False
+
     def stats_by_type(self) -> dict[str, dict[str, int]]:
         """What MLX-LM logs; here there is one type."""
         return {"all": {"n_sequences": len(self), "n_bytes": self.nbytes}}
+
+    def _store(self, key: tuple[Any, bytes], states: list[RecurrentCache]) -> None:
+        self._states[key] = states
+        self._nbytes += _size(key, states)
+        self.trim_to(n_sequences=self.max_size, n_bytes=self.max_bytes)
 
     def _drop(self, key: tuple[Any, bytes]) -> None:
         self._nbytes -= _size(key, self._states.pop(key))

@@ -131,6 +131,9 @@ class Engine:
         self._send()
         if self.failure is not None:
             self.on_failure()
+            return
+        while self._prompts.save_some():
+            pass
 
     def _load(self) -> None:
         model, tokenizer = load(self._path, state=self._state)
@@ -140,6 +143,7 @@ class Engine:
         self.state_nbytes = sum(layer.state_nbytes for layer in probe)
         self.model, self.tokenizer = model, tokenizer
         self._end_tokens = set(tokenizer.eos_token_ids)
+        self._prompts.open(model)
         self._batch = Batch(model, self._end_tokens, BATCH, self._prompts)
 
     def _take_commands(self) -> bool:
@@ -149,9 +153,13 @@ class Engine:
             self._metrics.waiting.set(len(self._waiting))
             idle = not (self._waiting or self._busy)
             try:
-                command = self._commands.get() if idle else self._commands.get_nowait()
+                command = self._commands.get_nowait()
             except queue.Empty:
-                return not self.stopping
+                if self._prompts.save_some(busy=not idle) and idle:
+                    continue
+                if not idle:
+                    return not self.stopping
+                command = self._commands.get()
             if command is None or self.stopping:
                 return False
             action, job = command

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...errors import PararnnError
 from ..prompt_cache import PromptCache
+from ..saved_prompts import SavedPromptCache
 from .app import make_app
 from .engine import Engine
 from .metrics import Metrics
@@ -50,7 +51,9 @@ def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = l
         raise PararnnError("serve runs in one process; start it without mlx.launch")
     _check_address(settings)
     metrics = Metrics()
-    prompts = PromptCache(max_size=256, max_bytes=settings.prompt_cache_bytes)
+    sizes = {"max_size": 256, "max_bytes": settings.prompt_cache_bytes}
+    folder = settings.prompt_cache_folder
+    prompts = PromptCache(**sizes) if folder is None else SavedPromptCache(folder, **sizes)
     with _watched():
         engine = Engine(path, prompts, metrics, settings.initial_state)
         try:

@@ -16,6 +16,7 @@ class Settings:
         max_tokens: the most that one answer may have.
         temperature, top_p, top_k, min_p: for requests that do not say.
         prompt_cache_bytes: for stored states.
+        prompt_cache_folder: where they are saved too, to survive a restart; None for nowhere.
         functions: whether a model that uses tools may call the package's own functions, which run here.
         initial_state: a file of states that every conversation begins with; None for the model's own.
     """
@@ -30,5 +31,6 @@ class Settings:
     top_k: int = 0
     min_p: float = 0.0
     prompt_cache_bytes: int = 2**30
+    prompt_cache_folder: Path | None = None
     functions: bool = False
     initial_state: Path | None = None
