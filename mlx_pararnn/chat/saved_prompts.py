@@ -27,8 +27,8 @@ class SavedPromptCache(PromptCache):
     """A prompt cache whose states are written to a folder too, a file each, snapshots included.
 
     A file's name holds the model's fingerprint and a hash of the contents: a file of another model is left
-    alone, a damaged one is dropped with a warning. What is evicted is deleted. Together the files of all models
-    take no more than `max_bytes`; those not used for longest go first, whichever model they are of.
+    alone, a damaged one is dropped with a warning. What is evicted is deleted. Together the files of all
+    models take no more than `max_bytes`; those not used for longest go first, whichever model they are of.
 
     Args:
         folder: made where it is missing; nobody else can read it.
