@@ -46,6 +46,7 @@ class PromptProgress:
         return self
 
     def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are done; the bar appears after a second."""
         if done >= total:
             self._bar.stop()
         elif self._shown or time.perf_counter() - self._begin > 1:

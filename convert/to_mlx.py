@@ -54,6 +54,7 @@ class Converted(os.PathLike[str]):
 
     @property
     def bits_per_weight(self) -> float:
+        """Bits on disk for each parameter, scales and biases included."""
         return self.nbytes * 8 / self.parameters
 
     def __fspath__(self) -> str:

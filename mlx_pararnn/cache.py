@@ -55,6 +55,7 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
 
     @property
     def batch_size(self) -> int:
+        """Rows, B."""
         return len(self.offsets)
 
     @property
@@ -63,6 +64,7 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         return max(self.offsets)
 
     def size(self) -> int:
+        """Tokens read so far, as MLX-LM asks for it."""
         return self.offset
 
     def open(self, batch_size: int) -> None:
@@ -129,10 +131,12 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         return self.row_padding is None and self.row_lengths is None
 
     def finalize(self) -> None:
+        """Forget the padding that was announced: the tokens have come."""
         self.row_padding = self.row_lengths = None
 
     @property
     def state(self) -> tuple[Any, ...]:
+        """What MLX-LM saves and evaluates: the arrays, tokens read a row, padding and lengths."""
         return self.cache, self.offsets, self.row_padding, self.row_lengths
 
     @state.setter
@@ -303,6 +307,7 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         self._drop_unwanted()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
         rows = [int(index) for index in batch_indices]
         index = mx.array(rows, dtype=mx.int32)
         self.cache = [None if c is None else c[index] for c in self.cache]
@@ -315,6 +320,11 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
             self.row_lengths = [self.row_lengths[r] for r in rows]
 
     def extend(self, other: "RecurrentCache") -> None:
+        """Add the other cache's rows after this one's.
+
+        Raises:
+            ValueError: padding is pending in one of the two.
+        """
         if not (self.finalized and other.finalized):
             raise ValueError("rows can only join between pieces of a prompt, not while padding is pending")
         rows = self.batch_size, other.batch_size
@@ -327,6 +337,7 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         self._only_snapshots()
 
     def extract(self, idx: int) -> "RecurrentCache":
+        """One row as a cache of its own."""
         row = RecurrentCache()
         row.cache, row.initial = self._row(idx), self.initial
         row.offsets = [self.offsets[idx]]
@@ -343,6 +354,7 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
 
     @classmethod
     def merge(cls, caches: Sequence["RecurrentCache"]) -> "RecurrentCache":
+        """The first rows of several caches as one cache."""
         merged = caches[0].extract(0)
         for other in caches[1:]:
             merged.extend(other)

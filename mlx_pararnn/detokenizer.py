@@ -41,6 +41,7 @@ class Detokenizer(StreamingDetokenizer):
         self.reset()
 
     def reset(self) -> None:
+        """Begin a new text, after the same context."""
         self.tokens: list[int] = []
         self.offset = 0
         self._parts: list[str] = []
@@ -53,6 +54,7 @@ class Detokenizer(StreamingDetokenizer):
         self._replaced = self._utf8.getstate()[0].decode(errors="replace")
 
     def add_token(self, token: int) -> None:
+        """Read one more token."""
         self.tokens.append(token)
         self._add(self._next(token))
 
@@ -67,6 +69,7 @@ class Detokenizer(StreamingDetokenizer):
 
     @property
     def text(self) -> str:  # type: ignore[override]
+        """The text so far."""
         return "".join(self._parts)
 
     @property

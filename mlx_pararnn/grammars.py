@@ -79,8 +79,8 @@ class Grammars:
         choice = "/[A-Za-z0-9_.-]{1,64}/"
         if names is not None:
             choice = " | ".join(json.dumps(json.dumps(name)[1:-1]) for name in names)
-        before, behind = json.dumps('{"name":"'), json.dumps('","arguments":')
-        return f"start: {before} NAME {behind}\nNAME: {choice}\n"
+        before, after = json.dumps('{"name":"'), json.dumps('","arguments":')
+        return f"start: {before} NAME {after}\nNAME: {choice}\n"
 
     def call_arguments(self, schema: dict[str, Any]) -> str:
         """The grammar of the rest: arguments that fit a schema, without spaces, and the closing brace."""

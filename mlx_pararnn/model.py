@@ -147,6 +147,7 @@ class CausalConv(nn.Module):
         return layer_ops.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=where.state)
 
     def token_arrays(self) -> dict[str, mx.array]:
+        """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
         return {"conv": self["weight"], "conv_bias": self["bias"]}
 
 
@@ -165,6 +166,7 @@ class GatedConvMixer(nn.Module):
     def __call__(
         self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice, **options: Any
     ) -> mx.array:
+        """x (B, T, D) to (B, T, D); the cache takes the new state and window."""
         T, window = x.shape[1], cache[1]
         main, gate = mx.split(matrix_products.linear(self.in_proj, x), 2, axis=-1)
         x, cache[1] = self.conv1d(main, window, cache.spans(T), where)
@@ -174,6 +176,7 @@ class GatedConvMixer(nn.Module):
         return matrix_products.linear(self.out_proj, y)
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
+        """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
         return (
             plain_arrays("in_proj", self["in_proj"])
             | handed_arrays(self["conv1d"], CausalConv)
@@ -195,12 +198,14 @@ class PlainMixer(nn.Module):
     def __call__(
         self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice, **options: Any
     ) -> mx.array:
+        """x (B, T, D) to (B, T, D); the cache takes the new state."""
         T = x.shape[1]
         hidden, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), where, **options)
         cache.keep(states, T)
         return hidden
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
+        """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
         return handed_arrays(self["cell"], RecurrentLayer)
 
 
@@ -216,6 +221,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
 
     def __call__(self, x: mx.array, where: Choice) -> mx.array:
+        """x (B, T, D) to (B, T, D)."""
         up = matrix_products.linear(self.up_proj, x)
         if "gate_proj" in self:
             y = layer_ops.swiglu(matrix_products.linear(self.gate_proj, x), up, backend=where.output)
@@ -224,6 +230,7 @@ class MLP(nn.Module):
         return matrix_products.linear(self.down_proj, y)
 
     def token_arrays(self) -> dict[str, mx.array]:
+        """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
         gate = plain_arrays("gate", self["gate_proj"]) if "gate_proj" in self else {}
         return gate | plain_arrays("up", self["up_proj"]) | plain_arrays("down", self["down_proj"])
 
@@ -245,12 +252,14 @@ class Layer(nn.Module):
     def __call__(
         self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice = PLAIN, **options: Any
     ) -> mx.array:
+        """x (B, T, D) to (B, T, D); the cache takes what the mixer keeps."""
         mixed = self.mixer(_normed(self.norm, x, where), cache, mask, where, **options)
         x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
         y = self.mlp(_normed(self.mlp_norm, x, where), where)
         return x + y if self._mlp_residual else y
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
+        """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
         scale = {"residual_scale": self["residual_scale"]} if "residual_scale" in self else {}
         return (
             scale
@@ -292,6 +301,7 @@ class PararnnModel(nn.Module):
         input_embeddings: mx.array | None = None,
         **options: Any,
     ) -> mx.array:
+        """Token ids (B, T) to the last hidden states (B, T, D)."""
         return self.read(inputs, cache, input_embeddings, **options)[0]
 
     def read(
@@ -426,6 +436,7 @@ class Model(nn.Module):
 
     @property
     def layers(self) -> list[Layer]:
+        """The model's layers, as MLX-LM asks for them."""
         return self.model.layers
 
     def make_cache(self, batch_size: int = 1) -> list[RecurrentCache]:

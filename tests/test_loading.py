@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
+from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.loading import DEMO
 
 
@@ -161,6 +164,50 @@ def test_configs_that_do_not_fit(folder, fields, message):
     edit_config(folder, **fields)
     with pytest.raises(PararnnError) as error:
         mlx_pararnn.load(folder)
+    assert message in str(error.value)
+
+
+@pytest.fixture
+def cell_folder(tmp_path):
+    """A GRU cell as `mlx-pararnn convert` leaves it: 5 inputs, 6 channels."""
+    cell = {"W_x.weight": np.zeros((18, 5), "f4"), "W_x.bias": np.zeros(18, "f4")}
+    cell |= {name: np.full(6, 0.5, "f4") for name in ("a_z", "a_r", "a_n")}
+    save_file(cell, tmp_path / "cell.safetensors")
+    convert_to_mlx(tmp_path / "cell.safetensors", tmp_path / "cell")
+    return tmp_path / "cell"
+
+
+def test_a_cell_is_loaded(cell_folder):
+    layer, config = mlx_pararnn.load_cell(cell_folder)
+    assert (config["cell"], config["input_size"], config["hidden_size"]) == ("gru", 5, 6)
+    hidden = layer(mx.ones((2, 3, 5)))
+    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    assert hidden.shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_a_cells_folder_is_refused_and_not_waited_for(cell_folder, name):
+    (cell_folder / name).unlink()
+    os.mkfifo(cell_folder / name)
+    with pytest.raises(PararnnError, match=f"{name} cannot be read: not a regular file"):
+        mlx_pararnn.load_cell(cell_folder)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "no config.json in"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors in"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"no"), "do not fit its config.json"),
+        (lambda f: edit_config(f, hidden_size=7), "do not fit its config.json"),
+        (lambda f: edit_config(f, cell="gru2"), "unknown cell 'gru2'"),
+        (lambda f: edit_config(f, model_type="pararnn"), "has model_type 'pararnn', not 'pararnn_cell'"),
+    ],
+)
+def test_broken_folders_of_a_cell(cell_folder, break_it, message):
+    break_it(cell_folder)
+    with pytest.raises(PararnnError) as error:
+        mlx_pararnn.load_cell(cell_folder)
     assert message in str(error.value)
 
 

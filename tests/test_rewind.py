@@ -268,7 +268,7 @@ def test_a_draft_in_stream_generate(demo, drafts, stream_generate):
     assert any(r.from_draft for r in given)
 
 
-def test_a_draft_leaves_the_state_behind_what_it_said(demo, drafts):
+def test_a_draft_leaves_the_state_after_what_it_said(demo, drafts):
     """Stopped anywhere, the caches hold a prefix of the text; the model's goes on with the greedy tokens."""
     model, tokenizer = demo
     prompt = tokenizer.encode("class Reader:\n")

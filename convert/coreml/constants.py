@@ -17,7 +17,8 @@ class Stored(Protocol):
     """A matrix as the package holds it."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes in the package."""
 
     def emit(self) -> Any:
         """Add it to the function being built; the MIL variable of its float16 numbers."""
@@ -33,14 +34,17 @@ class Half(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the package."""
         return self.numbers.nbytes
 
     def emit(self) -> Any:
+        """Add it to the function being built; see `Stored.emit`."""
         from coremltools.converters.mil.mil import Builder as mb
 
         return mb.const(val=self.numbers)
 
     def values(self) -> Array:
+        """Its numbers, in float32."""
         return self.numbers.astype(np.float32)
 
 
@@ -53,9 +57,11 @@ class Linear(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the package."""
         return self.integers.size * self.bits // 8 + self.scale.nbytes
 
     def emit(self) -> Any:
+        """Add it to the function being built; see `Stored.emit`."""
         from coremltools.converters.mil.mil import Builder as mb
         from coremltools.converters.mil.mil import types
 
@@ -63,6 +69,7 @@ class Linear(NamedTuple):
         return mb.constexpr_blockwise_shift_scale(data=self.integers.astype(kind), scale=self.scale)
 
     def values(self) -> Array:
+        """Its numbers, in float32."""
         # As coremltools unpacks it: a product of two float16 numbers, rounded to float16.
         block = self.integers.shape[-1] // self.scale.shape[-1]
         return (np.repeat(self.scale, block, -1) * self.integers.astype(np.float16)).astype(np.float32)
@@ -76,9 +83,11 @@ class Palette(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the package."""
         return self.indices.size // 2 + self.table.nbytes
 
     def emit(self) -> Any:
+        """Add it to the function being built; see `Stored.emit`."""
         from coremltools.converters.mil.mil import Builder as mb
         from coremltools.converters.mil.mil import types
 
@@ -87,6 +96,7 @@ class Palette(NamedTuple):
         return mb.constexpr_lut_to_dense(indices=self.indices.astype(kind), lut=lut)
 
     def values(self) -> Array:
+        """Its numbers, in float32."""
         return self.table[self.indices].astype(np.float32)
 
 

@@ -25,6 +25,7 @@ class Form:
 
     @property
     def recurrence_dtype(self) -> Any:
+        """What the recurrence is computed in."""
         return np.float16 if self.graph_state else np.float32
 
 

@@ -30,6 +30,7 @@ class Value:
 
     @property
     def dtype(self) -> Any:
+        """Its NumPy dtype."""
         return np.dtype(types.nptype_from_builtin(self.var.dtype))
 
     def __add__(self, other: Any) -> Any:
@@ -110,11 +111,13 @@ class ValueFunctions:
         raise AttributeError(f"F.{name}: no such function (there are: {', '.join(_F_NAMES)})")
 
     def maximum(self, a: Any, b: Any) -> Any:
+        """The larger of a and b, elementwise."""
         if isinstance(a, _NUMBERS) and isinstance(b, _NUMBERS):
             return max(a, b)
         return _binary(mb.maximum, a, b)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """a where the condition holds, else b."""
         if not isinstance(condition, Value):
             return a if condition else b
         if isinstance(a, _NUMBERS) and isinstance(b, _NUMBERS):  # MIL selects between arrays only

@@ -21,11 +21,13 @@ class BabyLM:
     title = "BabyLM ParaRNN model"
 
     def detect(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint is of this family."""
         prefix = outer_prefix(checkpoint, _HALLMARKS)
         names = {name.removeprefix(prefix) for name in checkpoint.tensors}
         return is_torch_lm(checkpoint) and any(name in names for name in _OWN)
 
     def map(self, checkpoint: Checkpoint, tied: bool | None) -> Canonical:
+        """The model in canonical names and its config.json; see `Family.map`."""
         refuse_mixing(checkpoint)
         source = Source(checkpoint, self.name, outer_prefix(checkpoint, _HALLMARKS))
         vocab, d = source.shape("embed.weight", 2)

@@ -21,6 +21,7 @@ class BareCell:
     title = "single ParaRNN cell"
 
     def detect(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint is of this family."""
         prefixes = _apple_prefixes(checkpoint) + _torch_prefixes(checkpoint)
         # Several, and nothing else: `map` then says what to do.
         return len(prefixes) == 1 or (
@@ -28,6 +29,7 @@ class BareCell:
         )
 
     def map(self, checkpoint: Checkpoint, tied: bool | None) -> Canonical:
+        """The model in canonical names and its config.json; see `Family.map`."""
         apple, torch = _apple_prefixes(checkpoint), _torch_prefixes(checkpoint)
         if len(apple + torch) > 1:
             raise PararnnError(

@@ -55,7 +55,8 @@ class Family(Protocol):
     name: str
     title: str
 
-    def detect(self, checkpoint: Checkpoint) -> bool: ...
+    def detect(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint is of this family."""
 
     def map(self, checkpoint: Checkpoint, tied: bool | None) -> Canonical:
         """`tied` is what the user says about the output head; None: find out."""

@@ -18,6 +18,7 @@ class MlPararnn:
     title = "Apple's ml-pararnn language model"
 
     def detect(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint is of this family."""
         prefix = outer_prefix(checkpoint, ("embedding.weight", "blocks.0.rnn_cell.B", "final_norm.weight"))
         return any(
             name.removeprefix(prefix).startswith("blocks.") and ".rnn_cell." in name
@@ -25,6 +26,7 @@ class MlPararnn:
         )
 
     def map(self, checkpoint: Checkpoint, tied: bool | None) -> Canonical:
+        """The model in canonical names and its config.json; see `Family.map`."""
         prefix = outer_prefix(checkpoint, ("embedding.weight", "blocks.0.rnn_cell.B", "final_norm.weight"))
         source = Source(checkpoint, self.name, prefix)
         vocab, d = source.shape("embedding.weight", 2)

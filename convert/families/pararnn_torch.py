@@ -22,9 +22,11 @@ class PararnnTorch:
     title = "pararnn-torch language model"
 
     def detect(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint is of this family."""
         return is_torch_lm(checkpoint)
 
     def map(self, checkpoint: Checkpoint, tied: bool | None) -> Canonical:
+        """The model in canonical names and its config.json; see `Family.map`."""
         refuse_mixing(checkpoint)
         source = Source(checkpoint, self.name, outer_prefix(checkpoint, _HALLMARKS))
         # Sizes in config.json are partly placeholders for other tools (state_size, conv_kernel).

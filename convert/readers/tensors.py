@@ -46,6 +46,7 @@ class Tensor:
     storage: object = None
 
     def read(self) -> Array:
+        """All its numbers."""
         return self.load(tuple((0, n) for n in self.shape))
 
     def rows(self, start: int, stop: int) -> "Tensor":

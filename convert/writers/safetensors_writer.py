@@ -43,6 +43,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on disk."""
         return math.prod(self.shape) * STORED_AS[self.dtype].itemsize
 
 
@@ -58,6 +59,7 @@ class Job:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on disk."""
         return sum(entry.nbytes for entry in self.entries)
 
 

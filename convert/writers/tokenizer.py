@@ -31,6 +31,7 @@ class TokenizerFiles:
     token_ids: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
+        """Copy or write them all into `folder`."""
         for name, path in self.copies.items():
             shutil.copyfile(path, folder / name)
         for name, text in self.texts.items():

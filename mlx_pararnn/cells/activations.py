@@ -43,34 +43,44 @@ class Functions:
         self._xp = xp
 
     def sigmoid(self, x: Any) -> Any:
+        """1 / (1 + exp(-x))."""
         if hasattr(self._xp, "sigmoid"):
             return self._xp.sigmoid(x)
         e = self.exp(-self._xp.abs(x))  # never above 1: no overflow on either side
         return self.where(x >= 0, 1.0, e) / (1 + e)
 
     def identity(self, x: Any) -> Any:
+        """x."""
         return x
 
     def half_sigmoid(self, x: Any) -> Any:
+        """sigmoid(x) / 2."""
         return 0.5 * self.sigmoid(x)
 
     def relu(self, x: Any) -> Any:
+        """max(x, 0)."""
         return self.maximum(x, 0.0)
 
     def leaky_relu(self, x: Any) -> Any:
+        """x where it is positive, else `LEAKY_SLOPE` x."""
         return self.maximum(x, LEAKY_SLOPE * x)
 
     def elu(self, x: Any) -> Any:
+        """x where it is positive, else exp(x) - 1."""
         return self.where(x > 0, x, self._xp.expm1(self._xp.minimum(x, 0.0)))
 
     def selu(self, x: Any) -> Any:
+        """ELU with its two constants: `SELU_SCALE` x, or `SELU_SCALE` `SELU_ALPHA` (exp(x) - 1)."""
         return SELU_SCALE * self.where(x > 0, x, SELU_ALPHA * self._xp.expm1(self._xp.minimum(x, 0.0)))
 
     def gelu(self, x: Any) -> Any:
+        """GELU in its tanh approximation."""
         return 0.5 * x * (1 + self.tanh(GELU_INNER * (x + GELU_CUBIC * x * x * x)))
 
     def silu(self, x: Any) -> Any:
+        """x sigmoid(x)."""
         return x * self.sigmoid(x)
 
     def softplus(self, x: Any) -> Any:
+        """log(1 + exp(x))."""
         return self.maximum(x, 0.0) + self._xp.log1p(self.exp(-self._xp.abs(x)))

@@ -69,6 +69,7 @@ class Cell:
 
     @property
     def output_slot(self) -> int:
+        """The place of `output` in `slots`."""
         return self.slots.index(self.output)
 
     @classmethod

@@ -118,6 +118,7 @@ class DualFunctions:
         return Dual(self._F.maximum(a.value, b.value), tangents)
 
     def where(self, condition: Any, a: Any, b: Any) -> Dual:
+        """a where the condition holds, else b; the condition has no derivative."""
         a, b = _dual(a), _dual(b)
         tangents = _add(
             tuple(self._F.where(condition, t, 0.0) for t in a.tangents),

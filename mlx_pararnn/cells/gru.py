@@ -20,6 +20,7 @@ class GRU(Cell):
     default_activations: ClassVar[dict[str, str]] = {"update": "sigmoid", "reset": "sigmoid", "state": "tanh"}
 
     def step(self, state, u, params, F):
+        """One step; see `Cell.step`."""
         (h,) = state
         z = getattr(F, self.activations["update"])(params["a_z"] * h + u["z"])
         r = getattr(F, self.activations["reset"])(params["a_r"] * h + u["r"])

@@ -25,6 +25,7 @@ class LSTM(Cell):
     }
 
     def step(self, state, u, params, F):
+        """One step; see `Cell.step`."""
         c, h = state
         f = getattr(F, self.activations["f"])(params["a_f"] * h + u["f"] + params["c_f"] * c)
         n = getattr(F, self.activations["c"])(params["a_c"] * h + u["c"])

@@ -16,6 +16,7 @@ class NLRU(Cell):
     params = ("w",)
 
     def step(self, state, u, params, F):
+        """One step; see `Cell.step`."""
         (h,) = state
         a = F.sigmoid(u["a"])
         n = F.tanh(u["n"] + params["w"] * h)

@@ -23,6 +23,7 @@ class SLSTM(Cell):
     few_iterations = False
 
     def step(self, state, u, params, F):
+        """One step; see `Cell.step`."""
         c, n, m, h = state
         p_i, p_f, p_z, p_o = (u[gate] + params[f"r_{gate}"] * h for gate in self.gates)
         m_new = F.maximum(p_f + m, p_i)

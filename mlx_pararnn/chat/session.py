@@ -271,7 +271,7 @@ class Chat:
         It is one of MLX-LM's prompt-cache files: `mlx_lm.generate --prompt-cache-file` goes on from it.
         """
         path = _with_suffix(path)
-        if path.exists() and not _is_talk(path):
+        if path.exists() and not _is_conversation(path):
             raise PararnnError(f"{path} exists and is not a saved conversation; choose another name")
         mx.eval([c.cache for c in self.cache])
         metadata = {
@@ -400,7 +400,7 @@ def _same_form(a: mx.array | None, b: Any) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(mx.isfinite(b).all().item())
 
 
-def _is_talk(path: Path) -> bool:
+def _is_conversation(path: Path) -> bool:
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}

@@ -112,6 +112,7 @@ class ModelTokens:
         self._logits: mx.array | None = None  # (1, T, V)
 
     def read(self, tokens: Sequence[int]) -> None:
+        """Read these tokens; the logits after the last are kept for `choose`."""
         for begin in range(0, len(tokens), PIECE):
             piece = mx.array([tokens[begin : begin + PIECE]])
             self._logits = self._model(piece, cache=self.cache)
@@ -120,6 +121,7 @@ class ModelTokens:
                 self._progress(min(begin + PIECE, len(tokens)), len(tokens))
 
     def choose(self, allowed: np.ndarray) -> int:
+        """The next token among the allowed ones; `allowed` (V,) holds booleans."""
         assert self._logits is not None
         logits = self._logits[:, -1:] if self._logits.shape[1] > 1 else self._logits
         if self._sampler is None:

@@ -51,6 +51,7 @@ class Documents:
         return summary.hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "Documents":
+        """These documents alone, in this order."""
         chosen = list(indices)
         return Documents([self.tokens[i] for i in chosen], [self.begins[i] for i in chosen], self.examples)
 
@@ -162,6 +163,7 @@ class Stream:
             )
 
     def starting_at(self, batch: int) -> Iterator[Batch]:
+        """The batches from number `batch` on, without end."""
         epoch, within = divmod(batch, self.batches)
         while True:
             yield from self._epoch(epoch, within)
@@ -206,6 +208,7 @@ class Rows:
             )
 
     def starting_at(self, batch: int) -> Iterator[Batch]:
+        """The batches from number `batch` on, without end."""
         epoch, within = divmod(batch, self.batches)
         while True:
             random = np.random.default_rng([self.seed, 2, epoch])

@@ -26,6 +26,7 @@ class Log:
         checkpoints.write_whole(self.path, text.encode())
 
     def __call__(self, line: dict[str, Any]) -> None:
+        """Report one line of the log."""
         if "checkpoint" in line:  # a resumed run's log is that of one that was never stopped
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -88,6 +89,7 @@ class Reporters:
             self._callbacks.append(_TensorBoard(folder / "tensorboard"))
 
     def __call__(self, line: dict[str, Any]) -> None:
+        """Report one line of the log."""
         numbers = {name: value for name, value in line.items() if name != "step"}
         for callback in self._callbacks:
             if "loss" in line:

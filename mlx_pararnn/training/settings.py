@@ -171,6 +171,7 @@ class Plan:
             object.__setattr__(self, "settings", replace(self.settings, states="reset"))
 
     def to_json(self) -> dict[str, Any]:
+        """For the checkpoint, with absolute paths."""
         values = asdict(self) | {"data": os.path.abspath(self.data), "report_to": list(self.report_to)}
         values["valid"] = None if self.valid is None else os.path.abspath(self.valid)
         if self.init is not None and Path(self.init).is_dir():
@@ -179,6 +180,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Plan":
+        """What `to_json` wrote."""
         valid = values["valid"]
         return cls(
             **values

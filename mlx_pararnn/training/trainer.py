@@ -47,7 +47,8 @@ class Batch(NamedTuple):
 class Resumable(Protocol):
     """Batches that can begin in the middle. Others are read from their beginning when a run is resumed."""
 
-    def starting_at(self, batch: int) -> Iterator[Batch]: ...
+    def starting_at(self, batch: int) -> Iterator[Batch]:
+        """The batches from number `batch` on."""
 
 
 @dataclass

@@ -160,7 +160,7 @@ def test_an_error_in_the_middle_leaves_the_state_sound(demo):
     assert same_state(conversation.cache, state_of(model, list(b"def main(self,")))
 
 
-def test_the_state_is_as_large_after_a_long_talk():
+def test_the_state_is_as_large_after_a_long_conversation():
     conversation = Chat(*mlx_pararnn.load())
     say(conversation, "a", max_tokens=1)
     before = conversation.nbytes
@@ -299,7 +299,7 @@ def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
         conversation.save(tmp_path / "no" / "folder")
 
 
-def test_saving_overwrites_a_saved_talk_and_nothing_else(demo, tmp_path):
+def test_saving_overwrites_a_saved_conversation_and_nothing_else(demo, tmp_path):
     conversation = Chat(*demo)
     say(conversation, "def", max_tokens=3)
     conversation.save(tmp_path / "conversation")

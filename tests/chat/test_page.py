@@ -21,7 +21,7 @@ FOCUS = "document.activeElement.id"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = demo_in_float32(tmp_path_factory.mktemp("page") / "talker")
+    folder = demo_in_float32(tmp_path_factory.mktemp("page") / "templated")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with running(folder) as server:
         yield server
@@ -52,7 +52,7 @@ def ask(page, text):
     return page.run(ANSWER)
 
 
-def test_a_talk_by_keyboard(page):
+def test_a_conversation_by_keyboard(page):
     assert page.run(FOCUS) == "input"
     set_field(page, "max_tokens", "40")
     first = ask(page, "import os")
@@ -129,7 +129,7 @@ def test_system_prompt_and_settings_are_sent(page):
         **values,
         "max_tokens": 5,
         "stop": "\n\n",
-        "model": "talker",
+        "model": "templated",
         "stream": True,
         "stream_options": {"include_usage": True},
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}],

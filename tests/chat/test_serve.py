@@ -230,7 +230,7 @@ def test_an_edited_conversation_is_read_again_from_the_edit(client, demo):
 @pytest.fixture(scope="module")
 def guarded(folder, tmp_path_factory):
     """A server with a template and a key, open to other machines."""
-    folder = shutil.copytree(folder, tmp_path_factory.mktemp("guarded") / "talker")
+    folder = shutil.copytree(folder, tmp_path_factory.mktemp("guarded") / "templated")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with running(folder, "-m", 30, "--host", "0.0.0.0", "--api-key", KEY) as server:
         server.url = server.url.replace("0.0.0.0", "127.0.0.1")
@@ -242,7 +242,7 @@ def test_chat_with_a_template(guarded, demo):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import os"}]
 
     def ask(**kwargs):
-        answer = client.chat.completions.create(model="talker", messages=messages, **kwargs)
+        answer = client.chat.completions.create(model="templated", messages=messages, **kwargs)
         rendered = "".join(f"[{m['role'][0]}]{m['content']}~" for m in messages) + "[a]"
         assert answer.usage.prompt_tokens == len(rendered)
         assert is_the_greedy_text(demo, rendered, answer.choices[0].message.content, 30)
@@ -480,7 +480,7 @@ def test_other_sites_and_names_are_turned_away(server):
 
 def test_every_request_needs_the_key(guarded):
     server = guarded
-    answer = client_of(server, KEY).completions.create(model="talker", prompt="def main(", max_tokens=4)
+    answer = client_of(server, KEY).completions.create(model="templated", prompt="def main(", max_tokens=4)
     assert answer.choices[0].text == "self"
     for wrong in ("", "wrong", KEY[:-1], KEY + "x", "é"):
         bearer = f"Bearer {wrong}".encode()

@@ -212,27 +212,27 @@ def test_what_to_try_comes_from_the_model_folder(folder, tmp_path, config, lines
     assert [line.startswith(start) for line, start in zip(shown, lines, strict=True)] == [True, True]
 
 
-def say(talk, text, **kwargs):
-    return "".join(response.text for response in talk.respond(text, **kwargs))
+def say(conversation, text, **kwargs):
+    return "".join(response.text for response in conversation.respond(text, **kwargs))
 
 
 def test_a_conversation_goes_on_from_its_state(folder, scripts):
-    talk = Chat(*load(folder))
-    assert talk.uses_tools
-    assert say(talk, "2+3?") == "It is 5."
-    before = talk.tokens
+    conversation = Chat(*load(folder))
+    assert conversation.uses_tools
+    assert say(conversation, "2+3?") == "It is 5."
+    before = conversation.tokens
     scripts[0].append("<|answer|>Again.<|end|>")
-    assert say(talk, "and?") == "Again."
+    assert say(conversation, "and?") == "Again."
     end, *turn = scripts[1][1].taken
     assert end == tools_protocol().end  # of the first turn, which nobody had read
     assert turn[:6] == tools_protocol().render_message("and?")
-    assert talk.tokens == before + 1 + len(turn)
-    assert [message["content"] for message in talk.messages] == ["2+3?", "It is 5.", "and?", "Again."]
-    assert talk.undo() == "and?"
-    assert talk.tokens == before
+    assert conversation.tokens == before + 1 + len(turn)
+    assert [message["content"] for message in conversation.messages] == ["2+3?", "It is 5.", "and?", "Again."]
+    assert conversation.undo() == "and?"
+    assert conversation.tokens == before
     scripts[0].append("<|answer|>Other.<|end|>")
-    assert "".join(response.text for response in talk.regenerate()) == "Other."
-    assert talk.messages[-2:] == [
+    assert "".join(response.text for response in conversation.regenerate()) == "Other."
+    assert conversation.messages[-2:] == [
         {"role": "user", "content": "2+3?"},
         {"role": "assistant", "content": "Other."},
     ]
@@ -255,19 +255,19 @@ def test_a_conversation_calls_the_functions_it_was_given(folder, scripts):
         rung.append(times)
         return "rung"
 
-    talk = Chat(*load(folder), functions=Functions([ring]))
+    conversation = Chat(*load(folder), functions=Functions([ring]))
     scripts[0].append('<|call|>{"name":"ring","arguments":{"times":2}}<|result|><|answer|><|end|>')
-    responses = list(talk.respond("ring!"))
+    responses = list(conversation.respond("ring!"))
     assert rung == [2]
     assert [response.event.text for response in responses if isinstance(response.event, Result)] == ["rung"]
-    assert talk.messages[-1]["content"] == "rung"
+    assert conversation.messages[-1]["content"] == "rung"
     assert responses[-1].finish_reason == "stop"
-    assert say(talk.branch(), "2+3?") == "It is 5."
+    assert say(conversation.branch(), "2+3?") == "It is 5."
 
 
 @pytest.mark.parametrize("when", ["thinking", "answering"])
 def test_a_turn_that_is_stopped_keeps_what_was_said(folder, scripts, when):
-    talk = Chat(*load(folder))
+    conversation = Chat(*load(folder))
     scripts[0].append("<|right1|>" if when == "thinking" else "<|answer|>abc")
     count = 0
 
@@ -276,21 +276,21 @@ def test_a_turn_that_is_stopped_keeps_what_was_said(folder, scripts, when):
         count += 1
         return count > 20
 
-    said = say(talk, "x", interrupted=interrupted)
+    said = say(conversation, "x", interrupted=interrupted)
     assert said == ("" if when == "thinking" else "abc" + "c" * 18)
-    assert talk.messages[-1] == {"role": "assistant", "content": said}
-    assert say(talk, "2+3?") == "It is 5."
+    assert conversation.messages[-1] == {"role": "assistant", "content": said}
+    assert say(conversation, "2+3?") == "It is 5."
 
 
 def test_a_conversation_is_saved_and_loaded(folder, tmp_path):
     """With the model itself: the state is a real one."""
     model, tokenizer = load(folder)
-    talk, other = Chat(model, tokenizer), Chat(model, tokenizer)
-    say(talk, "x", limits=Limits(steps=30))
-    other.load(talk.save(tmp_path / "talk"))
+    conversation, other = Chat(model, tokenizer), Chat(model, tokenizer)
+    say(conversation, "x", limits=Limits(steps=30))
+    other.load(conversation.save(tmp_path / "conversation"))
     assert isinstance(other.cache[0], RecurrentCache)
-    assert other.tokens == talk.tokens
-    more = [list(chat.respond("y", limits=Limits(steps=60)))[-1] for chat in (talk, other)]
+    assert other.tokens == conversation.tokens
+    more = [list(chat.respond("y", limits=Limits(steps=60)))[-1] for chat in (conversation, other)]
     assert more[0].event.tokens == more[1].event.tokens
-    assert talk.tokens == other.tokens
-    assert talk.messages == other.messages
+    assert conversation.tokens == other.tokens
+    assert conversation.messages == other.messages

@@ -10,7 +10,7 @@ from tests.support.converting import convert
 
 @pytest.fixture
 def refused(tmp_path) -> Callable[..., str]:
-    """A function that runs a conversion that must fail and leave nothing behind; it gives the sentence."""
+    """A function that runs a conversion that must fail and leave nothing; it gives the sentence."""
 
     def run(source: object, *options: object, out: Path | None = None) -> str:
         work = tmp_path / "work"

@@ -172,7 +172,7 @@ def test_nan_and_inf_are_refused_unless_allowed(name, value, refused, accepted, 
     )
 
 
-def test_inf_behind_a_clamp_and_in_bfloat16_is_found_too(refused, tmp_path):
+def test_inf_before_a_clamp_and_in_bfloat16_is_found_too(refused, tmp_path):
     broken = torch_lm()
     broken["blocks.0.rnn.layers.0.R"][2, 1] = np.inf
     assert "layers.0.R holds NaN" in refused(write_pt(tmp_path / "m.pt", broken))

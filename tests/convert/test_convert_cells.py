@@ -63,7 +63,7 @@ def test_the_converted_cell_computes_what_the_original_did(case, accepted, tmp_p
 
 
 @pytest.mark.parametrize("prefix", ["", "cell.", "model.layers.3.rnn."])
-def test_a_bare_cell_may_stand_behind_any_prefix_and_needs_no_tokenizer(prefix, accepted, tmp_path):
+def test_a_bare_cell_may_stand_after_any_prefix_and_needs_no_tokenizer(prefix, accepted, tmp_path):
     golden = load_file(CELLS / "lstm_01_d16_h2.safetensors")
     write_pt(tmp_path / "cell.pt", {prefix + name: golden[name] for name in "ABCb"})
     folder = accepted(tmp_path / "cell.pt", "--force")

@@ -80,8 +80,8 @@ def test_mlx_lm_formats(tokenizer, chat_tokenizer, tmp_path):
     assert counted(data.read_documents(pair, tokenizer, 256), 0, tokenizer) == ("ask ", "say")
     read = data.read_documents(pair, chat_tokenizer, 300)
     assert counted(read, 0, chat_tokenizer) == ("<user>ask <assistant>", "say")
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\u2028"}]
-    chat = lines(tmp_path / "c.jsonl", json.dumps({"messages": talk, "x": 1}, ensure_ascii=False))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\u2028"}]
+    chat = lines(tmp_path / "c.jsonl", json.dumps({"messages": messages, "x": 1}, ensure_ascii=False))
     read = data.read_documents(chat, chat_tokenizer, 300)
     assert counted(read, 0, chat_tokenizer) == ("<user>a<assistant>", "b\u2028")
     assert read.examples

@@ -87,6 +87,7 @@ class Endpoints:
         self._responses = StoredResponses()
 
     async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
         wanted = read_request(CompletionRequest, await self._body(request))
         if wanted.stream:
             return await stream(
@@ -95,6 +96,7 @@ class Endpoints:
         return JSONResponse(await while_connected(request, self._service.completion(wanted)))
 
     async def chat_completions(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
         wanted = read_request(ChatRequest, await self._body(request))
         if wanted.stream:
             return await stream(
@@ -103,63 +105,77 @@ class Endpoints:
         return JSONResponse(await while_connected(request, self._service.chat(wanted)))
 
     async def messages(self, request: Request) -> Response:
+        """POST /v1/messages."""
         wanted = read_messages(await self._body(request))
         if wanted.stream:
             return await stream(request, message_events(self._service, wanted), write_event)
         return JSONResponse(await while_connected(request, message(self._service, wanted)))
 
     async def count_messages(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens."""
         prompt = await self._service.prompt(read_messages(await self._body(request)))
         return JSONResponse({"input_tokens": len(prompt.tokens)})
 
     async def responses(self, request: Request) -> Response:
+        """POST /v1/responses."""
         asked = read_responses(await self._body(request), self._responses)
         if asked[0].stream:
             return await stream(request, response_events(self._service, self._responses, *asked), write_event)
         return JSONResponse(await while_connected(request, response(self._service, self._responses, *asked)))
 
     async def count_input(self, request: Request) -> Response:
+        """POST /v1/responses/input_tokens."""
         _, chat = read_responses(await self._body(request), self._responses)
         prompt = await self._service.prompt(chat)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.tokens)})
 
     async def stored_response(self, request: Request) -> Response:
+        """GET /v1/responses/ID."""
         return JSONResponse(self._responses.get(request.path_params["response_id"]).response)
 
     async def delete_response(self, request: Request) -> Response:
+        """DELETE /v1/responses/ID."""
         response_id = request.path_params["response_id"]
         self._responses.remove(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
         wanted = read_request(TokenizeRequest, await self._body(request))
         encode = self._service.engine.tokenizer.encode
         tokens = await run_apart(lambda: encode(wanted.text, add_special_tokens=wanted.special))
         return JSONResponse({"tokens": list(tokens), "count": len(tokens)})
 
     async def page(self, request: Request) -> Response:
+        """GET /: the chat page."""
         return Response(PAGE, media_type="text/html", headers={"Content-Security-Policy": _page_policy()})
 
     async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
         return JSONResponse({"object": "list", "data": [self._service.model_entry()]})
 
     async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
         if request.path_params["name"] != self._service.name:
             raise Refused(404, f"this server has one model, {self._service.name!r}", "model_not_found")
         return JSONResponse(self._service.model_entry())
 
     async def health(self, request: Request) -> Response:
+        """GET /health."""
         if self._service.engine.refusing:
             raise Refused(503, "the server is stopping")
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json."""
         return JSONResponse(openapi(self.paths))
 
     async def docs(self, request: Request) -> Response:
+        """GET /docs."""
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
         return HTMLResponse(docs_page(openapi(self.paths)), headers={"Content-Security-Policy": policy})
 

@@ -46,6 +46,7 @@ class Batch:
 
     @property
     def jobs(self) -> list[Job]:
+        """The jobs that generate."""
         return list(self._jobs.values())
 
     def insert(self, job: Job) -> None:

@@ -146,6 +146,7 @@ class Protocol(H11Protocol):
     _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
+        """Take a connection; above the limit the oldest idle one makes room, or this one is refused."""
         super().connection_made(transport)
         self._since = time.monotonic()
         if len(self.connections) > MAX_CONNECTIONS:
@@ -167,6 +168,7 @@ class Protocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
+        """Read on; a request that has arrived whole ends its deadline."""
         if self.idle:
             self._wait_for_request()
         super().data_received(data)
@@ -175,16 +177,19 @@ class Protocol(H11Protocol):
             self._deadline = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End the timers of the connection."""
         super().connection_lost(exc)
         for timer in (self._deadline, self._stalled):
             if timer is not None:
                 timer.cancel()
 
     def pause_writing(self) -> None:
+        """The client reads too slowly: after `TIMEOUT` seconds the connection is cut."""
         super().pause_writing()
         self._stalled = self._stalled or self.loop.call_later(TIMEOUT, self.transport.abort)
 
     def resume_writing(self) -> None:
+        """The client reads again."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()

@@ -352,6 +352,7 @@ class TokenizeRequest(BaseModel):
 
     @property
     def text(self) -> str:
+        """What is to be tokenized."""
         return self.content if self.content is not None else self.prompt or ""
 
     @property

@@ -25,6 +25,7 @@ class AnswerText:
 
     @property
     def stopped(self) -> bool:
+        """Whether a stop string has come."""
         return self._stop.found is not None
 
     @property
