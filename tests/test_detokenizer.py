@@ -115,6 +115,7 @@ def test_a_space_as_a_byte_at_the_beginning():
             assert "".join(stream(tokenizer, answer)) == tokenizer.decode(answer), kind
 
 
+@pytest.mark.sampled("large", by=lambda kind: [kind.split(",")[0]])
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
@@ -175,6 +176,7 @@ def test_bytes_that_are_no_text_are_replaced_as_they_come(kind, runs, data):
 
 
 # Without "suffixes", whose spaces depend on both neighbours.
+@pytest.mark.sampled("large", by=lambda kind: [kind.split(",")[0]])
 @pytest.mark.parametrize("kind", sorted(TOKENIZERS.keys() - {"suffixes"}))
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())

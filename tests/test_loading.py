@@ -128,6 +128,7 @@ def test_a_model_folder_never_runs_python(folder):
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.large
 def test_a_hub_model_comes_from_the_local_cache(folder, tmp_path, monkeypatch):
     """The layout that huggingface_hub keeps, with the network switched off."""
     repo = tmp_path / "hub" / "models--someone--tiny"

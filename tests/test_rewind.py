@@ -237,6 +237,7 @@ def drafts(demo):
     return {"itself": model, "noise": noise, "blend": blend, "tiny": tiny}
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("draft", ["itself", "noise", "blend", "tiny"])
 @pytest.mark.parametrize("guesses", [1, 3, 8])
 def test_mlx_lms_speculative_decoding_gives_the_greedy_tokens(demo, drafts, draft, guesses, monkeypatch):

@@ -19,7 +19,7 @@ def checkpoint():
     return golden_file("lm/paragru_s64/state_dict.pt")
 
 
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("closed", ["2>&-", "<&-", ">&-", "<&- >&- 2>&-"])
 def test_closed_streams(closed, checkpoint, tmp_path):
     text = f'exec "$@" {closed}'

@@ -157,6 +157,7 @@ def command(*args, **streams):
     return subprocess.Popen([sys.executable, "-m", "mlx_pararnn.cli.app", "generate", *args], **streams)
 
 
+@pytest.mark.large
 def test_a_terminal_sees_the_prompt_dimly():
     ours, theirs = os.openpty()
     with command("-p", "def main(", "-m", "5", stdout=theirs, stderr=subprocess.DEVNULL) as process:

@@ -426,6 +426,7 @@ def test_a_library_is_built_once_and_kept(monkeypatch, tmp_path):
 run = subprocess.run
 
 
+@pytest.mark.large
 def test_other_flags_are_another_library(monkeypatch, tmp_path):
     cell, params, u, _ = problem("nlru", T=5)
     for flags in (["-O0"], ["-O1"]):

@@ -78,6 +78,7 @@ def test_numbers_in_half_precision(kind, dtype, calls):
             assert distance(numbers(c[1]), numbers(d[1])) <= 8 * step
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     ("source", "folder", "prefix", "options"), GOLDEN, ids=[f"{g[1].split('/')[1]}-{g[2]}" for g in GOLDEN]
 )
@@ -124,6 +125,7 @@ def test_a_row_of_a_batch_is_the_row_alone(kind, dtype, calls):
         assert distance(numbers(in_mlx[:4]), numbers(together)) < 1e-5
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("kind", ["gru", "ml-pararnn", "plain", "babylm", "tiny"])
 def test_threads(kind, monkeypatch, calls):
     """The same bits however many there are, again and again."""
@@ -359,26 +361,27 @@ def test_lazy_arrays(calls):
     assert all(calls)
 
 
-def test_an_empty_cache_is_one_of_zeros(calls):
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("kind", ["gru", "slstm, layer norm", "plain"])
+def test_an_empty_cache_is_one_of_zeros(kind, calls):
     """Whatever stood in memory before."""
-    for kind in ("gru", "slstm, layer norm", "plain"):
-        made = make(kind, hidden_size=512)
-        rubbish = [np.full((2, 8, 512), np.nan, np.float32) for _ in range(50)]
-        del rubbish
-        cache = made.make_cache(2)
-        for c in cache:
-            c.open(2)
-            c[0] = mx.zeros((2, len(c_slots(made)), 512))
-            if made.args.mixer == "gated_conv":
-                c[1] = mx.zeros((2, made.args.conv_kernel - 1, 512))
-        assert mx.array_equal(by_token(made, TOKENS), by_token(made, TOKENS, cache))
-        half = made.make_cache(2)
-        by_token(made, TOKENS[:, :1], half)
-        for c in half:
-            c[1] = None
+    made = make(kind, hidden_size=512)
+    rubbish = [np.full((2, 8, 512), np.nan, np.float32) for _ in range(50)]
+    del rubbish
+    cache = made.make_cache(2)
+    for c in cache:
+        c.open(2)
+        c[0] = mx.zeros((2, len(c_slots(made)), 512))
         if made.args.mixer == "gated_conv":
-            given = made(TOKENS[:, :1], cache=copy.deepcopy(half))
-            assert distance(numbers(given), numbers(made(TOKENS[:, :1], cache=half, backend="ops"))) < 1e-5
+            c[1] = mx.zeros((2, made.args.conv_kernel - 1, 512))
+    assert mx.array_equal(by_token(made, TOKENS), by_token(made, TOKENS, cache))
+    half = made.make_cache(2)
+    by_token(made, TOKENS[:, :1], half)
+    for c in half:
+        c[1] = None
+    if made.args.mixer == "gated_conv":
+        given = made(TOKENS[:, :1], cache=copy.deepcopy(half))
+        assert distance(numbers(given), numbers(made(TOKENS[:, :1], cache=half, backend="ops"))) < 1e-5
     assert all(calls)
 
 

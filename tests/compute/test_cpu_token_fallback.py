@@ -204,6 +204,7 @@ def loss_of(made, tokens=TOKENS, evaluate=False, **options):
     return loss
 
 
+@pytest.mark.sampled("large", by=lambda evaluate: [evaluate])
 @pytest.mark.parametrize("evaluate", [False, True], ids=["", "evaluated inside"])
 @pytest.mark.parametrize("kind", ["lstm, 4 heads", "babylm"])
 def test_gradients_of_every_weight(kind, evaluate):

@@ -52,17 +52,20 @@ def test_memo_slots_that_collide(tmp_path):
     assert "damaged" in refusal(write_archive(tmp_path / "m.pt", b"\x80\x02" + code + b".", {}))
 
 
+@pytest.mark.large
 def test_the_pickle_of_a_run_on_many_devices_is_read():
     """More instructions than a small file may have, at the five bytes each that a number takes."""
     numbers = load_pickle(b"\x80\x02](" + b"J\x00\x00\x00\x01" * 1_600_000 + b"e.", "x")
     assert len(numbers) == 1_600_000
 
 
+@pytest.mark.large
 def test_empty_sets(tmp_path):
     code = b"\x80\x04(" + b"\x8f" * 5_000_000 + b"l."
     assert "more objects than a checkpoint has" in refusal(write_archive(tmp_path / "m.pt", code, {}))
 
 
+@pytest.mark.large
 def test_one_long_list_used_again_and_again(tmp_path):
     code = b"\x80\x02](" + b"K\x01" * 100_000 + b"eq\x000c__builtin__\nset\nq\x010"
     code += b"h\x01h\x00\x85R0" * 10_000 + b"N."
@@ -91,6 +94,7 @@ def test_a_zip_directory_of_many_records(count, tmp_path):
     assert "more records than a checkpoint has" in refusal(tmp_path / "m.pt")
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - 1, 1 << 40])
 def test_an_offset_outside_the_file(offset, tmp_path):
     source = write_pt(tmp_path / "m.pt", apple_gru())
@@ -106,6 +110,7 @@ def test_an_offset_outside_the_file(offset, tmp_path):
     assert "damaged" in refusal(source)
 
 
+@pytest.mark.large
 def test_a_distributed_metadata_whose_tensors_share_their_chunks(tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
     import pickle

@@ -127,6 +127,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_bit(seed, text, tmp_path, han
     assert compared(out) == compared(tmp_path / "whole")
 
 
+@pytest.mark.large
 def test_ctrl_c_writes_a_checkpoint_and_a_second_one_ends_at_once(text, tmp_path):
     out = tmp_path / "out"
     process = started(
