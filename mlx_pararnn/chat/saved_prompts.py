@@ -89,6 +89,7 @@ class SavedPromptCache(PromptCache):
         return True
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+        """As `PromptCache`'s; the file of the state that is found counts as used last."""
         found = super().fetch_nearest_cache(model, tokens)
         if found[0] is not None:
             path = self._files.get(next(reversed(self._states)))
