@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,7 +143,7 @@ def _fill(file: io.RawIOBase, out: Array, offset: int, strides: tuple[int, ...])
 
 def _read_into(file: io.RawIOBase, flat: Array, offset: int) -> None:
     buffer = flat.data.cast("B")
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform == "linux":
         os.posix_fadvise(file.fileno(), offset + _READ_AHEAD, len(buffer), os.POSIX_FADV_WILLNEED)
     file.seek(offset)
     while buffer:
