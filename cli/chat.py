@@ -53,6 +53,7 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     show_tools: ShowTools = False,
+    adapter_path: options.Adapters = None,
     state: options.InitialState = None,
     modules: options.Import = None,
     debug: Debug = False,
@@ -61,7 +62,7 @@ def chat(
 
     Lines from a pipe work too: echo "def f(" | mlx-pararnn chat --max-tokens 40
     """
-    loaded, tokenizer = options.load(model, modules, state)
+    loaded, tokenizer = options.load(model, modules, adapter_path, state)
 
     from mlx_pararnn.chat.session import Chat
     from mlx_pararnn.pocket.loop import Limits

@@ -57,6 +57,7 @@ class Target(StrEnum):
 
     mlx = "mlx"
     coreml = "coreml"
+    torch = "torch"
 
 
 class State(StrEnum):
@@ -88,7 +89,9 @@ def convert(
         Path,
         typer.Option("--output", "-o", metavar="OUT", help="The model folder to make.", show_default=False),
     ],
-    to: Annotated[Target, typer.Option(help="What to make: an MLX model or a Core ML package.")] = Target.mlx,
+    to: Annotated[
+        Target, typer.Option(help="What to make: an MLX model, a Core ML package, or weights for PyTorch.")
+    ] = Target.mlx,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
@@ -171,7 +174,7 @@ def convert(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Convert a PyTorch checkpoint to an MLX model folder, or to a Core ML package.
+    """Convert a PyTorch checkpoint to an MLX model folder, or to a Core ML package; or MLX back to PyTorch.
 
     Nothing in the checkpoint is executed, and PyTorch is not needed.
 
@@ -191,9 +194,8 @@ def convert(
         "--palettize": palettize,
         "--initial-state": initial_state,
     }
-    for name, value in (for_mlx if to == Target.coreml else for_coreml).items():
-        if value not in (None, False):
-            _usage_error(f"{name} needs --to {'mlx' if to == Target.coreml else 'coreml'}")
+    for_both = {"--quantize": quantize, "--tokenizer": tokenizer, "--family": family, "--config": config}
+    _check_target(to, for_mlx, for_coreml, for_both)
     if to == Target.coreml:
         if quantize and palettize:
             _usage_error("--quantize and --palettize are two ways to store the matrices; choose one")
@@ -222,6 +224,9 @@ def convert(
             force=force,
             allow_nonfinite=allow_nonfinite,
         )
+        return
+    if to == Target.torch:
+        _to_torch(checkpoint, output, force)
         return
     from mlx_pararnn.convert.to_mlx import convert_to_mlx
 
@@ -259,6 +264,30 @@ def convert(
         typer.echo(f"Try it: mlx_pararnn.load_cell({str(done.path)!r})", err=True)
     elif tokenizer != "none":
         typer.echo(f'Try it: mlx-pararnn generate {shlex.quote(str(done.path))} -p "..."', err=True)
+
+
+def _check_target(
+    to: Target, for_mlx: dict[str, Any], for_coreml: dict[str, Any], for_both: dict[str, Any]
+) -> None:
+    """Say which option that was given does not go with what is to be made."""
+    refused = {"mlx": for_coreml, "coreml": for_mlx, "torch": for_mlx | for_coreml | for_both}[to.value]
+    for name, value in refused.items():
+        if value not in (None, False):
+            needed = "mlx" if name in for_mlx else "coreml" if name in for_coreml else "mlx or coreml"
+            _usage_error(f"{name} needs --to {needed}")
+
+
+def _to_torch(source: str, output: Path, force: bool) -> None:
+    from mlx_pararnn.convert.to_torch import convert_to_torch
+
+    done = convert_to_torch(source, output, force=force)
+    typer.echo(f"{done.path}: for {done.family}, {done.parameters:,} parameters, {size(done.nbytes)}")
+    if done.family == "pararnn-torch":
+        how = f"pararnn.ParaSLSTMForCausalLM.from_pretrained({str(done.path)!r})"
+    else:
+        file = str(done.path / "model.safetensors")
+        how = f"model.load_state_dict(safetensors.torch.load_file({file!r}))"
+    typer.echo(f"Load it: {how}", err=True)
 
 
 def _to_coreml(source: str, output: Path, **how: Any) -> None:

@@ -62,6 +62,7 @@ def generate(
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
     ] = False,
     show_tools: ShowTools = False,
+    adapter_path: options.Adapters = None,
     state: options.InitialState = None,
     modules: options.Import = None,
     debug: Debug = False,
@@ -78,7 +79,7 @@ def generate(
         _continue_ids(
             model,
             modules,
-            state,
+            (adapter_path, state),
             token_ids,
             max_tokens,
             (temp or 0.0, top_p, top_k, min_p, repetition_penalty, seed),
@@ -86,7 +87,7 @@ def generate(
         )
         return
     schema = None if json_schema is None else _schema(json_schema)
-    loaded, tokenizer = options.load(model, modules, state)
+    loaded, tokenizer = options.load(model, modules, adapter_path, state)
     from mlx_pararnn.generation import render, stream_generate
     from mlx_pararnn.pocket.protocol import find_protocol
 
@@ -185,7 +186,7 @@ def _schema(given: str) -> dict[str, Any]:
 def _continue_ids(
     model: str | None,
     modules: list[str] | None,
-    state: Path | None,
+    changes: tuple[Path | None, Path | None],
     given: str,
     max_tokens: int | None,
     sampling: tuple[float, float, int, float, float, int | None],
@@ -198,7 +199,7 @@ def _continue_ids(
         raise PararnnError(
             f'--tokens takes whole numbers, as in "17 4 260", and got {given[:60]!r}'
         ) from None
-    loaded, config, name = options.load_model(model, modules, state)
+    loaded, config, name = options.load_model(model, modules, *changes)
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import signal
 import sys
 from importlib import import_module
@@ -45,7 +44,9 @@ def lm(
     if command in ("dwq", "lora", "perplexity"):
         _read_texts_without_an_end()
     if command == "lora":
-        _train_on_numbers_only()
+        from .lm_training import train_as_our_models_need
+
+        train_as_our_models_need()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a server's threads would outlive ours
     sys.argv = ["mlx_lm", command, *context.args]
     try:
@@ -131,56 +132,3 @@ def _read_texts_without_an_end() -> None:
         return [token for token in tokens if token is not None], offset
 
     TextDataset.process = without_none  # type: ignore[method-assign]
-
-
-def _train_on_numbers_only() -> None:
-    """Full fine-tuning of float16 weights is refused, and a loss that is no number ends any training.
-
-    Adam's epsilon and the squares of gradients are 0 in float16, so that the first step divides by 0.
-    """
-    import mlx.core as mx
-    import mlx_lm.lora
-    from mlx.utils import tree_flatten
-
-    from mlx_pararnn.errors import PararnnError
-
-    train_model = mlx_lm.lora.train_model
-
-    def checked(args: Any, model: Any, train_set: Any, valid_set: Any, training_callback: Any = None) -> None:
-        weights: Any = tree_flatten(model.parameters())
-        if args.fine_tune_type == "full" and any(weight.dtype == mx.float16 for _, weight in weights):
-            raise PararnnError(
-                f"{args.model} has float16 weights, which full fine-tuning turns into NaN; make a bfloat16 "
-                f"copy first: mlx-pararnn lm convert --hf-path {args.model} --mlx-path OUT --dtype bfloat16"
-            )
-        callback: Any = _StopsWithoutNumber(training_callback)
-        train_model(args, model, train_set, valid_set, callback)
-
-    mlx_lm.lora.train_model = checked
-
-
-class _StopsWithoutNumber:
-    """MLX-LM's TrainingCallback: passes reports on, and raises at a loss that is no number."""
-
-    def __init__(self, then: Any) -> None:
-        self.then = then
-
-    def on_train_loss_report(self, report: dict[str, Any]) -> None:
-        if self.then is not None:
-            self.then.on_train_loss_report(report)
-        _check_loss("training", report["train_loss"], report["iteration"])
-
-    def on_val_loss_report(self, report: dict[str, Any]) -> None:
-        if self.then is not None:
-            self.then.on_val_loss_report(report)
-        _check_loss("validation", report["val_loss"], report["iteration"])
-
-
-def _check_loss(kind: str, loss: float, iteration: int) -> None:
-    from mlx_pararnn.errors import PararnnError
-
-    if not math.isfinite(loss):
-        raise PararnnError(
-            f"the {kind} loss is {loss} at iteration {iteration}, so training has stopped; adapters saved "
-            "since the last finite loss are of no use; try a lower --learning-rate"
-        )

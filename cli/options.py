@@ -105,6 +105,13 @@ Import = Annotated[
     ),
 ]
 
+Adapters = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter-path", metavar="DIR", help="Adapters that `lm lora` or `train --tune lora` made."
+    ),
+]
+
 InitialState = Annotated[
     Path | None,
     typer.Option(
@@ -147,23 +154,23 @@ def without_new_line(text: str) -> str:
 
 
 def load(
-    model: str | None, modules: list[str] | None, state: Path | None = None
+    model: str | None, modules: list[str] | None, adapters: Path | None = None, state: Path | None = None
 ) -> "tuple[Model, TokenizerWrapper]":
     """The model that a command names, or the bundled one, and its tokenizer."""
     path = _find(model, modules)
     from mlx_pararnn.loading import load as load_pair
 
-    return load_pair(path, state=state)
+    return load_pair(path, adapter_path=adapters, state=state)
 
 
 def load_model(
-    model: str | None, modules: list[str] | None, state: Path | None = None
+    model: str | None, modules: list[str] | None, adapters: Path | None = None, state: Path | None = None
 ) -> "tuple[Model, dict[str, Any], str]":
     """The same without a tokenizer: the model, its config, and its name."""
     path = _find(model, modules)
     from mlx_pararnn.loading import load_model as load_alone
 
-    return *load_alone(path, state=state), model or path.name
+    return *load_alone(path, adapter_path=adapters, state=state), model or path.name
 
 
 def _find(model: str | None, modules: list[str] | None) -> Path:

@@ -60,6 +60,7 @@ def serve(
             help="Let a model that uses tools call the package's own functions here: sums, dates, units.",
         ),
     ] = False,
+    adapter_path: options.Adapters = None,
     state: options.InitialState = None,
     modules: options.Import = None,
     debug: Debug = False,
@@ -86,6 +87,7 @@ def serve(
         prompt_cache_bytes=prompt_cache_mb * 2**20,
         prompt_cache_folder=prompt_cache_dir,
         functions=functions,
+        adapter_path=adapter_path,
         initial_state=state,
     )
     run(model or DEMO, settings, ready=lambda url: print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr))

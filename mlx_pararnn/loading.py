@@ -5,7 +5,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx_lm.tokenizer_utils
+import mlx_lm.tuner.utils
 import mlx_lm.utils
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -31,13 +33,18 @@ _MISFITS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, Ar
 
 
 def load(
-    path_or_hf_repo: str | Path = DEMO, *, state: str | Path | None = None
+    path_or_hf_repo: str | Path = DEMO,
+    *,
+    adapter_path: str | Path | None = None,
+    state: str | Path | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """A model and its tokenizer.
 
     Args:
         path_or_hf_repo: a folder that `mlx-pararnn convert` wrote, or a repository on the Hugging Face hub;
             without it, the small model that comes with the package.
+        adapter_path: a folder of adapters for this model, as `mlx-pararnn lm lora` and `mlx-pararnn train
+            --tune lora` write them; they are added into the weights unless these are quantized.
         state: a file of learned initial states (`mlx-pararnn train --tune state`) that goes before those
             of the model's own weights; None for these, or zeros.
 
@@ -45,12 +52,15 @@ def load(
         PararnnError: there is no such model, or it is not whole; the message says what to do.
     """
     path = find_model(path_or_hf_repo)
-    model, config = load_model(path, state=state)
+    model, config = load_model(path, adapter_path=adapter_path, state=state)
     return model, load_tokenizer(path, config)
 
 
 def load_model(
-    path_or_hf_repo: str | Path = DEMO, *, state: str | Path | None = None
+    path_or_hf_repo: str | Path = DEMO,
+    *,
+    adapter_path: str | Path | None = None,
+    state: str | Path | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model and its config.json as a dict, without a tokenizer; as `load` otherwise."""
     path = find_model(path_or_hf_repo)
@@ -70,6 +80,8 @@ def load_model(
         model, config = mlx_lm.utils.load_model(
             path, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
         )
+        if adapter_path is not None:
+            load_adapters(cast(Model, model), Path(adapter_path))
         if state is not None:
             load_states(cast(Model, model), Path(state))
         return cast(Model, model), config
@@ -79,6 +91,34 @@ def load_model(
         raise PararnnError(f"no model*.safetensors in {path}; convert the checkpoint again") from None
     except _MISFITS as error:
         raise _misfit(path, error) from error
+
+
+def load_adapters(model: Model, folder: Path) -> None:
+    """Give the model the adapters in `folder`, added into its weights unless these are quantized.
+
+    Raises:
+        PararnnError: the folder holds no adapters, or they are of another model.
+    """
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        try:
+            with open_regular(folder / name):
+                pass
+        except (FileNotFoundError, NotADirectoryError):
+            raise PararnnError(
+                f"{folder}: holds no adapters ({name} is missing); mlx-pararnn lm lora writes them"
+            ) from None
+    try:
+        mlx_lm.tuner.utils.load_adapters(model, str(folder))
+    except _MISFITS as error:
+        raise PararnnError(
+            f"{folder}: its adapters do not fit this model ({_in_one_line(error)}); give the model that they "
+            "were trained with"
+        ) from error
+    model.eval()
+    if not any("scales" in module for _, module in model.named_modules()):
+        fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+        model.update_modules(tree_unflatten(fused))
+    mx.eval(model.parameters())
 
 
 def load_states(model: Model, file: Path) -> None:

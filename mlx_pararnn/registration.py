@@ -4,6 +4,7 @@
   it is made sure that the folder where MLX compiles for a CPU is the user's own (`compute/mlx_folder.py`).
 * `mlx_lm.models.pararnn`: MLX-LM finds a model class by importing a module of that name; it gets `model.py`.
 * `mlx_lm.models.cache`: MLX-LM's saved prompt caches name their class; ours is put there.
+* `mlx_lm.tuner.utils`: adapters of our models are for the recurrence's projection too (`adapters.py`).
 * `mlx_lm.utils`: it asks for 4096 open files as it is imported, which fails where fewer are allowed; the
   limit then stays as it is.
 
@@ -32,12 +33,20 @@ def install() -> None:
         _secure_mlx_folder()
     if "mlx_lm.models.cache" in sys.modules:
         _import_cache()
+    if "mlx_lm.tuner.utils" in sys.modules:
+        _extend_adapters(sys.modules["mlx_lm.tuner.utils"])
     if not any(type(finder).__name__ == _Watcher.__name__ for finder in sys.meta_path):  # a reload
         sys.meta_path.insert(0, _Watcher())
 
 
 def _import_cache() -> None:
     import_module(f"{__package__}.cache")  # puts its class into MLX-LM's module at its end
+
+
+def _extend_adapters(module: ModuleType) -> None:
+    with_recurrence = import_module(f"{__package__}.adapters").with_recurrence
+    if not hasattr(module.linear_to_lora_layers, "__wrapped__"):  # a reload
+        module.linear_to_lora_layers = with_recurrence(module.linear_to_lora_layers)  # type: ignore[attr-defined]
 
 
 def _secure_mlx_folder() -> None:
@@ -98,6 +107,12 @@ class _ThenOurCache(_Wrapped):
         _import_cache()
 
 
+class _ThenOurAdapters(_Wrapped):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _extend_adapters(module)
+
+
 class _KeepFileLimit(_Wrapped):
     """Load a module that may find it cannot raise the limit of open files."""
 
@@ -118,4 +133,8 @@ class _KeepFileLimit(_Wrapped):
             resource.setrlimit = setrlimit
 
 
-_WRAPPED = {"mlx_lm.models.cache": _ThenOurCache, "mlx_lm.utils": _KeepFileLimit}
+_WRAPPED = {
+    "mlx_lm.models.cache": _ThenOurCache,
+    "mlx_lm.tuner.utils": _ThenOurAdapters,
+    "mlx_lm.utils": _KeepFileLimit,
+}

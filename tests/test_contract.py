@@ -206,6 +206,12 @@ def test_mlx_lms_lora_trains_by_the_names_that_the_command_line_replaces():
         "args", "model", "train_set", "valid_set", "training_callback",
     ], "mlx_lm.lora.train_model takes other arguments; see cli/lm.py"  # fmt: skip
     assert "train_model" in lora.run.__code__.co_names, "mlx_lm.lora.run trains another way; see cli/lm.py"
+    used = lora.train_model.__code__.co_names
+    assert {"train", "print_trainable_parameters"} <= set(used), "see cli/lm_training.py"
+    utils = import_module("mlx_lm.tuner.utils")
+    converted = utils.linear_to_lora_layers.__wrapped__  # registration.py put ours around it
+    assert list(inspect.signature(converted).parameters) == ["model", "num_layers", "config", "use_dora"]
+    assert "linear_to_lora_layers" in utils.load_adapters.__code__.co_names, "see adapters.py"
     reports = {name for name in vars(TrainingCallback) if name.startswith("on_")}
     assert reports == {"on_train_loss_report", "on_val_loss_report"}, "see cli/lm.py's callback"
 

@@ -10,8 +10,10 @@ ROOT = Path(__file__).parents[1]
 # room: the rooms whose files its own may import, and with them all that those lead to
 ARROWS = {
     "__main__": "cli",
-    "cli": "chat tools training convert.to_mlx convert.to_coreml convert.inspection convert.comparison",
+    "cli": "chat tools training convert.to_mlx convert.to_coreml convert.to_torch convert.inspection "
+    "convert.comparison",
     "convert.to_coreml": "convert.to_mlx convert.coreml convert.inspection",
+    "convert.to_torch": "convert.writers model_config",
     "convert.to_mlx": "convert.overrides convert.writers",
     "convert.comparison": "convert.writers tools",
     "convert.inspection": "convert.writers model_config",
@@ -25,7 +27,8 @@ ARROWS = {
     "tools": "package weights_digest",
     "training": "package convert.writers tools",
     "package": "loading generation registration pocket",
-    "registration": "compute",
+    "registration": "compute adapters",
+    "adapters": "errors",
     "loading": "model hub model_files detokenizer mlx_lm_internals",
     "generation": "model detokenizer grammars",
     "model": "compute cache model_config module_arrays",

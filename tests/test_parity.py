@@ -1,13 +1,17 @@
 """Against PyTorch and pararnn-torch, on fresh weights; golden data stands in where they are absent."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import mlx_pararnn
 from mlx_pararnn import get_cell
 from mlx_pararnn.compute.recurrence import recurrence
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
+from mlx_pararnn.convert.to_torch import convert_to_torch
 from tests.support.peers import PEERS
 
 torch = pytest.importorskip("torch", reason="needs torch (pip install 'mlx-pararnn[parity]')")
@@ -95,6 +99,28 @@ def test_a_fresh_save_pretrained_folder(tmp_path, tied):
     with torch.no_grad():
         expected = peer(ids).numpy()
     assert np.abs(np.array(model(mx.array(ids.numpy()))) - expected).max() < 5e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_tuned_here_loads_there(tmp_path, tied):
+    from pararnn.models import ParaSLSTMForCausalLM
+
+    args = {"cell": "slstm", "mixer": "plain", "mlp_bias": True, "tie_word_embeddings": tied}
+    config = {"model_type": "pararnn", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99}
+    config |= {"intermediate_size": 80, "norm": "rms", "norm_eps": 1e-5, **args}
+    mx.random.seed(3)
+    model = mlx_pararnn.Model(mlx_pararnn.ModelArgs.from_dict(config))
+    for layer in model.layers:  # beyond the clamp that is pararnn-torch's default
+        layer.mixer.cell.recurrent_weight = mx.random.uniform(-0.8, 0.8, (4, 32))
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "ours" / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    convert_to_torch(tmp_path / "ours", tmp_path / "theirs")
+    peer = ParaSLSTMForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    ids = np.random.default_rng(0).integers(0, 99, (2, 40))
+    with torch.no_grad():
+        given = peer(torch.from_numpy(ids)).numpy()
+    assert np.abs(np.array(model(mx.array(ids))) - given).max() < 5e-5
 
 
 def test_bfloat16_rounding_is_torchs(tmp_path):

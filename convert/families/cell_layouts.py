@@ -51,19 +51,26 @@ def apple_cell(source: Source, prefix: str, target: str) -> tuple[CellSizes, lis
 
 
 @dataclass(frozen=True)
-class _TorchLayout:
+class TorchLayout:
+    """A cell of pararnn-torch.
+
+    Attributes:
+        rows: its names for the rows of our recurrent weight.
+        row_count: how many those are.
+        gate_order: our gate number k is block gate_order[k] of W_x.
+    """
+
     rows: tuple[str, ...]
     row_count: int
-    # Our gate number k is their block gate_order[k] of W_x.
     gate_order: tuple[int, ...]
 
 
 # Their GRU's a_n is our row h; their LSTM's blocks are f, candidate, o, and a_z is the candidate's row.
-_TORCH_LAYOUTS = {
-    "gru": _TorchLayout(("a_z", "a_r", "a_n"), 3, (0, 1, 2)),
-    "lstm": _TorchLayout(("a_f", "a_o", "a_z", "c_f", "c_o"), 5, (0, 2, 1)),
-    "nlru": _TorchLayout(("u",), 1, (0, 1)),
-    "slstm": _TorchLayout(("R",), 4, (0, 1, 2, 3)),
+TORCH_LAYOUTS = {
+    "gru": TorchLayout(("a_z", "a_r", "a_n"), 3, (0, 1, 2)),
+    "lstm": TorchLayout(("a_f", "a_o", "a_z", "c_f", "c_o"), 5, (0, 2, 1)),
+    "nlru": TorchLayout(("u",), 1, (0, 1)),
+    "slstm": TorchLayout(("R",), 4, (0, 1, 2, 3)),
 }
 
 
@@ -74,17 +81,17 @@ def torch_cell_name(source: Source, prefix: str) -> str:
     """
 
     def present(cell: str) -> float:
-        rows = _TORCH_LAYOUTS[cell].rows
+        rows = TORCH_LAYOUTS[cell].rows
         return sum(f"{prefix}{row}" in source for row in rows) / len(rows)
 
-    return max(_TORCH_LAYOUTS, key=present)
+    return max(TORCH_LAYOUTS, key=present)
 
 
 def torch_cell_sizes(source: Source, prefix: str) -> CellSizes:
     """The kind and sizes of the pararnn-torch cell under `prefix`, by its names and the shape of W_x."""
     cell = torch_cell_name(source, prefix)
     rows, inputs = source.shape(f"{prefix}W_x.weight", 2)
-    return CellSizes(cell, inputs, rows // len(_TORCH_LAYOUTS[cell].gate_order), 1)
+    return CellSizes(cell, inputs, rows // len(TORCH_LAYOUTS[cell].gate_order), 1)
 
 
 def torch_cell(
@@ -102,7 +109,7 @@ def torch_cell(
 
     The library clamps the recurrent weights to [-cap, cap] each time it uses them: here it is done once.
     """
-    layout = _TORCH_LAYOUTS[cell]
+    layout = TORCH_LAYOUTS[cell]
     gates = len(layout.gate_order)
     inputs = inputs or width
     weight = source.take(f"{prefix}W_x.weight", (gates * width, inputs))

@@ -33,6 +33,7 @@ _OURS = (
     *TOKENIZER_FILES,
 )
 _OURS_IN_COREML = (COREML_PACKAGE, COREML_FILE, COREML_REFERENCE, *TOKENIZER_FILES)
+_RUN = "run.json"  # what training/run.py writes before the folder has its name
 MLX_PART = "mlx"  # the MLX model that is made on the way to a Core ML package
 
 
@@ -240,7 +241,7 @@ def _finish_killed_runs(out: Path) -> None:
 
 
 def _may_be_ours(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in (*_OURS, *_OURS_IN_COREML, MLX_PART))
+    return any(fnmatch(name, pattern) for pattern in (*_OURS, *_OURS_IN_COREML, MLX_PART, _RUN))
 
 
 def _put_in_place(partial: Path, out: Path, force: bool) -> None:

@@ -132,11 +132,35 @@ def test_adapters_are_fused_and_load_in_mlx_lm(tune, base, tmp_path):
     after, before = weights(out), weights(base[0])
     assert after.keys() == before.keys()
     changed = {name for name in after if not mx.array_equal(after[name], before[name])}
-    assert changed
-    assert all(name.endswith("proj.weight") for name in changed)
+    assert changed == {name for name in after if name.endswith("proj.weight")}
+    assert "model.layers.0.mixer.cell.input_proj.weight" in changed
     model, _ = load(base[0])
     load_adapters(model, str(out))
-    assert mx.allclose(model(TOKENS), load(out)[0](TOKENS), atol=1e-4)
+    fused, _ = load(base[0], adapter_path=out)
+    assert "lora_a" not in fused.layers[0].mixer.cell.input_proj
+    wanted = load(out)[0](TOKENS)
+    assert mx.allclose(model(TOKENS), wanted, atol=1e-4)
+    assert mx.allclose(fused(TOKENS), wanted, atol=1e-4)
+    assert not mx.allclose(wanted, load(base[0])[0](TOKENS), atol=1e-2)
+    options = ["-p", "import", "--max-tokens", "8", "--json"]
+    texts = []
+    for where in ([str(out)], [str(base[0]), "--adapter-path", str(out)]):
+        done = CliRunner().invoke(app, ["generate", *where, *options])
+        assert done.exit_code == 0, done.stderr
+        texts.append(json.loads(done.stdout)["tokens"])
+    assert texts[0] == texts[1]
+
+
+def test_adapters_that_do_not_fit(base, tmp_path):
+    with pytest.raises(PararnnError, match="holds no adapters"):
+        load(base[0], adapter_path=tmp_path)
+    lora = {"rank": 4, "scale": 1.0, "dropout": 0.0}
+    settings = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": lora}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    name = "model.layers.0.mixer.cell.input_proj.lora_a"
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {name: mx.zeros((2, 9, 4))})
+    with pytest.raises(PararnnError, match="do not fit this model"):
+        load(base[0], adapter_path=tmp_path)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
@@ -184,7 +208,7 @@ def test_the_server_begins_from_a_state(base, tmp_path):
 
     states = {f"layers.{n}": mx.full((2, 16), 0.25) for n in range(2)}
     mx.save_safetensors(str(tmp_path / "s.safetensors"), states)
-    engine = Engine(base[0], PromptCache(), Metrics(), tmp_path / "s.safetensors")
+    engine = Engine(base[0], PromptCache(), Metrics(), state=tmp_path / "s.safetensors")
     engine.wait()
     try:
         assert engine.model.layers[1].mixer.cell.initial_state.tolist() == [[0.25] * 16] * 2

@@ -41,6 +41,7 @@ class Engine:
         path: a model folder, or a repository on the hub.
         prompts: where the states of prompts are kept.
         metrics: what is counted.
+        adapters: a folder of adapters, or None.
         state: a file of initial states; None for the model's own.
 
     Attributes:
@@ -53,11 +54,17 @@ class Engine:
     state_nbytes = 0
 
     def __init__(
-        self, path: str | Path, prompts: PromptCache, metrics: Metrics, state: Path | None = None
+        self,
+        path: str | Path,
+        prompts: PromptCache,
+        metrics: Metrics,
+        adapters: Path | None = None,
+        state: Path | None = None,
     ) -> None:
         self.failure: BaseException | None = None
         self.stopping = self.refusing = False
-        self._path, self._state, self._prompts, self._metrics = path, state, prompts, metrics
+        self._path, self._adapters, self._state = path, adapters, state
+        self._prompts, self._metrics = prompts, metrics
         self.on_failure: Callable[[], None] = lambda: None
         self._commands: queue.SimpleQueue[tuple[str, Job] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
@@ -136,7 +143,7 @@ class Engine:
             pass
 
     def _load(self) -> None:
-        model, tokenizer = load(self._path, state=self._state)
+        model, tokenizer = load(self._path, adapter_path=self._adapters, state=self._state)
         model.snapshot_spacing = SPACING
         probe = model.make_cache()
         mx.eval(model(mx.array([[0]]), cache=probe))

@@ -55,7 +55,7 @@ def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = l
     folder = settings.prompt_cache_folder
     prompts = PromptCache(**sizes) if folder is None else SavedPromptCache(folder, **sizes)
     with _watched():
-        engine = Engine(path, prompts, metrics, settings.initial_state)
+        engine = Engine(path, prompts, metrics, settings.adapter_path, settings.initial_state)
         try:
             with _interrupting():
                 engine.wait()

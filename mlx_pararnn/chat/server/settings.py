@@ -18,6 +18,7 @@ class Settings:
         prompt_cache_bytes: for stored states.
         prompt_cache_folder: where they are saved too, to survive a restart; None for nowhere.
         functions: whether a model that uses tools may call the package's own functions, which run here.
+        adapter_path: a folder of adapters for the model, or None.
         initial_state: a file of states that every conversation begins with; None for the model's own.
     """
 
@@ -33,4 +34,5 @@ class Settings:
     prompt_cache_bytes: int = 2**30
     prompt_cache_folder: Path | None = None
     functions: bool = False
+    adapter_path: Path | None = None
     initial_state: Path | None = None
