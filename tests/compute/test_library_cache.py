@@ -107,6 +107,7 @@ def test_another_machines_library_is_built_again(cache):
     assert the_library(cache).read_bytes()[18:20] == whole[18:20]
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("who", ["a link", "another user's", "writable by others"])
 def test_what_others_may_have_put_there_is_not_loaded(who, cache, tmp_path):
     assert load() == SOUND

@@ -194,6 +194,7 @@ main()
 """
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("options", [[], ["--quantize"]])
 def test_a_disk_that_fills_up(options, model, tmp_path):
     work = tmp_path / "work"
@@ -396,6 +397,7 @@ print(moment, sorted(seen), [path.name for path in out.parent.iterdir()])
 """
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("by_two_renames", [False, True])
 def test_kill_9_at_every_moment_of_a_replacement(by_two_renames, model, accepted, tmp_path):
     """Out is whole then, old or new; and the next conversion leaves nothing of it beside out."""
