@@ -58,7 +58,8 @@ def bench(
         typer.Argument(
             metavar="MODEL",
             callback=expand_home,
-            help="A folder that `mlx-pararnn convert` wrote, or a name on Hugging Face. Default: a preset.",
+            help="A folder that `mlx-pararnn convert` wrote, or a name on Hugging Face; the bundled pocket "
+            "model if left out, and no preset is asked for.",
         ),
     ] = None,
     preset: Annotated[
@@ -66,7 +67,7 @@ def bench(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="The paper's shapes with random weights: 400m, 1b, 2.9b or 7b. Default: 400m.",
+            help="The paper's shapes with random weights: 400m, 1b, 2.9b or 7b; 400m with --cell or --dtype.",
         ),
     ] = None,
     cell: Annotated[str | None, typer.Option(metavar="NAME", help="A preset's cell. Default: gru.")] = None,
@@ -142,13 +143,16 @@ def bench(
     if plot is not None and not plot.absolute().parent.is_dir():
         raise PararnnError(f"--plot: there is no folder {plot.parent}")
     options.import_modules(modules)
+    from mlx_pararnn.loading import BUNDLED
     from mlx_pararnn.tools import benchmark
 
     if plot is not None:
         from mlx_pararnn.tools.plot import require_matplotlib
 
         require_matplotlib()
-    loaded = _load(model, preset or PRESET, cell or "gru", dtype.value if dtype else "float32")
+    if preset or cell or dtype:
+        preset = preset or PRESET
+    loaded = _load(model, preset, cell or "gru", dtype.value if dtype else "float32")
     sizes = _sizes(
         benchmark.fitting(loaded, benchmark.FULL if full else benchmark.SHORT),
         generation_tokens,
@@ -165,7 +169,7 @@ def bench(
         for done, case in enumerate(cases):
             progress(done, f"{case.section} {_in_words(case.settings)}")
             results.append(case.measure(trials))
-    about = benchmark.describe(loaded, model or preset or PRESET)
+    about = benchmark.describe(loaded, model or preset or BUNDLED.name)
     if plot is not None:
         _draw(results, plot)
     if as_json:
@@ -182,14 +186,14 @@ def _sizes(sizes: "Sizes", generated: int | None, **lists: str | None) -> "Sizes
     return replace(sizes, **chosen, generated=generated or sizes.generated)
 
 
-def _load(model: str | None, preset: str, cell: str, dtype: str) -> "Model":
-    if model is None:
+def _load(model: str | None, preset: str | None, cell: str, dtype: str) -> "Model":
+    if preset is not None:
         from mlx_pararnn.tools.benchmark import preset_model
 
         return preset_model(preset, cell, dtype)
-    from mlx_pararnn.loading import load_model
+    from mlx_pararnn.loading import BUNDLED, load_model
 
-    return load_model(model)[0]
+    return load_model(model or BUNDLED)[0]
 
 
 def _in_words(settings: dict[str, Any]) -> str:

@@ -144,7 +144,7 @@ def generate(
             )
         )
         return
-    print()
+    print(flush=True)  # before what follows on stderr
     print(
         f"prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s; "
         f"generated: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens/s "
@@ -262,6 +262,6 @@ def _answer(
         found = {**asked, "text": "".join(pieces), "finish_reason": event.reason, "calls": calls}
         print(json.dumps({**found, "tokens": event.tokens, "made": event.made, "seconds": event.seconds}))
         return
-    print()
+    print(flush=True)  # before what follows on stderr
     say_why(event.reason)
     print(f"{event.tokens:,} tokens in {event.seconds:.2f} s ({event.reason})", file=sys.stderr)

@@ -13,13 +13,14 @@ from .report import Debug, expand_home, reports_errors, size
 @reports_errors
 def inspect(
     path: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="PATH",
             callback=expand_home,
-            help="A checkpoint in any form that convert takes, or a model folder.",
+            help="A checkpoint in any form that convert takes, or a model folder; the bundled pocket model "
+            "if left out.",
         ),
-    ],
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object instead of the table.")
     ] = False,
@@ -32,8 +33,9 @@ def inspect(
     """
     options.import_modules(modules)
     from mlx_pararnn.convert.inspection import inspect as look
+    from mlx_pararnn.loading import BUNDLED
 
-    found = look(path)
+    found = look(path or BUNDLED)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return

@@ -40,7 +40,7 @@ ModelPath = Annotated[
         metavar="MODEL",
         callback=expand_home,
         help="A folder that `mlx-pararnn convert` wrote, or a Hugging Face repository; "
-        "the bundled demo if left out.",
+        "the bundled pocket model if left out.",
     ),
 ]
 MaxTokens = Annotated[
@@ -178,9 +178,9 @@ def _find(model: str | None, modules: list[str] | None) -> Path:
 
     path = None if model is None else find_model(model)  # a wrong name is told before seconds of importing
     import_modules(modules)
-    from mlx_pararnn.loading import DEMO
+    from mlx_pararnn.loading import BUNDLED
 
-    return path or DEMO
+    return path or BUNDLED
 
 
 def sampling(

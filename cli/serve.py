@@ -54,12 +54,14 @@ def serve(
         ),
     ] = None,
     functions: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--functions",
-            help="Let a model that uses tools call the package's own functions here: sums, dates, units.",
+            "--functions/--no-functions",
+            help="Let a model that uses tools call the package's own functions here: sums, dates, units. "
+            "The bundled model does.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     adapter_path: options.Adapters = None,
     state: options.InitialState = None,
     modules: options.Import = None,
@@ -72,7 +74,7 @@ def serve(
     options.import_modules(modules)
     from mlx_pararnn.chat.server import Settings
     from mlx_pararnn.chat.server import serve as run
-    from mlx_pararnn.loading import DEMO
+    from mlx_pararnn.loading import BUNDLED
 
     settings = Settings(
         host=host,
@@ -86,9 +88,13 @@ def serve(
         min_p=min_p,
         prompt_cache_bytes=prompt_cache_mb * 2**20,
         prompt_cache_folder=prompt_cache_dir,
-        functions=functions,
+        functions=model is None if functions is None else functions,
         adapter_path=adapter_path,
         initial_state=state,
     )
-    run(model or DEMO, settings, ready=lambda url: print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr))
+    run(
+        model or BUNDLED,
+        settings,
+        ready=lambda url: print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr),
+    )
     print("Stopped.", file=sys.stderr)

@@ -52,7 +52,7 @@ def verify(
     from mlx_pararnn.convert.coreml.package_check import is_package, verify_package
     from mlx_pararnn.errors import PararnnError
     from mlx_pararnn.hub import find_model
-    from mlx_pararnn.loading import DEMO, load_model, load_tokenizer
+    from mlx_pararnn.loading import BUNDLED, load_model, load_tokenizer
     from mlx_pararnn.tools.verification import (
         verify_files,
         verify_logits,
@@ -60,7 +60,7 @@ def verify(
         verify_weights,
     )
 
-    path = find_model(model or DEMO)
+    path = find_model(model or BUNDLED)
     if is_package(path):
         if logits or against:
             typer.echo("error: --against and --logits are for MLX models, not Core ML packages", err=True)

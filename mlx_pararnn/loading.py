@@ -22,7 +22,7 @@ from .model_config import ModelArgs, weight_bits
 from .model_files import VOCABULARY_FILES, open_regular, read_json
 
 STATES = "initial_state.safetensors"
-DEMO = Path(__file__).parent / "demo"
+BUNDLED = Path(__file__).parent / "pocket-model"  # what every command uses without a MODEL
 
 # What transformers calls a tokenizer that is its tokenizer.json and nothing else; any model type that has one
 # gives that class.
@@ -33,7 +33,7 @@ _MISFITS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, Ar
 
 
 def load(
-    path_or_hf_repo: str | Path = DEMO,
+    path_or_hf_repo: str | Path = BUNDLED,
     *,
     adapter_path: str | Path | None = None,
     state: str | Path | None = None,
@@ -42,7 +42,7 @@ def load(
 
     Args:
         path_or_hf_repo: a folder that `mlx-pararnn convert` wrote, or a repository on the Hugging Face hub;
-            without it, the small model that comes with the package.
+            without it, the pocket model that comes with the package.
         adapter_path: a folder of adapters for this model, as `mlx-pararnn lm lora` and `mlx-pararnn train
             --tune lora` write them; they are added into the weights unless these are quantized.
         state: a file of learned initial states (`mlx-pararnn train --tune state`) that goes before those
@@ -57,7 +57,7 @@ def load(
 
 
 def load_model(
-    path_or_hf_repo: str | Path = DEMO,
+    path_or_hf_repo: str | Path = BUNDLED,
     *,
     adapter_path: str | Path | None = None,
     state: str | Path | None = None,

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, load_prompt_cache, make_p
 
 import mlx_pararnn
 from mlx_pararnn.cache import RecurrentCache
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 from tests.support.generation import greedy, same_until_a_near_tie
 
 PROMPTS = ["def main(", "import os\n\nclass Reader:\n    def read(self, ", "x", "for i in range(10):\n"]
@@ -19,7 +19,7 @@ PROMPTS = ["def main(", "import os\n\nclass Reader:\n    def read(self, ", "x", 
 
 @pytest.fixture(scope="module")
 def demo():
-    return mlx_pararnn.load()
+    return mlx_pararnn.load(DEMO)
 
 
 def test_mlx_lm_finds_the_class():
@@ -146,4 +146,4 @@ def test_mlx_lm_load_and_generate():
     model, tokenizer = mlx_lm.load(str(DEMO))
     assert type(model) is mlx_pararnn.Model
     text = mlx_lm.generate(model, tokenizer, "def main(", max_tokens=12)
-    assert text == mlx_pararnn.generate(*mlx_pararnn.load(), "def main(", max_tokens=12)
+    assert text == mlx_pararnn.generate(*mlx_pararnn.load(DEMO), "def main(", max_tokens=12)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.support.demo import DEMO
+
 
 def test_transformers_gives_a_plain_tokenizer_for_the_model_type_that_loading_names():
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
@@ -93,7 +95,7 @@ def test_mlx_lms_tokenizer_wrapper_copies_its_detokenizer():
     import mlx_pararnn
     from mlx_pararnn.detokenizer import Detokenizer
 
-    _, tokenizer = mlx_pararnn.load()
+    _, tokenizer = mlx_pararnn.load(DEMO)
     assert isinstance(tokenizer, TokenizerWrapper)
     first, second = tokenizer.detokenizer, tokenizer.detokenizer
     assert isinstance(first, Detokenizer), (

@@ -9,6 +9,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from tests.support.transcripts import given, steady, transcripts
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -37,6 +39,15 @@ def test_python_blocks(page, converted, tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     assert "self, other" in capsys.readouterr().out
+
+
+@pytest.mark.large
+def test_readmes_transcript():
+    """`python -m tests.support.transcripts README.md` writes it anew."""
+    text = (ROOT / "README.md").read_text()
+    found = transcripts(text)
+    assert f'pip install ".[cpu]" && {found[0][0]}\n' in text  # the first command of all
+    assert [steady(given(command)) for command, _ in found] == [steady(said) for _, said in found]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -12,6 +12,7 @@ import pytest
 import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.grammars import GrammarProcessor, Grammars
+from tests.support.demo import DEMO
 from tests.support.schemas import is_valid, published, random_text
 
 DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
@@ -25,7 +26,7 @@ NODE = {
 
 @pytest.fixture(scope="module")
 def grammars():
-    model, tokenizer = mlx_pararnn.load()
+    model, tokenizer = mlx_pararnn.load(DEMO)
     return Grammars(tokenizer, model.args.vocab_size)
 
 

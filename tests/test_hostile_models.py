@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.session import Chat
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 
 MEMORY = 3 << 30  # bytes of data that a child may take
 
@@ -106,7 +106,7 @@ def test_a_folder_whose_name_is_not_utf8(folder):
 
 
 def saved(tmp_path):
-    chat = Chat(*mlx_pararnn.load())
+    chat = Chat(*mlx_pararnn.load(DEMO))
     list(chat.respond("def main(", max_tokens=3))
     return chat, chat.save(tmp_path / "state")
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
 from mlx_pararnn.cache import RecurrentCache
 from mlx_pararnn.chat.session import Chat
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 from tests.support.generation import greedy, same_until_a_near_tie
 from tests.support.serving import demo_in_float32
 
@@ -28,7 +28,7 @@ TEXT = b"import os\n\nclass Reader:\n    def read(self, name):\n        return o
 
 @pytest.fixture(scope="module")
 def demo():
-    model, tokenizer = mlx_pararnn.load()
+    model, tokenizer = mlx_pararnn.load(DEMO)
     model.set_dtype(mx.float32)  # float16's rounding makes ties
     return model, tokenizer
 
@@ -230,7 +230,7 @@ def drafts(demo):
     model, _ = demo
     noise = Model(model.args)
     noise.update(tree_map(lambda w: 0.1 * w, noise.parameters()))
-    blend, _ = mlx_pararnn.load()
+    blend, _ = mlx_pararnn.load(DEMO)
     mx.random.seed(3)
     blend.update(tree_map(lambda w: w + 0.02 * mx.random.normal(w.shape), blend.parameters()))
     tiny = Model(replace(model.args, num_hidden_layers=1, hidden_size=64, num_heads=1))
@@ -340,7 +340,7 @@ def test_lm_generate_with_a_draft(tmp_path):
 @pytest.mark.large
 def test_mlx_lms_prompt_cache_both_ways(tmp_path):
     """`lm cache_prompt` -> our /load and Python; our /save -> `lm generate --prompt-cache-file`."""
-    model, tokenizer = mlx_pararnn.load()
+    model, tokenizer = mlx_pararnn.load(DEMO)
     file = tmp_path / "prompt.safetensors"
     made = lm("cache_prompt", "--model", str(DEMO), "--prompt", "def main(", "--prompt-cache-file", str(file))
     assert made.returncode == 0, made.stderr
@@ -352,7 +352,7 @@ def test_mlx_lms_prompt_cache_both_ways(tmp_path):
     assert conversation.tokens == read_too
     assert same(conversation.cache, cache)
 
-    conversation = Chat(*mlx_pararnn.load())
+    conversation = Chat(*mlx_pararnn.load(DEMO))
     list(conversation.respond("import os\n\n", max_tokens=4))
     saved = conversation.save(tmp_path / "conversation")
     expected = "".join(r.text for r in conversation.respond("def ", max_tokens=12))
@@ -379,12 +379,12 @@ def test_a_state_of_the_400m_model_is_under_a_megabyte(tmp_path):
 
 def test_going_on_from_a_file_is_going_on(tmp_path):
     """Bit for bit, and the file holds the current state alone."""
-    conversation = Chat(*mlx_pararnn.load())
+    conversation = Chat(*mlx_pararnn.load(DEMO))
     for _ in range(3):
         list(conversation.respond("def main(", max_tokens=20))
     file = conversation.save(tmp_path / "conversation")
     assert os.path.getsize(file) < conversation.nbytes + 5000
-    other = Chat(*mlx_pararnn.load())
+    other = Chat(*mlx_pararnn.load(DEMO))
     other.load(file)
     assert same(other.cache, conversation.cache)
     answers = [
@@ -398,10 +398,10 @@ def test_going_on_from_a_file_is_going_on(tmp_path):
 
 def test_a_state_of_other_weights_is_refused(tmp_path):
     """The same shapes, norms and recurrent weights: one projection differs, as after fine-tuning."""
-    conversation = Chat(*mlx_pararnn.load())
+    conversation = Chat(*mlx_pararnn.load(DEMO))
     list(conversation.respond("def", max_tokens=2))
     file = conversation.save(tmp_path / "conversation")
-    tuned, tokenizer = mlx_pararnn.load()
+    tuned, tokenizer = mlx_pararnn.load(DEMO)
     tuned.layers[-1].mlp.down_proj.weight += 1e-3
     with pytest.raises(PararnnError, match="was saved with another model"):
         Chat(tuned, tokenizer).load(file)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 
 EVIL = """\
 open({ran!r}, "w")

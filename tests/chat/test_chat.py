@@ -18,7 +18,7 @@ import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] | trim }}~{% endfor %}"
@@ -161,7 +161,7 @@ def test_an_error_in_the_middle_leaves_the_state_sound(demo):
 
 
 def test_the_state_is_as_large_after_a_long_conversation():
-    conversation = Chat(*mlx_pararnn.load())
+    conversation = Chat(*mlx_pararnn.load(DEMO))
     say(conversation, "a", max_tokens=1)
     before = conversation.nbytes
     say(conversation, "b" * 3000, max_tokens=100)
@@ -319,7 +319,7 @@ def test_a_system_prompt_needs_a_template(demo):
         Chat(*demo, system="Be brief.")
 
 
-COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "chat"]
+COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "chat", DEMO]
 
 
 def test_in_a_pipe(tmp_path):
@@ -441,7 +441,7 @@ def test_an_answer_ends_before_what_stderr_says_next():
     """Into one pipe, as with 2>&1; Python's own buffering must not turn them round."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     result = subprocess.run(
-        [sys.executable, "-m", "mlx_pararnn.cli.app", "chat", "--max-tokens", "5"], env=environment,
+        [sys.executable, "-m", "mlx_pararnn.cli.app", "chat", DEMO, "--max-tokens", "5"], env=environment,
         input="def main(\n/stats\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert re.search(r"^14 tokens so far", result.stdout, re.M), result.stdout

@@ -21,7 +21,7 @@ import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
 from mlx_pararnn.chat.server import Settings, serve
 from mlx_pararnn.chat.server.access import MAX_BODY
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 from tests.support.generation import greedy, same_until_a_near_tie
 from tests.support.serving import COMMAND, MOST, TEMPLATE, client_of, folder_of, running
 

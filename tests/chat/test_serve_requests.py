@@ -19,7 +19,7 @@ from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.server import Settings, serve
 from mlx_pararnn.chat.server.answers import TokenTexts, chat_logprobs, completion_logprobs
 from mlx_pararnn.chat.server.jobs import TokenInfo
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 from tests.support.serving import PAGE_ORIGIN, TEMPLATE, client_of, folder_of, running
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -214,7 +214,7 @@ def test_names_are_let_in_that_were_given(server):
 def test_an_endless_template_ends_alone(tmp_path):
     import mlx_pararnn
 
-    model, _ = mlx_pararnn.load()
+    model, _ = mlx_pararnn.load(DEMO)
     folder = folder_of(tmp_path / "endless", model, DEMO)
     end = "{% endfor %}{% endfor %}{% endif %}"
     (folder / "chat_template.jinja").write_text(ENDLESS + end + TEMPLATE)

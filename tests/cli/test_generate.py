@@ -14,7 +14,8 @@ import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.cli import options
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.loading import DEMO
+from mlx_pararnn.loading import BUNDLED
+from tests.support.demo import DEMO
 
 BABYLM = "pararnn_torch/babylm_paragru"
 
@@ -25,7 +26,7 @@ def run(*args, **kwargs):
 
 @pytest.fixture(scope="module")
 def demo():
-    return mlx_pararnn.load()
+    return mlx_pararnn.load(DEMO)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +60,10 @@ def test_greedy_tokens_of_pararnn_torch(converted, data):
     assert tokens + [token for token, _ in steps] == golden["greedy"][0].tolist()
 
 
-def test_the_readme_command():
+def test_the_command():
     """A subprocess: text to stdout, statistics to stderr."""
     result = subprocess.run(
-        [sys.executable, "-m", "mlx_pararnn.cli.app", "generate", "-p", "def main(", "-m", "11"],
+        [sys.executable, "-m", "mlx_pararnn.cli.app", "generate", DEMO, "-p", "def main(", "-m", "11"],
         capture_output=True,
         text=True,
         check=True,
@@ -85,28 +86,29 @@ def teststop_strings_have_escapes(typed, meant):
 
 
 def test_a_new_line_can_stop_a_text():
-    whole = run("generate", "-p", "def main(", "-m", "40").stdout
+    whole = run("generate", str(DEMO), "-p", "def main(", "-m", "40").stdout
     assert (
-        run("generate", "-p", "def main(", "-m", "40", "--stop", r"\n").stdout == whole.split("\n")[0] + "\n"
+        run("generate", str(DEMO), "-p", "def main(", "-m", "40", "--stop", r"\n").stdout
+        == whole.split("\n")[0] + "\n"
     )
 
 
 def test_a_file_and_a_prompt_after_it(tmp_path):
     (tmp_path / "start.py").write_text("import os\n\n\n\n")
-    both = run("generate", "-f", str(tmp_path / "start.py"), "-p", "def main(", "-m", "5", "--json")
+    both = run(
+        "generate", str(DEMO), "-f", str(tmp_path / "start.py"), "-p", "def main(", "-m", "5", "--json"
+    )
     assert json.loads(both.stdout)["prompt"] == "import os\n\n\n\ndef main("
-    alone = run("generate", "--file", str(tmp_path / "start.py"), "-m", "5", "--json")
+    alone = run("generate", str(DEMO), "--file", str(tmp_path / "start.py"), "-m", "5", "--json")
     assert json.loads(alone.stdout)["prompt"] == "import os\n\n\n"
-    missing = run("generate", "-f", str(tmp_path / "nothing"), "-p", "x")
+    missing = run("generate", str(DEMO), "-f", str(tmp_path / "nothing"), "-p", "x")
     assert (missing.exit_code, missing.stderr.count("\n")) == (1, 1)
     assert "nothing" in missing.stderr
 
 
 def test_json_says_what_was_asked():
-    answer = json.loads(
-        run("generate", "-p", "def main(", "-m", "3", "--temp", "1", "--seed", "4", "--json").stdout
-    )
-    assert (answer["model"], answer["prompt"], answer["seed"]) == (DEMO.name, "def main(", 4)
+    answer = json.loads(run("generate", "-p", "3 + 4", "--temp", "1", "--seed", "4", "--json").stdout)
+    assert (answer["model"], answer["prompt"], answer["seed"]) == (BUNDLED.name, "3 + 4", 4)
     answer = json.loads(run("generate", str(DEMO), "-p", "def main(", "-m", "3", "--json").stdout)
     assert (answer["model"], answer["seed"]) == (str(DEMO), None)
 
@@ -115,7 +117,7 @@ def test_token_ids_need_no_tokenizer(tmp_path, demo):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(DEMO / name, tmp_path)
     prompt = demo[1].encode("def main(")
-    greedy = json.loads(run("generate", "-p", "def main(", "-m", "6", "--json").stdout)["tokens"]
+    greedy = json.loads(run("generate", str(DEMO), "-p", "def main(", "-m", "6", "--json").stdout)["tokens"]
     ids = " ".join(map(str, prompt))
     assert run("generate", str(tmp_path), "--tokens", ids, "-m", "6").stdout.split() == [
         str(i) for i in greedy
@@ -130,7 +132,7 @@ def test_token_ids_need_no_tokenizer(tmp_path, demo):
     ("ids", "said"), [("1 x", "whole numbers"), ("", "the prompt is empty"), ("99999", "99999")]
 )
 def test_token_ids_that_are_none(ids, said):
-    result = run("generate", "--tokens", ids)
+    result = run("generate", str(DEMO), "--tokens", ids)
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert said in result.stderr
 
@@ -138,12 +140,12 @@ def test_token_ids_that_are_none(ids, said):
 def test_token_ids_end_where_the_config_says(tmp_path, demo):
     config = json.loads((DEMO / "config.json").read_text())
     ids = " ".join(map(str, demo[1].encode("def main(")))
-    greedy = run("generate", "--tokens", ids, "-m", "6").stdout.split()
+    greedy = run("generate", str(DEMO), "--tokens", ids, "-m", "6").stdout.split()
     shutil.copy(DEMO / "model.safetensors", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": int(greedy[2])}))
     ended = run("generate", str(tmp_path), "--tokens", ids, "-m", "6").stdout.split()
     assert ended == greedy[: greedy.index(greedy[2]) + 1]
-    assert run("generate", "--tokens", ids, "-p", "x").exit_code == 2
+    assert run("generate", str(DEMO), "--tokens", ids, "-p", "x").exit_code == 2
 
 
 @pytest.mark.parametrize("text", ["def main(", "Once upon a time", "what is 2 + 2?"])
@@ -154,7 +156,7 @@ def test_a_model_that_reads_like_a_prompt(text):
 
 
 def command(*args, **streams):
-    return subprocess.Popen([sys.executable, "-m", "mlx_pararnn.cli.app", "generate", *args], **streams)
+    return subprocess.Popen([sys.executable, "-m", "mlx_pararnn.cli.app", "generate", DEMO, *args], **streams)
 
 
 @pytest.mark.large
@@ -183,7 +185,7 @@ def test_a_terminal_is_told_how_to_end_the_text():
 def test_the_prompt_may_come_from_stdin():
     for args in ((), ("-p", "-")):
         for end in ("", "\n", "\r\n"):  # echo's new line is not part of the text
-            result = run("generate", *args, "-m", "5", input=f"def main({end}")
+            result = run("generate", str(DEMO), *args, "-m", "5", input=f"def main({end}")
             assert result.stdout == "self,\n"
 
 
@@ -207,9 +209,11 @@ def test_seeds_repeat_and_sampling_options_matter(converted):
 
 @pytest.mark.parametrize("stop", ["other", ", oth", "s", "nowhere"])
 def teststop_strings(stop):
-    plain = run("generate", "-p", "def main(", "-m", "11", "--json")
+    plain = run("generate", str(DEMO), "-p", "def main(", "-m", "11", "--json")
     text = json.loads(plain.stdout)["text"]
-    result = json.loads(run("generate", "-p", "def main(", "-m", "11", "--json", "--stop", stop).stdout)
+    result = json.loads(
+        run("generate", str(DEMO), "-p", "def main(", "-m", "11", "--json", "--stop", stop).stdout
+    )
     assert result["text"] == text.split(stop)[0]
     assert result["finish_reason"] == ("stop" if stop in text else "length")
 
@@ -285,8 +289,10 @@ def test_prompts_that_cannot_be(demo, prompt, message):
     [
         (("no/such/place", "-p", "x"), "error: no such model folder: no/such/place"),
         ((".", "-p", "x"), "error: no config.json in ."),
-        (("-p", ""), "error: the prompt is empty; give at least one token"),
-        (("-p", "a\udcff"), "error: the prompt is not UTF-8 text"),
+        ((str(DEMO), "-p", ""), "error: the prompt is empty; give at least one token"),
+        ((str(DEMO), "-p", "a\udcff"), "error: the prompt is not UTF-8 text"),
+        (("-p", ""), "error: the message is empty; write what the model should answer"),
+        (("-p", "a\udcff"), "error: the text is not UTF-8"),
         (("-p", "x", "--import", "no_such_module"), "error: --import no_such_module: ModuleNotFoundError"),
         (("-p", "x", "--import", "./a.py"), "error: --import ./a.py: TypeError"),
     ],
@@ -315,20 +321,20 @@ def test_bad_input_is_one_sentence(args, message, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_usage_is_exit_code_2(args):
-    result = run("generate", "-p", "x", *args)
+    result = run("generate", str(DEMO), "-p", "x", *args)
     assert result.exit_code == 2
     assert "Traceback" not in result.stderr
 
 
 def test_standard_input_that_is_no_text(tmp_path):
-    result = run("generate", input=b"\xff\xfe\x80")
+    result = run("generate", str(DEMO), input=b"\xff\xfe\x80")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the prompt is not UTF-8 text")
 
 
 @pytest.mark.large
 def test_a_reader_that_leaves_is_no_error():
-    command = f"{sys.executable} -m mlx_pararnn.cli.app generate -p x -m 5000 | head -c 20"
+    command = f"{sys.executable} -m mlx_pararnn.cli.app generate {DEMO} -p x -m 5000 | head -c 20"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert result.stderr == ""
     assert len(result.stdout) == 20
@@ -355,7 +361,7 @@ def test_a_cell_of_ones_own_is_found_again(tmp_path, monkeypatch):
         "import json, shutil, my_cell, mlx.core as mx\n"
         "from mlx.utils import tree_flatten\n"
         "from mlx_pararnn import Model, ModelArgs\n"
-        "from mlx_pararnn.loading import DEMO\n"
+        f"DEMO = {str(DEMO)!r}\n"
         "shutil.copytree(DEMO, 'model')\n"
         "fields = dict(cell='leaky', hidden_size=32, num_hidden_layers=2, vocab_size=256,\n"
         "              intermediate_size=48)\n"
@@ -401,7 +407,8 @@ def test_json_schema_is_kept_to_and_ends_the_text(tmp_path, caplog, as_file):
     if as_file:
         (tmp_path / "schema.json").write_text(given)
         given = str(tmp_path / "schema.json")
-    result = run("generate", "-p", "x", "--json-schema", given, "--temp", "1", "--seed", "1", "--json")
+    asked = ("generate", str(DEMO), "-p", "x", "--json-schema", given, "--temp", "1", "--seed", "1")
+    result = run(*asked, "--json")
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     said = json.loads(answer["text"])
@@ -410,15 +417,11 @@ def test_json_schema_is_kept_to_and_ends_the_text(tmp_path, caplog, as_file):
     assert answer["finish_reason"] == "stop"
     text = answer["text"].encode()
     # The last token completes it, and one fewer is said to be cut.
-    cut = run(
-        "generate", "-p", "x", "--json-schema", given, "--temp", "1", "--seed", "1", "-m", str(len(text) - 1)
-    )
+    cut = run(*asked, "-m", str(len(text) - 1))
     assert cut.stdout.encode() == text[:-1] + b"\n"
     assert "ends before its JSON is complete" in caplog.text
     caplog.clear()
-    whole = run(
-        "generate", "-p", "x", "--json-schema", given, "--temp", "1", "--seed", "1", "-m", str(len(text))
-    )
+    whole = run(*asked, "-m", str(len(text)))
     assert (whole.stdout.encode(), "complete" in caplog.text) == (text + b"\n", False)
 
 
@@ -431,7 +434,7 @@ def test_json_schema_is_kept_to_and_ends_the_text(tmp_path, caplog, as_file):
     ],
 )
 def test_a_json_schema_that_cannot_be_used(given, said):
-    result = run("generate", "-p", "x", "--json-schema", given)
+    result = run("generate", str(DEMO), "-p", "x", "--json-schema", given)
     assert (result.exit_code, result.stdout) == (1, "")
     assert said in result.stderr
 

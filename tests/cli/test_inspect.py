@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 from tests.support.golden import golden_file
 
 FINAL = "trained/paragru/final.pt"

@@ -7,17 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mlx_pararnn
+from tests.support.demo import DEMO
 from tests.support.golden import DATA
 
 mx = pytest.importorskip("mlx.core")
 
-DEMO = Path(mlx_pararnn.__file__).parent / "demo"
 # Shorter than what the commands cut them to; and the demo's tokenizer has no token to end them with.
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(24)]
 

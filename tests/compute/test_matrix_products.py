@@ -14,6 +14,7 @@ from mlx_lm.models.mla import MultiLinear
 
 from mlx_pararnn.compute import cpu, layer_ops, matrix_products
 from tests.msl.instances import DTYPES
+from tests.support.demo import DEMO
 from tests.support.random_models import TOKENS, by_token, distance, exact, make, numbers
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -158,7 +159,7 @@ def test_a_limit_of_the_address_space_ends_in_a_result_or_a_sentence(room):
         resource.setrlimit(resource.RLIMIT_AS, (room * 10**6, room * 10**6))
         resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 
-    command = [sys.executable, "-m", "mlx_pararnn.cli.app", "generate", "-p", "def main(", "-m", "4"]
+    command = [sys.executable, "-m", "mlx_pararnn.cli.app", "generate", DEMO, "-p", "def main(", "-m", "4"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
     assert done.returncode in (0, 1), (done.returncode, done.stderr)
     assert (done.stdout == "self\n") if done.returncode == 0 else done.stderr.startswith("error: ")

@@ -10,6 +10,7 @@ import mlx_pararnn
 from mlx_pararnn import PararnnError, get_cell
 from mlx_pararnn.compute import gpu
 from mlx_pararnn.compute.recurrence import recurrence
+from tests.support.demo import DEMO
 from tests.support.problems import loss_of, problem, solve
 
 from . import harness
@@ -247,7 +248,7 @@ def test_info_and_batches(launched):
 @pytest.mark.harness
 def test_a_model(launched):
     """Prefill and decoding of the demo, all layers through the kernels."""
-    model, _ = mlx_pararnn.load_model()
+    model, _ = mlx_pararnn.load_model(DEMO)
     tokens = mx.array([list(b"def main(self, other)"), list(b"import os, sys, time,")])
     cache, ops_cache = model.make_cache(2), model.make_cache(2)
     logits = model(tokens, cache=cache)

@@ -9,6 +9,7 @@ from mlx_pararnn import Functions, PararnnError, answer, load, stream_answer
 from mlx_pararnn.pocket.answers import ModelTokens
 from mlx_pararnn.pocket.events import Call, CommandGiven, Finish, Text, Thought
 from mlx_pararnn.pocket.loop import Limits
+from tests.support.demo import DEMO
 from tests.support.scripted import tools_folder, tools_protocol
 
 
@@ -98,7 +99,7 @@ def test_messages_that_are_none_are_refused(pair, message, said):
 
 
 def test_another_model_is_refused_and_told_what_to_use():
-    model, tokenizer = load()
+    model, tokenizer = load(DEMO)
     with pytest.raises(PararnnError, match="lacks the tokens for them"):
         answer(model, tokenizer, "x")
 

@@ -17,7 +17,7 @@ import openai
 from mlx_lm.utils import save_config, save_model
 
 import mlx_pararnn
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 
 MOST = 300  # tokens that the tests' server gives at most
 PAGE_ORIGIN = "app://obsidian.md"  # that it lets in
@@ -42,7 +42,7 @@ def folder_of(path, model, tokenizer=DEMO, **config):
 
 def demo_in_float32(path):
     """The bundled model without float16's rounding, by which a row differs from the same row in a batch."""
-    model, _ = mlx_pararnn.load()
+    model, _ = mlx_pararnn.load(DEMO)
     model.set_dtype(mx.float32)
     return folder_of(path, model)
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from mlx_pararnn import Model, ModelArgs, load_model
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.loading import DEMO
 from mlx_pararnn.tools import benchmark
 from mlx_pararnn.tools.plot import Panel, draw
+from tests.support.demo import DEMO
 
 TINY = (*("-p", "4,9", "-c", "0,40", "-b", "1,2", "--steps", "1,3", "--widths", "8"), *("-g", "3", "-n", "1"))
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.compute import gpu
-from mlx_pararnn.loading import DEMO
+from tests.support.demo import DEMO
 from tests.support.golden import golden_file
 
 
@@ -163,7 +163,7 @@ def test_not_a_number_is_no_pass(converted, tmp_path):
 def test_wrong_logits_files(tmp_path, make, message):
     file = tmp_path / "x.safetensors"
     make(file)
-    result = run("verify", "--logits", file)
+    result = run("verify", DEMO, "--logits", file)
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

@@ -1,0 +1,141 @@
+"""The model that comes with the package, by every way a user meets it."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import mlx_pararnn
+from mlx_pararnn import Model, answer
+from mlx_pararnn.cli.app import app
+from mlx_pararnn.loading import BUNDLED
+from mlx_pararnn.pocket.answers import require_protocol
+from mlx_pararnn.pocket.events import Text
+from mlx_pararnn.pocket.functions import Functions
+from mlx_pararnn.pocket.loop import Limits, run_turn
+from tests.support.coreml.runner import Runner
+from tests.support.serving import client_of, running
+
+SUMS = [(7, 5), (99_999, 1), (12_345_678_901_234_567_890, 98_765_432_109_876_543_210)]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return mlx_pararnn.load()
+
+
+def run(*args, **kwargs):
+    return CliRunner().invoke(app, list(map(str, args)), **kwargs)
+
+
+def test_it_is_small_and_whole():
+    files = {file.name: file.stat().st_size for file in BUNDLED.iterdir()}
+    assert files.keys() == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert sum(files.values()) < 4_000_000
+
+
+@pytest.mark.parametrize(("a", "b"), SUMS)
+def test_sums(pair, a, b):
+    assert answer(*pair, f"{a} + {b}") == str(a + b)
+
+
+@pytest.mark.large
+def test_sums_of_many_lengths(pair):
+    """Of numbers that no training data had."""
+    rng = np.random.default_rng(8)
+    for digits in (1, 2, 6, 7, 30, 100, 200, 400):
+        for _ in range(3):
+            a, b = (int("".join(map(str, rng.integers(1, 10, digits)))) for _ in "ab")
+            assert answer(*pair, f"{a} + {b}", limits=Limits(seconds=900)) == str(a + b), (a, b)
+
+
+def test_generate_and_chat_take_it_without_a_model():
+    assert run("generate", "-p", "12345 + 67890").stdout == "80235\n"
+    result = run("chat", input="12345 + 67890\n/stats\n")
+    assert result.stdout == "80235\n"
+    first, second, stats = result.stderr.splitlines()
+    examples = json.loads((BUNDLED / "generation_config.json").read_text())["examples"]
+    assert first == f"Try: {examples[0]}"
+    assert second.startswith(f"Or:  {examples[1]} ")
+    assert re.search(r"state \d,\d{3} bytes", stats)
+
+
+# What is shown to try beside a sum, and what its answer has; 90 days after 3 March is 1 June in any year.
+TO_TRY = {"sort 3 1 2": r"^1 2 3$", "what day is 90 days after 3 March?": r"\b1 June\b"}
+
+
+def test_what_chat_shows_to_try_is_answered(pair):
+    first, second = json.loads((BUNDLED / "generation_config.json").read_text())["examples"]
+    a, b = map(int, re.findall(r"\d+", first))
+    assert len(str(a)) >= 30
+    assert answer(*pair, first) == str(a + b)
+    assert re.search(TO_TRY[second], answer(*pair, second))
+
+
+def test_it_declines_what_it_cannot_do_with_one_sentence(pair):
+    said = {answer(*pair, message) for message in ("write me a poem about the sea", "who are you?", "why?")}
+    assert len(said) == 1
+    (sentence,) = said
+    assert "12345 + 67890" in sentence  # something to try
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_other_commands_without_a_model(command):
+    result = run(command)
+    assert result.exit_code == 0, result.output
+    said = {"inspect": r"hidden size +128", "verify": r"Same numbers\."}
+    assert re.search(said[command], result.stdout)
+
+
+def test_bench_without_a_model():
+    result = run("bench", "--only", "decode", "-c", "0", "-g", "2", "-n", "1", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"] == BUNDLED.name
+
+
+@pytest.mark.large
+def test_serve_without_a_model():
+    """With its own functions, which other models get by --functions."""
+    with running() as server:
+        client = client_of(server)
+        assert [model.id for model in client.models.list()] == [BUNDLED.name]
+        for message in ("12345 + 67890",):
+            asked = [{"role": "user", "content": message}]
+            made = client.chat.completions.create(model=BUNDLED.name, messages=asked)
+            assert made.choices[0].message.content == "80235"
+            assert made.choices[0].finish_reason == "stop"
+
+
+class InCoreML:
+    """A Core ML package's program as what makes tokens in the loop."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.runner, self.vocab_size = Runner(folder), vocab_size
+
+    def read(self, tokens):
+        self.logits = self.runner.read(tokens)
+
+    def choose(self, allowed):
+        return int(np.where(allowed, self.logits, -np.inf).argmax())
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("state", ["graph", "io"])
+def test_as_a_core_ml_package(pair, tmp_path, state):
+    """The saved program, executed in float16, takes the same steps and answers the same."""
+    pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python and machine")
+    options = ("--to", "coreml", "-o", tmp_path / "package", "--state", state, "--chunk", "8")
+    assert (result := run("convert", BUNDLED, *options)).exit_code == 0, result.output
+    model: Model = pair[0]
+    protocol = require_protocol(pair[1])
+    for message in ("347 + 85", "hello"):
+        source = InCoreML(tmp_path / "package", model.args.vocab_size)
+        events = run_turn(protocol, source, protocol.render_message(message), Functions(), Limits())
+        text = "".join(event.text for event in events if isinstance(event, Text))
+        assert text == answer(*pair, message)
