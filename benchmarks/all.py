@@ -18,6 +18,7 @@ def main():
     profile = ["--tokens", "64", "--repeats", "1"] if quick else ["--write"]
     for script, options in (
         ("recurrence.py", small),
+        ("adjoint.py", small),
         ("profile_model.py", profile),
         ("must.py", small),
         ("sizes.py", small),

@@ -100,6 +100,12 @@ class Reporters:
                     {"iteration": line["step"], "val_loss": line["valid_loss"], "val_time": line["seconds"]}
                 )
 
+    def close(self) -> None:
+        """Have written what was reported; nothing may be reported after it."""
+        for callback in self._callbacks:
+            if isinstance(callback, _TensorBoard):
+                callback.close()
+
 
 class _TensorBoard(TrainingCallback):  # type: ignore[misc]
     def __init__(self, folder: Path) -> None:
@@ -118,3 +124,6 @@ class _TensorBoard(TrainingCallback):  # type: ignore[misc]
             if name != "iteration":
                 self._writer.add_scalar(name, value, info["iteration"])
         self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()  # its thread writes late, and would end unfinished with the process

@@ -100,7 +100,10 @@ class Run:
             self.trainer.resume()
             reporters = Reporters(self.plan.report_to, self.out, self.out.name, self.plan.to_json())
             self._targets = [Log(self.out, self.trainer.step), reporters, self._show]
-            outcome = self.trainer.run()
+            try:
+                outcome = self.trainer.run()
+            finally:
+                reporters.close()
             if draw_losses(self.out) is None:
                 logger.info("no plot of the losses: it needs pip install 'mlx-pararnn[plot]'")
             return outcome

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.loading import load
+from mlx_pararnn.training import run as runs
 from mlx_pararnn.training.reporting import read_log
+from mlx_pararnn.training.settings import Plan
 from tests.support.training import SMALL, TEXT, losses
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn", "train"]
@@ -128,6 +130,29 @@ def test_killed_at_any_moment_a_run_resumes_to_the_bit(seed, text, tmp_path, han
 
 
 @pytest.mark.large
+def test_what_a_start_left_that_was_killed_is_removed_by_the_next(text, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mlx_pararnn.training import run\n"
+        "from mlx_pararnn.training.settings import Plan, Settings\n"
+        "write = Path.write_text\n"
+        "def killed(path, *given, **options):\n"
+        "    write(path, *given, **options)\n"
+        "    if path.name == 'run.json': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.write_text = killed\n"
+        "run.start(Path(sys.argv[2]), Plan(Path(sys.argv[1]), preset='1m'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, text, out], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".out-*.partial")
+    assert (left / "run.json").exists()
+    runs.start(out, Plan(text, preset="1m"))
+    assert not left.exists()
+    assert (out / "run.json").exists()
+
+
 def test_ctrl_c_writes_a_checkpoint_and_a_second_one_ends_at_once(text, tmp_path):
     out = tmp_path / "out"
     process = started(
