@@ -152,7 +152,8 @@ def test_changes_of_one_file(name, tmp_path):
     """In a process of its own, which a signal ends if it takes too long, whatever native code does."""
     command = [sys.executable, "-c", CHILD, small_model(tmp_path / "model"), name, "0", str(COUNT)]
     done = subprocess.run(command, capture_output=True, text=True)
-    said = Counter(done.stdout.split())
+    # The tokenizers library prints lines of its own.
+    said = Counter(line for line in done.stdout.splitlines() if line in ("taken", "refused"))
     assert done.returncode == 0, (said, (tmp_path / "model" / name).read_bytes()[:2000], done.stderr[-3000:])
     assert said.total() == COUNT
     assert said["refused"] * 100 >= FILES[name] * COUNT
