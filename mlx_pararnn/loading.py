@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx_lm.tokenizer_utils
 import mlx_lm.tuner.utils
 import mlx_lm.utils
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -19,7 +19,14 @@ from .hub import find_model
 from .mlx_lm_internals import set_detokenizer
 from .model import Model, RecurrentLayer
 from .model_config import ModelArgs, weight_bits
-from .model_files import VOCABULARY_FILES, open_regular, read_json
+from .model_files import (
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    check_files,
+    check_json,
+    open_regular,
+    read_json,
+)
 
 STATES = "initial_state.safetensors"
 BUNDLED = Path(__file__).parent / "pocket-model"  # what every command uses without a MODEL
@@ -27,6 +34,8 @@ BUNDLED = Path(__file__).parent / "pocket-model"  # what every command uses with
 # What transformers calls a tokenizer that is its tokenizer.json and nothing else; any model type that has one
 # gives that class.
 PLAIN_TOKENIZER_TYPE = "glm4"
+
+MAX_TEMPLATE = 1 << 17
 
 # What MLX and MLX-LM raise where weights are not those that a config describes.
 _MISFITS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -80,11 +89,13 @@ def load_model(
         model, config = mlx_lm.utils.load_model(
             path, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
         )
+        model = cast(Model, model)
+        _check_dtypes(path, model)
         if adapter_path is not None:
-            load_adapters(cast(Model, model), Path(adapter_path))
+            load_adapters(model, Path(adapter_path))
         if state is not None:
-            load_states(cast(Model, model), Path(state))
-        return cast(Model, model), config
+            load_states(model, Path(state))
+        return model, config
     except PararnnError:
         raise
     except FileNotFoundError:
@@ -166,6 +177,19 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         )
 
 
+def _check_dtypes(path: Path, model: Model) -> None:
+    """Refuse weights that are no floating-point numbers, but for those that are packed with scales."""
+    weights = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    for name, weight in weights.items():
+        packed = f"{name.rpartition('.')[0]}.scales" in weights
+        if not (packed or mx.issubdtype(weight.dtype, mx.floating)):
+            kind = str(weight.dtype).removeprefix("mlx.core.")
+            raise PararnnError(
+                f"the weights in {path} cannot be used: {name} holds {kind} numbers; convert the checkpoint "
+                "again"
+            )
+
+
 def _layers_in_weights(path: Path) -> int | None:
     """How many layers the headers of the weights name; None where there are no weights to ask."""
     files = sorted(path.glob("model*.safetensors"))
@@ -193,6 +217,10 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             f"no tokenizer in {path}; convert again with --tokenizer DIR, REPO or bytes, or work with token "
             "ids through mlx_pararnn.load_model"
         )
+    check_files(path)
+    for name in TOKENIZER_FILES:
+        if name.endswith(".json"):
+            check_json(path / name)
     # transformers asks on stdin whether it may run a folder's Python unless it is told. Given a config it
     # does not read config.json, whose model_type it does not know and whose auto_map may name Python too.
     options: dict[str, Any] = {"trust_remote_code": False, "config": PreTrainedConfig()}
@@ -211,9 +239,20 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
         raise PararnnError(f"the tokenizer in {path} cannot be read ({_in_one_line(error)})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    _check_templates(tokenizer.chat_template, path)
     # MLX-LM's own drops the first space of a byte-level tokenizer's text, and slows down along a line.
     set_detokenizer(tokenizer, Detokenizer(tokenizer))
     return tokenizer
+
+
+def _check_templates(templates: Any, path: Path) -> None:
+    """`templates`: a text, or a text for each purpose; compiling one takes 2 KB a character and more."""
+    for text in templates.values() if isinstance(templates, dict) else [templates]:
+        if isinstance(text, str) and len(text) > MAX_TEMPLATE:
+            raise PararnnError(
+                f"the chat template in {path} is larger than any model's ({len(text):,} characters, "
+                f"{MAX_TEMPLATE:,} at most); put the model's own chat_template.jinja there"
+            )
 
 
 def _names_python(path: Path) -> bool:
@@ -261,6 +300,7 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    check_files(path)
     file = path / "config.json"
     try:
         config = read_json(file)

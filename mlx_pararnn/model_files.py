@@ -20,6 +20,9 @@ TOKENIZER_FILES = (
 # Any one of these holds its tokens.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
+_LFS_POINTER = b"version https://git-lfs"
+# Of files that MLX-LM and transformers open.
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 # The largest tokenizer.json in use are a third of these.
 _MAX_JSON_BYTES = 64 << 20
 _MAX_JSON_ENTRIES = 3_000_000
@@ -40,11 +43,38 @@ def open_regular(path: Path) -> BinaryIO:
         raise PararnnError(f"{path} cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise PararnnError(
-            f"{path} cannot be read: not a regular file (a folder, a pipe or a device); put a copy of the "
-            "file there"
-        )
+        raise _not_regular(path)
     return open(descriptor, "rb")
+
+
+def check_files(folder: Path) -> None:
+    """Refuse what would keep a library waiting, or be read as something else.
+
+    Raises:
+        PararnnError: where a library may look for a file of its own accord there is a pipe, a device, a link
+            to nothing, or a pointer of Git LFS.
+    """
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if path.suffix not in _SUFFIXES or path.is_dir():
+            continue
+        if not path.exists():
+            raise PararnnError(
+                f"{path} is a link to a file that is not there; copy or download the folder again"
+            )
+        if not path.is_file():
+            raise _not_regular(path)
+        if (
+            path.stat().st_size < 1024
+            and os.access(path, os.R_OK)
+            and path.read_bytes().startswith(_LFS_POINTER)
+        ):
+            raise PararnnError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+
+
+def check_json(path: Path) -> None:
+    """Raise PararnnError for a JSON file, if it is there, that `read_json` would not parse for its size."""
+    if path.is_file():
+        _read(path)
 
 
 def read_json(path: Path) -> Any:
@@ -54,6 +84,17 @@ def read_json(path: Path) -> Any:
         PararnnError: it is not a regular file, too large, or not valid JSON.
         FileNotFoundError: there is nothing there.
     """
+    try:
+        return json.loads(_read(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PararnnError):
+            raise
+        raise PararnnError(
+            f"{path} cannot be read: not valid JSON ({' '.join(str(error).split())})"
+        ) from error
+
+
+def _read(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
             text = file.read(_MAX_JSON_BYTES + 1)
@@ -66,12 +107,14 @@ def read_json(path: Path) -> Any:
             f"{path} cannot be read: larger than any model's ({_MAX_JSON_BYTES >> 20} MB, "
             f"{_MAX_JSON_ENTRIES:,} entries at most); put the model's own file there"
         )
-    try:
-        return json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PararnnError(
-            f"{path} cannot be read: not valid JSON ({' '.join(str(error).split())})"
-        ) from error
+    return text
+
+
+def _not_regular(path: Path) -> PararnnError:
+    return PararnnError(
+        f"{path} cannot be read: not a regular file (a folder, a pipe or a device); put a copy of the "
+        "file there"
+    )
 
 
 def json_entries(text: bytes) -> int:

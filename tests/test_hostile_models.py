@@ -89,11 +89,55 @@ def test_configs(fields, said, folder):
     assert said in refusal(changed(folder, **fields))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "merges.txt",
+)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", *NAMES])
 def test_a_pipe(name, folder):
-    (folder / name).unlink()
+    (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     assert "not a regular file" in refusal(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert "not a regular file" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_what_git_and_the_hubs_cache_leave_of_a_file(name, folder):
+    (folder / name).unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n")
+    assert f"{name} is a Git LFS pointer, not the file itself; run: git lfs pull" in refusal(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("../blobs/0")
+    assert f"{name} is a link to a file that is not there" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", [mx.int32, mx.bool_, mx.complex64])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_no_floating_point_numbers(dtype, name, folder):
+    file = folder / "model.safetensors"
+    weights = mx.load(str(file))
+    mx.save_safetensors(str(file), {**weights, name: weights[name].astype(dtype)})
+    assert f"{name} holds " in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_json_that_unfolds(name, folder):
+    (folder / name).write_text("[" + "[]," * 1_500_000 + "0]")
+    assert f"{name} cannot be read: larger than any model's" in refusal(folder)
+
+
+def test_a_chat_template_that_unfolds(folder):
+    (folder / "chat_template.jinja").write_text("{{a}}" * 100_000)
+    assert "the chat template in" in refusal(folder)
+    (folder / "chat_template.jinja").write_text("{{a}}" * 1000)
+    mlx_pararnn.load(folder)
 
 
 def test_a_folder_whose_name_is_not_utf8(folder):

@@ -21,7 +21,7 @@ from mlx_pararnn.model_config import ModelArgs
 
 MEMORY = 3 << 30  # bytes of data that the process may take
 COUNT = 300
-SECONDS = 20  # that one folder may take
+SECONDS = 120  # that one folder may take
 FILES = {
     "config.json": 10,  # of 100 changes so many are refused at least
     "model.safetensors": 10,

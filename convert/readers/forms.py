@@ -122,7 +122,14 @@ def _in_folder(folder: Path) -> Path:
         return folder / _ACCELERATE / METADATA
     if files:
         raise PararnnError(f"{folder}: there are several checkpoints inside ({names}); pass one of the files")
-    raise PararnnError(f"{folder}: no checkpoint inside (a file ending in {', '.join(SUFFIXES)})")
+    nested = [entry.name for entry in entries if any(file.suffix in SUFFIXES for file in entry.glob("*"))]
+    advice = (
+        f"; {listed(nested)} in it {'has' if len(nested) == 1 else 'have'} such files, pass the folder meant"
+    )
+    raise PararnnError(
+        f"{folder}: no checkpoint inside (a file ending in {', '.join(SUFFIXES)})"
+        + (advice if nested else "")
+    )
 
 
 def _check_other_trainers(folder: Path, entries: list[Path]) -> None:

@@ -64,6 +64,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 
 
 _SET_BYTES = 400
+_CHARACTERS_AN_OPERATION = 16
 
 
 class _Machine:
@@ -207,7 +208,9 @@ class _Machine:
             raise self._refusal("the pickle inside calls something that is not a function it may name")
         # The same large arguments can be used many times.
         for value in (arguments, *arguments):
-            if isinstance(value, (tuple, list, str)):
+            if isinstance(value, str):  # an array of NumPy writes its bytes so
+                self.budget.spend(len(value) // _CHARACTERS_AN_OPERATION, len(value))
+            elif isinstance(value, (tuple, list)):
                 self.budget.spend(len(value), VALUE_BYTES * len(value))
         self.stack.append(function.call(arguments))
 

@@ -30,6 +30,7 @@ BESIDE = {
     "defaultdict": Call("collections", "defaultdict", (Named("__builtin__", "list"),)),
     "complex": Call("__builtin__", "complex", (1.0, 2.0)),
     "bytes": Call("_codecs", "encode", ("abc", "latin1")),
+    "the bytes of a long array": Call("_codecs", "encode", ("a" * 3_000_000, "latin1")),
     "bytearray": Call("__builtin__", "bytearray", (Call("_codecs", "encode", ("abc", "latin1")),)),
     "tuple keys": {(0, "a"): 1, (0, "b"): 2},
     "numpy scalar": Call(

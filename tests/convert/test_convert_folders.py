@@ -28,6 +28,14 @@ def test_hidden_files_do_not_count(name, tmp_path):
     assert "no checkpoint inside" in refused(tmp_path)
 
 
+def test_a_folder_of_folders_says_which_have_weights(tmp_path):
+    for step in (10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        write_pt(tmp_path / f"checkpoint-{step}" / "pytorch_model.bin", WEIGHTS)
+    (tmp_path / "logs").mkdir()
+    assert "checkpoint-10, checkpoint-20 in it have such files, pass the folder meant" in refused(tmp_path)
+
+
 def test_parts_of_a_distributed_checkpoint_without_their_metadata(tmp_path):
     for rank in range(2):
         (tmp_path / f"__{rank}_0.distcp").write_bytes(b"PK\3\4")
