@@ -126,12 +126,18 @@ class GrammarProcessor:
 
 
 def prepared(schema: dict[str, Any], place: str = "#") -> dict[str, Any]:
-    """A schema without the formats that llguidance does not know: for JSON Schema they are comments.
+    """A schema as answers are held to it.
+
+    Formats that llguidance does not know are left out: for JSON Schema they are comments. An object whose
+    names are listed has no others unless the schema speaks of them, so that a weak model ends it; all that is
+    said then still fits.
 
     Args:
         schema: a JSON schema.
         place: where in a larger schema it will stand; references to its own parts are moved there.
     """
+
+    closing = not _is_combined(schema)
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):
@@ -145,9 +151,34 @@ def prepared(schema: dict[str, Any], place: str = "#") -> dict[str, Any]:
             if name == "$ref" and isinstance(inner, str) and (inner == "#" or inner.startswith("#/")):
                 inner = place + inner[1:]
             kept[name] = inner if name in ("const", "enum", "default", "examples") else walk(inner)
+        if closing and _has_listed_names(value):
+            kept["additionalProperties"] = False
         return kept
 
     return walk(schema)  # type: ignore[no-any-return]
+
+
+def _is_combined(value: Any) -> bool:
+    """Whether one object of a schema is described in several places, each with names of its own."""
+    if isinstance(value, list):
+        return any(map(_is_combined, value))
+    if not isinstance(value, dict):
+        return False
+    described = "properties" in value and not value.keys().isdisjoint({"$ref", "anyOf", "oneOf", "if"})
+    return "allOf" in value or described or any(map(_is_combined, value.values()))
+
+
+def _has_listed_names(schema: dict[str, Any]) -> bool:
+    """Whether a schema lists an object's names, the required ones among them, and says nothing of others."""
+    names, required = schema.get("properties"), schema.get("required", [])
+    others = {"additionalProperties", "patternProperties", "minProperties", "unevaluatedProperties"}
+    return (
+        isinstance(names, dict)
+        and schema.get("type") == "object"
+        and isinstance(required, list)
+        and set(map(str, required)) <= names.keys()
+        and others.isdisjoint(schema)
+    )
 
 
 @lru_cache(maxsize=1024)

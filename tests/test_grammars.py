@@ -47,6 +47,21 @@ def test_a_format_that_is_not_known_is_a_comment(grammars):
     assert texts(grammars, with_values, 1) == [{"format": "my-own"}]
 
 
+def test_an_object_whose_names_are_listed_has_no_others(grammars):
+    """pydantic's schemas do not say so; a weak model would add names without end."""
+    flag = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    assert all(set(said) == {"a"} for said in texts(grammars, flag))
+    nested = {"type": "object", "properties": {"in": {"$ref": "#/$defs/flag"}}, "$defs": {"flag": flag}}
+    assert all(set(said) <= {"in"} for said in texts(grammars, nested))
+    # Where it would make other parts impossible, names stay open.
+    both = {"allOf": [flag, {"type": "object", "properties": {"b": {"const": 1}}, "required": ["b"]}]}
+    assert all({"a", "b"} <= set(said) for said in texts(grammars, both))
+    unlisted = {**flag, "required": ["a", "c"]}
+    assert all({"a", "c"} <= set(said) for said in texts(grammars, unlisted))
+    opened = {**flag, "additionalProperties": {"type": "integer"}}
+    assert any(len(said) > 1 for said in texts(grammars, opened, 20))
+
+
 def test_references_inside_of_a_tools_parameters_are_its_own(grammars):
     first = {"type": "object", "properties": {"list": {"$ref": "#/$defs/node"}}, "required": ["list"]}
     first |= {"$defs": {"node": NODE}, "additionalProperties": False}
