@@ -12,6 +12,7 @@ import typer
 
 import mlx_pararnn
 
+from .add_tokenizer import add_tokenizer
 from .bench import bench
 from .chat import chat
 from .convert import convert
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(convert)
+app.command("add-tokenizer")(add_tokenizer)
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)

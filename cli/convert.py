@@ -11,6 +11,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from mlx_pararnn.errors import PararnnError
+
 from . import options
 from .progress import progress_bar
 from .report import Debug, expand_home, reports_errors, size
@@ -258,11 +260,18 @@ def convert(
         how = f"{asked['mode']}, {asked['bits']} bits in groups of {asked['group_size']}"
         exceptions = "".join(f"; {phrase}" for phrase in done.exceptions)
         typer.echo(f"quantized: {done.bits_per_weight:.2f} bits per weight ({how}){exceptions}")
+        _tell_cost(done.path, checkpoint, family)
     if done.config["model_type"] == "pararnn_cell":
         if not done.config.get("activations"):
             typer.echo("Taken for granted: the cell's default activations (--config names others).", err=True)
         typer.echo(f"Try it: mlx_pararnn.load_cell({str(done.path)!r})", err=True)
-    elif tokenizer != "none":
+    elif tokenizer == "none":
+        typer.echo(
+            f"It has no tokenizer; later: mlx-pararnn add-tokenizer {shlex.quote(str(done.path))} "
+            "DIR|REPO|bytes",
+            err=True,
+        )
+    else:
         typer.echo(f'Try it: mlx-pararnn generate {shlex.quote(str(done.path))} -p "..."', err=True)
 
 
@@ -288,6 +297,19 @@ def _to_torch(source: str, output: Path, force: bool) -> None:
         file = str(done.path / "model.safetensors")
         how = f"model.load_state_dict(safetensors.torch.load_file({file!r}))"
     typer.echo(f"Load it: {how}", err=True)
+
+
+def _tell_cost(model: Path, checkpoint: str, family: str | None) -> None:
+    """Print what quantizing cost, and note it in the model's config.json."""
+    from mlx_pararnn.convert.original import cost_against, note_cost
+
+    try:
+        cost = cost_against(model, checkpoint, family)
+    except PararnnError as error:  # the model is written: it is as good as before
+        typer.echo(f"What quantizing cost was not measured: {error}", err=True)
+        return
+    note_cost(model, cost)
+    typer.echo(f"its cost {cost.sentence()}")
 
 
 def _to_coreml(source: str, output: Path, **how: Any) -> None:

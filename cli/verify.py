@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +24,9 @@ def verify(
     against: Annotated[
         Path | None,
         typer.Option(
-            "--against", metavar="CKPT", help="Compare every tensor with the checkpoint it came from."
+            "--against",
+            metavar="CKPT",
+            help="Compare every tensor with the checkpoint it came from, and a quantized model's predictions.",
         ),
     ] = None,
     logits: Annotated[
@@ -41,6 +43,8 @@ def verify(
 ) -> None:
     """Check a model's numbers: Newton and decoding against the sequential run, its source, PyTorch's logits.
 
+    Of a quantized model it tells what quantizing cost: perplexity and KL divergence on a bundled text.
+
     A Core ML package is run on this Mac's CPU, GPU and Neural Engine, against what MLX gave at its export.
 
     Example: mlx-pararnn verify my-model --against final.pt --logits reference.safetensors
@@ -52,7 +56,8 @@ def verify(
     from mlx_pararnn.convert.coreml.package_check import is_package, verify_package
     from mlx_pararnn.errors import PararnnError
     from mlx_pararnn.hub import find_model
-    from mlx_pararnn.loading import BUNDLED, load_model, load_tokenizer
+    from mlx_pararnn.loading import BUNDLED, load_model
+    from mlx_pararnn.tools.quantization_cost import noted_cost, sample_tokens
     from mlx_pararnn.tools.verification import (
         verify_files,
         verify_logits,
@@ -69,10 +74,8 @@ def verify(
         return
     loaded, config = load_model(path)
     known = verify_files(path)
-    try:
-        tokens = load_tokenizer(path, config).encode(prompt)
-    except PararnnError:  # a model of ids only
-        tokens = [byte % loaded.args.vocab_size for byte in prompt.encode()]
+    quantized = "quantization" in config
+    tokens, _ = sample_tokens(prompt, path, loaded, config)
     tokens = tokens[: loaded.args.max_position_embeddings]
     if len(tokens) < 2:
         raise PararnnError("the prompt is too short to compare anything; give at least two tokens")
@@ -80,29 +83,46 @@ def verify(
     if not (zeros := verify_weights(loaded, known)).passed:
         checks.insert(0, zeros)
     if logits:
-        checks.append(verify_logits(loaded, logits))
+        checks.append(verify_logits(loaded, logits, quantized))
+    cost = noted_cost(config) if quantized else None
     if against:
         from mlx_pararnn.convert.comparison import compare_with_source
+        from mlx_pararnn.convert.original import cost_against, is_mlx_model
 
-        checks += compare_with_source(path, against)
-    _report(checks, as_json)
+        if not (quantized and is_mlx_model(against)):
+            checks += compare_with_source(path, against)
+        if quantized:
+            cost = cost_against(path, against)
+    if not quantized:
+        _report(checks, as_json)
+    elif cost:
+        _report(checks, as_json, f"Quantized: {cost.sentence()}.", asdict(cost))
+    else:
+        _report(checks, as_json, "Quantized; --against the original tells what that cost.")
 
 
-def _report(checks: "list[Check]", as_json: bool) -> None:
-    """Print the checks; exit with code 1 unless all passed."""
+def _report(
+    checks: "list[Check]", as_json: bool, last: str = "Same numbers.", cost: dict[str, Any] | None = None
+) -> None:
+    """Print the checks and, if all passed, `last`; else exit with code 1."""
     passed = all(check.passed for check in checks)
     if as_json:
-        typer.echo(
-            json.dumps({"passed": passed, "checks": [asdict(c) | {"passed": c.passed} for c in checks]})
-        )
+        found = {"passed": passed, "checks": [asdict(c) | {"passed": c.passed} for c in checks]}
+        typer.echo(json.dumps(found | ({"quantization_cost": cost} if cost else {})))
     else:
         width = max(len(check.name) for check in checks)
         typer.echo(f"{'':<{width}}  difference  allowed")
         for c in checks:
-            mark = "ok  " if c.passed else "FAIL"
-            typer.echo(
-                f"{c.name:<{width}}  {c.difference:<10.2g}  {c.tolerance:<8.2g} {mark} {c.note}".rstrip()
-            )
-        typer.echo("Same numbers." if passed else "The numbers differ by more than rounding.")
+            typer.echo(f"{c.name:<{width}}  {_row(c)}".rstrip())
+        typer.echo(last if passed else "The numbers differ by more than rounding.")
     if not passed:
         raise typer.Exit(1)
+
+
+def _row(check: "Check") -> str:
+    mark = "FAIL" if not check.passed else "told" if check.tolerance is None else "ok  "
+    if check.counted:
+        found = f"{check.difference:.0f} {check.counted}" if check.difference else "none"
+        return f"{found:<10}  {'none':<8} {mark} {check.note}"
+    allowed = "any" if check.tolerance is None else f"{check.tolerance:.2g}"
+    return f"{check.difference:<10.2g}  {allowed:<8} {mark} {check.note}"

@@ -17,6 +17,13 @@ from .readers.forms import find_weights, read_json_object, read_weights
 from .readers.tensors import Tensor
 from .writers.quantize import Quantization
 
+# How a tensor came into the model, and what it is compared with.
+_KINDS = {
+    "unchanged": "as in the source",
+    "cast": "against the source, cast",
+    "quantized": "against the source, quantized again",
+}
+
 
 def compare_with_source(model: Path, source: str | Path) -> Iterator[Check]:
     """Every tensor of the model folder `model` against what the checkpoint `source` says it is.
@@ -50,7 +57,9 @@ def compare_with_source(model: Path, source: str | Path) -> Iterator[Check]:
         count, total = differing.get(kind, (0, 0.0))
         differing[kind] = count + 1, total + difference
     for kind, (count, total) in differing.items():
-        yield Check(f"numbers of {kind} tensors that differ from the source", total, 0.0, f"{count} tensors")
+        tensors_of = f"{count} tensor{'s' * (count != 1)}"
+        name = f"{tensors_of} {_KINDS[kind]}"
+        yield Check(name, total, 0.0, "" if total else "every number is the source's", counted="numbers")
 
 
 def _bits_that_differ(output: Output, stored: Tensor) -> float:

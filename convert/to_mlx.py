@@ -106,11 +106,14 @@ def convert_to_mlx(
     where = checkpoint.source if isinstance(source, Checkpoint) else source
     check_output(out, force, checkpoint.source)
     if (checkpoint.config or {}).get("model_type") in ("pararnn", "pararnn_cell"):
-        todo = "; to quantize it: mlx-pararnn lm convert --hf-path {} --mlx-path OUT -q" if asked else ""
-        raise PararnnError(
-            f"{where}: this is an MLX model already, nothing to convert"
-            + todo.format(shlex.quote(str(checkpoint.folder)))
-        )
+        folder, todo = shlex.quote(str(checkpoint.folder)), ""
+        if tokenizer not in (None, "none"):
+            todo = (
+                f"; to give it a tokenizer: mlx-pararnn add-tokenizer {folder} {shlex.quote(str(tokenizer))}"
+            )
+        if asked:
+            todo += f"; to quantize it: mlx-pararnn lm convert --hf-path {folder} --mlx-path OUT -q"
+        raise PararnnError(f"{where}: this is an MLX model already, nothing to convert{todo}")
     if not allow_nonfinite:
         checkpoint = finite(checkpoint)
     chosen = find_family(checkpoint, family)
@@ -151,7 +154,7 @@ def convert_to_mlx(
     with whole_or_nothing(out, force, checkpoint.source, total) as folder:
         write_model(folder, jobs, result.parameters, written)
         files.write(folder)
-        _write_json(folder / "config.json", result.config)
+        write_json(folder / "config.json", result.config)
         if model_file:
             (folder / MODEL_FILE).write_text(_MODEL_FILE_TEXT, encoding="utf-8")
         card = model_card(
@@ -188,5 +191,6 @@ def _tokenizer_files(
     return prepare_tokenizer(choice, checkpoint.folder, args["vocab_size"], given)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object as the configuration files of a model folder are written."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

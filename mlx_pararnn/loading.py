@@ -1,5 +1,6 @@
 """Models from folders and from the Hugging Face hub. No Python file of a model folder is ever run."""
 
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -214,8 +215,8 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     """
     if not any((path / name).exists() for name in ("tokenizer_config.json", *VOCABULARY_FILES)):
         raise PararnnError(
-            f"no tokenizer in {path}; convert again with --tokenizer DIR, REPO or bytes, or work with token "
-            "ids through mlx_pararnn.load_model"
+            f"no tokenizer in {path}; mlx-pararnn add-tokenizer {shlex.quote(str(path))} DIR, REPO or bytes "
+            "gives it one, and mlx_pararnn.load_model works with token ids"
         )
     check_files(path)
     for name in TOKENIZER_FILES:

@@ -11,11 +11,13 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
     "__main__": "cli",
     "cli": "chat tools training convert.to_mlx convert.to_coreml convert.to_torch convert.inspection "
-    "convert.comparison",
+    "convert.comparison convert.original convert.add_tokenizer",
     "convert.to_coreml": "convert.to_mlx convert.coreml convert.inspection",
     "convert.to_torch": "convert.writers model_config",
     "convert.to_mlx": "convert.overrides convert.writers",
     "convert.comparison": "convert.writers tools",
+    "convert.original": "convert.coreml loading",
+    "convert.add_tokenizer": "convert.to_mlx",
     "convert.inspection": "convert.writers model_config",
     "convert.overrides": "convert.writers cells",
     "convert.coreml": "convert.families tools",

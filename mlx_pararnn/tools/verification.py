@@ -1,7 +1,8 @@
 """Does a model compute the same numbers whichever way it is run? What `mlx-pararnn verify` asks."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten
 from ..errors import PararnnError
 from ..model import Model
 from ..weights_digest import is_as_written
+from .quantization_cost import divergence
 
 # float32 implementations of one model agree to about 2e-5 in their logits.
 TOLERANCE = 5e-5
@@ -24,17 +26,22 @@ class Check:
     """One comparison: the largest absolute difference found and the largest allowed.
 
     Attributes:
+        tolerance: None where a difference is expected and only told, as of a quantized model's logits.
         note: what else there is to say, such as how many greedy tokens agree.
+        counted: what `difference` is a number of ("numbers", "matrices"); "" where it is a difference.
     """
 
     name: str
     difference: float
-    tolerance: float
+    tolerance: float | None
     note: str = ""
+    counted: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether the difference is within the tolerance."""
+        if self.tolerance is None:
+            return not math.isnan(self.difference)
         return self.difference <= self.tolerance  # False for NaN
 
 
@@ -64,7 +71,7 @@ def verify_weights(model: Model, known: bool = False) -> Check:
         if not mx.any(w).item() or (not known and not name.startswith(_TABLES) and _has_zero_stretch(w))
     ]
     note = f"of {len(matrices)} matrices" + (f": {', '.join(zero[:3])}" if zero else "")
-    return Check("matrices with stretches of zeros only", len(zero), 0, note)
+    return Check("matrices with stretches of zeros only", len(zero), 0, note, counted="matrices")
 
 
 def _has_zero_stretch(weight: mx.array) -> bool:
@@ -94,8 +101,8 @@ def verify_methods(model: Model, tokens: list[int]) -> Iterator[Check]:
     yield _check("token by token against the whole prompt", decoded, reference, tolerance)
 
 
-def verify_logits(model: Model, file: str | Path) -> Check:
-    """Logits that PyTorch gave, against ours.
+def verify_logits(model: Model, file: str | Path, quantized: bool = False) -> Check:
+    """Logits that PyTorch gave, against ours; a quantized model's differ, by how much is told.
 
     Args:
         model: the model.
@@ -123,10 +130,13 @@ def verify_logits(model: Model, file: str | Path) -> Check:
     if not mx.all((ids >= 0) & (ids < model.args.vocab_size)).item():
         raise PararnnError(f"{file}: input_ids go beyond the model's vocabulary of {model.args.vocab_size}")
     ours = model(ids)
+    if quantized:
+        check = _check(f"logits of {file.name}", ours, logits, None)
+        return replace(check, note=f"{check.note}, KL divergence {divergence(ours, logits):.2g} nats a token")
     return _check(f"logits of {file.name}", ours, logits, _tolerance(model, logits))
 
 
-def _check(name: str, a: mx.array, b: mx.array, tolerance: float) -> Check:
+def _check(name: str, a: mx.array, b: mx.array, tolerance: float | None) -> Check:
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     same = (mx.argmax(a, axis=-1) == mx.argmax(b, axis=-1)).sum().item()
     difference = cast(float, mx.abs(a - b).max().item())

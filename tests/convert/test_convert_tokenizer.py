@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.writers.byte_tokenizer import byte_tokenizer_files
 from tests.support.converting import config
 from tests.support.pt_writer import write_pt
@@ -269,3 +271,47 @@ def test_end_ids_of_a_sentencepiece_model(name, accepted, refused, tmp_path):
 @pytest.mark.parametrize(("word", "meant"), [("byte", "bytes"), ("Bytes", "bytes"), ("non", "none")])
 def test_a_misspelt_choice_is_answered(word, meant, refused, source):
     assert f"did you mean {meant}?" in refused(source, "--tokenizer", word)
+
+
+def test_a_tokenizer_added_later(accepted, source, tmp_path):
+    folder = accepted(source, "--tokenizer", "none")
+    before = config(folder)
+    assert names(folder) == set()
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "tokenizer.json").write_text(tokenizer_json(250, {"</s>": 255}))
+    (files / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+
+    def add(*arguments):
+        return CliRunner().invoke(app, ["add-tokenizer", str(folder), *map(str, arguments)])
+
+    refused = {
+        "byte": "did you mean bytes?",
+        str(tmp_path): "no tokenizer files there",
+        "none": "is no tokenizer to add",
+    }
+    for choice, message in refused.items():
+        result = add(choice)
+        assert (result.exit_code, message in result.stderr) == (1, True), result.stderr
+    assert (names(folder), config(folder)) == (set(), before)
+
+    assert add(files).exit_code == 0
+    assert names(folder) == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert config(folder) == before | {"eos_token_id": 255}
+
+    again = add("bytes")
+    assert again.exit_code == 1
+    assert "--force replaces it" in again.stderr
+    (folder / "special_tokens_map.json").write_text("{}")  # the old tokenizer's
+    assert add("bytes", "--force").exit_code == 0
+    assert json.loads((folder / "tokenizer.json").read_text()) == json.loads(
+        byte_tokenizer_files()["tokenizer.json"]
+    )
+    assert "special_tokens_map.json" not in names(folder)
+    assert list(folder.glob(".tokenizer*")) == []
+
+
+def test_a_tokenizer_is_added_to_a_model_only(source, tmp_path):
+    result = CliRunner().invoke(app, ["add-tokenizer", str(source.parent), "bytes"])
+    assert result.exit_code == 1
+    assert "not a model folder" in result.stderr

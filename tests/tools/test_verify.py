@@ -1,12 +1,14 @@
 """`verify`, `doctor` and `lm` as a user has them."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.compute import gpu
+from mlx_pararnn.tools.quantization_cost import quantization_cost
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
 
@@ -178,6 +181,61 @@ def test_too_short_a_prompt():
     result = run("verify", "-p", "x")
     assert result.exit_code == 1
     assert "at least two tokens" in result.stderr
+
+
+def test_a_quantized_model_is_told_what_that_cost(data, tmp_path, exported):
+    """By convert, which notes it, and by verify: from the note, or against the original."""
+    source, out = data / "trained/paragru/final.pt", tmp_path / "q"
+    done = run("convert", source, "-o", out, "--tokenizer", "bytes", "-q")
+    assert done.exit_code == 0, done.output
+    cost = next(line for line in done.stdout.splitlines() if line.startswith("its cost on a bundled text: "))
+    found = re.fullmatch(
+        r".*perplexity (\S+) instead of (\S+) \(\S+ %\), KL divergence (\S+) nats a token, (\d+) of 1023 .*",
+        cost,
+    )
+    quantized, original, kl, same = map(float, found.groups())
+    assert original < quantized < 1.1 * original
+    assert 0.001 < kl < 0.1
+    assert 800 < same < 1023
+    assert json.loads((out / "config.json").read_text())["quantization_cost"]["same"] == same
+
+    plain = run("verify", out, "--logits", exported)
+    assert plain.exit_code == 0, plain.output
+    assert cost.removeprefix("its cost ") in plain.stdout.splitlines()[-1]
+    assert "FAIL" not in plain.stdout
+    assert "Same numbers" not in plain.stdout
+    assert re.search(
+        r"logits of reference.safetensors +\S+ +any +told .* KL divergence \S+ nats", plain.stdout
+    )
+
+    against = run("verify", out, "--against", source)
+    assert against.exit_code == 0, against.output
+    assert "19 tensors against the source, quantized again  none        none     ok" in against.stdout
+    assert "25 tensors as in the source                     none        none     ok" in against.stdout
+    assert cost.removeprefix("its cost ") in against.stdout.splitlines()[-1]
+
+
+def test_the_cost_of_a_model_that_mlx_lm_quantized(converted):
+    """Nobody noted it: the model that is not quantized tells."""
+    model = converted("trained/paragru/final.pt", tokenizer="bytes")
+    out = converted("trained/paragru/final.pt", tokenizer="bytes", quantize=True)
+    assert run("verify", out).stdout.endswith("Quantized; --against the original tells what that cost.\n")
+    said = json.loads(run("verify", out, "--against", model, "--json").stdout)
+    assert said["passed"]
+    assert 0.001 < said["quantization_cost"]["kl"] < 0.1
+    refused = run("verify", out, "--against", out)
+    assert refused.exit_code == 1
+    assert "is quantized too" in refused.stderr
+
+
+def test_the_same_model_has_no_divergence():
+    model, config = mlx_pararnn.load_model(DEMO)
+    cost = quantization_cost(model, model, DEMO, config)
+    assert (cost.kl, cost.same) == (0, cost.tokens)
+    assert cost.perplexity == cost.original_perplexity > 1
+    with_ids = quantization_cost(model, model, Path("nowhere"), config)
+    assert with_ids.perplexity is None
+    assert "no tokenizer" in with_ids.sentence()
 
 
 def test_doctor():
