@@ -26,7 +26,7 @@ def verify(
         typer.Option(
             "--against",
             metavar="CKPT",
-            help="Compare every tensor with the checkpoint it came from, and a quantized model's predictions.",
+            help="Compare every tensor with the checkpoint it came from; tell what quantizing cost.",
         ),
     ] = None,
     logits: Annotated[

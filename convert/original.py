@@ -68,7 +68,7 @@ def _original(config: dict[str, Any], source: str | Path, family: str | None) ->
     needed, free = 5 * element_count(canonical.outputs), available_memory()  # a copy of one matrix, logits
     if needed > free:
         raise PararnnError(
-            f"the original weights need about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+            f"the original weights need about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         )
     model = Model(ModelArgs.from_dict(config))
     try:

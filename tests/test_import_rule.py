@@ -22,7 +22,7 @@ ARROWS = {
     "convert.overrides": "convert.writers cells",
     "convert.coreml": "convert.families tools",
     "convert.writers": "convert.families weights_digest",
-    "convert.families": "convert.readers",
+    "convert.families": "convert.readers model",
     "convert.readers": "hub model_files",
     "chat": "pocket package",
     "pocket": "loading generation grammars interrupt",

@@ -1,7 +1,8 @@
 """The checkpoint families: one file each, and the list that `convert` goes through.
 
-A family of your own: an object with `name`, `title`, `detect(checkpoint)` and `map(checkpoint, tied)`
-(see base.Family), named by an entry point of the group `mlx_pararnn.families`.
+A family of your own: a table of names (`NamedTensors`), or an object with `name`, `title`,
+`detect(checkpoint)` and `map(checkpoint, tied)` (see base.Family). `register_family` makes it known, in a
+module that `--import` names; so does an entry point of the group `mlx_pararnn.families`.
 """
 
 from importlib import metadata
@@ -14,28 +15,40 @@ from .babylm import BabyLM
 from .bare_cell import BareCell
 from .base import Canonical, Family
 from .ml_pararnn import MlPararnn
-from .names import ENTRY_POINT_GROUP, family_names, installed_names
+from .named_tensors import NamedTensors
+from .names import BUILT_IN, ENTRY_POINT_GROUP, REGISTERED, family_names, installed_names
 from .pararnn_torch import PararnnTorch
 
 _BUILT_IN: tuple[Family, ...] = (MlPararnn(), BabyLM(), PararnnTorch(), BareCell())
 
-__all__ = ["Canonical", "Family", "family_names", "find_family"]
+__all__ = ["Canonical", "Family", "NamedTensors", "family_names", "find_family", "register_family"]
+
+
+def register_family(family: Family) -> None:
+    """Make a family known under its name; it is asked before the built-in ones.
+
+    Raises:
+        PararnnError: a built-in family has the name.
+    """
+    if family.name in BUILT_IN:
+        raise PararnnError(f"the family {family.name} is built in; choose another name")
+    REGISTERED[family.name] = family
 
 
 def find_family(checkpoint: Checkpoint, name: str | None = None) -> Family:
-    """The family called `name`, or the first that recognises the checkpoint; other packages' come after ours.
+    """The family called `name`, or the first that recognises the checkpoint: registered, built in, installed.
 
     Raises:
         PararnnError: there is none; the message lists tensors and families.
     """
     if name is not None:
-        for family in _BUILT_IN:
+        for family in (*REGISTERED.values(), *_BUILT_IN):
             if family.name == name:
                 return family
         if name not in family_names():
             raise PararnnError(f"unknown family {shown(name)}; known: {', '.join(family_names())}")
         return _installed(name)
-    for family in _BUILT_IN:
+    for family in (*REGISTERED.values(), *_BUILT_IN):
         if family.detect(checkpoint):
             return family
     for other in installed_names():

@@ -37,7 +37,8 @@ class Cost:
 
     def sentence(self) -> str:
         """What a user is told."""
-        kl = f"KL divergence {self.kl:.2g} nats a token, {self.same} of {self.tokens} likeliest tokens the same"
+        same = f"{self.same} of {self.tokens} likeliest tokens the same"
+        kl = f"KL divergence {self.kl:.2g} nats a token, {same}"
         if self.perplexity is None or self.original_perplexity is None:
             return f"on {self.tokens + 1} token ids (there is no tokenizer): {kl}"
         change = 100 * (self.perplexity / self.original_perplexity - 1)
@@ -80,7 +81,7 @@ def quantization_cost(model: Model, original: Model, folder: Path, config: dict[
 
 
 def divergence(logits: mx.array, original: mx.array) -> float:
-    """KL divergence (nats, mean over tokens) of the distributions of `logits` (..., V) from the original's."""
+    """KL divergence of what `logits` (..., V) predict from what the original's do: nats, mean over tokens."""
     ours, theirs = _log_probs(logits), _log_probs(original)
     return max(0.0, cast(float, (mx.exp(theirs) * (theirs - ours)).sum(axis=-1).mean().item()))
 
