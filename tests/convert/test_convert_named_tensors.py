@@ -66,7 +66,7 @@ def test_gates_and_rows_are_joined(tmp_path):
 def test_a_function_makes_what_joining_cannot(tmp_path):
     """One fused matrix (inputs, gates), its gates in another order."""
     tensors = state()
-    fused = np.concatenate([tensors.pop(f"{g}.weight").T for g in "hrz"], axis=1)
+    fused = np.ascontiguousarray(np.concatenate([tensors.pop(f"{g}.weight").T for g in "hrz"], axis=1))
     register({**CELL, "input_proj.weight": (from_fused, "fused")}, input_size=D)
     layer, _ = mlx_pararnn.load_cell(converted(tmp_path, tensors | {"fused": fused}))
     assert np.array_equal(layer.input_proj.weight[0, :D], state()["z.weight"])
