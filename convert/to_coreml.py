@@ -54,8 +54,8 @@ MAX_CHUNK = 128  # a product of more Jacobians than that leaves float16's range 
 # Fields of config.json that say nothing about what a model computes.
 _BESIDE = {
     "eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id", "quantization", "quantization_config",
-    "model_file", "auto_map", "architectures", "dtype", "torch_dtype", "transformers_version",
-    "_name_or_path", "use_cache", "tokenizer_class",
+    "quantization_cost", "model_file", "auto_map", "architectures", "dtype", "torch_dtype",
+    "transformers_version", "_name_or_path", "use_cache", "tokenizer_class",
 }  # fmt: skip
 _SAMPLED = 128  # tokens, at least, that iterations and the cost of the stored weights are measured on
 _TAIL = 8  # tokens of the reference that are decoded one by one
