@@ -47,6 +47,7 @@ class NamedTensors:
     title: str = "checkpoint read by a table of names"
 
     def detect(self, checkpoint: Checkpoint) -> bool:
+        """Whether all tensors that the table names are there, of the first layer."""
         return all(
             name.replace(_LAYER, "0") in checkpoint.tensors
             for names in self.parameters.values()
@@ -54,6 +55,7 @@ class NamedTensors:
         )
 
     def map(self, checkpoint: Checkpoint, tied: bool | None) -> Canonical:
+        """The checkpoint by the table; raises PararnnError where the two do not fit."""
         source = Source(checkpoint, self.name)
         single = _EMBEDDING not in self.parameters
         layers = 1 if single else self._layer_count(checkpoint)
