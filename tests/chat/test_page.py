@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.resources import files
 
 import pytest
 
@@ -14,8 +15,9 @@ pytestmark = [
 ]
 
 IDLE = "document.getElementById('send')?.disabled === false"
-ANSWER = "[...document.querySelectorAll('.assistant > div')].at(-1)?.textContent"
-CONVERSATION = "[...document.querySelectorAll('.message > div')].map((e) => e.textContent)"
+ANSWER = "conversation.filter((m) => m.role === 'assistant').at(-1)?.content"
+CONVERSATION = "conversation.map((m) => m.content)"
+TEXTS = "[...document.querySelectorAll('.message > .text')].map((e) => e.textContent)"
 FOCUS = "document.activeElement.id"
 
 
@@ -59,7 +61,7 @@ def test_a_conversation_by_keyboard(page):
     assert len(first) == 40
     said = status(page)
     assert "40 tokens · " in said
-    assert "tokens/s · read 16 of 16 prompt tokens · state 6.1 KB" in said
+    assert "tokens a second · read 16 of 16 prompt tokens · memory of the conversation 6.1 KB" in said
     second = ask(page, "def main(")
     assert page.run(CONVERSATION) == ["import os", first, "def main(", second]
     asked = 16 + 41 + 16
@@ -89,7 +91,7 @@ def test_streaming_and_stop(page):
     for _ in range(5):  # it grows while it is made
         length = page.wait_for(f"({ANSWER} ?? '').length > {length} && {ANSWER}.length")
         assert not page.run(IDLE)
-    assert "tokens/s" in status(page)
+    assert "tokens a second" in status(page)
     assert page.run("document.getElementById('halt').disabled") is False
     page.press("Escape")
     page.wait_for(IDLE)
@@ -151,7 +153,7 @@ def test_what_was_not_answered_can_be_sent_again(page):
 def test_text_is_text(page):
     set_field(page, "max_tokens", "1")
     ask(page, "<img src=x onerror=alert(1)><b>")
-    assert page.run(CONVERSATION)[0] == "<img src=x onerror=alert(1)><b>"
+    assert page.run(TEXTS)[0] == page.run(CONVERSATION)[0] == "<img src=x onerror=alert(1)><b>"
     assert page.run("document.querySelectorAll('#conversation img, #conversation b').length") == 0
 
 
@@ -171,7 +173,9 @@ def test_on_a_phone_light_and_dark(page, dark):
         assert page.run("document.documentElement.scrollWidth <= innerWidth"), settings
         assert page.run("document.getElementById('send').getBoundingClientRect().bottom <= innerHeight")
         page.run("document.getElementById('toggle').click()")
-    heights = page.run("[...document.querySelectorAll('button')].map((b) => b.offsetHeight)")
+    heights = page.run(
+        "[...document.querySelectorAll('button')].filter((b) => b.checkVisibility()).map((b) => b.offsetHeight)"
+    )
     assert min(heights) >= 44
     assert page.run("[...document.querySelectorAll('input, textarea')].every((e) => e.labels.length)")
     # Below 16 pixels a phone zooms in on what is typed.
@@ -194,17 +198,249 @@ def test_without_a_template_and_with_a_key():
         assert ask(page, "def main(") == "self,"
         assert ask(page, " other)") == ":\n   "
         assert "read 7 of 21 prompt tokens" in status(page)
-        if path := os.environ.get("MLX_PARARNN_SCREENSHOT"):
-            take_screenshot(page, path)
+        assert page.run("document.getElementById('messages').className") == "document"
+        assert "".join(page.run(TEXTS)) == "def main(self, other):\n   "
+        styles = "[...document.querySelectorAll('.message')].map((e) => getComputedStyle(e).display)"
+        assert page.run(styles) == ["inline"] * 4
+        page.press("Enter")  # nothing typed: it goes on
+        page.wait_for(f"{CONVERSATION}.length === 5 && {IDLE}")
+        page.run("document.getElementById('rewrite').click()")
+        assert page.run("document.getElementById('input').value").startswith("def main(self, other):\n   ")
+        assert page.run(CONVERSATION) == []
 
 
-def take_screenshot(page, path):
-    """docs/page.png: MLX_PARARNN_SCREENSHOT=docs/page.png pytest tests/chat/test_page.py -k with_a_key"""
-    page.show_as(900, 640)
-    page.run("document.getElementById('reset').click()")
-    for name, value in (("max_tokens", "90"), ("temperature", "0.7"), ("seed", "4")):
-        set_field(page, name, value)
-    ask(page, "class Reader:\n    def __init__(self, ")
-    ask(page, "\n\n    def read(self, ")
-    with open(path, "wb") as file:
-        file.write(page.screenshot())
+@pytest.mark.parametrize("way", ["Enter", "send"])
+def test_the_focus_stays_in_the_field(page, way):
+    set_field(page, "max_tokens", "4000")
+    page.type("x")
+    if way == "Enter":
+        page.press("Enter")
+    else:
+        page.click("send")
+    page.wait_for(f"({ANSWER} ?? '').length > 3")
+    assert page.run(FOCUS) == "input"
+    assert page.run("[document.getElementById('send').hidden, document.getElementById('halt').hidden]") == [
+        True,
+        False,
+    ]
+    send = page.run("JSON.stringify(document.getElementById('halt').getBoundingClientRect().x)")
+    page.click("halt")
+    page.wait_for(IDLE)
+    assert page.run(FOCUS) == "input"
+    assert page.run("JSON.stringify(document.getElementById('send').getBoundingClientRect().x)") == send
+
+
+def test_conversations_outlast_the_page(page, server):
+    set_field(page, "max_tokens", "5")
+    first = ask(page, "import os")
+    page.send("Page.reload")
+    page.wait_for(f"typeof conversation !== 'undefined' && {IDLE} && {CONVERSATION}.length === 2")
+    assert page.run(TEXTS)[0] == "import os"
+    set_field(page, "max_tokens", "5")
+
+    page.click("branch")
+    page.wait_for("document.getElementById('status').textContent.includes('copy')")
+    ask(page, "more")
+    page.click("reset")
+    assert page.wait_for("document.getElementById('question').open")
+    page.click("no")
+    assert len(page.run(CONVERSATION)) == 4
+    page.click("reset")
+    page.click("yes")
+    page.wait_for(f"{CONVERSATION}.length === 0")
+    assert page.run(FOCUS) == "input"
+
+    page.click("list-toggle")
+    titles = "[...document.querySelectorAll('.open')].map((e) => e.textContent.split(' · ')[0])"
+    page.wait_for(f"{titles}.length === 2")
+    assert page.run(titles) == ["import os (branch)", "import os"]
+    page.run("document.querySelectorAll('.open')[1].click()")
+    assert page.run(CONVERSATION) == ["import os", first]
+    page.click("list-toggle")
+    page.wait_for(f"{titles}.length === 2")
+    page.run("document.querySelector('[aria-label^=\"Delete import os (branch)\"]').click()")
+    page.click("yes")
+    page.wait_for(f"{titles}.length === 1")
+
+
+def test_save_and_load(page):
+    set_field(page, "max_tokens", "5")
+    page.run("document.getElementById('system').value = 'Be brief.'")
+    ask(page, "import os")
+    before = page.run(CONVERSATION)
+    page.run(
+        "globalThis.saved = []; URL.createObjectURL = (blob) => { saved.push(blob); return 'data:,'; };"
+        "document.getElementById('save').click()"
+    )
+    text = page.run("saved[0].text()")
+    assert json.loads(text) == {
+        "format": "mlx-pararnn-conversation",
+        "version": 1,
+        "title": "import os",
+        "model": "talker",
+        "system": "Be brief.",
+        "messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), before, strict=True)],
+    }
+    page.run("undo()")
+    page.run("document.getElementById('system').value = ''")
+    page.run(f"load(new File([{json.dumps(text)}], 'a.json'))")
+    assert page.run(CONVERSATION) == before
+    assert page.run("document.getElementById('system').value") == "Be brief."
+    for wrong in ("[1]", "{}", "no", '{"messages": [{"role": "tool", "content": "x"}]}'):
+        page.run(f"load(new File([{json.dumps(wrong)}], 'b.json'))")
+        said = page.run("document.getElementById('error').textContent")
+        assert said == "b.json is not a conversation that this page has saved."
+        assert page.run(CONVERSATION) == before
+
+
+def test_an_earlier_message_is_edited(page):
+    set_field(page, "max_tokens", "5")
+    ask(page, "one")
+    ask(page, "two")
+    page.run("document.querySelector('.edit').click()")
+    page.run("document.activeElement.value = 'other'")
+    page.press("Escape")
+    assert page.run(CONVERSATION)[0] == "one"
+    page.run("document.querySelector('.edit').click()")
+    page.run("document.activeElement.value = 'other'")
+    page.press("Enter")
+    page.wait_for(f"{CONVERSATION}.length === 2 && {IDLE}")
+    assert page.run(TEXTS)[0] == page.run(CONVERSATION)[0] == "other"
+
+
+MARKDOWN = """# Title
+
+A **strong** word, `code`, [a link](https://example.com) and [a bad one](javascript:alert(1)).
+
+```python
+print("<b>")
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+<img src=x onerror=alert(1)><script>alert(2)</script><form><input></form><b onclick=x style="position:fixed">raw</b>
+<a href="https://example.com" onclick="alert(3)">x</a> <svg><a xlink:href="javascript:alert(4)"></a></svg>
+![picture](https://example.com/x.png)
+"""
+
+
+def test_markdown_is_shown_and_does_nothing(page):
+    """The model's text is not trusted: no element that loads, runs, or takes input."""
+    page.run(
+        f"conversation = [{{role: 'user', content: 'q'}}, {{role: 'assistant', content: {json.dumps(MARKDOWN)}}}]; show()"
+    )
+    inside = "[...document.querySelectorAll('.markdown *')]"
+    names = set(page.run(f"{inside}.map((e) => e.localName)"))
+    assert {"h1", "strong", "code", "pre", "a", "table", "th", "td"} <= names
+    assert not names & {"img", "script", "form", "input", "svg", "style", "b", "iframe"}
+    attributes = set(page.run(f"{inside}.flatMap((e) => e.getAttributeNames())"))
+    assert attributes <= {"href", "target", "rel", "tabindex", "role", "aria-label", "type", "class"}
+    assert set(page.run(f"{inside}.map((e) => e.getAttribute('href')).filter(Boolean)")) == {
+        "https://example.com"
+    }
+    assert page.run("document.querySelector('.markdown pre').textContent") == 'print("<b>")\n'
+    family = page.run("getComputedStyle(document.querySelector('.markdown pre')).fontFamily")
+    assert "monospace" in family
+    page.run("navigator.clipboard.writeText = async (text) => { globalThis.taken = text; }")
+    page.run("document.querySelector('.copy-code').click()")
+    assert page.wait_for("globalThis.taken") == 'print("<b>")\n'
+    page.run("document.querySelectorAll('.copy')[1].click()")
+    page.wait_for("document.querySelectorAll('.copy')[1].textContent === 'Copied'")
+    assert page.run("taken") == MARKDOWN
+
+
+def offline(page, value):
+    page.send(
+        "Network.emulateNetworkConditions",
+        offline=value,
+        latency=0,
+        downloadThroughput=-1,
+        uploadThroughput=-1,
+    )
+
+
+def test_an_error_says_what_to_do_and_can_be_retried(page):
+    set_field(page, "max_tokens", "5")
+    offline(page, True)
+    page.type("import os")
+    page.press("Enter")
+    page.wait_for("!document.getElementById('problem').hidden")
+    said = page.run("document.getElementById('error').textContent")
+    assert said == "The server does not answer. It may have been stopped, or the connection is gone."
+    assert page.run("document.getElementById('input').value") == "import os"
+    offline(page, False)
+    page.click("retry")
+    page.wait_for(f"{CONVERSATION}.length === 2 && {IDLE}")
+    assert page.run("document.getElementById('problem').hidden")
+    page.errors.clear()  # the browser's own line about the connection
+
+
+def test_on_a_touch_screen(server):
+    """Enter starts a line, as every phone's keyboard expects; the hint names no keys."""
+    with Browser() as page:
+        page.send("Emulation.setTouchEmulationEnabled", enabled=True)
+        page.show_as(390, 844, phone=True)
+        page.send("Page.navigate", url=server.url)
+        page.wait_for(IDLE)
+        assert "Tap Send" in page.run("document.getElementById('empty').innerText")
+        assert "Enter" not in page.run("document.body.innerText")
+        page.run("document.getElementById('input').focus()")
+        page.type("a")
+        page.press("Enter")
+        assert page.run(CONVERSATION) == []
+        composer = page.run("document.getElementById('composer').getBoundingClientRect().height")
+        page.run("document.getElementById('input').value = ''; grow()")
+        assert page.run("document.getElementById('composer').getBoundingClientRect().height") <= min(
+            48, composer
+        )
+
+
+def test_defaults_stand_in_the_fields(page):
+    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+    shown = page.run(f"{json.dumps(fields)}.map((name) => Number(document.getElementById(name).value))")
+    assert shown == [0, 1, 0, 0, 1, 512]
+    assert "takes 6.1 KB, however long" in page.run("document.getElementById('empty').innerText")
+
+
+STATES = {
+    "empty": "",
+    "streaming": "set('max_tokens', 4000); $('input').value = 'import os'; send()",
+    "long": "conversation = Array.from({length: 6}, (_, i) => [{role: 'user', content: 'How do I read a file, part ' + (i + 1) + '?'},"
+    f" {{role: 'assistant', content: {json.dumps(MARKDOWN.split('<img')[0].replace('[a bad one](javascript:alert(1))', 'a list'))}}}]).flat(); show(); scrollDown()",
+    "error": "conversation = [{role: 'user', content: 'import os'}]; show(); complain('The server does not answer. It may have been stopped,"
+    " or the connection is gone.', send); $('status').textContent = ''",
+    "settings": "togglePanel('settings', 'toggle')",
+    "chats": "togglePanel('list', 'list-toggle')",
+    "question": "ask('Start a new conversation? This one stays under Chats.', 'Start'); 0",
+}
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800)])
+def test_what_a_screen_reader_needs(server, width, height, dark):
+    """axe-core finds nothing to mend in any state. MLX_PARARNN_SCREENSHOTS=docs/images writes pictures."""
+    axe = (files("axe_core_python") / "axe.min.js").read_text()
+    pictures = os.environ.get("MLX_PARARNN_SCREENSHOTS")
+    with Browser() as page:
+        page.show_as(width, height, dark=dark, phone=width < 500)
+        page.send("Page.navigate", url=server.url)
+        page.wait_for(IDLE)
+        page.run(axe + "; globalThis.set = (name, value) => { $(name).value = value; }; 0")
+        for state, script in STATES.items():
+            page.run(f"if (running) running.abort(); closePanels(); complain(''); {script}; 0")
+            if state == "streaming":
+                page.wait_for(f"({ANSWER} ?? '').length > 200")
+            found = page.run(
+                "axe.run().then((found) => found.violations.map((v) => [v.id, v.nodes.map((n) => n.html)]))"
+            )
+            assert found == [], state
+            if pictures and state in ("empty", "streaming", "long", "error"):
+                name = f"page-{width}x{height}-{'dark' if dark else 'light'}-{state}.png"
+                with open(os.path.join(pictures, name), "wb") as file:
+                    file.write(page.screenshot())
+            if state == "streaming":
+                page.run("running && running.abort()")
+                page.wait_for(IDLE)
+        assert not page.errors

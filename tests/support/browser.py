@@ -127,6 +127,15 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", **same, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", **same)
 
+    def click(self, name):
+        """With the mouse, in the middle of the element of that id."""
+        place = self.run(
+            f"(() => {{ const r = document.getElementById({name!r}).getBoundingClientRect();"
+            "return {x: r.x + r.width / 2, y: r.y + r.height / 2}; })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+
     def show_as(self, width, height, dark=False, phone=False):
         self.send(
             "Emulation.setDeviceMetricsOverride",

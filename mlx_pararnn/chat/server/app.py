@@ -1,13 +1,9 @@
 """The server's paths, and what answers at each."""
 
 import asyncio
-import base64
-import hashlib
 import json
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from importlib.resources import files
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -22,13 +18,13 @@ from .engine import EngineStopped
 from .messages import message, message_events, read_messages, write_event
 from .metrics import Metrics
 from .openapi import docs_page, openapi
+from .page import chat_page
 from .prompts import run_apart
 from .responses import StoredResponses, read_responses, response, response_events
 from .schema import ChatRequest, CompletionRequest, Refused, TokenizeRequest, read_request
 from .service import Service
 from .settings import Settings
 
-PAGE = files(__package__).joinpath("page.html").read_bytes()
 SECONDS_TO_ARRIVE = 60  # for a request's body
 PING = 15  # seconds without a piece, after which a comment keeps the connection open
 Result = TypeVar("Result")
@@ -148,7 +144,8 @@ class Endpoints:
 
     async def page(self, request: Request) -> Response:
         """GET /: the chat page."""
-        return Response(PAGE, media_type="text/html", headers={"Content-Security-Policy": _page_policy()})
+        text, policy = chat_page()
+        return Response(text, media_type="text/html", headers={"Content-Security-Policy": policy})
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -278,13 +275,3 @@ async def _left(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     return error_response(Refused(500, f"the request failed ({type(error).__name__})"))
-
-
-def _page_policy() -> str:
-    """The page's own script, by its hash, and connections to this server; nothing else."""
-    (script,) = re.findall(rb"<script>(.*?)</script>", PAGE, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

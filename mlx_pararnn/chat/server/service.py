@@ -68,6 +68,9 @@ class Service:
             "has_chat_template": bool(self.engine.tokenizer.has_chat_template or self.turns),
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
+            "top_p": self.settings.top_p,
+            "top_k": self.settings.top_k,
+            "min_p": self.settings.min_p,
         }
 
     async def completion(self, request: CompletionRequest) -> Event:
