@@ -64,6 +64,7 @@ def serve(
     ] = None,
     adapter_path: options.Adapters = None,
     state: options.InitialState = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the chat page in the browser.")] = False,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
@@ -92,9 +93,14 @@ def serve(
         adapter_path=adapter_path,
         initial_state=state,
     )
-    run(
-        model or BUNDLED,
-        settings,
-        ready=lambda url: print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr),
-    )
+
+    def ready(url: str) -> None:
+        print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr)
+        if open_page:
+            import webbrowser
+
+            # Not 0.0.0.0, which is every address of this machine and none to go to.
+            webbrowser.open(url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
+
+    run(model or BUNDLED, settings, ready=ready)
     print("Stopped.", file=sys.stderr)

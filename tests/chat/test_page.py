@@ -173,9 +173,8 @@ def test_on_a_phone_light_and_dark(page, dark):
         assert page.run("document.documentElement.scrollWidth <= innerWidth"), settings
         assert page.run("document.getElementById('send').getBoundingClientRect().bottom <= innerHeight")
         page.run("document.getElementById('toggle').click()")
-    heights = page.run(
-        "[...document.querySelectorAll('button')].filter((b) => b.checkVisibility()).map((b) => b.offsetHeight)"
-    )
+    shown = "[...document.querySelectorAll('button')].filter((b) => b.checkVisibility())"
+    heights = page.run(f"{shown}.map((b) => b.offsetHeight)")
     assert min(heights) >= 44
     assert page.run("[...document.querySelectorAll('input, textarea')].every((e) => e.labels.length)")
     # Below 16 pixels a phone zooms in on what is typed.
@@ -320,7 +319,8 @@ print("<b>")
 |---|---|
 | 1 | 2 |
 
-<img src=x onerror=alert(1)><script>alert(2)</script><form><input></form><b onclick=x style="position:fixed">raw</b>
+<img src=x onerror=alert(1)><script>alert(2)</script><form><input></form>
+<b onclick=x style="position:fixed">raw</b>
 <a href="https://example.com" onclick="alert(3)">x</a> <svg><a xlink:href="javascript:alert(4)"></a></svg>
 ![picture](https://example.com/x.png)
 """
@@ -328,9 +328,8 @@ print("<b>")
 
 def test_markdown_is_shown_and_does_nothing(page):
     """The model's text is not trusted: no element that loads, runs, or takes input."""
-    page.run(
-        f"conversation = [{{role: 'user', content: 'q'}}, {{role: 'assistant', content: {json.dumps(MARKDOWN)}}}]; show()"
-    )
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": MARKDOWN}]
+    page.run(f"conversation = {json.dumps(messages)}; show()")
     inside = "[...document.querySelectorAll('.markdown *')]"
     names = set(page.run(f"{inside}.map((e) => e.localName)"))
     assert {"h1", "strong", "code", "pre", "a", "table", "th", "td"} <= names
@@ -404,17 +403,28 @@ def test_defaults_stand_in_the_fields(page):
     assert "takes 6.1 KB, however long" in page.run("document.getElementById('empty').innerText")
 
 
+LONG = [
+    {"role": role, "content": content}
+    for part in range(1, 7)
+    for role, content in (
+        ("user", f"How do I read a file, part {part}?"),
+        (
+            "assistant",
+            MARKDOWN.split(" and [a bad one]")[0] + ".\n" + MARKDOWN.split("(1)).")[1].split("<img")[0],
+        ),
+    )
+]
+GONE = "The server does not answer. It may have been stopped, or the connection is gone."
 STATES = {
     "empty": "",
     "streaming": "set('max_tokens', 4000); $('input').value = 'import os'; send()",
-    "long": "conversation = Array.from({length: 6}, (_, i) => [{role: 'user', content: 'How do I read a file, part ' + (i + 1) + '?'},"
-    f" {{role: 'assistant', content: {json.dumps(MARKDOWN.split('<img')[0].replace('[a bad one](javascript:alert(1))', 'a list'))}}}]).flat(); show(); scrollDown()",
-    "error": "conversation = [{role: 'user', content: 'import os'}]; show(); complain('The server does not answer. It may have been stopped,"
-    " or the connection is gone.', send); $('status').textContent = ''",
+    "long": f"conversation = {json.dumps(LONG)}; show(); scrollDown()",
+    "error": f"conversation = []; show(); $('input').value = 'import os'; complain({GONE!r}, send)",
     "settings": "togglePanel('settings', 'toggle')",
     "chats": "togglePanel('list', 'list-toggle')",
     "question": "ask('Start a new conversation? This one stays under Chats.', 'Start'); 0",
 }
+VIOLATIONS = "axe.run().then((found) => found.violations.map((v) => [v.id, v.nodes.map((n) => n.html)]))"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,7 +41,7 @@ class Access:
         headers = Headers(scope=scope)
         scope["path"] = scope["path"].rstrip("/") or "/"
         cors = self._cors(headers)
-        status = 500
+        status, begin = 500, time.monotonic()
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -67,7 +68,8 @@ class Access:
         finally:
             endpoint = getattr(scope.get("endpoint"), "__name__", "other")
             self._metrics.requests.labels(endpoint, str(status)).inc()
-            logger.info("%s %s: %d", scope["method"], scope["path"][:100], status)
+            seconds = time.monotonic() - begin
+            logger.info("%s %s: %d in %.2f s", scope["method"], scope["path"][:100], status, seconds)
 
     def _refusal(self, headers: Headers) -> Response | None:
         host = headers.get("host", "")

@@ -1,6 +1,7 @@
 """OpenAI's completions and chat: from requests to jobs, from their pieces to answers."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -26,6 +27,8 @@ from .schema import ChatRequest, CompletionRequest, Refused, Request
 from .settings import Settings
 from .text import AnswerText
 from .turns import Turns, call_of
+
+logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
@@ -56,6 +59,7 @@ class Service:
         self._grammars = Grammars(engine.tokenizer, engine.model.args.vocab_size)
         self.texts = TokenTexts(engine.tokenizer)
         self._started = int(time.time())
+        self._other_names: set[str] = set()
 
     def model_entry(self) -> Event:
         """The one model, as /v1/models lists it, with what the page shows."""
@@ -234,8 +238,13 @@ class Service:
 
     def check(self, request: Request) -> None:
         """Refuse what this model or server cannot do."""
-        if request.model not in (self.name, "default_model"):
-            raise Refused(404, f"this server has one model, {self.name!r}", "model_not_found")
+        if request.model not in (self.name, "default_model", *self._other_names):
+            # Many programs ask for one model by a name that they do not let their users change.
+            if len(self._other_names) < 100:
+                self._other_names.add(request.model)
+            logger.info(
+                "asked for the model %.100r; %r, the only one here, answers", request.model, self.name
+            )
         vocab_size = self.engine.model.args.vocab_size
         for token in request.logit_bias:
             if int(token) >= vocab_size:

@@ -29,8 +29,9 @@ def chat_page() -> tuple[str, str]:
         r'<link rel="stylesheet" href="page/([\w.]+)">', lambda found: inlined("style", found[1]), text
     )
     return text, (
-        f"default-src 'none'; script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {' '.join(hashes['script'])}; "
+        f"style-src {' '.join(hashes['style'])}; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
     )
 
 
