@@ -445,7 +445,7 @@ def test_what_a_screen_reader_needs(server, width, height, dark):
             found = page.run(
                 "axe.run().then((found) => found.violations.map((v) => [v.id, v.nodes.map((n) => n.html)]))"
             )
-            assert found == [], state
+            assert found == [], (state, found)
             if pictures and state in ("empty", "streaming", "long", "error"):
                 name = f"page-{width}x{height}-{'dark' if dark else 'light'}-{state}.png"
                 with open(os.path.join(pictures, name), "wb") as file:
