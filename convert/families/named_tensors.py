@@ -6,7 +6,7 @@ For checkpoints of one's own, with a cell of one's own or not (docs/python.md ha
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -176,11 +176,12 @@ def _parameter_shapes(args: dict[str, Any], single: bool) -> dict[str, Shape]:
 
     model: Any
     if single:
-        sizes = (args[name] for name in ("cell", "input_size", "hidden_size", "num_heads"))
-        model = RecurrentLayer(*sizes, args["activations"])
+        model = RecurrentLayer(
+            args["cell"], args["input_size"], args["hidden_size"], args["num_heads"], args["activations"]
+        )
     else:
         model = Model(ModelArgs.from_dict(args))
-    return {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
+    return {name: tuple(array.shape) for name, array in cast(Any, tree_flatten(model.parameters()))}
 
 
 def _output(source: Source, parameter: str, shape: Shape, names: Names, tensors: list[Tensor]) -> Output:

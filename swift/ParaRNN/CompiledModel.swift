@@ -107,20 +107,10 @@
         .sorted { $0.path < $1.path }
     }
 
-    /// What may differ between exports of the same weights whose memories are alike.
-    private static let otherSettings: Set = [
-      "version", "package", "functions", "chunk", "iterations", "output", "state", "eos_token_id",
-      "bos_token_id",
-    ]
-
-    /// Tells models apart by their weights and the form of their memory: what the package says of both; where it has
-    /// no digest of the weights, a sample of the compiled ones too.
+    /// Tells models apart: what the package says of itself, and a sample of the compiled weights.
     static func fingerprint(of compiled: URL, settings: String) -> String {
       var hash = Fingerprint()
-      let fields = (try? JSONSerialization.jsonObject(with: Data(settings.utf8))) as? [String: Any] ?? [:]
-      let own = fields.filter { !otherSettings.contains($0.key) }
-      hash.add((try? JSONSerialization.data(withJSONObject: own, options: .sortedKeys)) ?? Data())
-      if own["weights_digest"] is String { return hash.hexadecimal }
+      hash.add(settings)
       for file in (try? files(in: compiled)) ?? [] where file.lastPathComponent == "weight.bin" {
         guard let handle = try? FileHandle(forReadingFrom: file) else { continue }
         defer { try? handle.close() }

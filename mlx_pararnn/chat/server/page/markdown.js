@@ -15,8 +15,6 @@ function renderMarkdown(place, text) {
   }
   for (const block of clean.querySelectorAll("pre")) {
     block.tabIndex = 0;  // it may scroll sideways
-    block.setAttribute("role", "region");
-    block.setAttribute("aria-label", "Code");
     block.after(copyButton("copy-code", "Copy code", () => block.textContent));
   }
   place.replaceChildren(clean);
