@@ -106,13 +106,13 @@ def convert_to_mlx(
     where = checkpoint.source if isinstance(source, Checkpoint) else source
     check_output(out, force, checkpoint.source)
     if (checkpoint.config or {}).get("model_type") in ("pararnn", "pararnn_cell"):
-        folder, todo = shlex.quote(str(checkpoint.folder)), ""
+        given, todo = shlex.quote(str(checkpoint.folder)), ""
         if tokenizer not in (None, "none"):
             todo = (
-                f"; to give it a tokenizer: mlx-pararnn add-tokenizer {folder} {shlex.quote(str(tokenizer))}"
+                f"; to give it a tokenizer: mlx-pararnn add-tokenizer {given} {shlex.quote(str(tokenizer))}"
             )
         if asked:
-            todo += f"; to quantize it: mlx-pararnn lm convert --hf-path {folder} --mlx-path OUT -q"
+            todo += f"; to quantize it: mlx-pararnn lm convert --hf-path {given} --mlx-path OUT -q"
         raise PararnnError(f"{where}: this is an MLX model already, nothing to convert{todo}")
     if not allow_nonfinite:
         checkpoint = finite(checkpoint)

@@ -7,6 +7,7 @@ from importlib.resources import files
 import pytest
 
 from tests.support.browser import Browser, find_chromium
+from tests.support.demo import DEMO
 from tests.support.serving import TEMPLATE, demo_in_float32, running
 
 pytestmark = [
@@ -189,7 +190,7 @@ def test_on_a_phone_light_and_dark(page, dark):
 
 def test_without_a_template_and_with_a_key():
     """The text goes on as it stands; the browser asks for the key once and sends it with every request."""
-    with running("--api-key", "secret") as server, Browser(("any", "secret")) as page:
+    with running(DEMO, "--api-key", "secret") as server, Browser(("any", "secret")) as page:
         page.send("Page.navigate", url=server.url)
         page.wait_for(IDLE)
         assert "no chat template: it continues what you write" in page.run("document.body.innerText")
@@ -276,7 +277,7 @@ def test_save_and_load(page):
         "format": "mlx-pararnn-conversation",
         "version": 1,
         "title": "import os",
-        "model": "talker",
+        "model": "templated",
         "system": "Be brief.",
         "messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), before, strict=True)],
     }

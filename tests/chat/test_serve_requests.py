@@ -247,7 +247,7 @@ def test_a_signal_ends_it_whatever_native_code_does(tmp_path, monkeypatch, numbe
     """In five seconds; at once where it is asked twice, which leaves room for a busy machine."""
     (tmp_path / "hanging.py").write_text(HANGING)
     monkeypatch.chdir(tmp_path)
-    with running("--import", "hanging") as server:
+    with running(DEMO, "--import", "hanging") as server:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=1)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": "\x07\x07", "max_tokens": 2}))
         with pytest.raises(TimeoutError):
@@ -303,7 +303,7 @@ def connect(server):
 def test_clients_that_do_not_read_leave_the_others_their_turn():
     body = json.dumps({"prompt": "x", "max_tokens": 10**5, "temperature": 1, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-    with running("--max-tokens", 10**5) as server, contextlib.ExitStack() as stack:
+    with running(DEMO, "--max-tokens", 10**5) as server, contextlib.ExitStack() as stack:
         for _ in range(66):  # more than generate at a time
             stack.enter_context(connect(server)).sendall(head + body)
         status, _, said = ask(server, "/v1/completions", {"prompt": "def main(", "max_tokens": 12})
@@ -315,7 +315,7 @@ def test_connections_that_ask_for_nothing_make_room(tmp_path, monkeypatch):
     code = "from mlx_pararnn.chat.server import listen\nlisten.MAX_CONNECTIONS = 20\n"
     (tmp_path / "narrow.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    with running("--import", "narrow") as server, contextlib.ExitStack() as stack:
+    with running(DEMO, "--import", "narrow") as server, contextlib.ExitStack() as stack:
         for _ in range(60):
             stack.enter_context(connect(server)).sendall(b"GET / HT")
         assert ask(server, "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200

@@ -104,10 +104,11 @@ async function refusal(response) {
 function ask(text, yes) {
   $("question-text").textContent = text;
   $("yes").textContent = yes;
-  $("question").returnValue = "";
   $("question").showModal();
   return new Promise((done) => {
-    $("question").addEventListener("close", () => done($("question").returnValue === "yes"), {once: true});
+    // At once: the dialog's own event comes later, perhaps when it asks the next question.
+    $("yes").onclick = () => done(true);
+    $("no").onclick = $("question").oncancel = () => done(false);
   });
 }
 
