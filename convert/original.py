@@ -52,7 +52,7 @@ def note_cost(folder: Path, cost: Cost) -> None:
 def is_mlx_model(source: str | Path) -> bool:
     """Whether `source` is a folder with a model for MLX."""
     config = read_json_object(Path(source) / "config.json") if Path(source).is_dir() else None
-    return bool(config) and config.get("model_type") == "pararnn"
+    return config is not None and config.get("model_type") == "pararnn"
 
 
 def _original(config: dict[str, Any], source: str | Path, family: str | None) -> Model:
