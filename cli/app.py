@@ -6,14 +6,16 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 import mlx_pararnn
 
 from .add_tokenizer import add_tokenizer
 from .bench import bench
+from .cache import cache
 from .chat import chat
 from .convert import convert
 from .doctor import doctor
@@ -24,11 +26,40 @@ from .serve import serve
 from .train import train
 from .verify import verify
 
+UsageError: Any = typer.BadParameter.__base__  # Typer has no public name for it
+
+
+class Commands(TyperGroup):
+    """The commands; wrong usage is told as every other error is, in one line."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command line, as Typer's groups do."""
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
+        options["standalone_mode"] = False
+        try:
+            code = super().main(*args, **options)
+        except UsageError as error:
+            _say_usage_error(error)
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_usage_error(error: Any) -> None:
+    if error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":  # whose message is the help
+        error.show()
+        return
+    typer.echo(f"error: {error.format_message()} (see {error.ctx.command_path} --help)", err=True)
+
+
 app = typer.Typer(
     name="mlx-pararnn",
-    help="Run ParaRNN language models on Apple silicon: convert a PyTorch checkpoint, generate, chat.",
+    cls=Commands,
+    help="Run ParaRNN language models on Apple silicon: convert a checkpoint, generate, chat.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -49,6 +80,7 @@ app.command(
     }
 )(lm)
 app.command()(doctor)
+app.command()(cache)
 
 
 def _print_version(value: bool) -> None:

@@ -14,7 +14,7 @@ from mlx_pararnn.errors import PararnnError
 
 from . import options
 from .progress import progress_bar
-from .report import Debug, expand_home, reports_errors, size
+from .report import Debug, reports_errors, size
 
 if TYPE_CHECKING:
     from mlx_pararnn.model import Model
@@ -53,15 +53,7 @@ def _numbers(least: int) -> Callable[[str | None], str | None]:
 
 @reports_errors
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            callback=expand_home,
-            help="A folder that `mlx-pararnn convert` wrote, or a name on Hugging Face; the bundled pocket "
-            "model if left out, and no preset is asked for.",
-        ),
-    ] = None,
+    model: options.ModelPath = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -70,8 +62,12 @@ def bench(
             help="The paper's shapes with random weights: 400m, 1b, 2.9b or 7b; 400m with --cell or --dtype.",
         ),
     ] = None,
-    cell: Annotated[str | None, typer.Option(metavar="NAME", help="A preset's cell. Default: gru.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="A preset's weights. Default: float32.")] = None,
+    cell: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A preset's cell (gru); alone it takes 400m.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="A preset's weights (float32); alone it takes 400m.")
+    ] = None,
     only: Annotated[
         list[Section] | None, typer.Option("--only", help="Measure this alone; may be given several times.")
     ] = None,
@@ -134,7 +130,9 @@ def bench(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Time a model: the recurrence alone, reading prompts, generating, batches; and its memory.
+    """Time a model, and show its memory.
+
+    Timed are the recurrence alone, reading prompts, generating, and batches. Ctrl-C prints what there is.
 
     Example: mlx-pararnn bench my-model --only decode --contexts 0,8192 --plot speed.svg
     """
@@ -150,8 +148,7 @@ def bench(
         from mlx_pararnn.tools.plot import require_matplotlib
 
         require_matplotlib()
-    if preset or cell or dtype:
-        preset = preset or PRESET
+    preset = preset or (PRESET if cell or dtype else None)
     loaded = _load(model, preset, cell or "gru", dtype.value if dtype else "float32")
     sizes = _sizes(
         benchmark.fitting(loaded, benchmark.FULL if full else benchmark.SHORT),
@@ -164,12 +161,30 @@ def bench(
     )
     sections = [section.value for section in only] if only else list(benchmark.SECTIONS)
     cases = list(benchmark.cases(loaded, sizes, sections))
-    results = []
-    with _progress_bar(len(cases)) as progress:
-        for done, case in enumerate(cases):
-            progress(done, f"{case.section} {_in_words(case.settings)}")
-            results.append(case.measure(trials))
+    results: list[Measurement] = []
+    interrupted = None
+    try:
+        with _progress_bar(len(cases)) as progress:
+            for done, case in enumerate(cases):
+                progress(done, f"{case.section} {_in_words(case.settings)}")
+                results.append(case.measure(trials))
+    except KeyboardInterrupt as error:
+        if not results:
+            raise
+        interrupted = error
     about = benchmark.describe(loaded, model or preset or BUNDLED.name)
+    _report(about, results, sections, plot, as_json)
+    if interrupted:
+        raise interrupted
+
+
+def _report(
+    about: dict[str, Any],
+    results: "list[Measurement]",
+    sections: list[str],
+    plot: Path | None,
+    as_json: bool,
+) -> None:
     if plot is not None:
         _draw(results, plot)
     if as_json:
@@ -242,7 +257,12 @@ def _draw(results: "list[Measurement]", file: Path) -> None:
 def _progress_bar(total: int) -> Iterator[Callable[[int, str], None]]:
     """A function to call with how much is done, and the name of what begins."""
     with progress_bar(
-        lambda rich: (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()),
+        lambda rich: (
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TimeRemainingColumn(),
+        ),
         total=total,
     ) as update:
         yield lambda done, name: update(completed=done, description=name)

@@ -176,7 +176,7 @@ def convert(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Convert a PyTorch checkpoint to an MLX model folder, or to a Core ML package; or MLX back to PyTorch.
+    """Convert a checkpoint to MLX or Core ML, or back to PyTorch.
 
     Nothing in the checkpoint is executed, and PyTorch is not needed.
 
@@ -366,6 +366,7 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
             rich.BarColumn(),
             rich.DownloadColumn(),
             rich.TransferSpeedColumn(),
+            rich.TimeRemainingColumn(),
         )
     ) as update:
         yield lambda done, total: update(total=total, completed=done)
@@ -379,6 +380,7 @@ def _stages() -> Iterator[Callable[[str, float], None]]:
             rich.TextColumn("{task.description}"),
             rich.BarColumn(),
             rich.TimeElapsedColumn(),
+            rich.TimeRemainingColumn(),
         ),
         description="starting",
         total=1.0,

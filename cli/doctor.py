@@ -14,7 +14,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of the table.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show versions, device, backends, BLAS and compiler, and what to install or set.
+    """Show what this machine offers, and what is missing.
+
+    Versions, device, backends, BLAS and compiler, and what to install or set.
 
     Example: mlx-pararnn doctor
     """

@@ -11,7 +11,7 @@ import typer
 
 from mlx_pararnn.errors import PararnnError
 
-from . import options
+from . import options, sampling
 from .report import Debug, reports_errors
 from .tool_lines import ShowTools, ToolLines, say_why
 
@@ -43,11 +43,11 @@ def generate(
         ),
     ] = False,
     max_tokens: options.MaxTokens = None,
-    temp: options.TempOrModels = None,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
+    temp: options.Temp = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     json_schema: Annotated[
@@ -67,24 +67,19 @@ def generate(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt, or answer it where the model uses tools: text to stdout, statistics to stderr.
+    """Continue a prompt, or answer it.
+
+    The text goes to stdout, statistics go to stderr. A model with a chat template or with tools answers.
 
     Example: mlx-pararnn generate my-model -p "Once upon a time" --temp 0.8 --seed 1
     """
+    given = options.given_sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     if prompt is None and file is None and token_ids is None:
         _check_for_prompt(model)
     if token_ids is not None:
         if prompt is not None or file is not None or stop or json_schema:
             raise typer.BadParameter("--tokens goes without --prompt, --file, --stop and --json-schema")
-        _continue_ids(
-            model,
-            modules,
-            (adapter_path, state),
-            token_ids,
-            max_tokens,
-            (temp or 0.0, top_p, top_k, min_p, repetition_penalty, seed),
-            as_json,
-        )
+        _continue_ids(model, modules, (adapter_path, state), token_ids, max_tokens, given, as_json)
         return
     schema = None if json_schema is None else _schema(json_schema)
     loaded, tokenizer = options.load(model, modules, adapter_path, state)
@@ -92,13 +87,12 @@ def generate(
     from mlx_pararnn.pocket.protocol import find_protocol
 
     text = _text(prompt, file)
+    how = sampling.choose_sampling(sampling.folder_of(tokenizer), sampling.LIKELIEST, given)
     asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
     if find_protocol(tokenizer) is not None and not ignore_chat_template:
         if schema is not None:
             raise PararnnError("this model uses tools and ends its answers itself; it takes no --json-schema")
-        sampler = options.tool_sampling(
-            temp, top_p, top_k, min_p, repetition_penalty, seed, stop, loaded, tokenizer
-        )
+        sampler = sampling.tool_sampler(how, stop, loaded.args.vocab_size)
         _answer(loaded, tokenizer, text, max_tokens, sampler, asked if as_json else None, show_tools)
         return
     tokens: str | list[int] = text
@@ -106,9 +100,7 @@ def generate(
         tokens = render(tokenizer, [{"role": "user", "content": text}])
     elif not as_json and sys.stdout.isatty():
         typer.secho(text.encode(errors="replace").decode(), dim=True, nl=False)
-    chosen = options.sampling(
-        temp or 0.0, top_p, top_k, min_p, repetition_penalty, seed, loaded.args.vocab_size
-    )
+    chosen = sampling.sampler(how, loaded.args.vocab_size)
 
     from .progress import PromptProgress
 
@@ -189,7 +181,7 @@ def _continue_ids(
     changes: tuple[Path | None, Path | None],
     given: str,
     max_tokens: int | None,
-    sampling: tuple[float, float, int, float, float, int | None],
+    how: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Token ids that follow token ids; no tokenizer is read."""
@@ -199,7 +191,7 @@ def _continue_ids(
         raise PararnnError(
             f'--tokens takes whole numbers, as in "17 4 260", and got {given[:60]!r}'
         ) from None
-    loaded, config, name = options.load_model(model, modules, *changes)
+    loaded, config, path = options.load_model(model, modules, *changes)
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
@@ -208,7 +200,7 @@ def _continue_ids(
     check_tokens(prompt, loaded.args.vocab_size)
     room = find_room(loaded, len(prompt))
     limit = max_tokens or options.MAX_TOKENS
-    chosen = options.sampling(*sampling, loaded.args.vocab_size)
+    chosen = sampling.sampler(sampling.choose_sampling(path, sampling.LIKELIEST, how), loaded.args.vocab_size)
     steps = generate_step(
         mx.array(prompt), loaded, max_tokens=limit if room is None else min(limit, room), **chosen
     )
@@ -220,9 +212,8 @@ def _continue_ids(
             print(ids[-1], end=" ", flush=True)
         if ids[-1] in (ends if isinstance(ends, list) else [ends]):
             break
-    print(
-        json.dumps({"model": name, "prompt": prompt, "seed": sampling[-1], "tokens": ids}) if as_json else ""
-    )
+    asked = {"model": model or path.name, "prompt": prompt, "seed": how["seed"]}
+    print(json.dumps({**asked, "tokens": ids}) if as_json else "")
 
 
 def _answer(

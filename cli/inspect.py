@@ -2,12 +2,18 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import options
 from .report import Debug, expand_home, reports_errors, size
+
+# Settings that have a line of their own, or say nothing to a person.
+ELSEWHERE = (
+    *("model_type", "quantization", "quantization_config", "eos_token_id", "parameters", "weights"),
+    *("format", "format_version", "states", "package"),
+)
 
 
 @reports_errors
@@ -17,8 +23,8 @@ def inspect(
         typer.Argument(
             metavar="PATH",
             callback=expand_home,
-            help="A checkpoint in any form that convert takes, or a model folder; the bundled pocket model "
-            "if left out.",
+            help="A checkpoint in any form that convert takes, a model folder, or a Core ML package; the "
+            "bundled pocket model if left out.",
         ),
     ] = None,
     as_json: Annotated[
@@ -27,7 +33,7 @@ def inspect(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint or model is, without reading its weights.
+    """Show what a checkpoint or model is; its weights are not read.
 
     Example: mlx-pararnn inspect final.pt
     """
@@ -39,16 +45,33 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return
-    rows = {"kind": f"checkpoint of {found.family}" if found.family else "converted model"}
+    kinds = {"model": "converted model", "package": "Core ML package"}
+    rows = {"kind": kinds.get(found.kind, f"checkpoint of {found.family}")}
     rows |= {
-        k.replace("_", " "): str(v) for k, v in found.config.items() if v is not None and k != "model_type"
+        name.replace("_", " "): _shown(value)
+        for name, value in found.config.items()
+        if value is not None and name not in ELSEWHERE
     }
     rows["parameters"] = f"{found.parameters:,}"
     rows["stored as"] = ", ".join(f"{name} ({count:,})" for name, count in found.dtypes.items())
+    if found.quantization:
+        rows["quantization"] = found.quantization
+    rows["size on disk"] = size(found.disk_bytes)
     rows["state"] = f"{found.state_bytes:,} bytes a sequence, however long"
     rows["memory"] = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found.memory.items())
     if found.kind == "checkpoint":
         rows["convert writes"] = f"{found.config['model_type']}, {found.parameters:,} parameters, types kept"
+    else:
+        rows["tokenizer"] = found.tokenizer or "none"
+        rows["chat template"] = "yes" if found.chat_template else "no"
+        rows["end tokens"] = ", ".join(map(str, found.end_tokens)) or "none"
     width = max(map(len, rows))
     for name, value in rows.items():
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def _shown(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

@@ -19,7 +19,9 @@ def lm(
     context: typer.Context,
     command: Annotated[str, typer.Argument(metavar="COMMAND", help=f"One of: {', '.join(COMMANDS)}.")],
 ) -> None:
-    """Run an MLX-LM command on ParaRNN models; everything after COMMAND goes to it.
+    """Run an MLX-LM command on ParaRNN models.
+
+    Everything after COMMAND goes to it.
 
     Example: mlx-pararnn lm generate --model my-model --prompt "import os"
     """

@@ -10,6 +10,7 @@ import typer
 
 from mlx_pararnn.errors import PararnnError
 
+from .progress import loading
 from .report import expand_home
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mlx_pararnn.model import Model
 
 
-def _above_zero(value: float) -> float:
+def _above_zero(value: float | None) -> float | None:
     if value == 0:
         raise typer.BadParameter("it must be above 0 (1 is off)")
     return value
@@ -52,11 +53,19 @@ MaxTokens = Annotated[
         help=f"Generate at most this many tokens; {MAX_TOKENS}, or 4096 of an answer by tools, if left out.",
     ),
 ]
-_TEMP = typer.Option("--temp", min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest token.")
-Temp = Annotated[float, _TEMP]
-TempOrModels = Annotated[float | None, _TEMP]
+# Left out, an option of sampling is what the model's generation_config.json says, or the command's default.
+Temp = Annotated[
+    float | None,
+    typer.Option(
+        "--temp",
+        "--temperature",
+        min=0.0,
+        max=100.0,
+        help="Sampling temperature; 0 takes the likeliest token. Left out, the model's own setting.",
+    ),
+]
 TopP = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--top-p",
         min=0.0,
@@ -66,10 +75,10 @@ TopP = Annotated[
     ),
 ]
 TopK = Annotated[
-    int, typer.Option("--top-k", min=0, help="Sample from this many likeliest tokens; 0 is off.")
+    int | None, typer.Option("--top-k", min=0, help="Sample from this many likeliest tokens; 0 is off.")
 ]
 MinP = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--min-p",
         min=0.0,
@@ -78,7 +87,7 @@ MinP = Annotated[
     ),
 ]
 RepetitionPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--repetition-penalty",
         min=0.0,
@@ -157,23 +166,39 @@ def load(
     model: str | None, modules: list[str] | None, adapters: Path | None = None, state: Path | None = None
 ) -> "tuple[Model, TokenizerWrapper]":
     """The model that a command names, or the bundled one, and its tokenizer."""
-    path = _find(model, modules)
-    from mlx_pararnn.loading import load as load_pair
+    path = find(model, modules)
+    with loading(model or "the bundled model"):
+        from mlx_pararnn.loading import load as load_pair
 
-    return load_pair(path, adapter_path=adapters, state=state)
+        pair = load_pair(path, adapter_path=adapters, state=state)
+        _compile(pair[0])
+    return pair
 
 
 def load_model(
     model: str | None, modules: list[str] | None, adapters: Path | None = None, state: Path | None = None
-) -> "tuple[Model, dict[str, Any], str]":
-    """The same without a tokenizer: the model, its config, and its name."""
-    path = _find(model, modules)
-    from mlx_pararnn.loading import load_model as load_alone
+) -> "tuple[Model, dict[str, Any], Path]":
+    """The same without a tokenizer: the model, its config, and its folder."""
+    path = find(model, modules)
+    with loading(model or "the bundled model"):
+        from mlx_pararnn.loading import load_model as load_alone
 
-    return *load_alone(path, adapter_path=adapters, state=state), model or path.name
+        alone, config = load_alone(path, adapter_path=adapters, state=state)
+        _compile(alone)
+    return alone, config, path
 
 
-def _find(model: str | None, modules: list[str] | None) -> Path:
+def _compile(model: "Model") -> None:
+    """Read two tokens and one more, so that nothing has to be compiled once a text is on the screen."""
+    import mlx.core as mx
+
+    states = model.make_cache()
+    for tokens in ([[0, 0]], [[0]]):
+        mx.eval(model(mx.array(tokens), cache=states))
+
+
+def find(model: str | None, modules: list[str] | None) -> Path:
+    """The folder of the model that a command names; --import's modules are imported once it is known."""
     from mlx_pararnn.hub import find_model
 
     path = None if model is None else find_model(model)  # a wrong name is told before seconds of importing
@@ -183,73 +208,20 @@ def _find(model: str | None, modules: list[str] | None) -> Path:
     return path or BUNDLED
 
 
-def sampling(
-    temp: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    vocab_size: int,
-) -> dict[str, Any]:
-    """The sampler and logits processors, as keyword arguments of `stream_generate`; seeds MLX."""
-    import mlx.core as mx
-    from mlx_lm.sample_utils import make_logits_processors, make_sampler
-
-    if seed is not None:
-        mx.random.seed(seed)
-    return {
-        "sampler": make_sampler(temp, top_p, min_p, top_k=top_k if top_k < vocab_size else 0),
-        "logits_processors": make_logits_processors(
-            repetition_penalty=None if repetition_penalty == 1 else repetition_penalty
-        ),
-    }
-
-
-def tool_sampling(
+def given_sampling(
     temp: float | None,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    stop: list[str] | None,
-    model: "Model",
-    tokenizer: "TokenizerWrapper",
-) -> Any:
-    """The sampler for a model that uses tools; None takes the likeliest token.
-
-    Without a temperature the model's own generation_config.json is followed.
-
-    Raises:
-        PararnnError: an option that such a model's turns have no place for.
-    """
-    if stop or repetition_penalty != 1:
-        raise PararnnError(
-            "this model uses tools and ends its answers itself: --stop and --repetition-penalty are not taken"
-        )
-    if temp is None:
-        own = generation_config(tokenizer)
-        temp = 0.0
-        if own.get("do_sample") is True:
-            temp, top_p = _number(own, "temperature", 1.0), _number(own, "top_p", top_p)
-            top_k = int(_number(own, "top_k", top_k))
-    chosen = sampling(temp, top_p, top_k, min_p, repetition_penalty, seed, model.args.vocab_size)
-    return chosen["sampler"] if temp else None
-
-
-def generation_config(tokenizer: "TokenizerWrapper") -> dict[str, Any]:
-    """What the generation_config.json beside a model's tokenizer says; nothing where there is none."""
-    from mlx_pararnn.model_files import read_json
-
-    try:
-        found = read_json(Path(tokenizer.name_or_path) / "generation_config.json")
-    except (PararnnError, FileNotFoundError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _number(settings: dict[str, Any], name: str, default: float) -> float:
-    value = settings.get(name, default)
-    sound = type(value) in (int, float) and 0 <= value <= (1e9 if name == "top_k" else 100)
-    return value if sound else default
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """The options of sampling by the names of `Sampling`; None where one is left out."""
+    return {
+        "temp": temp,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }

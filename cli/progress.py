@@ -1,11 +1,17 @@
 """Progress on stderr, for work that takes longer than a second."""
 
+import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @contextmanager
@@ -28,19 +34,41 @@ def progress_bar(
         yield partial(bar.update, bar.add_task(description, total=total))
 
 
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """One line on a terminal while a model is loaded and compiled for; it goes when that is done."""
+    dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
+    if not sys.stderr.isatty() or dumb:
+        yield
+        return
+
+    def show(text: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+    def compiling(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.INFO:
+            show(f"Loading {name}: {record.getMessage()} ...")
+        else:
+            show("")
+        return record.levelno > logging.INFO
+
+    compiler = logging.getLogger("mlx_pararnn.compute.cpu_build")
+    compiler.addFilter(compiling)
+    show(f"Loading {name} ...")
+    try:
+        yield
+    finally:
+        compiler.removeFilter(compiling)
+        show("")
+
+
 class PromptProgress:
-    """MLX-LM's prompt_progress_callback: a bar once reading the prompt has taken a second."""
+    """MLX-LM's prompt_progress_callback: a bar on a terminal once reading the prompt has taken a second."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("")
+        self._bar: Progress | None = None
         self._begin = time.perf_counter()
-        self._shown = False
 
     def __enter__(self) -> "PromptProgress":
         return self
@@ -48,14 +76,27 @@ class PromptProgress:
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` are done; the bar appears after a second."""
         if done >= total:
-            self._bar.stop()
-        elif self._shown or time.perf_counter() - self._begin > 1:
-            if not self._shown:
-                self._bar.start()
-                self._shown = True
-            self._bar.update(self._task, completed=done, total=total)
+            self._stop()
+        elif self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        elif time.perf_counter() - self._begin > 1 and sys.stderr.isatty():
+            self._bar = _prompt_bar()
+            self._bar.add_task("", completed=done, total=total)
+            self._bar.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _prompt_bar() -> "Progress":
+    from rich.console import Console  # a tenth of a second, which short prompts do without
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)

@@ -76,6 +76,14 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
 
 
+def passed_or_not(passed: bool) -> str:
+    """The mark of a check: green or red on a terminal, unless NO_COLOR is set."""
+    mark = "ok  " if passed else "FAIL"
+    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return mark
+    return typer.style(mark, fg="green" if passed else "red")
+
+
 def _expanded(value: Any) -> Any:
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 

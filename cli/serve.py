@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import options, sampling
 from .report import Debug, reports_errors
 
 
@@ -38,10 +38,10 @@ def serve(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", min=1, help="The most that one answer may have.")
     ] = 4096,
-    temp: options.Temp = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
+    temp: options.Temp = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
     prompt_cache_mb: Annotated[
         int, typer.Option("--prompt-cache-mb", min=0, help="Memory for the states of earlier requests.")
     ] = 1024,
@@ -68,11 +68,16 @@ def serve(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a model: OpenAI's chat and completions under /v1, a chat page under /. Ctrl-C stops it.
+    """Serve a model over HTTP, with a chat page.
+
+    OpenAI's chat and completions are under /v1, the page is under /. Ctrl-C stops it.
 
     Example: mlx-pararnn serve my-model --port 8080
     """
-    options.import_modules(modules)
+    folder = options.find(model, modules)
+    chosen = sampling.choose_sampling(
+        folder, sampling.CONVERSATION, options.given_sampling(temp, top_p, top_k, min_p, None)
+    )
     from mlx_pararnn.chat.server import Settings
     from mlx_pararnn.chat.server import serve as run
     from mlx_pararnn.loading import BUNDLED
@@ -83,10 +88,10 @@ def serve(
         api_key=api_key,
         allowed_origins=tuple(allow_origin or ()),
         max_tokens=max_tokens,
-        temperature=temp,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
+        temperature=chosen.temp,
+        top_p=chosen.top_p,
+        top_k=chosen.top_k,
+        min_p=chosen.min_p,
         prompt_cache_bytes=prompt_cache_mb * 2**20,
         prompt_cache_folder=prompt_cache_dir,
         functions=model is None if functions is None else functions,

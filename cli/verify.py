@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .report import Debug, reports_errors
+from .report import Debug, passed_or_not, reports_errors
 
 if TYPE_CHECKING:
     from mlx_pararnn.tools.verification import Check
@@ -41,7 +41,9 @@ def verify(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Check a model's numbers: Newton and decoding against the sequential run, its source, PyTorch's logits.
+    """Check a model's numbers, run in every way.
+
+    Newton and decoding are compared with the sequential run, its source, PyTorch's logits.
 
     Of a quantized model it tells what quantizing cost: perplexity and KL divergence on a bundled text.
 
@@ -120,7 +122,7 @@ def _report(
 
 
 def _row(check: "Check") -> str:
-    mark = "FAIL" if not check.passed else "told" if check.tolerance is None else "ok  "
+    mark = "told" if check.passed and check.tolerance is None else passed_or_not(check.passed)
     if check.counted:
         found = f"{check.difference:.0f} {check.counted}" if check.difference else "none"
         return f"{found:<10}  {'none':<8} {mark} {check.note}"

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_config import ModelArgs, weight_bits
+from mlx_pararnn.model_files import read_json
 
 from .families import find_family
 from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.dtypes import NAMES, STORED_AS
-from .readers.forms import find_weights, read_json_object, read_weights
+from .readers.forms import COREML_FILE, find_weights, read_json_object, read_weights
 from .writers.quantize import is_matrix
 
 # Bytes a weight: quantized matrices carry a float16 scale and bias for each group of 64.
@@ -25,13 +26,18 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
-        kind: "checkpoint" or "model".
-        family: where a checkpoint comes from; None for a model.
+        kind: "checkpoint", "model" or "package", which is Core ML's.
+        family: where a checkpoint comes from; None for what is converted.
         config: config.json's fields, of the model as it is or as `convert` would write it.
         parameters: how many numbers the model has.
         dtypes: number format -> how many numbers are stored in it.
         state_bytes: size of the state of one sequence, in float32; it does not grow.
         memory: precision -> bytes that the weights and one state take.
+        disk_bytes: size of the file, or of all files of the folder.
+        quantization: how weights are quantized; None where they are not.
+        tokenizer: its kind and number of tokens; None where there is none.
+        chat_template: whether there is one.
+        end_tokens: the ids that end a text.
     """
 
     kind: str
@@ -41,18 +47,32 @@ class Inspection:
     dtypes: dict[str, int]
     state_bytes: int
     memory: dict[str, int]
+    disk_bytes: int = 0
+    quantization: str | None = None
+    tokenizer: str | None = None
+    chat_template: bool = False
+    end_tokens: list[int] = field(default_factory=list)
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look at a checkpoint (in any form that `convert` takes) or a model folder; no weight is read.
+    """Look at a checkpoint (in any form that `convert` takes), a model folder or a Core ML package.
+
+    No weight is read.
 
     Raises:
-        PararnnError: it is neither.
+        PararnnError: it is none of these.
     """
-    config = read_json_object(Path(path) / "config.json") if Path(path).is_dir() else None
+    folder = Path(path)
+    if folder.suffix == ".mlpackage" and (folder.parent / COREML_FILE).is_file():
+        folder = folder.parent
+    settings = read_json_object(folder / COREML_FILE) if folder.is_dir() else None
+    if settings and settings.get("format") == "pararnn-coreml":
+        return _with_files(_package(settings), folder)
+    config = read_json_object(folder / "config.json") if folder.is_dir() else None
     if config and config.get("model_type") in ("pararnn", "pararnn_cell"):
-        return _model(Path(path), config)
-    return inspect_checkpoint(open_checkpoint(path))
+        return _with_files(_model(folder, config), folder)
+    found = inspect_checkpoint(open_checkpoint(path))
+    return replace(found, disk_bytes=_disk_bytes(folder))
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -83,7 +103,77 @@ def _model(folder: Path, config: dict[str, Any]) -> Inspection:
         else:
             numbers.append((tensor.dtype, math.prod(shape)))
         shapes[name] = shape
-    return _inspection("model", None, config, shapes, _counted(numbers))
+    found = _inspection("model", None, config, shapes, _counted(numbers))
+    return replace(found, quantization=_quantization(config))
+
+
+def _package(settings: dict[str, Any]) -> Inspection:
+    try:
+        weights, parameters = str(settings["weights"]), int(settings["parameters"])
+        width = {"float16": 2.0, "int8": 1.0}.get(weights, 0.5)
+        state = sum(
+            math.prod(state["shape"]) * (2 if state["dtype"] == "float16" else 4)
+            for state in settings["states"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PararnnError(
+            f"{COREML_FILE}: its fields are not those of a package; export it again"
+        ) from error
+    return Inspection(
+        "package",
+        None,
+        settings,
+        parameters,
+        {weights: parameters},
+        state,
+        {weights: round(parameters * width) + state},
+        quantization=None if weights == "float16" else weights,
+    )
+
+
+def _with_files(found: Inspection, folder: Path) -> Inspection:
+    """With what a folder's other files say."""
+    named = read_json_object(folder / "tokenizer_config.json") or {}
+    ends = found.config.get("eos_token_id")
+    return replace(
+        found,
+        disk_bytes=_disk_bytes(folder),
+        tokenizer=_tokenizer(folder),
+        chat_template=(folder / "chat_template.jinja").is_file() or bool(named.get("chat_template")),
+        end_tokens=ends if isinstance(ends, list) else [] if ends is None else [ends],
+    )
+
+
+def _tokenizer(folder: Path) -> str | None:
+    if not (folder / "tokenizer.json").is_file():
+        others = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+        return next((name for name in others if (folder / name).is_file()), None)
+    content = read_json(folder / "tokenizer.json")
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        return "tokenizer.json"
+    added = content.get("added_tokens")
+    names = {str(token) for token in model["vocab"]} if isinstance(model["vocab"], dict) else set()
+    more = [t for t in added or () if isinstance(t, dict) and t.get("content") not in names]
+    count = len(model["vocab"]) + (len(more) if names else 0)
+    return f"{model.get('type', 'BPE')}, {count:,} tokens"
+
+
+def _disk_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _quantization(config: dict[str, Any]) -> str | None:
+    """How a model's weights are quantized, in a few words."""
+    settings = config.get("quantization")
+    if not isinstance(settings, dict):
+        return None
+    words = f"{settings.get('mode', 'affine')}, {settings['bits']} bits in groups of {settings['group_size']}"
+    others = sum(isinstance(value, dict) for value in settings.values())
+    kept = sum(value is False for value in settings.values())
+    words += f"; {others} matrices otherwise" if others else ""
+    return words + (f"; {kept} matrices not" if kept else "")
 
 
 def _inspection(

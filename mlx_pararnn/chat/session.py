@@ -32,6 +32,8 @@ from ..pocket.protocol import find_protocol
 _READ = "\ue000read\ue001"
 # So many answers can be undone; each costs two states.
 UNDO_LIMIT = 64
+# So many still can after `load`; each adds a state to the file.
+SAVED_UNDO_LIMIT = 8
 
 
 class _Point(NamedTuple):
@@ -43,12 +45,15 @@ class _Point(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """A question that was answered: the moment before it, and a state with the tokens to read from there."""
+    """A question that was answered: the moment before it, and a state with the tokens to read from there.
+
+    Of a loaded conversation there is no such state, and the question is read from the moment before it.
+    """
 
     text: str
     before: _Point
-    cache: list[RecurrentCache]
-    tokens: list[int]
+    cache: list[RecurrentCache] | None = None
+    tokens: list[int] | None = None
 
 
 @dataclass
@@ -82,10 +87,9 @@ class Chat:
         system: str | None = None,
         functions: Functions | None = None,
     ) -> None:
-        if system and not tokenizer.has_chat_template:
-            raise PararnnError("this model's tokenizer has no chat template, so it can take no system prompt")
         self.model = model
         self.tokenizer = tokenizer
+        self._check_system(system)
         self.system = system
         self._protocol = find_protocol(tokenizer)
         self.functions = assistant_functions() if functions is None else functions
@@ -134,7 +138,7 @@ class Chat:
         """Go back to before the last question, which is returned.
 
         Raises:
-            PararnnError: there is none, or it was asked before the last `load`.
+            PararnnError: there is none, or it is older than what is kept.
         """
         turn = self._last_turn()
         self._turns = self._turns[:-1]
@@ -147,10 +151,30 @@ class Chat:
         """Stream another answer to the last question, in place of the one it had; arguments as for `respond`.
 
         Raises:
-            PararnnError: there is none, or it was asked before the last `load`.
+            PararnnError: there is none, or it is older than what is kept.
         """
         turn = self._last_turn()
-        yield from self._answer(turn.text, turn.tokens, turn.before, interrupted, kwargs, turn.cache)
+        tokens, start = turn.tokens, turn.cache
+        if tokens is None or start is None:
+            twin = self.branch()
+            twin._go_to(turn.before)
+            tokens = [] if self.uses_tools else encode(self.tokenizer, twin._turn(turn.text))
+            start = twin.cache
+        yield from self._answer(turn.text, tokens, turn.before, interrupted, kwargs, start)
+
+    def set_system(self, text: str) -> None:
+        """Put another system prompt before the conversation, which is read again with the next question.
+
+        Raises:
+            PararnnError: the tokenizer has no chat template.
+        """
+        self._check_system(text)
+        self.system = text
+        said = [message for message in self.messages if message["role"] != "system"]
+        self.reset()
+        for question, answer in zip(said[::2], said[1::2], strict=False):
+            self._turns.append(_Turn(question["content"], self._point()))
+            self.messages += question, answer
 
     def branch(self) -> "Chat":
         """Another conversation that stands where this one does, and goes on by itself."""
@@ -253,6 +277,10 @@ class Chat:
                 event=event,
             )
 
+    def _check_system(self, text: str | None) -> None:
+        if text and not self.tokenizer.has_chat_template:
+            raise PararnnError("this model's tokenizer has no chat template, so it can take no system prompt")
+
     def _last_turn(self) -> _Turn:
         if not self._turns:
             raise PararnnError("there is no answer to go back from")
@@ -270,22 +298,25 @@ class Chat:
 
         It is one of MLX-LM's prompt-cache files: `mlx_lm.generate --prompt-cache-file` goes on from it.
         """
-        path = _with_suffix(path)
+        path = saved_path(path)
         if path.exists() and not _is_conversation(path):
             raise PararnnError(f"{path} exists and is not a saved conversation; choose another name")
         mx.eval([c.cache for c in self.cache])
+        turns = self._turns[-SAVED_UNDO_LIMIT:]
         metadata = {
             "model": str(self.tokenizer.name_or_path),  # this and the next for MLX-LM
             "tokenizer_config": "{}",
             "weights": _fingerprint(self.model),
             "messages": json.dumps(self.messages),
             "last_token": json.dumps(self._last_token),
+            "turns": json.dumps([_described(turn) for turn in turns]),
         }
         if not path.parent.is_dir():
             raise PararnnError(f"no such folder: {path.parent}")
         partial = path.with_name(f".{path.stem}-{os.getpid()}.safetensors")
         try:
             save_prompt_cache(str(partial), self.cache, metadata)
+            _add_states(partial, [t.before.cache for t in turns])
             os.replace(partial, path)
         except RuntimeError as error:  # what MLX raises where a file cannot be written
             raise PararnnError(f"cannot write {path}: {error}") from error
@@ -299,7 +330,7 @@ class Chat:
         Raises:
             PararnnError: no such file, no saved state, or one of another model; nothing is changed then.
         """
-        given, path = Path(path).expanduser(), _with_suffix(path)
+        given, path = Path(path).expanduser(), saved_path(path)
         if not path.is_file():
             reason = " (a saved conversation's name ends in .safetensors)" if given.is_file() else ""
             raise PararnnError(f"no such file: {path}{reason}")
@@ -308,6 +339,7 @@ class Chat:
             cache, metadata = load_prompt_cache(str(path), return_metadata=True)
             messages = json.loads(metadata.get("messages", "[]"))
             last_token = json.loads(metadata.get("last_token", "null"))
+            turns = _saved_turns(path, metadata, messages, len(cache))
             if "weights" in metadata:
                 fits = metadata["weights"] == _fingerprint(self.model)
             else:  # by cache_prompt, which notes the model's name
@@ -320,12 +352,16 @@ class Chat:
         if not fits:
             raise PararnnError(f"{path} was saved with another model; load that model to go on with it")
         try:
-            sound = _is_whole(cache, messages, last_token) and self._fits(cache)
+            points = [_Point(messages, cache, last_token), *(turn.before for turn in turns)]
+            sound = all(_is_whole(p.cache, p.messages, p.last_token) and self._fits(p.cache) for p in points)
+            sound = sound and all(isinstance(turn.text, str) for turn in turns)
         except Exception:  # what stands in the place of a state may be anything
             sound = False
         if not sound:
             raise PararnnError(f"{path} is damaged: its state is not one that this model makes")
-        self.cache, self.messages, self._last_token, self._turns = cache, messages, last_token, []
+        self.cache, self.messages, self._last_token, self._turns = cache, messages, last_token, turns
+        first = messages[0] if messages else {}
+        self.system = first.get("content") if first.get("role") == "system" else None
 
     def _fits(self, cache: list[RecurrentCache]) -> bool:
         """True if `cache` has the shapes and types of a state of this model, and holds numbers only."""
@@ -342,7 +378,8 @@ class Chat:
         check_text(text)
         user = {"role": "user", "content": text}
         if not self.tokenizer.has_chat_template:
-            return text if self.tokens == 0 else self._encode(text)
+            said = "".join(message["content"] for message in self.messages)
+            return said + text if self.tokens == 0 else self._encode(text)
         if self.tokens == 0:
             return list(render(self.tokenizer, [*self.messages, user]))
         history = [*self.messages[:-1], {"role": "assistant", "content": _READ}, user]
@@ -382,6 +419,45 @@ def _check_keys(path: Path) -> None:
             raise ValueError(f"the key {key[:40]!r} is not one of a saved state")
 
 
+def _add_states(file: Path, states: list[list[RecurrentCache]]) -> None:
+    """Write earlier states into a file of MLX-LM's, after the layers of which MLX-LM reads."""
+    if not states:
+        return
+    arrays, metadata = cast(
+        tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True)
+    )
+    mx.eval(arrays)  # MLX reads when a number is asked for, and the file is written anew
+    layers = len(states[0])
+    for i, state in enumerate(states, 1):
+        for j, layer in enumerate(state):
+            for k, array in enumerate(layer.cache):
+                if array is not None:
+                    arrays[f"{layers * i + j}.0.{k}"] = array
+    mx.save_safetensors(str(file), arrays, metadata)
+
+
+def _described(turn: _Turn) -> list[Any]:
+    """What a file says of a turn; the state before it stands among the arrays."""
+    before = turn.before
+    return [turn.text, len(before.messages), before.cache[0].offset, before.last_token]
+
+
+def _saved_turns(
+    file: Path, metadata: dict[str, str], messages: list[dict[str, str]], layers: int
+) -> list[_Turn]:
+    """The turns that a file's conversation can go back from."""
+    arrays = cast(dict[str, mx.array], mx.load(str(file)))
+    found = []
+    for i, (text, said, offset, last_token) in enumerate(json.loads(metadata.get("turns", "[]")), 1):
+        names = [[f"{layers * i + j}.0.{k}" for k in range(2)] for j in range(layers)]
+        cache = [
+            RecurrentCache.from_state(([arrays.get(name) for name in pair], [offset], None, None))
+            for pair in names
+        ]
+        found.append(_Turn(text, _Point(messages[:said], cache, last_token)))
+    return found
+
+
 def _is_whole(cache: list[Any], messages: Any, last_token: Any) -> bool:
     """True if all but the arrays of a saved conversation is of the kind that `save` writes."""
     return (
@@ -409,7 +485,8 @@ def _is_conversation(path: Path) -> bool:
     return any(key.endswith(".last_token") for key in metadata)
 
 
-def _with_suffix(path: str | Path) -> Path:
+def saved_path(path: str | Path) -> Path:
+    """The file that `Chat.save` writes for a name: it ends in .safetensors."""
     path = Path(path).expanduser()
     if not path.name or path.is_dir():
         raise PararnnError(f"{path} is a folder; give a file name")

@@ -2,16 +2,14 @@
 
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import subprocess
 import sys
-import time
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import load_prompt_cache
 from typer.testing import CliRunner
 
 import mlx_pararnn
@@ -277,6 +275,64 @@ def test_save_and_load_go_on_as_if_nothing_had_happened(templated, tmp_path):
     assert conversation.messages == [{"role": "user", "content": "one"}, other.messages[1]]
 
 
+def test_undo_and_regenerate_survive_load(templated, tmp_path, read):
+    """The last eight turns; the states before them are in the file, after those that MLX-LM reads."""
+    model, tokenizer = load_in_float32(templated)
+    conversation = Chat(model, tokenizer, system="Be brief.")
+    answers = [say(conversation, str(n), max_tokens=2) for n in range(9)]
+    file = conversation.save(tmp_path / "talk")
+    assert len(load_prompt_cache(str(file))) == len(conversation.cache)
+    other = Chat(model, tokenizer)
+    other.load(file)
+    assert (other.undoable, other.system) == (8, "Be brief.")
+    assert "".join(r.text for r in other.regenerate(max_tokens=2)) == answers[8]
+    assert other.messages == conversation.messages
+    read.clear()
+    for n in range(8, 0, -1):
+        assert other.undo() == str(n)
+        assert conversation.undo() == str(n)
+        assert other.messages == conversation.messages
+        assert same_state(other.cache, conversation.cache)
+    assert not read
+    assert say(other, "1", max_tokens=2) == answers[1]
+    with pytest.raises(PararnnError, match="no answer to go back from"):
+        [other.undo() for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays, meta: meta.update({"0.turns": "[[1, 0, 0, null]]"}),
+        lambda arrays, meta: meta.update({"0.turns": '[["x", 0, "0", null]]'}),
+        lambda arrays, meta: meta.update({"0.turns": "{"}),
+        lambda arrays, meta: arrays.update({"6.0.0": mx.zeros((3,))}),
+    ],
+)
+def test_a_file_whose_earlier_states_are_none(change, demo, tmp_path):
+    conversation = Chat(*demo)
+    for text in ("one", "two"):
+        say(conversation, text, max_tokens=2)
+    file = conversation.save(tmp_path / "talk")
+    arrays, metadata = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)
+    change(arrays, metadata)
+    mx.save_safetensors(str(file), arrays, metadata)
+    with pytest.raises(PararnnError, match=r"not a conversation saved by /save|is damaged"):
+        Chat(*demo).load(file)
+
+
+def test_another_system_prompt_reads_the_conversation_again(templated, read):
+    model, tokenizer = load_in_float32(templated)
+    conversation = Chat(model, tokenizer, system="Be brief.")
+    answer = say(conversation, "one", max_tokens=2)
+    conversation.set_system("Be long.")
+    read.clear()
+    say(conversation, "two", max_tokens=1)
+    assert bytes(read).decode().startswith(f"[s]Be long.~[u]one~[a]{answer.strip()}~[u]two~[a]")
+    assert (conversation.undo(), conversation.undo(), conversation.tokens) == ("two", "one", 0)
+    assert [message["content"] for message in conversation.messages] == ["Be long."]
+
+
 def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
     conversation = Chat(*demo)
     say(conversation, "def", max_tokens=3)
@@ -352,59 +408,6 @@ def test_in_a_pipe(tmp_path):
     assert "error: / is a folder; give a file name" in said
     assert "error: the prompt is not UTF-8 text" in said
     assert "Traceback" not in said
-
-
-class Terminal:
-    """The chat command on a pseudo-terminal."""
-
-    def __init__(self, *args):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "dumb"
-            os.execv(COMMAND[0], [*COMMAND, *args])
-        self.seen = ""
-
-    def type(self, text):
-        os.write(self.fd, text.encode())
-
-    def wait_for(self, pattern, seconds=60):
-        deadline = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.seen)):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.seen[-200:]!r}"
-            if select.select([self.fd], [], [], 0.2)[0]:
-                try:
-                    self.seen += os.read(self.fd, 65536).decode(errors="replace")
-                except OSError:  # the program has left
-                    break
-        found = match or re.search(pattern, self.seen)
-        assert found, f"no {pattern!r} in {self.seen[-200:]!r}"
-        self.seen = self.seen[found.end() :]
-        return found.group()
-
-    def exit_code(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-@pytest.mark.large
-def test_in_a_terminal():
-    """Ctrl-C stops the answer and not the program; at the prompt it drops the line; editing works."""
-    terminal = Terminal("-m", "100000", "--temp", "1.0", "--seed", "0")
-    terminal.wait_for("> ")
-    terminal.type("def main(\n")
-    terminal.wait_for(r"def main\(\r\n[\s\S]{10}")
-    terminal.type("\x03")
-    terminal.wait_for(r"\(stopped\)\r\n")
-    terminal.wait_for("> ")
-    terminal.type("half a line")
-    terminal.wait_for("half a line")
-    time.sleep(0.5)  # readline sees a signal while it waits for a key, as it does for a person
-    terminal.type("\x03")
-    terminal.wait_for("> ")
-    terminal.type("/stas\x1b[Dt\n")  # cursor left, insert
-    assert int(terminal.wait_for(r"\d+ tokens so far").split()[0]) > 14
-    terminal.wait_for("> ")
-    terminal.type("\x04")
-    assert terminal.exit_code() == 0
 
 
 @pytest.mark.parametrize(

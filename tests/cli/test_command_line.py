@@ -1,5 +1,7 @@
 """What holds for every command: its streams, paths, interrupts, and errors that are nobody's."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.cli.report import passed_or_not
+from mlx_pararnn.cli.sampling import CONVERSATION, LIKELIEST, Sampling, choose_sampling
 from tests.support.golden import golden_file
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn"]
@@ -98,3 +102,78 @@ def test_version():
     done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"mlx-pararnn {mlx_pararnn.__version__}\n"
     assert mlx_pararnn.__version__[0].isdigit()
+
+
+def test_short_help_and_summaries_that_fit():
+    """Of a summary that is too long for its line the end is left out."""
+    for argument in ("-h", "--help"):
+        shown = CliRunner().invoke(app, [argument])
+        assert shown.exit_code == 0
+        assert "..." not in shown.stdout.partition("Commands:")[2]
+        assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+    assert "--temp, --temperature" in CliRunner().invoke(app, ["chat", "-h"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--nonsense"], "No such option: --nonsense"),
+        (["generate", "--temp", "hot"], "Invalid value for '--temp'"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["convert"], "Missing argument"),
+    ],
+)
+def test_wrong_usage_is_told_as_every_error(arguments, said):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {said}")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith("--help)\n")
+
+
+def test_completion_of_commands():
+    environment = {**os.environ, "_MLX_PARARNN_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['mlx-pararnn']; from mlx_pararnn.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"COMP_WORDS": "mlx-pararnn ver"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["verify"]
+
+
+def test_cache_is_shown_and_cleared(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "mlx-pararnn"
+    folder.mkdir(mode=0o700)
+    (folder / "kernel.so").write_bytes(bytes(200_000))
+    assert f"{folder}  0.2 MB" in CliRunner().invoke(app, ["cache"]).stdout
+    assert CliRunner().invoke(app, ["cache", "clear"]).stdout == f"deleted {folder}: 0.2 MB\n"
+    assert not folder.exists()
+    assert CliRunner().invoke(app, ["cache", "clear"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "expected"),
+    [
+        ({}, {}, CONVERSATION),
+        ({"do_sample": False, "temperature": 0.9}, {}, LIKELIEST),
+        ({"do_sample": True}, {}, Sampling(temp=1.0)),
+        ({"temperature": 0.5, "top_k": 20}, {}, Sampling(temp=0.5, top_k=20)),
+        ({"temperature": 0.5, "top_p": "x", "top_k": 1e99, "min_p": True}, {}, Sampling(temp=0.5)),
+        ({"temperature": 0.5, "top_p": 0.8}, {"temp": 0.0, "top_p": None}, Sampling(temp=0.0, top_p=0.8)),
+        ({"repetition_penalty": 1.1}, {"seed": 3}, CONVERSATION.replaced(repetition_penalty=1.1, seed=3)),
+        ([], {}, CONVERSATION),
+    ],
+)
+def test_sampling_is_what_was_given_then_the_models_then_the_commands(config, given, expected, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert choose_sampling(tmp_path, CONVERSATION, given) == expected
+
+
+def test_marks_have_colour_on_a_terminal_unless_it_is_refused(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert passed_or_not(True) == "ok  "
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert passed_or_not(False) == "\x1b[31mFAIL\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert passed_or_not(False) == "FAIL"

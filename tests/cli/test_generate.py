@@ -16,6 +16,7 @@ from mlx_pararnn.cli import options
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.loading import BUNDLED
 from tests.support.demo import DEMO
+from tests.support.terminal import Terminal
 
 BABYLM = "pararnn_torch/babylm_paragru"
 
@@ -443,3 +444,14 @@ def test_a_json_schema_is_not_taken_with_a_draft(demo):
     model, tokenizer = demo
     with pytest.raises(PararnnError, match="json_schema and draft_model"):
         mlx_pararnn.generate(model, tokenizer, "x", json_schema=SCHEMA, draft_model=model)
+
+
+@pytest.mark.large
+def test_a_terminal_sees_life_and_compiling_on_one_line_that_goes(tmp_path):
+    """Before anything is generated; afterwards nothing of it is left."""
+    terminal = Terminal("generate", "-p", "12 + 34", XDG_CACHE_HOME=str(tmp_path))
+    terminal.wait_for(r"\ALoading the bundled model \.\.\.")
+    terminal.wait_for(r"\ALoading the bundled model: compiling .* for this CPU, once \.\.\.")
+    terminal.wait_for(r"\A\d+ pointer commands\n46\n\d+ tokens in")
+    assert terminal.exit_code() == 0
+    assert b"compiling" not in terminal.raw.partition(b"46")[2]

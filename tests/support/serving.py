@@ -35,6 +35,7 @@ def folder_of(path, model, tokenizer=DEMO, **config):
     path.mkdir()
     for file in Path(tokenizer).glob("tokenizer*"):
         shutil.copy(file, path)
+    (path / "generation_config.json").write_text('{"do_sample": false}')  # the likeliest tokens
     save_model(path, model)
     save_config({**asdict(model.args), **config}, path / "config.json")
     return path

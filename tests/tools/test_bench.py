@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from mlx_pararnn import Model, ModelArgs, load_model
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.loading import BUNDLED
 from mlx_pararnn.tools import benchmark
 from mlx_pararnn.tools.plot import Panel, draw
 from tests.support.demo import DEMO
@@ -189,6 +190,28 @@ def test_every_cell_and_a_plain_model_are_measured():
         args = ModelArgs(8, 1, 10, 8, cell=cell, mixer="plain", norm="layer", mlp="gelu")
         measured = [case.measure(1).section for case in benchmark.cases(Model(args), tiny)]
         assert list(dict.fromkeys(measured)) == [*benchmark.SECTIONS]
+
+
+def test_alone_it_takes_the_bundled_model():
+    result = run("--only", "decode", "-c", "0", "-g", "1", "-n", "1", "--json")
+    assert result.exit_code == 0, result.output
+    weights = tree_flatten(load_model(BUNDLED)[0].parameters())
+    assert json.loads(result.stdout)["parameters"] == sum(weight.size for _, weight in weights)
+
+
+def test_ctrl_c_prints_what_there_is(monkeypatch):
+    measure, done = benchmark.Case.measure, []
+
+    def interrupted(case, trials):
+        if done:
+            raise KeyboardInterrupt
+        done.append(case)
+        return measure(case, trials)
+
+    monkeypatch.setattr(benchmark.Case, "measure", interrupted)
+    result = run(DEMO, "--only", "decode", "-c", "0,40", "-g", "2", "-n", "1")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert [line.split()[0] for line in result.stdout.splitlines()[2:]] == ["decode", "context", "0"]
 
 
 @pytest.mark.large

@@ -1,0 +1,229 @@
+"""The commands of `chat`: what a line that begins with a slash does."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from signal import SIGINT, signal
+from typing import TYPE_CHECKING, Any
+
+from mlx_pararnn.errors import PararnnError
+
+from . import sampling
+from .answer_text import answer_writer
+from .sampling import Sampling
+from .tool_lines import ToolLines, say_why
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
+
+    from mlx_pararnn.chat.session import Chat
+
+HELP = """\
+/help        this list (so does /?)
+/undo        take back the last question and its answer
+/regenerate  answer the last question again
+/branch NAME remember this point of the conversation; without NAME, list what is remembered
+/goto NAME   go back to such a point
+/reset       forget the conversation
+/save FILE   write the conversation's whole memory to FILE
+/load FILE   go on from what /save wrote
+/set         how answers are made; /set temp 0.7 changes it
+/system TEXT another system prompt; without TEXT, show it
+/stats       tokens so far, size of the state, speed of the last answer
+/exit        leave (so do /quit and Ctrl-D); Ctrl-C stops an answer
+Several lines: paste them, or type them between two \"\"\", or end a line with Alt-Enter."""
+LEAVE = ("/exit", "/quit", "/bye")
+COMMANDS = (
+    *("/help", "/?", "/undo", "/regenerate", "/branch", "/goto", "/reset", "/save", "/load", "/set"),
+    *("/system", "/stats", *LEAVE),
+)
+# A word that is meant for the program and not for the model.
+HINTS = {
+    **dict.fromkeys(("exit", "quit", "bye", ":q"), "/exit or Ctrl-D leaves."),
+    **dict.fromkeys(("help", "?"), "/help lists the commands."),
+}
+
+
+class Session:
+    """The conversation, the points of it that have a name, and how answers are made.
+
+    Args:
+        chat: the conversation.
+        sampling, max_tokens, stop: how answers are made.
+        lines: shows what a model with tools does.
+        plain: answers are written as they come.
+        ask: asks a person a question that y or n answers; None where there is nobody to ask.
+    """
+
+    def __init__(
+        self,
+        chat: "Chat",
+        sampling: Sampling,
+        max_tokens: int,
+        stop: list[str] | None,
+        lines: ToolLines,
+        plain: bool = False,
+        ask: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.chat = chat
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.stop = stop
+        self.lines = lines
+        self.plain = plain
+        self.ask = ask
+        self.branches: dict[str, Chat] = {}
+        self.last: GenerationResponse | None = None
+        self._make_answers()
+
+    def completions(self, command: str) -> list[str] | None:
+        """What may follow a command, or the commands for ""; None for a file's name."""
+        if command in ("/save", "/load"):
+            return None
+        names = [name.replace("_", "-") for name in sampling.NAMES]
+        return {"": list(COMMANDS), "/goto": list(self.branches), "/set": [*names, "max-tokens"]}.get(
+            command, []
+        )
+
+    def run(self, command: str, argument: str) -> None:
+        """Do what a command says; `argument` is the rest of its line."""
+        chat = self.chat
+        if command in ("/help", "/?"):
+            say(HELP)
+        elif command == "/reset":
+            chat.reset()
+            say("The conversation is forgotten.")
+        elif command == "/undo":
+            say(f"Taken back: {chat.undo()}")
+        elif command == "/regenerate":
+            self.stream(chat.regenerate)
+        elif command == "/branch" and not argument:
+            say(f"Points to go to: {', '.join(self.branches) or 'none'}")
+        elif command == "/branch":
+            self.branches[argument] = chat.branch()
+            say(f"/goto {argument} comes back to this point.")
+        elif command == "/goto" and argument not in self.branches:
+            say(f"No point {argument!r}; /branch lists them.")
+        elif command == "/goto":
+            self.chat = self.branches[argument].branch()
+            say(f"Going on after {self.chat.tokens} tokens.")
+        elif command in ("/save", "/load") and not argument:
+            say(f"{command} needs a file name.")
+        elif command == "/save":
+            self._save(argument)
+        elif command == "/load":
+            chat.load(argument)
+            say(f"Going on after {chat.tokens} tokens.")
+        elif command == "/set":
+            self._set(argument)
+        elif command == "/system":
+            self._system(argument)
+        elif command == "/stats":
+            speed = f"; last answer {self.last.generation_tps:.1f} tokens/s" if self.last else ""
+            say(f"{chat.tokens} tokens so far; state {chat.nbytes:,} bytes{speed}; {chat.undoable} to /undo")
+        else:
+            say(f"No command {command}; /help lists them. With a space before it, it is a message.")
+
+    def stream(self, answer: "Callable[..., Iterator[GenerationResponse]]", *texts: str) -> None:
+        """Write what `chat.respond` or `chat.regenerate` gives."""
+        from .progress import PromptProgress
+
+        writer = answer_writer(markup=self.chat.tokenizer.has_chat_template, plain=self.plain)
+        with ctrl_c() as pressed, PromptProgress() as progress, self.lines, writer as write:
+            for response in answer(
+                *texts,
+                interrupted=lambda: bool(pressed),
+                prompt_progress_callback=progress,
+                **self._options,
+            ):
+                self.last = response
+                if (event := getattr(response, "event", None)) is not None:
+                    self.lines.show(event)
+                write(response.text, response.finish_reason is not None)
+        if pressed:
+            say("(stopped)")
+        elif self.chat.uses_tools and self.last is not None:
+            say_why(self.last.finish_reason)
+
+    def _make_answers(self) -> None:
+        """What `chat.respond` is told; the settings have changed."""
+        vocabulary = self.chat.model.args.vocab_size
+        if self.chat.uses_tools:
+            chosen = {"sampler": sampling.tool_sampler(self.sampling, self.stop, vocabulary)}
+        else:
+            chosen = {"stop": self.stop or (), **sampling.sampler(self.sampling, vocabulary)}
+        self._options: dict[str, Any] = {"max_tokens": self.max_tokens, **chosen}
+
+    def _set(self, argument: str) -> None:
+        name, *value = argument.split() or [""]
+        name = name.lstrip("-").replace("-", "_")
+        name = {"temperature": "temp", "": ""}.get(name, name)
+        if name and (name not in (*sampling.NAMES, "max_tokens") or len(value) != 1):
+            say("/set takes a name and a number, as in /set temp 0.7; /set alone lists them.")
+            return
+        if name:
+            number = _number(value[0])
+            bound = 1 <= number < 2**31 and number == int(number)
+            if not (bound if name == "max_tokens" else sampling.is_sound(name, number)):
+                say(f"{name.replace('_', '-')} cannot be {value[0]}.")
+                return
+            self._change(name, number)
+        settings = {**vars(self.sampling), "max_tokens": self.max_tokens}
+        shown = [f"{k.replace('_', '-')} {v:g}" for k, v in settings.items() if v is not None]
+        say(", ".join(shown))
+
+    def _change(self, name: str, number: float) -> None:
+        before = self.sampling, self.max_tokens
+        if name == "max_tokens":
+            self.max_tokens = int(number)
+        else:
+            whole = name in ("top_k", "seed")
+            self.sampling = self.sampling.replaced(**{name: int(number) if whole else number})
+        try:
+            self._make_answers()
+        except PararnnError:
+            self.sampling, self.max_tokens = before
+            raise
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.chat.set_system(text)
+        say(f"System prompt: {self.chat.system or 'none'}")
+
+    def _save(self, name: str) -> None:
+        from mlx_pararnn.chat.session import saved_path
+
+        path = saved_path(name)
+        if self.ask and path.exists() and not self.ask(f"{path} exists. Overwrite it?"):
+            say("Not saved.")
+            return
+        say(f"Saved to {self.chat.save(path)}.")
+
+
+@contextmanager
+def ctrl_c() -> Iterator[list[int]]:
+    """Collect Ctrl-C while an answer is made, to stop between two tokens; a second one raises."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal(SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal(SIGINT, before)
+
+
+def say(text: str) -> None:
+    """A line that is no answer."""
+    print(text, file=sys.stderr)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
