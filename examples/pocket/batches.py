@@ -12,14 +12,15 @@ from mlx_pararnn.pocket.protocol import Protocol, find_protocol, tokenizer_files
 from mlx_pararnn.training.trainer import Batch
 
 from .call_traces import trace
-from .calls import Example, examples
-from .data import TASKS
+from .calls import Example, examples, signs
+from .data import TASKS, ask, polite
 from .traces import Trace, solve
 
 # A turn: the token ids, and which of them the model makes itself.
 Turn = tuple[list[int], list[bool]]
 
 LONGEST = 10  # digits of a number
+LONGEST_REVERSED = 30  # digits or letters
 RESTART = 64
 # How often each task comes: a trace of sorting has four times the tokens of a reversal's.
 SHARES = {
@@ -27,8 +28,8 @@ SHARES = {
     "subtraction": 5,
     "multiplication": 5,
     "comparison": 5,
-    "reversal": 3,
-    "sorting": 2,
+    "reversal": 4,
+    "sorting": 3,
 }
 
 
@@ -47,10 +48,11 @@ def encode(trace: Trace, ids: Protocol) -> Turn:
 
 
 def turns(seed: int) -> Iterator[Turn]:
-    """Turns with numbers and turns with plain English, in equal number, without end."""
-    rng, streams = random.Random(seed), (number_turns(seed), english_turns(seed))
+    """Turns of all kinds in the shares of MIXTURE, without end."""
+    rng, streams = random.Random(seed), [kind(seed) for kind in MIXTURE]
     while True:
-        yield next(rng.choice(streams))
+        (stream,) = rng.choices(streams, list(MIXTURE.values()))
+        yield next(stream)
 
 
 def number_turns(seed: int) -> Iterator[Turn]:
@@ -59,9 +61,22 @@ def number_turns(seed: int) -> Iterator[Turn]:
     names, shares = list(SHARES), list(SHARES.values())
     while True:
         (name,) = rng.choices(names, shares)
-        solved = solve(TASKS[name](rng, rng.randint(1, LONGEST))[0])
+        longest = LONGEST_REVERSED if name == "reversal" else LONGEST
+        solved = solve(TASKS[name](rng, rng.randint(1, longest))[0])
         assert solved is not None
         yield encode(solved, ids)
+
+
+def calculation_turns(seed: int) -> Iterator[Turn]:
+    """Sums asked for as those of the pointers are, and of any other form: these are for the calculator."""
+    ids, rng = protocol(), random.Random(seed)
+    while True:
+        text, _ = signs(rng)
+        message = polite(rng, ask(rng, text))
+        at = message.lower().index(text)
+        text = message[at : at + len(text)]
+        example = Example(message, "calculate", {"expression": text}, {"expression": (at, at + len(text))})
+        yield encode(solve(message) or trace(example, _result(example, rng)), ids)
 
 
 def english_turns(seed: int) -> Iterator[Turn]:
@@ -81,6 +96,9 @@ def _result(example: Example, rng: random.Random) -> str:
         return str(getattr(Assistant(lambda: now), example.function)(**example.arguments))
     except ValueError as error:
         return f"error: {error}"
+
+
+MIXTURE = {number_turns: 0.35, calculation_turns: 0.15, english_turns: 0.5}
 
 
 def batches(turns: Callable[[int], Iterator[Turn]], rows: int, length: int, seed: int) -> Iterator[Batch]:

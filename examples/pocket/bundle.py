@@ -13,7 +13,7 @@ from mlx_pararnn.loading import BUNDLED, load
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 EXAMPLES = (
     "what is 314159265358979323846264338327 + 271828182845904523536028747135?",
-    "sort 3 1 2",
+    "what day is 90 days after 3 March?",
 )
 MOST_BYTES = 4_000_000
 

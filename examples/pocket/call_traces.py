@@ -5,19 +5,21 @@ from collections.abc import Iterable
 from typing import Any
 
 from .calls import ARGUMENTS, DECLINED, Example
-from .traces import END, USER, Trace, as_bytes, begin
+from .traces import END, Trace, as_bytes, note_kind, scan
 
 CALL, RESULT = "<|call|>", "<|result|>"
 LOOK_AHEAD = 4
 # The kinds of messages: a letter for each function, and one for those that want none.
 KINDS = {function: chr(ord("A") + at) for at, function in enumerate(ARGUMENTS)}
 DECLINE_KIND = "."
-# Of each argument, the pointer that copies it. Pointers 1 and 4 have been used before, and go back first.
+# Kinds that a message with long numbers may be taken for: it is scanned for a task with numbers first.
+SCANNED = (DECLINE_KIND, KINDS["calculate"])
+# Of each argument, the pointer that copies it; pointer 2 is still at the beginning after a scan.
 POINTERS = (2, 1, 4)
 
 
 def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
-    """The turn that an example teaches, after the message has been scanned.
+    """The turn that an example teaches.
 
     Each argument is found and copied by a pointer of its own, which reads the message byte by byte; after
     each word pointer 3 reads the kind of message again. Where a byte of the argument is no letter and no
@@ -30,8 +32,11 @@ def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
         answer: what is said where no function is wanted.
     """
     turn = Trace(example.message)
-    begin(turn, DECLINE_KIND if example.function is None else KINDS[example.function])
-    turn.read(3)
+    kind = DECLINE_KIND if example.function is None else KINDS[example.function]
+    note_kind(turn, kind)
+    if kind in SCANNED:
+        scan(turn)
+        turn.read(3)
     if example.function is None:
         turn.answer(answer)
         turn.end()
@@ -54,8 +59,6 @@ def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
 
 def _copy(turn: Trace, pointer: int, start: int, end: int) -> None:
     """The bytes of the message from `start` to `end`, into the JSON of a call."""
-    while pointer != POINTERS[0] and turn.read(pointer) != USER:
-        turn.left(pointer)
     for at in range(end + 1):
         turn.right(pointer)
         byte = turn.read(pointer)

@@ -479,10 +479,10 @@ def _conversion(rng: random.Random) -> dict[str, Filler]:
 
 
 def _expression(rng: random.Random) -> tuple[str, str]:
-    return _signs(rng) if rng.random() < 0.4 else _arithmetic(rng)
+    return signs(rng) if rng.random() < 0.4 else _arithmetic(rng)
 
 
-def _signs(rng: random.Random) -> tuple[str, str]:
+def signs(rng: random.Random) -> tuple[str, str]:
     """Numbers of any length with signs between them."""
     a, b, c = (rng.randint(1, 10 ** rng.choice((1, 2, 3, 3, 4, 6, rng.randint(1, 12)))) for _ in range(3))
     if rng.random() < 0.2:

@@ -6,7 +6,7 @@ trace tells whether the model would write it. `--decode` lets the tool loop run 
 answers.
 
 `--calls N` measures plain English instead, N messages of each kind, all through the tool loop: phrasings that
-were kept from training, messages written by hand, and messages that want no function.
+were kept from training, messages written by hand, messages that want no function, and sums with signs.
 """
 
 import argparse
@@ -26,10 +26,12 @@ from mlx_pararnn.pocket.answers import answer, stream_answer
 from mlx_pararnn.pocket.events import Call
 from mlx_pararnn.pocket.loop import Limits
 from mlx_pararnn.pocket.protocol import find_protocol
+from mlx_pararnn.pocket.standard import calculate
 
 from .batches import encode
 from .call_cases import decline_rate, handwritten, held_out, measure, out_of_scope
-from .data import TASKS
+from .calls import signs
+from .data import TASKS, ask, polite
 from .traces import solve
 
 DIGITS = (5, 10, 50, 200, 1000)
@@ -114,8 +116,12 @@ def evaluate_calls(model: Model, tokenizer: Any, count: int) -> dict[str, dict[s
         "held-out phrasings": measure(made, held_out(count)),
         "written by hand": measure(made, handwritten()[:count]),
     }
-    declined = decline_rate(made, out_of_scope()[:count])
-    return {**results, "out of scope": {"declined": declined}}
+    results["out of scope"] = {"declined": decline_rate(made, out_of_scope()[:count])}
+    rng, right = random.Random("sums"), 0
+    for _ in range(count):
+        text, plain = signs(rng)
+        right += calculate(plain) in answer(model, tokenizer, polite(rng, ask(rng, text)))
+    return {**results, "sums of all forms": {"answered right": right / count}}
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -1,9 +1,9 @@
 """How a message is answered with the pointer memory: the traces that the model learns to write.
 
-`begin` notes down what the message seems to be about, and reads it again from its beginning to its end;
-`solve` goes on to the answer where it is a task with numbers. From there on they work as the model must: they
-see what they read, one entry at a time, and every step follows from the last few words and from what is read
-next, whatever the length of the numbers. What has to be known for longer is noted down, and read again.
+First it is noted down what kind of message it is, by what is remembered of it; `scan` then reads it again.
+From there on traces are written as the model must: it sees what it reads, one entry at a time, and every step
+follows from the last few words and from what is read next, whatever the length of the numbers. What has to be
+known for longer is noted down, and read again.
 
     1. Under pointer 3 stands the kind of message. A long number may have blurred it: it is looked at again
        only where there is no task with numbers. Pointer 1 goes through the message. Pointer 4 stands on the
@@ -149,7 +149,8 @@ class Trace:
 def solve(message: str) -> Trace | None:
     """The trace that answers a message, or None for one that is no task of the pointer memory."""
     trace = Trace(message)
-    note = begin(trace, NUMBERS)
+    note_kind(trace, NUMBERS)
+    note = scan(trace)
     if note not in _PROCEDURES:
         return None
     _PROCEDURES[note](trace)
@@ -157,11 +158,10 @@ def solve(message: str) -> Trace | None:
     return trace
 
 
-def begin(trace: Trace, kind: str) -> str:
-    """Note the kind of message down, and scan it; returns the last note, <|user|> where none was taken."""
+def note_kind(trace: Trace, kind: str) -> None:
+    """Note down what kind of message it is, under pointer 3."""
     trace.think(kind)
     trace.last(3)
-    return _scan(trace)
 
 
 def as_bytes(text: str) -> list[str]:
@@ -259,8 +259,8 @@ class _Scan:
         return NOTHING if ended and run not in _COURTESY else None
 
 
-def _scan(trace: Trace) -> str:
-    """Pointer 1 through the message, to its end."""
+def scan(trace: Trace) -> str:
+    """Pointer 1 through the message, to its end; the last note, <|user|> where none was taken."""
     state = _Scan(trace)
     while True:
         trace.right(1)

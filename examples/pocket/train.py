@@ -35,13 +35,13 @@ ARGS = ModelArgs(
 LONGEST_MEMORY = 400  # tokens: a message of 60 characters, until its arguments have been copied
 
 SETTINGS = Settings(
-    steps=5000,
+    steps=5900,
     batch_size=16,
     length=256,
     learning_rate=3e-3,
     final_rate=0.02,
     schedule="wsd",
-    decay=0.25,
+    decay=0.4,
     warmup=100,
     beta2=0.98,
     weight_decay=0.01,

@@ -89,7 +89,7 @@ def test_it_declines_what_it_cannot_do_with_one_sentence(pair):
 def test_other_commands_without_a_model(command):
     result = run(command)
     assert result.exit_code == 0, result.output
-    said = {"inspect": r"hidden size +128", "verify": r"Same numbers\."}
+    said = {"inspect": r"hidden size +192", "verify": r"Same numbers\."}
     assert re.search(said[command], result.stdout)
 
 

@@ -131,8 +131,13 @@ def test_what_is_learned_is_what_the_model_writes():
     turn = trace(example, "Timer set.")
     fed = "".join(token for token, learned in zip(turn.tokens, turn.learned, strict=True) if not learned)
     kind = KINDS["set_timer"]
-    scanned = f"5 <|user|>min <|user|>timer<|end|><|user|><|user|>{kind}"
-    assert fed == f"<|user|>5 min timer<|end|>{scanned}5 min {kind}min time{kind}Timer set.<|end|>"
+    assert fed == f"<|user|>5 min timer<|end|>5 min {kind}min time{kind}Timer set.<|end|>"
+
+
+def test_what_may_be_a_sum_is_scanned_first():
+    turn = trace(calls.Example("what is 1 + 2 + 3?"))
+    fed = "".join(token for token, learned in zip(turn.tokens, turn.learned, strict=True) if not learned)
+    assert fed == "<|user|>what is 1 + 2 + 3?<|end|>what <|user|>is <|user|>1 <|user|>+ 2 ++ 3?n<|end|>n."
 
 
 def test_calls_that_are_none():
