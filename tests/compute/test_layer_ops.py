@@ -235,7 +235,7 @@ def test_decoding_does_not_synchronise_and_does_not_grow(backend, kind, monkeypa
     mx.eval(logits, [one.cache for one in cache])
     size = sum(one.nbytes for one in cache)
     where = choice_for(get_cell(KINDS[kind]["cell"]), lambda: [], rows=1, tokens=1, width=64)
-    waits = ["async_eval", "eval"] if where.one_call else []
+    waits = ["eval"] if where.one_call else []
     active, evaluated = None, []
 
     for step in range(80):

@@ -374,7 +374,7 @@ def test_what_is_no_model_to_export(tmp_path, model, no_export):
     package = tmp_path / "package"
     assert export(model, package, "--tokenizer", "none", "--chunk", 4).exit_code == 0
     assert "a Core ML package, not a checkpoint" in no_export(package)
-    assert "a Core ML package, not a checkpoint" in CliRunner().invoke(app, ["inspect", str(package)]).stderr
+    assert CliRunner().invoke(app, ["inspect", str(package)]).exit_code == 0  # what it is can be said
 
 
 @pytest.mark.parametrize(

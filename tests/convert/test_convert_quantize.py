@@ -116,7 +116,7 @@ def test_the_summary_says_what_is_not_as_asked(tmp_path):
             golden_file(source), "-o", tmp_path / "out", "--tokenizer", "none", "--force", "-q", *options
         )
         assert result.exit_code == 0, result.output
-        return result.stdout.splitlines()[-1]
+        return next(line for line in result.stdout.splitlines() if line.startswith("quantized: "))
 
     assert summary("trained/paragru/final.pt") == (
         "quantized: 5.23 bits per weight (affine, 4 bits in groups of 64); "
