@@ -246,7 +246,8 @@ def test_decoding_does_not_synchronise_and_does_not_grow(backend, kind, monkeypa
                 inside.setattr(mx, name, lambda *a, n=name, e=evaluate: evaluated.append(n) or e(*a))
             token = mx.argmax(logits[:, -1], axis=-1)
             logits = model(token[:, None], cache=cache)
-        assert evaluated == waits
+        # Where shapes may be new, MLX is asked whether it traces them; that does not wait.
+        assert evaluated in (waits, ["async_eval", *waits][: 2 * len(waits)])
         mx.eval(logits, [one.cache for one in cache])
         assert sum(one.nbytes for one in cache) == size
         if step == 10:
