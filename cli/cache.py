@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mlx_pararnn.model_files import disk_bytes
+
 from .message_editor import history_file
 from .report import Debug, reports_errors, size
 
@@ -35,7 +37,7 @@ def cache(
 
     folder = cache_folder()
     if action == Action.clear:
-        freed = _bytes(folder)
+        freed = disk_bytes(folder)
         if folder.exists():
             shutil.rmtree(folder)
         typer.echo(f"deleted {folder}: {size(freed)}")
@@ -43,15 +45,9 @@ def cache(
     from huggingface_hub.constants import HF_HUB_CACHE
 
     rows = [
-        ("compiled kernels", folder, size(_bytes(folder))),
-        ("chat history", history_file(), size(_bytes(history_file()))),
+        ("compiled kernels", folder, size(disk_bytes(folder))),
+        ("chat history", history_file(), size(disk_bytes(history_file()))),
         ("Hugging Face models", Path(HF_HUB_CACHE), "of every program"),
     ]
     for name, path, note in rows:
         typer.echo(f"{name:<19}  {path}  {note}")
-
-
-def _bytes(path: Path) -> int:
-    """Size of a file, or of all files below a folder; 0 where there is none."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)

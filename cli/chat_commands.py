@@ -157,7 +157,7 @@ class Session:
     def _set(self, argument: str) -> None:
         name, *value = argument.split() or [""]
         name = name.lstrip("-").replace("-", "_")
-        name = {"temperature": "temp", "": ""}.get(name, name)
+        name = "temp" if name == "temperature" else name
         if name and (name not in (*sampling.NAMES, "max_tokens") or len(value) != 1):
             say("/set takes a name and a number, as in /set temp 0.7; /set alone lists them.")
             return

@@ -8,7 +8,7 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_files import TOKENIZER_FILES, VOCABULARY_FILES
 
 from .readers.forms import read_json_object
-from .to_mlx import write_json
+from .writers.output_folder import write_json
 from .writers.tokenizer import prepare_tokenizer
 
 _KEPT = "generation_config.json"  # the model's own, whatever its tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_config import ModelArgs, weight_bits
-from mlx_pararnn.model_files import read_json
+from mlx_pararnn.model_files import disk_bytes, read_json
 
 from .families import find_family
 from .readers.checkpoint import Checkpoint, open_checkpoint
@@ -72,7 +72,7 @@ def inspect(path: str | Path) -> Inspection:
     if config and config.get("model_type") in ("pararnn", "pararnn_cell"):
         return _with_files(_model(folder, config), folder)
     found = inspect_checkpoint(open_checkpoint(path))
-    return replace(found, disk_bytes=_disk_bytes(folder))
+    return replace(found, disk_bytes=disk_bytes(folder))
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -137,7 +137,7 @@ def _with_files(found: Inspection, folder: Path) -> Inspection:
     ends = found.config.get("eos_token_id")
     return replace(
         found,
-        disk_bytes=_disk_bytes(folder),
+        disk_bytes=disk_bytes(folder),
         tokenizer=_tokenizer(folder),
         chat_template=(folder / "chat_template.jinja").is_file() or bool(named.get("chat_template")),
         end_tokens=ends if isinstance(ends, list) else [] if ends is None else [ends],
@@ -157,11 +157,6 @@ def _tokenizer(folder: Path) -> str | None:
     more = [t for t in added or () if isinstance(t, dict) and t.get("content") not in names]
     count = len(model["vocab"]) + (len(more) if names else 0)
     return f"{model.get('type', 'BPE')}, {count:,} tokens"
-
-
-def _disk_bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
 
 
 def _quantization(config: dict[str, Any]) -> str | None:

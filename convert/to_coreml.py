@@ -39,7 +39,7 @@ from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE
 from .readers.wording import listed, shown
 from .to_mlx import convert_to_mlx
-from .writers.output_folder import MLX_PART, check_output, whole_or_nothing
+from .writers.output_folder import MLX_PART, check_output, whole_or_nothing, write_json
 from .writers.quantize import is_matrix
 from .writers.tokenizer import prepare_tokenizer
 
@@ -172,7 +172,7 @@ def convert_to_coreml(
         form = Form(state == "graph", argmax)
         functions = {"decode": 1} | ({"prefill": length} if iterations else {})
         settings = _settings(args, model_config, form, functions, iterations, weights, parameters)
-        (folder / COREML_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / COREML_FILE, settings)
         built = {}
         for done, (name, count) in enumerate(functions.items()):
             say("building", done / len(functions))

@@ -16,7 +16,7 @@ from .overrides import apply_overrides, check_source_config, read_overrides
 from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.wording import shown
 from .writers.model_card import model_card
-from .writers.output_folder import MODEL_FILE, check_output, whole_or_nothing
+from .writers.output_folder import MODEL_FILE, check_output, whole_or_nothing, write_json
 from .writers.quantize import Plan, quantization
 from .writers.safetensors_writer import write_model
 from .writers.tokenizer import TokenizerFiles, prepare_tokenizer
@@ -189,8 +189,3 @@ def _tokenizer_files(
         return TokenizerFiles()
     given: dict[str, Any] = {key: args[key] for key in ("eos_token_id", "bos_token_id") if key in args}
     return prepare_tokenizer(choice, checkpoint.folder, args["vocab_size"], given)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object as the configuration files of a model folder are written."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

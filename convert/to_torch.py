@@ -1,6 +1,5 @@
 """Writes a model folder's weights for the PyTorch code that has such a model: where `to_mlx` began."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from mlx_pararnn.model_config import ModelArgs
 from .families.base import Source, element_count
 from .families.pytorch_layouts import find_layout
 from .readers.checkpoint import open_checkpoint
-from .writers.output_folder import check_output, whole_or_nothing
+from .writers.output_folder import check_output, whole_or_nothing, write_json
 from .writers.quantize import Plan
 from .writers.safetensors_writer import write_model
 from .writers.tokenizer import prepare_tokenizer
@@ -67,5 +66,5 @@ def convert_to_torch(source: str | Path, out: str | Path, *, force: bool = False
         write_model(folder, jobs, parameters, lambda count: None)
         tokenizer.write(folder)
         if written:
-            (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / "config.json", written)
     return ToTorch(out, layout.name, parameters, total)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx_lm.tokenizer_utils
 import mlx_lm.tuner.utils
 import mlx_lm.utils
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -28,6 +28,7 @@ from .model_files import (
     open_regular,
     read_json,
 )
+from .module_arrays import named_arrays
 
 STATES = "initial_state.safetensors"
 BUNDLED = Path(__file__).parent / "pocket-model"  # what every command uses without a MODEL
@@ -180,7 +181,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 def _check_dtypes(path: Path, model: Model) -> None:
     """Refuse weights that are no floating-point numbers, but for those that are packed with scales."""
-    weights = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    weights = dict(named_arrays(model.parameters()))
     for name, weight in weights.items():
         packed = f"{name.rpartition('.')[0]}.scales" in weights
         if not (packed or mx.issubdtype(weight.dtype, mx.floating)):

@@ -120,3 +120,9 @@ def _not_regular(path: Path) -> PararnnError:
 def json_entries(text: bytes) -> int:
     """At most so many values stand in a JSON text: each but the first follows one of these characters."""
     return sum(text.count(mark) for mark in (b",", b"[", b"{", b":"))
+
+
+def disk_bytes(path: Path) -> int:
+    """Size of a file, or of all files below a folder; 0 where there is none."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -1,9 +1,10 @@
 """The arrays of a model's modules, by name, for what reads them without calling the modules."""
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 
 
@@ -18,6 +19,11 @@ _PLAIN: dict[type, set[str]] = {
     nn.RMSNorm: {"weight"},
     nn.LayerNorm: {"weight", "bias"},
 }
+
+
+def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of a module's parameters, or of a part of them, with their dotted names."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
 def plain_arrays(name: str, module: nn.Module) -> dict[str, mx.array]:

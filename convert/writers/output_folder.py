@@ -6,6 +6,7 @@ locked is left over from a process that was killed; the next conversion into OUT
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_files import TOKENIZER_FILES
@@ -287,3 +289,8 @@ def _written_meanwhile(out: Path) -> PararnnError:
         f"{out}: something else was written there during the conversion and is kept; choose another output "
         "folder"
     )
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object as the configuration files of a folder are written."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -27,7 +27,10 @@ USER, END, ANSWER, EDGE = "<|user|>", "<|end|>", "<|answer|>", "<|edge|>"
 # Notes that say which task it is, taken where the second number begins.
 ADD, SUBTRACT, SUBTRACT_FROM, MULTIPLY, MULTIPLY_DIGIT = "+", "-", "~", "*", "x"
 COMPARE, LARGER, SMALLER, IS_GREATER, IS_LESS = "?", "M", "m", "G", "L"
-TWO_NUMBERS = "+-~*x?MmGL"
+TWO_NUMBERS = (
+    *(ADD, SUBTRACT, SUBTRACT_FROM, MULTIPLY, MULTIPLY_DIGIT),
+    *(COMPARE, LARGER, SMALLER, IS_GREATER, IS_LESS),
+)
 # Notes of tasks with one piece, taken where it ends: a word, a number, digits in a list or in a row.
 REVERSED_WORD, REVERSED_NUMBER, SORTED_LIST, SORTED_ROW = "R", "B", "O", "d"
 TOO_LONG = "s"  # a list to sort, of longer numbers

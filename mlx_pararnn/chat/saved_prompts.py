@@ -6,14 +6,14 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..cache import Kept, RecurrentCache
 from ..errors import PararnnError
+from ..module_arrays import named_arrays
 from .prompt_cache import SPACING, PromptCache
 
 logger = logging.getLogger(__name__)
@@ -132,8 +132,7 @@ class SavedPromptCache(PromptCache):
 def fingerprint(model: Any) -> str:
     """16 digits that differ where a model's configuration or one of its weights does."""
     digest = hashlib.sha256(f"{FORMAT} {model.args!r}".encode())
-    for name, value in cast(list[tuple[str, Any]], tree_flatten(model.parameters())):
-        array = cast(mx.array, value)
+    for name, array in named_arrays(model.parameters()):
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
         digest.update(np.array(array.reshape(-1).view(mx.uint8)).data)
     return digest.hexdigest()[:16]

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,6 +21,7 @@ from ..errors import PararnnError
 from ..generation import check_text, encode, render, stream_generate
 from ..model import Model
 from ..model_files import open_regular
+from ..module_arrays import named_arrays
 from ..pocket.answers import assistant_functions, stream_answer
 from ..pocket.events import Event, Finish, Text
 from ..pocket.functions import Functions
@@ -506,7 +506,7 @@ def _same_model(a: str, b: str) -> bool:
 def _fingerprint(model: Model) -> str:
     """Tells models apart by their arguments and the first numbers of every weight."""
     digest = hashlib.sha256(json.dumps(vars(model.args), sort_keys=True).encode())
-    weights = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    weights = named_arrays(model.parameters())
     for name, weight in weights:
         some = weight.reshape(-1)[:64]
         digest.update(name.encode() + np.array(some.astype(mx.float32)).tobytes())

@@ -70,7 +70,7 @@ def quantization_cost(model: Model, original: Model, folder: Path, config: dict[
         ours, theirs = (
             _log_probs(m(inputs, cache=c)) for m, c in zip((model, original), caches, strict=True)
         )
-        kl += divergence(ours, theirs) * (end - begin)
+        kl += _divergence(ours, theirs) * (end - begin)
         same += cast(int, (mx.argmax(ours, axis=-1) == mx.argmax(theirs, axis=-1)).sum().item())
         loss -= cast(float, mx.take_along_axis(ours, following, axis=-1).sum().item())
         original_loss -= cast(float, mx.take_along_axis(theirs, following, axis=-1).sum().item())
@@ -82,7 +82,11 @@ def quantization_cost(model: Model, original: Model, folder: Path, config: dict[
 
 def divergence(logits: mx.array, original: mx.array) -> float:
     """KL divergence of what `logits` (..., V) predict from what the original's do: nats, mean over tokens."""
-    ours, theirs = _log_probs(logits), _log_probs(original)
+    return _divergence(_log_probs(logits), _log_probs(original))
+
+
+def _divergence(ours: mx.array, theirs: mx.array) -> float:
+    """The same of log probabilities."""
     return max(0.0, cast(float, (mx.exp(theirs) * (theirs - ours)).sum(axis=-1).mean().item()))
 
 

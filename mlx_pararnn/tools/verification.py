@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..errors import PararnnError
 from ..model import Model
+from ..module_arrays import named_arrays
 from ..weights_digest import is_as_written
 from .quantization_cost import divergence
 
@@ -63,7 +63,7 @@ def verify_weights(model: Model, known: bool = False) -> Check:
     Stretches are at least 1 KiB long, not looked for in embeddings, whose unused rows may be zero, and not
     where the weights are `known` to be those that were written.
     """
-    weights = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    weights = named_arrays(model.parameters())
     matrices = [(name, w) for name, w in weights if w.ndim > 1 and not name.endswith("recurrent_weight")]
     zero = [
         name
@@ -145,7 +145,7 @@ def _check(name: str, a: mx.array, b: mx.array, tolerance: float | None) -> Chec
 
 def _tolerance(model: Model, logits: mx.array) -> float:
     """5e-5 in float32; in a narrower format eight roundings of the largest logit."""
-    weights = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    weights = named_arrays(model.parameters())
     dtypes = {w.dtype for name, w in weights if not name.endswith("recurrent_weight")}
     epsilon = max(mx.finfo(d).eps for d in dtypes if mx.issubdtype(d, mx.floating))
     return max(TOLERANCE, 8 * epsilon * cast(float, mx.abs(logits).max().item()))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -30,6 +29,7 @@ from ..loading import find_model, load_model, load_tokenizer
 from ..model import Model
 from ..model_config import ModelArgs
 from ..model_files import read_json
+from ..module_arrays import named_arrays
 from . import checkpoints, data, tuning
 from .card import training_card
 from .reporting import Log, Reporters, check_reporters, draw_losses
@@ -56,7 +56,7 @@ class Run:
         self.model, self.tokenizer = _model_and_tokenizer(out, plan)
         learned, held_out = _documents(plan, self.tokenizer, self.model.args)
         self.digest = learned.digest
-        self.parameters = sum(array.size for _, array in _flat(self.model.parameters()))
+        self.parameters = sum(array.size for _, array in named_arrays(self.model.parameters()))
         self.tokens = sum(map(len, learned.tokens))
         tuning.prepare(self.model, plan)
         self._show = report or (lambda line: None)
@@ -311,7 +311,3 @@ def _alone(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _flat(tree: Any) -> list[tuple[str, mx.array]]:
-    return tree_flatten(tree)  # type: ignore[return-value]

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..loading import STATES
 from ..model import Model
+from ..module_arrays import named_arrays
 from . import checkpoints
 from .settings import Plan
 
@@ -45,7 +45,7 @@ def write(model: Model, plan: Plan, folder: Path) -> None:
     if learned:
         _save(folder / STATES, learned)
     if plan.tune in ("lora", "dora"):
-        _save(folder / ADAPTERS, dict(_flat(model.trainable_parameters())))
+        _save(folder / ADAPTERS, dict(named_arrays(model.trainable_parameters())))
         settings = json.dumps({"fine_tune_type": plan.tune, **_adapter_settings(model, plan)}, indent=2)
         checkpoints.write_whole(folder / "adapter_config.json", f"{settings}\n".encode())
     if plan.settings.precision == "bfloat16":
@@ -62,11 +62,11 @@ def _adapter_settings(model: Model, plan: Plan) -> dict[str, Any]:
 
 def _fused(model: Model) -> dict[str, mx.array]:
     """The weights of the model with its adapters added in."""
-    weights = dict(_flat(model.parameters()))
+    weights = dict(named_arrays(model.parameters()))
     for name, module in model.named_modules():
         if "lora_a" in module:
             weights = {n: w for n, w in weights.items() if not n.startswith(f"{name}.")}
-            fused = _flat(module.fuse().parameters())
+            fused = named_arrays(module.fuse().parameters())
             weights |= {f"{name}.{part}": weight for part, weight in fused}
     return weights
 
@@ -76,7 +76,3 @@ def _save(path: Path, arrays: dict[str, mx.array]) -> None:
     mx.save_safetensors(str(partial), arrays, metadata={"format": "mlx"})
     checkpoints.to_disk(partial)
     partial.replace(path)
-
-
-def _flat(tree: Any) -> list[tuple[str, mx.array]]:
-    return tree_flatten(tree)  # type: ignore[return-value]

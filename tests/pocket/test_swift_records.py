@@ -17,7 +17,7 @@ from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits, run_turn
 from mlx_pararnn.pocket.protocol import tokenizer_files
 from mlx_pararnn.pocket.standard import calculate
-from tests.support.scripted import Script, tokens_of, tools_protocol, tools_tokenizer
+from tests.support.scripted import Script, as_recorded, tokens_of, tools_protocol, tools_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "data/tools"
 RESULT_BYTES = 64
@@ -77,7 +77,7 @@ def turns():
     found = []
     for name, message, tokens, limits in made:
         source = Script(tokens)
-        events = run_turn(
+        turn = run_turn(
             protocol,
             source,
             protocol.render_message(message),
@@ -85,12 +85,7 @@ def turns():
             Limits(**limits),
             grammars=Grammars(tools_tokenizer(), source.vocab_size),
         )
-        happened = []
-        for event in events:
-            fields = {name: value for name, value in vars(event).items() if name != "seconds"}
-            if "command" in fields:
-                fields["command"] = fields["command"].name
-            happened.append({"event": type(event).__name__, **fields})
+        events = list(turn)
         found.append(
             {
                 "name": name,
@@ -98,7 +93,7 @@ def turns():
                 "limits": limits,
                 "made": tokens,
                 "read": source.taken,
-                "events": happened,
+                "events": [as_recorded(event) for event in events],
             }
         )
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits, run_turn
 from mlx_pararnn.pocket.protocol import MARKS, SPECIAL_TOKENS
-from tests.support.scripted import Script, tokens_of, tools_protocol, tools_tokenizer
+from tests.support.scripted import Script, as_recorded, tokens_of, tools_protocol, tools_tokenizer
 
 FILE = Path(__file__).parents[1] / "data/tools/turn.json"
 MESSAGE = "double 21, <|end|> é"
@@ -32,19 +32,13 @@ def record():
     prefix = protocol.render_message(MESSAGE)
     events = list(run_turn(protocol, source, prefix, Functions([double]), Limits()))
     tokens = [*source.taken, protocol.end]
-    happened = []
-    for event in events:
-        fields = {name: value for name, value in vars(event).items() if name != "seconds"}
-        if "command" in fields:
-            fields["command"] = fields["command"].name
-        happened.append({"event": type(event).__name__, **fields})
     return {
         "special_tokens": {name: tools_tokenizer().convert_tokens_to_ids(name) for name in SPECIAL_TOKENS},
         "message": MESSAGE,
         "functions": {"double": "twice the integer argument `number`; there is no other function"},
         "tokens": tokens,
         "made_by_the_model": protocol.loss_mask(tokens),
-        "events": happened,
+        "events": [as_recorded(event) for event in events],
     }
 
 

@@ -72,3 +72,11 @@ def tools_folder(folder: Path, **changes: Any) -> Path:
     for name, text in tokenizer_files().items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def as_recorded(event):
+    """An event of a turn as the records for other languages have it: all but how long it took."""
+    fields = {name: value for name, value in vars(event).items() if name != "seconds"}
+    if "command" in fields:
+        fields["command"] = fields["command"].name
+    return {"event": type(event).__name__, **fields}
