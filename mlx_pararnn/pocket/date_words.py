@@ -356,6 +356,8 @@ def _slashed_date(parts: list[int], today: date, past: bool, sentence: str) -> d
 
 
 def _without_year(month: int, day: int, today: date, past: bool, sentence: str = _OUTSIDE) -> date:
+    if not 1 <= month <= 12:
+        raise NotUnderstood(sentence)
     for years in range(9):  # 29 February may take eight
         year = today.year + (-years if past else years)
         if not 1 <= year <= 9999 or day > monthrange(year, month)[1]:

@@ -1,5 +1,6 @@
 """Numbers, times and dates in words, and the functions of the model that ships."""
 
+import re
 from datetime import date, datetime, timedelta
 from fractions import Fraction
 
@@ -277,6 +278,12 @@ def test_any_text_is_understood_or_not_understood(text):
         except NotUnderstood:
             continue
         assert isinstance(said, str)
+
+
+@pytest.mark.parametrize("text", ["0/0", "13/13", "0/13", "99/99", "0/0/2027", "13/13/2027"])
+def test_a_month_that_is_none(text):
+    with pytest.raises(NotUnderstood, match=re.escape(text)):
+        calendar_date(text, NOW.date())
 
 
 def test_timers(assistant):
