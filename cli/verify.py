@@ -77,7 +77,7 @@ def verify(
     loaded, config = load_model(path)
     known = verify_files(path)
     quantized = "quantization" in config
-    tokens, _ = sample_tokens(prompt, path, loaded, config)
+    tokens, _ = sample_tokens(prompt, path, loaded.args, config)
     tokens = tokens[: loaded.args.max_position_embeddings]
     if len(tokens) < 2:
         raise PararnnError("the prompt is too short to compare anything; give at least two tokens")

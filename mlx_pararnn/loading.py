@@ -72,8 +72,12 @@ def load_model(
     *,
     adapter_path: str | Path | None = None,
     state: str | Path | None = None,
+    lazy: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
-    """The model and its config.json as a dict, without a tokenizer; as `load` otherwise."""
+    """The model and its config.json as a dict, without a tokenizer; as `load` otherwise.
+
+    With `lazy` a weight is read from its file when it is first used.
+    """
     path = find_model(path_or_hf_repo)
     config = _read_config(path)
     if config.get("model_type") != "pararnn":
@@ -89,7 +93,10 @@ def load_model(
     try:
         # model_file is what would make MLX-LM run Python from the folder
         model, config = mlx_lm.utils.load_model(
-            path, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
+            path,
+            lazy=lazy,
+            model_config={"model_file": None},
+            get_model_classes=lambda config: (Model, ModelArgs),
         )
         model = cast(Model, model)
         _check_dtypes(path, model)

@@ -11,6 +11,7 @@ REASONS = {
     "compute.layer_ops._conv_works": "the trial at first use, to forget or to skip",
     "compute.layer_ops._decode_works": "the trial at first use, to forget or to skip",
     "compute.layer_ops._elementwise_works": "the trial at first use, to forget or to skip",
+    "compute.matrix_products._UNPACKED_AT_ONCE": "small, so that small weights are unpacked in pieces",
     "compute.layer_ops._gradients_work": "the trial at first use, to forget or to skip",
     "compute.cpu_gradients._call": "records what the C++ functions are given",
     "compute.cpu_gradients._library": "the library, forgotten between compilers' flags",

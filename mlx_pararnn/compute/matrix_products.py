@@ -17,6 +17,7 @@ from .layer_ops import at_once, with_derivatives_of
 
 # Rows from which unpacking 4-bit weights and a float32 product take less than MLX's quantized product.
 _ROWS_TO_UNPACK = 4
+_UNPACKED_AT_ONCE = 1 << 24  # weights: 64 MB of float32
 
 
 def linear(module: Any, x: mx.array) -> mx.array:
@@ -30,7 +31,7 @@ def linear(module: Any, x: mx.array) -> mx.array:
         return cast(mx.array, apply(x))
     exact = x.astype(mx.float32)
     if "scales" in module and _rows(x) // math.prod(module.weight.shape[:-2]) >= _ROWS_TO_UNPACK:
-        y = exact @ _unpacked(module).swapaxes(-1, -2)
+        y = _unpacked_product(module, exact)
         y = y + module.bias if "bias" in module else y
     elif type(module) in _WEIGHTS and _rows(x) > cpu.FEW_ROWS and _one_product_each(exact, module.weight):
         y = cast(mx.array, _product(exact, module.weight, *([module.bias] if "bias" in module else [])))
@@ -68,12 +69,30 @@ def _product_vjp(primals: tuple[mx.array, ...], slope: mx.array, _: Any) -> tupl
     return slope @ weight, (slopes.swapaxes(-1, -2) @ rows).astype(weight.dtype), *d_bias
 
 
-def _unpacked(module: Any) -> mx.array:
+def _unpacked_product(module: Any, x: mx.array) -> mx.array:
+    """x (..., width) with the weight ([heads,] height, width); some of its rows are unpacked at a time."""
     scales, biases = module.scales, module.get("biases")
     if biases is not None:  # of the modes, only affine has them
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    form = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    return mx.dequantize(module.weight, scales, biases, **form, dtype=mx.float32)
+    *heads, height, _ = module.weight.shape
+    rows = max(1, _UNPACKED_AT_ONCE // (math.prod(heads) * x.shape[-1]))
+    products: list[mx.array] = []
+    for begin in range(0, height, rows):
+        here = slice(begin, begin + rows)
+        packed = module.weight[..., here, :]
+        if products:  # else MLX unpacks all before it multiplies
+            (packed,) = mx.depends([packed], products[-1:])
+        weight = mx.dequantize(
+            packed,
+            scales[..., here, :],
+            None if biases is None else biases[..., here, :],
+            group_size=module.group_size,
+            bits=module.bits,
+            mode=module.mode,
+            dtype=mx.float32,
+        )
+        products.append(x @ weight.swapaxes(-1, -2))
+    return mx.concatenate(products, axis=-1)
 
 
 def head(module: nn.Module, x: mx.array, *, backend: str = "ops") -> mx.array:

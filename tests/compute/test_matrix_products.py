@@ -43,6 +43,22 @@ def test_linear_in_half_precision(dtype, rows):
             assert distance(numbers(given), numbers(wanted)) < 1.01 * step
 
 
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_quantized_weights_are_unpacked_in_pieces(mode, monkeypatch):
+    """Any number of rows at a time gives the same numbers, with a ragged last piece, heads and a bias."""
+    form = {"group_size": 32, "bits": 4, "mode": mode}
+    for module in (nn.Linear(64, 75), nn.Embedding(75, 64), MultiLinear(64, 75, 3)):
+        packed = module.to_quantized(**form)
+        x = mx.random.normal((1, 3, 5, 64))
+        whole = matrix_products.linear(packed, x)
+        for rows in (1, 10):
+            monkeypatch.setattr(matrix_products, "_UNPACKED_AT_ONCE", rows * 64 * 3)
+            pieces = matrix_products.linear(packed, x)
+            assert pieces.shape == whole.shape
+            np.testing.assert_allclose(pieces, whole, rtol=1e-5, atol=1e-5)
+        monkeypatch.undo()
+
+
 def test_linear_promotes_as_mlx_does():
     for x_type in DTYPES.values():
         for w_type in DTYPES.values():

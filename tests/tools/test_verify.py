@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.compute import gpu
-from mlx_pararnn.tools.quantization_cost import quantization_cost
+from mlx_pararnn.convert.original import source_logits
+from mlx_pararnn.tools.quantization_cost import bundled_tokens, model_logits, quantization_cost
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
 
@@ -190,13 +191,13 @@ def test_a_quantized_model_is_told_what_that_cost(data, tmp_path, exported):
     assert done.exit_code == 0, done.output
     cost = next(line for line in done.stdout.splitlines() if line.startswith("its cost on a bundled text: "))
     found = re.fullmatch(
-        r".*perplexity (\S+) instead of (\S+) \(\S+ %\), KL divergence (\S+) nats a token, (\d+) of 1023 .*",
+        r".*perplexity (\S+) instead of (\S+) \(\S+ %\), KL divergence (\S+) nats a token, (\d+) of 511 .*",
         cost,
     )
     quantized, original, kl, same = map(float, found.groups())
     assert original < quantized < 1.1 * original
     assert 0.001 < kl < 0.1
-    assert 800 < same < 1023
+    assert 400 < same < 511
     assert json.loads((out / "config.json").read_text())["quantization_cost"]["same"] == same
 
     plain = run("verify", out, "--logits", exported)
@@ -230,12 +231,35 @@ def test_the_cost_of_a_model_that_mlx_lm_quantized(converted):
 
 def test_the_same_model_has_no_divergence():
     model, config = mlx_pararnn.load_model(DEMO)
-    cost = quantization_cost(model, model, DEMO, config)
-    assert (cost.kl, cost.same) == (0, cost.tokens)
-    assert cost.perplexity == cost.original_perplexity > 1
-    with_ids = quantization_cost(model, model, Path("nowhere"), config)
+
+    def cost(folder):
+        tokens, is_text = bundled_tokens(folder, model.args, config)
+        ours, theirs = (model_logits(mlx_pararnn.load_model(DEMO)[0], tokens[:-1]) for _ in range(2))
+        return quantization_cost(ours, np.concatenate([*map(np.array, theirs)]), tokens, is_text)
+
+    of_text = cost(DEMO)
+    assert (of_text.kl, of_text.same) == (0, of_text.tokens)
+    assert of_text.perplexity == of_text.original_perplexity > 1
+    with_ids = cost(Path("nowhere"))
     assert with_ids.perplexity is None
     assert "no tokenizer" in with_ids.sentence()
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    ["lm/paralstm_s96/state_dict.pt", "pararnn_torch/babylm_paragru", "pararnn_torch/paraslstm_causal_lm_0"],
+)
+def test_logits_a_layer_at_a_time_are_the_models(checkpoint, converted, data):
+    """Of a checkpoint as of a folder: norms of both kinds, learned positions, heads tied or not."""
+    folder = converted(checkpoint)
+    model, _ = mlx_pararnn.load_model(folder)
+    tokens = [byte % model.args.vocab_size for byte in b"a layer at a time"]
+    whole = np.array(model(mx.array([tokens]))[0])
+    ours = np.concatenate([*model_logits(mlx_pararnn.load_model(folder, lazy=True)[0], tokens)])
+    theirs = source_logits(model.args, golden_file(checkpoint), None, tokens)
+    allowed = 1e-5 * np.abs(whole).max()
+    np.testing.assert_allclose(ours, whole, rtol=0, atol=allowed)
+    np.testing.assert_allclose(theirs, whole, rtol=0, atol=allowed)
 
 
 def test_doctor():
