@@ -8,7 +8,7 @@ and all between the weights is float32 whatever their dtype.
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -136,12 +136,12 @@ def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) ->
         weights = weights._replace(head={})
     if not weights.head and evaluation(reads) < Evaluation.FREE:
         return None
-    if not _works(weights.cell, _formats(weights), trial):
+    if not _works(weights.cell, formats_of(weights), trial):
         return None
     mx.eval(x)
     if weights.embedding and not all(0 <= i < weights.embedding["embedding"].shape[0] for i in _ids(x)):
         return None
-    return run(weights, x, cache, _formats(weights))
+    return run(weights, x, cache, formats_of(weights))
 
 
 def _ids(x: mx.array) -> list[int]:
@@ -222,7 +222,8 @@ def _format(weight: mx.array, scales: mx.array, width: int) -> tuple[int, int]:
     return 32 * weight.shape[-1] // width, width // max(scales.shape[-1], 1)
 
 
-def _formats(weights: Weights) -> Formats:
+def formats_of(weights: Weights) -> Formats:
+    """Those that code is needed for."""
     D, wide = _width(weights), weights.layers[0]["up"].shape[0]
     widths = {"cell_proj": D // weights.heads, "down": wide}
     return tuple(
@@ -300,19 +301,32 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
         layer.new_window = new_window + i * windows.strides[0]
     for layer, arrays in zip(layers, weights.layers, strict=True):
         _fill(layer, arrays, places, {"cell_proj": D // weights.heads, "down": wide}, D)
-    token = Token(layers, y=y.ctypes.data, logits=logits.ctypes.data)
+    whole = SimpleNamespace(norm=None, norm_bias=None, embedding=Matrix(), head=Matrix())
     for arrays in (weights.last, weights.embedding, weights.head):
-        _fill(token, arrays, places, {}, D)
-    if ids is None:
-        token.x = next(places)
-    else:
-        token.ids = ids.ctypes.data
-    token.depth, token.B, token.heads, token.W = depth, B, weights.heads, D // weights.heads
-    token.taps, token.wide, token.vocab = taps, wide, vocab
-    token.eps, token.mlp_residual = weights.eps, weights.mlp_residual
+        _fill(whole, arrays, places, {}, D)
     numbers = sum(array.size for array in first.values()) * depth
     many = numbers + sum(array.size for array in weights.head.values()) >= _MANY
-    token.threads = min(cpu.threads(), _MOST_THREADS) if many else 1
+    token = Token(
+        layers,
+        whole.norm,
+        whole.norm_bias,
+        whole.embedding,
+        None if ids is None else ids.ctypes.data,
+        next(places, None),
+        y.ctypes.data,
+        whole.head,
+        logits.ctypes.data,
+        depth,
+        B,
+        weights.heads,
+        D // weights.heads,
+        taps,
+        wide,
+        vocab,
+        weights.eps,
+        weights.mlp_residual,
+        min(cpu.threads(), _MOST_THREADS) if many else 1,
+    )
     getattr(library, f"decode_{cpu.DTYPES[dtype]}")(ctypes.byref(token))
     for i, c in enumerate(cache):
         c[0] = mx.array(states[i])
@@ -322,7 +336,7 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
 
 
 def _fill(
-    struct: ctypes.Structure,
+    struct: Any,
     arrays: Mapping[str, mx.array],
     places: Iterator[int],
     widths: Mapping[str, int],
