@@ -3,8 +3,7 @@
 //
 // A row is one stream of bits, the lowest first; each GROUP of its weights has a scale and a bias, weight = scale *
 // q + bias. A lane owns as many words as hold whole numbers, so that one shift serves a whole vector; x is put in the
-// order that follows, once for all rows. Moved to the top of a float's mantissa q is 1 + q / 2^BITS without a
-// conversion; the 1 is taken off again with the bias, which needs no more than the sum of x over each group.
+// order that follows, once for all rows. The bias needs no more of x than its sum over each group.
 
 #include <type_traits>
 #include <utility>
@@ -49,7 +48,6 @@ struct Quantized {
   static constexpr int VALUES = 32 * WORDS / BITS;                         // in them
   static constexpr int BLOCK = VALUES * LANES;
   static constexpr int LANES_A_GROUP = GROUP / VALUES;
-  static constexpr uint32_t MASK = ((1u << BITS) - 1) << (23 - BITS), ONE = 0x3f800000;
 
   static int64_t blocks(int64_t width) { return (width + BLOCK - 1) / BLOCK; }
 
@@ -87,31 +85,21 @@ struct Quantized {
     }
   }
 
-  // 1 + q / 2^BITS of the lanes' numbers S
+  // the lanes' numbers S
   template <int S>
   static Floats value(const Words* words) {
-    constexpr int WORD = S * BITS / 32, SHIFT = S * BITS % 32, DOWN = SHIFT - (23 - BITS);
-    Words bits;
-    if constexpr (DOWN >= 0) {
-      bits = words[WORD] >> DOWN;
-    } else {
-      bits = words[WORD] << -DOWN;
-    }
-    if constexpr (SHIFT + BITS > 32) bits |= words[WORD + 1] << (32 - DOWN);
-    bits = (bits & MASK) | ONE;
-    Floats m;
-    memcpy(&m, &bits, sizeof m);
-    return m;
+    constexpr int WORD = S * BITS / 32, SHIFT = S * BITS % 32;
+    Words bits = words[WORD] >> SHIFT;
+    if constexpr (SHIFT + BITS > 32) bits |= words[WORD + 1] << (32 - SHIFT);
+    if constexpr (SHIFT + BITS != 32) bits &= (1u << BITS) - 1;
+    return __builtin_convertvector((Bits)bits, Floats);  // signed, which more machines convert
   }
 
   template <typename T>
   static Vec scales_of(const T* scales, int lanes) {
-    if constexpr (LANES_A_GROUP >= LANES) {
-      return load(scales, 1).v[0];
-    } else {
-      const int groups = lanes == LANES ? LANES / LANES_A_GROUP : lanes / LANES_A_GROUP;
-      return repeated<LANES_A_GROUP>(scales, groups, std::make_integer_sequence<int, LANES>{});
-    }
+    constexpr int EACH = LANES_A_GROUP < LANES ? LANES_A_GROUP : LANES;
+    const int groups = (lanes + EACH - 1) / EACH;
+    return repeated<EACH>(scales, groups, std::make_integer_sequence<int, LANES>{});
   }
 
   // sums[r][c] += what the block at number i of the rows r comes to with the columns c
@@ -164,14 +152,12 @@ struct Quantized {
       add_block<ROWS, COLUMNS>(rows, row_scales, x, x_stride, i, LANES, sums, EACH);
     }
     if (i < width) add_block<ROWS, COLUMNS>(rows, row_scales, x, x_stride, i, int((width - i) / VALUES), sums, EACH);
-    constexpr float UNIT = 1 << BITS;
     const float* group_sums = x + blocks(width) * BLOCK;
     for (int r = 0; r < ROWS; ++r) {
-      for (int c = 0; c < COLUMNS; ++c) sums[r][c].v = sums[r][c].v * UNIT;
       vectors(groups, [&](int64_t g, int n) {
-        const Floats rest = load(biases + r * groups + g, n).v - load(row_scales[r] + g, n).v * UNIT;
+        const Floats bias = load(biases + r * groups + g, n).v;
         for (int c = 0; c < COLUMNS; ++c) {
-          sums[r][c].v = sums[r][c].v + rest * load(group_sums + c * x_stride + g, LANES).v;
+          sums[r][c].v = sums[r][c].v + bias * load(group_sums + c * x_stride + g, LANES).v;
         }
       });
       for (int c = 0; c < COLUMNS; ++c) y[c * y_stride + r] = sum_of(sums[r][c]);
