@@ -21,7 +21,10 @@ _PLAIN: dict[type, set[str]] = {
     nn.QuantizedLinear: {"weight", "scales", "biases"},
     QuantizedMultiLinear: {"weight", "scales", "biases"},
 }
-_TABLES = {nn.Embedding: {"weight"}, nn.QuantizedEmbedding: {"weight", "scales", "biases"}}
+_TABLES: dict[type, set[str]] = {
+    nn.Embedding: {"weight"},
+    nn.QuantizedEmbedding: {"weight", "scales", "biases"},
+}
 
 
 def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:

@@ -172,10 +172,10 @@ def _consistent(weights: Weights, x: mx.array) -> bool:
     if dtype not in _BITS:
         return False
     if weights.embedding:
-        shapes = {"embedding": (weights.embedding["embedding"].shape[0], D)}
+        rows = {"embedding": (weights.embedding["embedding"].shape[0], D)}
         if x.ndim != 2 or not mx.issubdtype(x.dtype, mx.integer):
             return False
-        if not _have_shapes(weights.embedding, shapes, dtype):
+        if not _have_shapes(weights.embedding, rows, dtype):
             return False
     elif (x.shape[-1], x.dtype) != (D, dtype):
         return False
@@ -302,8 +302,8 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
     for layer, arrays in zip(layers, weights.layers, strict=True):
         _fill(layer, arrays, places, {"cell_proj": D // weights.heads, "down": wide}, D)
     whole = SimpleNamespace(norm=None, norm_bias=None, embedding=Matrix(), head=Matrix())
-    for arrays in (weights.last, weights.embedding, weights.head):
-        _fill(whole, arrays, places, {}, D)
+    for table in (weights.last, weights.embedding, weights.head):
+        _fill(whole, table, places, {}, D)
     numbers = sum(array.size for array in first.values()) * depth
     many = numbers + sum(array.size for array in weights.head.values()) >= _MANY
     token = Token(

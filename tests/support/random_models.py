@@ -63,9 +63,9 @@ def quantize(made, group, bits, only=lambda path: True, **options):
         name = path.removesuffix("scales")
         packed, scales, biases = (weights.pop(name + part) for part in ("weight", "scales", "biases"))
         width = dict(flat(twin))[name + "weight"].shape[-1]
-        form = {"group_size": width // scales.shape[-1], "bits": 32 * packed.shape[-1] // width}
+        group_size, width_bits = width // scales.shape[-1], 32 * packed.shape[-1] // width
         weights[name + "weight"] = mx.dequantize(
-            packed, scales.astype(mx.float32), biases.astype(mx.float32), **form
+            packed, scales.astype(mx.float32), biases.astype(mx.float32), group_size, width_bits
         )
     twin.update(tree_unflatten([(path, weight.astype(mx.float32)) for path, weight in weights.items()]))
     mx.eval(made.parameters(), twin.parameters())
