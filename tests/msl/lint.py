@@ -9,6 +9,7 @@ objection too), and knows only what is written here.
 import re
 from collections.abc import Iterator
 
+from . import preamble
 from .wrap import Wrapped, used_attributes
 
 SPACES = ("device", "threadgroup", "constant", "thread", "threadgroup_imageblock")
@@ -20,24 +21,6 @@ RESERVED = {
     *("half", "bfloat", "sampler", "texture1d", "texture2d", "texture3d", "texturecube", "depth2d", "atomic"),
     *("patch_control_point", "ray_data", "object_data", "access", "packed_float3", "vec", "matrix", "array"),
 }
-# Names MLX's preamble (bf16.h, complex.h, defines.h, logging.h, utils.h of mlx/backend/metal/kernels) takes.
-PREAMBLE = {
-    *("Limits", "elem_to_loc", "elem_to_loc_1", "elem_to_loc_2", "elem_to_loc_3", "elem_to_loc_2_nd"),
-    *("elem_to_loc_3_nd", "LoopedElemToLoc", "ceildiv", "log1p", "complex64_t", "complex_mul"),
-    *("instantiate_kernel", "instantiate_limit", "WorkPerThread", "ConditionalType", "uint64_to_uint2"),
-    *(
-        "uint2_to_uint64",
-        "simd_shuffle_and_fill_up",
-        "simd_shuffle_and_fill_down",
-        "mlx",
-        "os_log",
-        "SIMD_SIZE",
-    ),
-    *("MLX_MTL_CONST", "MLX_MTL_LOOP_UNROLL", "MLX_MTL_PRAGMA_UNROLL", "MAX_REDUCE_SPECIALIZED_DIMS"),
-    *("REDUCE_N_READS", "REDUCE_N_WRITES", "SOFTMAX_N_READS", "RMS_N_READS", "RMS_LOOPED_LIMIT"),
-    *("bfloat16_to_uint16", "uint16_to_bfloat16", "float_to_bfloat_bits"),
-}
-
 FORBIDDEN = {
     r"\bdouble\b": "double does not exist in Metal",
     r"\bgoto\b": "goto does not exist in Metal",
@@ -106,7 +89,7 @@ def _words(text: str, place: str) -> Iterator[str]:
         for m in DECLARED.finditer(line):
             if m[1] in RESERVED:
                 yield at + f"`{m[1]}` is a word of Metal's"
-            if m[1] in PREAMBLE and (
+            if m[1] in preamble.names() and (
                 m[1].isupper() or not line.startswith(" ")
             ):  # locals may shadow functions
                 yield at + f"`{m[1]}` is a name of MLX's preamble"

@@ -1,10 +1,11 @@
 """clang, nvcc and the lint accept every instantiation, and object to what Metal forbids."""
 
 import dataclasses
+import re
 
 import pytest
 
-from . import cuda, language
+from . import cuda, language, preamble
 from .instances import all_instances, few_instances, instance
 from .lint import lint
 from .wrap import wrap
@@ -178,6 +179,25 @@ def test_no_false_alarm(control):
     assert lint(wrapped, changed.header) == []
     if language.clang():
         assert language.address_spaces(changed, wrapped) == []
+
+
+def test_the_names_of_mlxs_preamble_are_read_from_its_headers():
+    """Of every kind of declaration one that is there, and nothing of a namespace's or a function's inside."""
+    names = preamble.names()
+    kinds = {"MTL_CONST", "Limits", "ConditionalType", "bfloat16_t", "ceildiv", "log1p", "RMS_N_READS", "mlx"}
+    assert kinds | {"elem_to_loc", "instantiate_kernel", "simd_shuffle_and_fill_up", "complex64_t"} <= names
+    assert not names & {"os_log", "max", "i", "elem", "loc", "x", "U", "int", "metal_stdlib"}
+
+
+def test_the_list_is_that_of_the_installed_version(monkeypatch, tmp_path):
+    text = (preamble.include_folder() / preamble.HEADER).read_text()
+    header = tmp_path / preamble.HEADER
+    header.parent.mkdir(parents=True)
+    header.write_text(re.sub(r'#include "[^"]*"', "", text).replace("ceildiv", "round_up_division"))
+    monkeypatch.setattr(preamble, "include_folder", lambda: tmp_path)
+    names = preamble.names.__wrapped__()
+    assert "round_up_division" in names
+    assert not names & {"ceildiv", "complex64_t"}
 
 
 def test_too_many_buffers():
