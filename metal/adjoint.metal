@@ -1,7 +1,7 @@
 // The gradient of the recurrence, backwards in time: lambda_t = g_t + J_{t+1}^T lambda_{t+1}. Tiles of S * 32 / CW
 // chunks are walked from the last to the first. A chunk computes its states again from the state at its start, and
 // on the way what it makes of any lambda that arrives at its end; a scan over the chunks says which one does.
-// metal/README.md has the algorithm, the inputs, outputs and template parameters.
+// metal/README.md has the algorithm, the inputs, outputs and constants.
 
 #include "standalone.h"
 

@@ -1,5 +1,5 @@
 // Causal depthwise convolution over [window, x] with K taps, SiLU, and the window that comes next.
-// One thread: STEPS steps of one channel. Inputs, outputs and template parameters: metal/README.md.
+// One thread: STEPS steps of one channel. Inputs, outputs and constants: metal/README.md.
 
 #include "standalone.h"
 

@@ -1,6 +1,6 @@
 // One step of the cell, for decoding. If GATED, RMSNorm of its output times silu(gate) follows; then one
 // threadgroup works on a whole sequence, since the norm asks every channel.
-// Inputs, outputs and template parameters: metal/README.md.
+// Inputs, outputs and constants: metal/README.md.
 
 #include "standalone.h"
 

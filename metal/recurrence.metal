@@ -1,6 +1,6 @@
 // Newton's method on the boundaries of chunks (multiple shooting), one tile of S * 32 / CW chunks after the
 // other. Threads: CW neighbouring channels x the tile's chunks of C steps. metal/README.md has the picture,
-// the inputs, outputs and template parameters.
+// the inputs, outputs and constants.
 
 #include "standalone.h"
 

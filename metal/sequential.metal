@@ -1,5 +1,5 @@
 // The recurrence straight through time, one thread a channel: the baseline, and the exact answer.
-// Inputs, outputs and template parameters: metal/README.md.
+// Inputs, outputs and constants: metal/README.md.
 
 #include "standalone.h"
 

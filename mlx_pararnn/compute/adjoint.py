@@ -27,7 +27,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cells import Cell
-from . import cpu_adjoint, gpu, gpu_adjoint
+from . import cpu, cpu_adjoint, gpu, gpu_adjoint
 from .choice import evaluation, works_here
 from .newton import laid_out, linear_scan, masked_step, outputs, states_between, step_jacobian, unstack
 from .texts import has_kernel
@@ -74,7 +74,8 @@ def adjoint(
     """
     given = [params, u, state, mx.zeros((u.shape[0], 0)) if mask is None else mask, boundaries]
     given += [d_hidden, d_last] if d_states is None else [d_hidden, d_last, d_states]
-    launch, masked, tile = _launch_of(cell, backend, given), mask is not None, tile_of(backend)
+    masked, tile = mask is not None, tile_of(backend)
+    launch = _launch_of(cell, backend, given, masked, every > 0)
     if launch is None:
         return _in_ops(cell, masked, every, tile, *given)
     d_params, d_u, d_state = _differentiable(cell, launch, masked, every, tile)(*given)
@@ -84,39 +85,61 @@ def adjoint(
 Launch = Callable[..., Sequence[mx.array]]
 
 
-def _launch_of(cell: Cell, backend: str, given: Sequence[mx.array]) -> Launch | None:
+def _launch_of(
+    cell: Cell, backend: str, given: Sequence[mx.array], masked: bool, states: bool
+) -> Launch | None:
     """The backend's kernel, where it has one, may run it on these arrays and is right; None for ops."""
     if not has_kernel(cell):
         return None
     if backend == "cpu":
         return cpu_adjoint.solve if evaluation(given) and _agrees(cell, "cpu", cpu_adjoint.solve) else None
-    if backend in ("metal", "cuda") and _agrees(cell, backend, gpu_adjoint.solver(backend)):
-        return gpu_adjoint.solver(backend)
+    if backend in ("metal", "cuda"):
+        u = given[1]
+        B, heads, _, _, W = u.shape
+        tiling = gpu.tiling_for(B, heads * W)
+        launch = gpu_adjoint.solver(backend, tiling)
+        return launch if _agrees(cell, backend, launch, u.dtype, tiling, masked, states) else None
     return None
 
 
-@lru_cache(maxsize=64)
-def _agrees(cell: Cell, backend: str, launch: Launch) -> bool:
-    """Try a kernel on a small problem, once a cell and process: `choice.works_here`."""
-    B, heads, T, width, every = 2, 2, 150, 20, 7
+@lru_cache(maxsize=256)
+def _agrees(
+    cell: Cell,
+    backend: str,
+    launch: Launch,
+    dtype: mx.Dtype = mx.float32,
+    tiling: str = "wide",
+    masked: bool = True,
+    states: bool = True,
+) -> bool:
+    """Try a kernel on a small problem of more than one tile, once a process: `choice.works_here`.
+
+    On a GPU it is the text and the threadgroup that a call is about to launch; the CPU's has them all.
+    """
+    B, heads, T, width, every = 2, 2, gpu.tile_steps(tiling) + 22, 20, 7 if states else 0
     slots, D = len(cell.slots), heads * width
 
     def waves(*shape: int) -> mx.array:
         return mx.sin(mx.arange(math.prod(shape))).reshape(shape)
 
-    params, u = 0.3 * waves(len(cell.params), D), waves(B, heads, T, len(cell.gates), width)
-    mask = mx.arange(T) < mx.array([[T], [T - 20]])
+    params = 0.3 * waves(len(cell.params), D)
+    u = waves(B, heads, T, len(cell.gates), width).astype(dtype)
+    mask = mx.arange(T) < mx.array([[T], [T - 20]]) if masked else None
     state = mx.zeros((B, slots, D))
     starts = states_between(cell, *laid_out(params, u, state, mask)[:2], state[:, None], mask, chunk=T)
     tile = tile_of(backend)
     boundaries = outputs(cell, starts, mask, tile, mx.float32)[2]
-    slopes = waves(B, T, D), waves(B, slots, D), waves(B, T // every, slots, D)
-    given = params, u, state, mask, boundaries, *slopes
+    slopes = [waves(B, T, D).astype(dtype), waves(B, slots, D)]
+    slopes += [waves(B, T // every, slots, D)] if states else []
+    given = [params, u, state, mx.zeros((B, 0)) if mask is None else mask, boundaries, *slopes]
 
     def outcomes() -> Iterator[tuple[Sequence[mx.array], Sequence[mx.array]]]:
-        yield launch(cell, *given, every, tile), _in_ops(cell, True, every, tile, *given)
+        made = launch(cell, *given[:3], mask, *given[4:], *([] if states else [None]), every, tile)
+        yield made, _in_ops(cell, masked, every, tile, *given)
 
-    return works_here(f"the gradient of {cell.name!r}", backend, outcomes)
+    words = [] if backend == "cpu" else [cpu.DTYPES[dtype], tiling]
+    words += [word for word, there in (("masked", masked), ("states", states)) if there and words]
+    return works_here(", ".join([f"the gradient of {cell.name!r}", *words]), backend, outcomes)
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Launches the kernels of metal/ on a GPU: for one call its text, template parameters, grid and outputs.
+"""Launches the kernels of metal/ on a GPU: for one call its text with its constants, grid and outputs.
 
 metal/README.md explains the algorithm.
 """
@@ -60,8 +60,9 @@ class Launch:
     Attributes:
         name: unique for the text: cell, activations and kernel.
         source: the body of the kernel function, a file of metal/.
-        header: what stands before it: dual numbers, activations, the cell.
-        template: name -> int, bool or dtype.
+        header: what stands before it: dual numbers, activations, the cell, the constants, and how many
+            threads a threadgroup has, so that Metal's compiler must make them fit.
+        constants: name -> int or dtype, as the header has them.
         grid: threads in x, y, z; a multiple of `threadgroup`.
         contiguous: whether inputs have to be row contiguous; u is read by strides.
     """
@@ -71,7 +72,7 @@ class Launch:
     output_names: tuple[str, ...]
     source: str
     header: str
-    template: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[str, Any], ...]
     grid: tuple[int, int, int]
     threadgroup: tuple[int, int, int]
     output_shapes: tuple[tuple[int, ...], ...]
@@ -90,6 +91,20 @@ def available_backend() -> str | None:
     if mx.default_device().type != mx.DeviceType.gpu:
         return None
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def tiling_for(B: int, D: int) -> str:
+    """The widest of `SHAPES` that makes enough threadgroups of B rows of D channels, else the narrowest."""
+    for name, (channels, _, _) in SHAPES.items():
+        if B * -(-D // channels) >= FULL_GPU:
+            return name
+    return "narrow"
+
+
+def tile_steps(tiling: str) -> int:
+    """Steps of a tile of a shape of `ADJOINT_SHAPES`."""
+    CW, C, S = ADJOINT_SHAPES[tiling]
+    return S * 32 // CW * C
 
 
 def newton_launch(
@@ -111,7 +126,7 @@ def newton_launch(
     """
     B, heads, _, _, W = shape
     D = heads * W
-    CW, C, S = SHAPES[tiling or _tiling(B, D)]
+    CW, C, S = SHAPES[tiling or tiling_for(B, D)]
     slots = len(cell.slots)
     memory = 4 * ((slots + 2) * slots * S * 32 + slots * CW + S)
     if memory > THREADGROUP_MEMORY:
@@ -123,13 +138,13 @@ def newton_launch(
     if info:
         outputs["gap"] = ((B, S * 32 // CW, D), mx.float32)
         outputs["iterations_made"] = ((B, D), mx.int32)
-    template = {"InT": dtype, "OutT": dtype, "CW": CW, "C": C, "S": S}
+    constants = {"InT": dtype, "OutT": dtype, "CW": CW, "C": C, "S": S}
     return _launch(
         cell,
         "recurrence",
         ("u", "params", "initial", "tol", "max_iters"),
         outputs,
-        template,
+        constants,
         masked,
         every,
         grid=(-(-D // CW) * S * 32, B, 1),
@@ -175,7 +190,7 @@ def adjoint_launch(
     """
     B, heads, T, gates, W = shape
     D, slots = heads * W, len(cell.slots)
-    tiling = tiling or _tiling(B, D)
+    tiling = tiling or tiling_for(B, D)
     CW, C, S = ADJOINT_SHAPES[tiling]
     if 4 * ((slots + 1) * slots * S * 32 + slots * CW) > THREADGROUP_MEMORY:
         CW, C, S = ADJOINT_SHAPES["straight"]
@@ -251,7 +266,6 @@ def run(launch: Launch, arrays: dict[str, mx.array], backend: str) -> dict[str, 
     )
     outputs = kernel(
         inputs=[arrays[name] for name in launch.input_names],
-        template=[*launch.template],
         grid=launch.grid,
         threadgroup=launch.threadgroup,
         output_shapes=[*launch.output_shapes],
@@ -286,7 +300,7 @@ def _launch(
     kernel: str,
     inputs: tuple[str, ...],
     outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
-    template: dict[str, Any],
+    constants: dict[str, Any],
     masked: bool,
     every: int,
     *,
@@ -296,7 +310,7 @@ def _launch(
     # What a call does not have must not be named in its text either: the preprocessor cuts it out.
     flags = {"MASKED": int(masked), "STATES": int(every > 0), "INFO": int("gap" in outputs)}
     inputs = (*inputs, *(["every"] if every else []), *(["mask"] if masked else []))
-    return _assembled(kernel, cell, flags, inputs, outputs, template, grid, threads)
+    return _assembled(kernel, cell, flags, inputs, outputs, constants, grid, threads)
 
 
 def _assembled(
@@ -305,18 +319,18 @@ def _assembled(
     flags: dict[str, int],
     inputs: tuple[str, ...],
     outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
-    template: dict[str, Any],
+    constants: dict[str, Any],
     grid: tuple[int, int, int],
     threads: int,
 ) -> Launch:
-    name, source, header = kernel_text(kernel, cell, tuple(flags.items()))
+    name, source, header = kernel_text(kernel, cell, tuple(flags.items()), tuple(constants.items()), threads)
     return Launch(
         name=name,
         input_names=inputs,
         output_names=tuple(outputs),
         source=source,
         header=header,
-        template=tuple(template.items()),
+        constants=tuple(constants.items()),
         grid=grid,
         threadgroup=(threads, 1, 1),
         output_shapes=tuple(shape for shape, _ in outputs.values()),
@@ -336,11 +350,3 @@ def _outputs(
     if every:
         outputs["states"] = ((B, T // every, slots, D), mx.float32)
     return outputs
-
-
-def _tiling(B: int, D: int) -> str:
-    """The widest shape that makes enough threadgroups, else the narrowest."""
-    for name, (channels, _, _) in SHAPES.items():
-        if B * -(-D // channels) >= FULL_GPU:
-            return name
-    return "narrow"

@@ -10,14 +10,15 @@ from ..cells import Cell
 from . import gpu
 
 
-@lru_cache(maxsize=4)
-def solver(backend: str) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
-    """`adjoint.adjoint` on "metal" or "cuda"; one function a backend, always the same."""
-    return partial(_solve, backend)
+@lru_cache(maxsize=8)
+def solver(backend: str, tiling: str) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+    """`adjoint.adjoint` on "metal" or "cuda" in one of `gpu.SHAPES`; for the same two the same function."""
+    return partial(_solve, backend, tiling)
 
 
 def _solve(
     backend: str,
+    tiling: str,
     cell: Cell,
     params: mx.array,
     u: mx.array,
@@ -31,7 +32,7 @@ def _solve(
     tile: int,
 ) -> tuple[mx.array, mx.array, mx.array]:
     masked = mask is not None
-    launch = gpu.adjoint_launch(cell, u.shape, u.dtype, masked=masked, every=every)
+    launch = gpu.adjoint_launch(cell, u.shape, u.dtype, masked=masked, every=every, tiling=tiling)
     assert tile == gpu.CHUNK, "the kernel's chunks start at boundaries"
     if not boundaries.size:  # an empty array has no memory that could be handed over; it is not read
         boundaries = state[:, None]

@@ -24,6 +24,8 @@ from .choice import Choice, evaluation, works_here
 from .recurrence import solve
 
 GPU = ("metal", "cuda")
+# More channels than a threadgroup of metal/decode.metal has threads: the trial's, where the call has more.
+_MANY_CHANNELS = 1100
 
 Arrays = tuple[mx.array, ...]
 
@@ -61,7 +63,7 @@ def conv_silu(
     arrays = (x, window, weight, bias)
     if spans is not None or weight.shape[1] == 1:
         return _conv_ops(*arrays, spans)
-    if backend in GPU and _uniform(arrays) and _conv_works(backend):
+    if backend in GPU and _uniform(arrays) and _conv_works(backend, weight.shape[1], x.dtype):
         y, new_window = _conv_kernel(backend)(*arrays)
     elif at_once(backend, *arrays):
         y, new_window = _conv_cpu()(*arrays)
@@ -149,7 +151,12 @@ def decode(
     # to float32 as in `recurrence`; MLX's CUDA side would not tell kernels for other dtypes apart
     exact = params.astype(mx.float32), state.astype(mx.float32)
     arrays = (u, bias, *exact) if gate is None or weight is None else (u, bias, *exact, gate, weight)
-    if backend in GPU and _uniform((u, bias, *arrays[4:])) and _decode_works(cell, backend):
+    D = state.shape[-1]
+    if (
+        backend in GPU
+        and _uniform((u, bias, *arrays[4:]))
+        and _decode_works(cell, backend, u.dtype, len(arrays) > 4, min(D, _MANY_CHANNELS))
+    ):
         y, last = _decode_kernel(cell, eps, backend)(*arrays)
     else:
         y, last = _decode_ops(cell, eps, backend, *arrays)
@@ -360,31 +367,42 @@ def _cross_entropy_cpu() -> Callable[..., Any]:
     return with_derivatives_of(_cross_entropy_ops, launch, gradient)
 
 
-@lru_cache(maxsize=8)
-def _conv_works(backend: str) -> bool:
+@lru_cache(maxsize=64)
+def _conv_works(backend: str, taps: int = 4, dtype: mx.Dtype = mx.float32) -> bool:
+    """Try a GPU's kernel, the text and the threadgroup that a call is about to launch."""
+
     def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
         for T in (1, 40):
-            arrays = _waves(2, T, 80)[..., :72], _waves(2, 3, 72), _waves(72, 4), _waves(72)
-            yield _conv_kernel(backend)(*arrays), _conv_ops(*arrays)
+            arrays = _waves(2, T, 80)[..., :72], _waves(2, taps - 1, 72), _waves(72, taps), _waves(72)
+            rounded = [array.astype(dtype) for array in arrays]
+            x, *rest = (array.astype(mx.float32) for array in rounded)
+            yield _conv_kernel(backend)(*rounded), _conv_ops(x, rest[0], rest[1], rest[2])
 
-    return works_here("the convolution", backend, outcomes)
+    return works_here(f"the convolution, {taps} taps, {cpu.DTYPES[dtype]}", backend, outcomes)
 
 
-@lru_cache(maxsize=64)
-def _decode_works(cell: Cell, backend: str) -> bool:
+@lru_cache(maxsize=256)
+def _decode_works(
+    cell: Cell,
+    backend: str,
+    dtype: mx.Dtype = mx.float32,
+    gated: bool = True,
+    D: int = _MANY_CHANNELS,
+) -> bool:
+    """Try a GPU's kernel, the text and the threadgroup that a call is about to launch."""
+
     def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
-        D, gates = 1100, len(cell.gates)  # more channels than a threadgroup has threads
-        arrays = [
-            _waves(2, 2, 1, gates, D // 2),
-            _waves(2, gates * D // 2),
-            0.3 * _waves(len(cell.params), D),
-        ]
-        arrays.append(0.5 + 0.3 * _waves(2, len(cell.slots), D))
-        for gated in ([], [_waves(2, 1, 2 * D)[..., :D], _waves(D)]):
-            given = _decode_kernel(cell, 1e-6, backend)(*arrays, *gated)
-            yield given, _decode_ops(cell, 1e-6, "ops", *arrays, *gated)
+        heads, gates = 2 - D % 2, len(cell.gates)
+        given = [_waves(heads, 2, 1, gates, D // heads).swapaxes(0, 1), _waves(heads, gates * D // heads)]
+        rounded = [array.astype(dtype) for array in given]
+        rounded += [0.3 * _waves(len(cell.params), D), 0.5 + 0.3 * _waves(2, len(cell.slots), D)]
+        if gated:
+            rounded += [_waves(2, 1, 2 * D)[..., :D].astype(dtype), _waves(D).astype(dtype)]
+        wanted = _decode_ops(cell, 1e-6, "ops", *(array.astype(mx.float32) for array in rounded))
+        yield _decode_kernel(cell, 1e-6, backend)(*rounded), wanted
 
-    return works_here(f"decoding with {cell.name!r}", backend, outcomes)
+    words = f"{cpu.DTYPES[dtype]}, {'gated' if gated else 'plain'}, {D} channels"
+    return works_here(f"decoding with {cell.name!r}, {words}", backend, outcomes)
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,6 @@
 """The recurrence: checks the arguments and solves on the backend chosen. Its gradient: adjoint.py."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -38,6 +39,7 @@ class _Plan(NamedTuple):
     tol: float
     max_iters: int | None
     masked: bool
+    asked: bool = False  # of the caller: its kernels run untried
 
 
 def recurrence(
@@ -105,7 +107,7 @@ def recurrence(
 
 
 def choice_for(cell: Cell, reads: Callable[[], Sequence[mx.array]], **call: Any) -> Choice:
-    """`choice.choose` for a call with this cell, whose kernels are tried at their first use."""
+    """`choice.choose` for a call with this cell, which the CPU backend tries at its first use."""
     return choose(cell, reads, trial=_kernels_agree, **call)
 
 
@@ -134,7 +136,7 @@ def solve(
     if backend != "ops":
         if method == "auto":
             method = "newton" if T > 1 and slots < 4 and backend != "cpu" else "sequential"
-        plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
+        plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None, where.asked)
         arrays = (
             mx.contiguous(params.astype(mx.float32)),
             u if u.dtype in gpu.DTYPES else u.astype(mx.float32),
@@ -167,17 +169,70 @@ def solve(
 
 @lru_cache(maxsize=64)
 def _kernels_agree(cell: Cell, backend: str) -> bool:
-    """Try the backend on a small problem, once a cell and process: `choice.works_here`."""
+    """Try the CPU backend on a small problem, once a cell and process: `choice.works_here`."""
     width, T = 40, 150
     params = 0.3 * mx.cos(mx.arange(len(cell.params) * width)).reshape(-1, width)
     u = mx.sin(mx.arange(2 * T * len(cell.gates) * width)).reshape(2, 1, T, len(cell.gates), width)
 
     def outcomes() -> Iterator[tuple[tuple[mx.array, ...], tuple[mx.array, ...]]]:
         wanted = recurrence(cell, params, u, method="sequential", backend="ops")
-        for method in ("sequential",) if backend == "cpu" else ("sequential", "newton"):
-            yield recurrence(cell, params, u, method=method, backend=backend), wanted
+        yield recurrence(cell, params, u, method="sequential", backend=backend), wanted
 
     return works_here(f"the recurrence of {cell.name!r}", backend, outcomes)
+
+
+@lru_cache(maxsize=256)
+def kernel_works(
+    cell: Cell,
+    backend: str,
+    method: str,
+    dtype: mx.Dtype,
+    tiling: str,
+    masked: bool = False,
+    states: bool = False,
+    info: bool = False,
+) -> bool:
+    """Try one kernel of a GPU, once a process: the text and the threadgroup that a call is about to launch.
+
+    On a small problem of more than one tile, one group of channels and one row, ragged in all three.
+
+    Args:
+        method: "sequential" or "newton".
+        dtype: that of u.
+        tiling: Newton's shape, one of `gpu.SHAPES`.
+        masked, states, info: as the call has a mask, returned states and a `NewtonInfo`.
+    """
+    B, heads, W = 2, 2, 20
+    T = 22 + (gpu.tile_steps(tiling) if method == "newton" else 128)
+
+    def waves(*shape: int) -> mx.array:
+        return mx.sin(mx.arange(math.prod(shape))).reshape(shape)
+
+    params, state = 0.3 * waves(len(cell.params), heads * W), 0.5 + 0.3 * waves(B, len(cell.slots), heads * W)
+    u = waves(heads, B, T, len(cell.gates), W).astype(dtype).swapaxes(0, 1)
+    mask = mx.arange(T) < mx.array([[T], [T - 20]])
+    every = 3 if states else 0
+
+    def outcomes() -> Iterator[tuple[Sequence[mx.array], Sequence[mx.array]]]:
+        wanted = recurrence(
+            cell,
+            params,
+            u,
+            state,
+            mask=mask if masked else None,
+            return_states=every,
+            method="sequential",
+            backend="ops",
+        )
+        plan = _Plan(cell, method, CHUNK, TOLERANCE, None, masked, asked=True)
+        given = _launch(plan, backend, every, params, u, state, mask, info=info, tiling=tiling)
+        if info:
+            given, wanted = (*given[:-1], given[-1].residual), (*wanted, mx.array(0.0))
+        yield given, wanted
+
+    words = [method, cpu.DTYPES[dtype], *([tiling] if method == "newton" else [])]
+    words += [word for word, there in (("masked", masked), ("states", states), ("info", info)) if there]
+    return works_here(f"the recurrence of {cell.name!r}, {' '.join(words)}", backend, outcomes)
 
 
 def _check(
@@ -293,17 +348,46 @@ def _launch(
     mask: mx.array,
     *,
     info: bool = False,
+    tiling: str | None = None,
 ) -> tuple[Any, ...]:
-    """hidden, last[, states][, info] by the fused kernel, or by the CPU's."""
+    """hidden, last[, states][, info] by the fused kernel, or by the CPU's.
+
+    A kernel of a GPU that fails its trial is not used: in Newton's place then the sequential one, else ops.
+    """
     if backend == "cpu":
         solved = cpu.solve(plan.cell, params, u, state, mask if plan.masked else None, every)
         return (*solved, NewtonInfo(0, mx.array(0.0))) if info else solved
-    arrays = {"u": u, "params": params, "initial": state, "mask": mask, "every": mx.array([every], mx.int32)}
     cell, masked = plan.cell, plan.masked
-    if plan.method == "sequential":
+    B, heads, _, _, W = u.shape
+    tiling = tiling or gpu.tiling_for(B, heads * W)
+    flags = masked, every > 0
+    methods = ["newton", "sequential"] if plan.method == "newton" else ["sequential"]
+    works = (
+        m
+        for m in methods
+        if plan.asked or kernel_works(cell, backend, m, u.dtype, tiling, *flags, info and m == "newton")
+    )
+    method = next(works, None)
+    if method is None:
+        return recurrence(
+            cell,
+            params,
+            u,
+            state,
+            mask=mask if masked else None,
+            return_states=every,
+            method=plan.method,
+            backend="ops",
+            tol=plan.tol,
+            max_iters=plan.max_iters,
+            return_info=info,
+        )
+    arrays = {"u": u, "params": params, "initial": state, "mask": mask, "every": mx.array([every], mx.int32)}
+    if method == "sequential":
         launch = gpu.sequential_launch(cell, u.shape, u.dtype, masked=masked, every=every)
     else:
-        launch = gpu.newton_launch(cell, u.shape, u.dtype, masked=masked, every=every, info=info)
+        options: dict[str, Any] = {"masked": masked, "every": every, "info": info, "tiling": tiling}
+        launch = gpu.newton_launch(cell, u.shape, u.dtype, **options)
         arrays["tol"] = mx.array([plan.tol], mx.float32)
         arrays["max_iters"] = mx.array([plan.max_iters or 2**31 - 1], mx.int32)
     outputs = gpu.run(launch, arrays, backend)

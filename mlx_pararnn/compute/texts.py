@@ -9,9 +9,12 @@ import re
 from functools import lru_cache
 from importlib.resources import files
 
+import mlx.core as mx
+
 from ..cells import Cell
 from ..errors import PararnnError
 
+_METAL_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
 _ACTIVATIONS = {
     "identity": "Identity",
     "relu": "Relu",
@@ -78,16 +81,35 @@ def _struct(cell: Cell, namespace: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def kernel_text(kernel: str, cell: Cell | None, flags: tuple[tuple[str, int], ...]) -> tuple[str, str, str]:
-    """Name, body and header of a kernel; kept, since every layer asks for them at every token."""
+def kernel_text(
+    kernel: str,
+    cell: Cell | None,
+    flags: tuple[tuple[str, int], ...],
+    constants: tuple[tuple[str, int | mx.Dtype], ...],
+    threads: int,
+) -> tuple[str, str, str]:
+    """Name, body and header of a kernel; kept, since every layer asks for them at every token.
+
+    Constants stand in the header and are no template arguments of MLX: the header's last line, the threads of
+    a threadgroup, is an attribute of the function, which cannot stand before `template`.
+    """
     header = "".join(f"#define {flag} {value}\n" for flag, value in flags)
     header += cell_header(cell) if cell else metal_text("dual.h") + metal_text("activations.h")
     if cell and kernel == "adjoint":
         header += "".join(tangent_header(cell))
+    header += "".join(map(_constant, constants))
+    header += f"[[max_total_threads_per_threadgroup({threads})]]\n"
     source = kernel_body(metal_text(f"{kernel}.metal"))
     # MLX's CUDA side keeps compiled kernels by their name alone, so the name holds the text's hash.
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:10]
     return f"pararnn_{kernel}_{plain_name(cell) if cell else 'any'}_{digest}", source, header
+
+
+def _constant(constant: tuple[str, int | mx.Dtype]) -> str:
+    name, value = constant
+    if isinstance(value, int):
+        return f"constant constexpr int {name} = {value};\n"
+    return f"using {name} = {_METAL_TYPES[value]};\n"
 
 
 def kernel_body(text: str) -> str:
@@ -133,7 +155,13 @@ def cpu_token_text(cell: Cell, formats: tuple[tuple[int, int], ...] = ()) -> str
 
 
 def cuda_text(text: str) -> str:
-    """The text without Metal's address spaces, which CUDA's own keywords collide with as macros."""
+    """The text without Metal's address spaces, which CUDA's own keywords collide with as macros.
+
+    Without its attributes too, and with CUDA's names of 16-bit floats.
+    """
+    text = re.sub(r"\[\[max_total_threads_per_threadgroup\(\d+\)\]\]\n", "", text)
+    for metal, cuda in (("bfloat16_t", "__nv_bfloat16"), ("float16_t", "__half")):
+        text = re.sub(rf"\b{metal}\b", cuda, text)
     return re.sub(r"(?<![\w])(device|constant|thread) (?=[A-Za-z_])", "", text)
 
 

@@ -107,7 +107,7 @@ def recorded_as_on_a_mac(monkeypatch):
     """MLX records kernels without a GPU (and cannot evaluate them). RMSNorm, one primitive there and unrolled
     here, has a stand-in."""
     monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
-    for trial in ("recurrence._kernels_agree", "layer_ops._conv_works", "layer_ops._decode_works"):
+    for trial in ("recurrence.kernel_works", "layer_ops._conv_works", "layer_ops._decode_works"):
         monkeypatch.setattr(f"mlx_pararnn.compute.{trial}", lambda *_: True)
     norm = mx.fast.metal_kernel(
         name="norm", input_names=["x"], output_names=["y"], source="y[0] = x[thread_position_in_grid.x];"
@@ -181,7 +181,7 @@ def test_conversations_build_few_libraries(cell, monkeypatch, recorded_as_on_a_m
             arrays[name].size < 8 for name in launch.input_names
         )  # in constant memory: another text
         dtypes = tuple(arrays[name].dtype for name in launch.input_names)
-        built.add((launch.name, launch.template, small, dtypes))
+        built.add((launch.name, small, dtypes))
         shapes = zip(launch.output_names, launch.output_shapes, launch.output_dtypes, strict=True)
         return {name: mx.zeros(shape, dtype) for name, shape, dtype in shapes}
 

@@ -60,7 +60,10 @@ CONSTANT = {"threads_per_simdgroup": "32u", "thread_execution_width": "32u"}
 THREADGROUP_ARRAY = re.compile(
     r"\bthreadgroup\s+([A-Za-z_][\w: ]*?)\s+([A-Za-z_]\w*)\s*((?:\[[^\]]*\])*)\s*;"
 )
-MARK = re.compile(r"\[\[(?:kernel|buffer\(\d+\)|" + "|".join(ATTRIBUTES) + r")\]\]")
+THREADS = re.compile(r"\[\[max_total_threads_per_threadgroup\((\d+)\)\]\]\n")
+MARK = re.compile(
+    r"\[\[(?:kernel|buffer\(\d+\)|max_total_threads_per_threadgroup\(\d+\)|" + "|".join(ATTRIBUTES) + r")\]\]"
+)
 ENTRY = "msl_entry"
 
 
@@ -164,9 +167,8 @@ def runtime() -> list[Path]:
     return objects
 
 
-def build(wrapped: Wrapped, inputs: dict[str, Input], *, check: bool, math: str) -> Path:
-    """The shared library of a kernel, compiled at most once for a text and its flags."""
-    source = to_cpp(wrapped, inputs)
+def build(source: str, *, check: bool, math: str) -> Path:
+    """The shared library of a kernel as C++, compiled at most once for a text and its flags."""
     flags = COMMON + (CHECKED if check else UNCHECKED) + MATH[math]
     if math == "metal" and NO_CONTRACTION not in source:
         flags += CONTRACTION
@@ -179,7 +181,7 @@ def build(wrapped: Wrapped, inputs: dict[str, Input], *, check: bool, math: str)
         Path(cpp).write_text(source)
         compiler = clang() if math in CLANG else "g++"
         run_compiler([compiler, *flags, "-I", str(SHIM), "-c", cpp, "-o", compiled])
-        link = ["g++", "-shared", "-Wl,-Bsymbolic", compiled, *map(str, runtime()), "-o", linked]
+        link = ["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", compiled, *map(str, runtime()), "-o", linked]
         run_compiler(link)
         publish(linked, target)
     return target

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_pararnn.compute import adjoint, gpu, layer_ops
-from mlx_pararnn.compute.recurrence import _kernels_agree
+from mlx_pararnn.compute.recurrence import kernel_works
 
 from . import harness
 
@@ -30,7 +30,7 @@ def mac(monkeypatch):
 
     monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
     monkeypatch.setattr(gpu, "run", run)
-    trials = _kernels_agree, adjoint._agrees, layer_ops._conv_works, layer_ops._decode_works
+    trials = kernel_works, adjoint._agrees, layer_ops._conv_works, layer_ops._decode_works
     for trial in trials:
         trial.cache_clear()
     yield names
@@ -42,7 +42,7 @@ def mac(monkeypatch):
 def launched(mac, monkeypatch):
     """As `mac`, after the trial at first use."""
     for trial in (
-        "recurrence._kernels_agree",
+        "recurrence.kernel_works",
         "adjoint._agrees",
         "layer_ops._conv_works",
         "layer_ops._decode_works",

@@ -2,7 +2,8 @@
 
 Follows mlx/backend/cuda/custom_kernel.cpp of 0.32: MLX's CPU build makes no cuda_kernel, so, unlike Metal's,
 this text cannot be held to MLX's own print here. MLX's own device header is left out (it needs the CUDA
-wheel); the few names of it that a kernel can see are declared instead. Compiling is all that is shown.
+wheel); the few names of it that a kernel can see are declared instead. nvcc shows that it compiles; the
+harness executes it, with shim/cuda_shim.h in place of CUDA (`to_host`).
 """
 
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from mlx_pararnn.compute.texts import cuda_text
 
-from .wrap import FACTS, METAL_TYPES, Input, KernelCall, dtype_name
+from .build import ENTRY, THREADGROUP_ARRAY
+from .wrap import FACTS, METAL_TYPES, Input, KernelCall, Wrapped, dtype_name, template_of
 
 COMPAT = Path(__file__).parents[2] / "metal" / "cuda_compat.h"
 
@@ -41,7 +43,9 @@ def nvcc() -> str:
     return shutil.which("nvcc") or next((p for p in ["/usr/local/bin/nvcc"] if Path(p).exists()), "")
 
 
-def to_cuda(call: KernelCall, inputs: list[Input], header: str, source: str) -> str:
+def to_cuda(
+    call: KernelCall, inputs: list[Input], header: str, source: str, mlx_header: str = MLX_HEADER
+) -> str:
     parameters = []
     for name, given in zip(call.input_names, inputs, strict=True):
         parameters.append(f"    const {CUDA_TYPES[given.dtype]}* {name}")
@@ -51,14 +55,14 @@ def to_cuda(call: KernelCall, inputs: list[Input], header: str, source: str) -> 
     for name, dtype in zip(call.output_names, call.output_dtypes, strict=True):
         parameters.append(f"    {CUDA_TYPES[dtype_name(dtype)]}* {name}")
     constants = ""
-    for name, value in call.template:
+    for name, value in template_of(call):
         if isinstance(value, int):
             kind = "bool" if isinstance(value, bool) else "int"
             constants += f"  constexpr {kind} {name} = {str(value).lower()};\n"
         else:
             constants += f"  using {name} = {CUDA_TYPES[dtype_name(value)]};\n"
     return (
-        MLX_HEADER
+        mlx_header
         + header
         + "namespace mlx::core::cu {\n\nnamespace cg = cooperative_groups;\n\n"
         + f"__global__ void custom_kernel_{call.name}(\n"
@@ -67,6 +71,20 @@ def to_cuda(call: KernelCall, inputs: list[Input], header: str, source: str) -> 
         + constants
         + f"\n{source}\n}}\n\n}} // namespace mlx::core::cu\n"
     )
+
+
+def to_host(call: KernelCall, wrapped: Wrapped, inputs: list[Input], compat: str) -> str:
+    """The CUDA text as C++ for the harness, and a function that calls it with the buffers in a row."""
+    source = THREADGROUP_ARRAY.sub(r"MSL_THREADGROUP(\1, \2, \3);", cuda_text(call.source))
+    arguments = []
+    for i, p in enumerate(wrapped.parameters):
+        kind = re.sub(r"\b(device|constant)\b|[*&]", "", p.declaration)
+        pointer = f"static_cast<{kind}*>(buffers[{i}])"
+        facts = {"_shape": f"{{{pointer}}}", "_strides": f"{{{pointer}}}", "_ndim": f"*{pointer}"}
+        arguments.append(facts.get(p.fact, pointer))
+    text = to_cuda(call, inputs, compat + cuda_text(call.header), source, '#include "cuda_shim.h"\n')
+    function = f"mlx::core::cu::custom_kernel_{call.name}({', '.join(arguments)})"
+    return f'{text}\nextern "C" void {ENTRY}(void** buffers, const MslPosition*) {{ {function}; }}\n'
 
 
 def cuda_twin(call: KernelCall, inputs: list[Input]) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from .build import ENTRY, build, missing
+from .build import ENTRY, THREADS, build, missing, to_cpp
+from .cuda import to_host
 from .wrap import Input, KernelCall, Wrapped, dtype_name, wrap
 
 __all__ = ["KernelError", "missing", "run", "text_of"]
@@ -75,11 +76,13 @@ def run(
     may_stay_unwritten: Sequence[str] = (),
     seconds: float = 120.0,
     info: dict[str, int] | None = None,
+    cuda: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Outputs by name; bfloat16 ones as uint16, and inputs that `dtypes` calls bfloat16 too.
 
     order: 0 forward, 1 backward, others the seed of a shuffle, of lanes, simdgroups and threadgroups.
     check=False: only values, several times faster. math: a key of build.MATH.
+    cuda: a text of metal/cuda_compat.h; then the CUDA twin of the kernel runs.
     An input that is a strided view is copied first if `launch.contiguous`, as MLX does; otherwise the kernel
     gets the view's own memory, and may touch nothing before its first or after its last element.
     """
@@ -89,7 +92,8 @@ def run(
     arrays = {name: _prepare(inputs[name], launch.contiguous) for name in launch.input_names}
     facts = {name: Input(a.shape, dtypes.get(name, a.dtype.name)) for name, a in arrays.items()}
     wrapped = wrap(launch, list(facts.values()))
-    library = build(wrapped, facts, check=check, math=math)
+    source = to_cpp(wrapped, facts) if cuda is None else to_host(launch, wrapped, list(facts.values()), cuda)
+    library = build(source, check=check, math=math)
 
     outputs: dict[str, np.ndarray] = {}
     for name, shape, dtype in zip(
@@ -161,6 +165,9 @@ def _check_sizes(launch: KernelCall) -> None:
     threads = mathematics.prod(launch.threadgroup)
     if not 0 < threads <= LIMIT:
         raise KernelError(f"a threadgroup of {threads} threads; {LIMIT} is the most")
+    fits = THREADS.search(launch.header)
+    if fits and threads > int(fits[1]):
+        raise KernelError(f"a threadgroup of {threads} threads; the text is compiled for {fits[1]}")
     for size, step in zip(launch.grid, launch.threadgroup, strict=True):
         if size <= 0 or size % step:
             # MLX would run a smaller last threadgroup (Metal) or more threads than asked for (CUDA)

@@ -13,8 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .build import MARK, clang, without_instantiation
-from .wrap import METAL_TYPES, KernelCall, Wrapped, dtype_name
+from .build import MARK, THREADS, clang, without_instantiation
+from .wrap import METAL_TYPES, KernelCall, Wrapped, dtype_name, template_of
 
 # OpenCL's generic address space stays on: without it no struct can be copied. So clang takes a pointer that
 # names no space, which Metal does not; lint.py objects to those.
@@ -39,12 +39,13 @@ def to_opencl(call: KernelCall, wrapped: Wrapped) -> str:
     text = without_instantiation(wrapped.text).replace("#pragma METAL fp", "#pragma clang fp")
     head, mark, kernel = text.partition("[[kernel]] void ")
     assert mark
-    if call.template:
+    if template_of(call):
         head = head[: head.rindex("template <")]
+    head = THREADS.sub("", head)
     signature, mark, body = kernel.partition(") {\n")
     assert mark
     pieces = []
-    for name, value in call.template:
+    for name, value in template_of(call):
         if isinstance(value, int):
             kind = "bool" if isinstance(value, bool) else "int"
             pieces.append(f"  constexpr {kind} {name} = {str(value).lower()};")

@@ -4,7 +4,7 @@ import re
 
 import mlx.core as mx
 
-from .wrap import Input, KernelCall, wrap
+from .wrap import Input, KernelCall, template_of, wrap
 
 PRINTED = re.compile(r"Generated source code for `.*?`:\n```\n(.*)\n```\n", re.DOTALL)
 
@@ -22,7 +22,7 @@ def mlx_text(call: KernelCall, inputs: list[Input], folder, capfd) -> str:
     def function(*arrays):
         return kernel(
             inputs=list(arrays),
-            template=list(call.template),
+            template=list(template_of(call)),
             grid=call.grid,
             threadgroup=call.threadgroup,
             output_shapes=list(call.output_shapes),

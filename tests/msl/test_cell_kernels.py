@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from mlx_pararnn import Cell, get_cell, register_cell
-from mlx_pararnn.compute.gpu import Launch, newton_launch, sequential_launch
+from mlx_pararnn.compute.gpu import newton_launch, sequential_launch
+from mlx_pararnn.compute.texts import cell_header
 from tests.support import oracle
 
 from . import harness, language
 from .adjoint_kernel import AdjointCall
 from .instances import ACTIVATIONS
 from .lint import lint
+from .sample import Sample
 from .wrap import wrap
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=str(harness.missing()))
@@ -59,12 +61,12 @@ def both(cell, spread=1.0, seed=0):
     if cell.name == "slstm":
         arrays["state"][1] = 1 + arrays["state"][1] ** 2
     arrays = {k: (spread * v).astype(np.float32) for k, v in arrays.items()}
-    launch = Launch(
+    launch = Sample(
         name="step",
         input_names=("params", "u", "state"),
         output_names=("values", "dual_values", "jacobian"),
         source=BODY,
-        header=newton_launch(cell, (1, 1, 1, gates, D), mx.float32).header,
+        header=cell_header(cell),
         template=(("D", D),),
         grid=(D, 1, 1),
         threadgroup=(32, 1, 1),

@@ -57,7 +57,7 @@ def test_the_signature_is_mlxs(path):
         flags = {name: int(value) for name, value in FLAG.findall(launch.header)}
         types = {
             name: METAL_TYPES[dtype_name(value)]
-            for name, value in launch.template
+            for name, value in launch.constants
             if not isinstance(value, int)
         }
         ours = written(path.stem, flags)

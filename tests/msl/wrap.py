@@ -55,14 +55,13 @@ SMALL = 8  # inputs of fewer elements live in constant memory
 
 
 class KernelCall(Protocol):
-    """The fields of mlx_pararnn.compute.gpu.Launch."""
+    """The fields of mlx_pararnn.compute.gpu.Launch; `template`, MLX's template arguments, may be there."""
 
     name: str
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     source: str
     header: str
-    template: tuple[tuple[str, "int | bool | mx.Dtype"], ...]
     grid: tuple[int, int, int]
     threadgroup: tuple[int, int, int]
     output_shapes: tuple[tuple[int, ...], ...]
@@ -100,6 +99,10 @@ class Wrapped:
     parameters: tuple[Parameter, ...]
     attributes: tuple[str, ...]
     body: str
+
+
+def template_of(call: KernelCall) -> tuple[tuple[str, "int | bool | mx.Dtype"], ...]:
+    return getattr(call, "template", ())
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
@@ -146,10 +149,10 @@ def wrap(call: KernelCall, inputs: list[Input]) -> Wrapped:
     if not attributes:
         # mlx 0.32.4 then closes the signature early, if a `_shape` and two outputs come together
         raise ValueError("a body must use at least one attribute, such as thread_position_in_grid")
-    arguments = ", ".join(metal_type(value) for _, value in call.template)
-    arguments = f"<{arguments}>" if call.template else ""
+    arguments = ", ".join(metal_type(value) for _, value in template_of(call))
+    arguments = f"<{arguments}>" if template_of(call) else ""
     kernel = "custom_kernel_" + call.name
-    if call.template:
+    if template_of(call):
         kernel += "_" + re.sub(", |[<>-]", "_", arguments)[:-1]
     for given in inputs:
         kernel += "_" + METAL_TYPES[given.dtype]
@@ -158,13 +161,13 @@ def wrap(call: KernelCall, inputs: list[Input]) -> Wrapped:
         kernel += "_" + METAL_TYPES[dtype_name(dtype)]
 
     text = call.header
-    if call.template:
-        names = ", ".join(f"{parameter_kind(value)} {name}" for name, value in call.template)
+    if template_of(call):
+        names = ", ".join(f"{parameter_kind(value)} {name}" for name, value in template_of(call))
         text += f"template <{names}>\n"
     lines = [f"  {p.declaration} {p.name} [[buffer({i})]]" for i, p in enumerate(parameters)]
     lines += [f"  {ATTRIBUTES[name]} {name} [[{name}]]" for name in attributes]
     text += f"[[kernel]] void {kernel}(\n" + ",\n".join(lines) + ") {\n" + call.source + "\n}\n"
-    if call.template:
+    if template_of(call):
         signature = f"{kernel}{arguments}"
         text += f'\ntemplate [[host_name("{kernel}")]] [[kernel]] decltype({signature}) {signature};\n'
     return Wrapped(text, kernel, arguments, tuple(parameters), attributes, call.source)

@@ -19,6 +19,7 @@ struct Fiber {
   int64_t operand;
   uint32_t meetings;
   uint32_t index, lane, simdgroup;
+  const MslPosition* where;
 };
 
 extern Fiber* current;           // null while the scheduler runs

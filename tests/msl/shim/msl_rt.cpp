@@ -125,6 +125,8 @@ uint64_t brought(int lane, const char* operation, int line) {
   return other->value[(current->meetings - 1) & 1];
 }
 
+const MslPosition& here() { return *current->where; }
+
 bool lane_exists(int lane) { return lane_fiber(lane) != nullptr; }
 
 // ---- running a threadgroup
@@ -153,6 +155,7 @@ static void fiber_main() {
   p.lane = self->lane;
   p.simdgroup = self->simdgroup;
   p.simdgroups = (threads + LANES - 1) / LANES;
+  self->where = &p;
   void* buffers[MAX_BUFFERS];  // on this stack, where the memory checks let a thread read
   memcpy(buffers, arguments_of_kernel, sizeof(void*) * argument_count);
   entry(buffers, &p);

@@ -15,6 +15,9 @@ namespace msl_rt {
 // Threadgroup memory. `where` is one address per declaration, `element` the size of an array's element.
 void* threadgroup_memory(const void* where, size_t bytes, size_t element, const char* name);
 
+// Where the thread that runs stands.
+const MslPosition& here();
+
 enum Fence { FENCE_NONE = 0, FENCE_DEVICE = 1, FENCE_THREADGROUP = 2 };
 void threadgroup_barrier(int fence, int line);
 void simdgroup_barrier(int fence, int line);
@@ -27,3 +30,10 @@ uint64_t brought(int lane, const char* operation, int line);
 bool lane_exists(int lane);
 
 }  // namespace msl_rt
+
+// The harness turns `threadgroup T name[..];` into this.
+#define MSL_THREADGROUP(T, name, dimensions)                                              \
+  static const char name##_declared_ = 0;                                                 \
+  typedef T name##_type_ dimensions;                                                      \
+  name##_type_& name = *static_cast<name##_type_*>(                                       \
+      msl_rt::threadgroup_memory(&name##_declared_, sizeof(name##_type_), sizeof(T), #name))

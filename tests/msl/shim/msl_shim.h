@@ -8,13 +8,6 @@
 
 using namespace metal;
 
-// The harness turns `threadgroup T name[..];` into this.
-#define MSL_THREADGROUP(T, name, dimensions)                                              \
-  static const char name##_declared_ = 0;                                                 \
-  typedef T name##_type_ dimensions;                                                      \
-  name##_type_& name = *static_cast<name##_type_*>(                                       \
-      msl_rt::threadgroup_memory(&name##_declared_, sizeof(name##_type_), sizeof(T), #name))
-
 #define METAL_FUNC inline
 #define device
 #define threadgroup
