@@ -8,8 +8,6 @@ REASONS = {
     "cells._REGISTRY": "cells that a test registers must be gone after it; users never take one back",
     "compute.recurrence._kernels_agree": "the trial at first use, to forget or to skip",
     "compute.adjoint._agrees": "the trial at first use, to forget or to skip",
-    "compute.layer_ops._conv_works": "the trial at first use, to forget or to skip",
-    "compute.layer_ops._decode_works": "the trial at first use, to forget or to skip",
     "compute.layer_ops._elementwise_works": "the trial at first use, to forget or to skip",
     "compute.matrix_products._UNPACKED_AT_ONCE": "small, so that small weights are unpacked in pieces",
     "compute.layer_ops._gradients_work": "the trial at first use, to forget or to skip",
@@ -31,6 +29,7 @@ REASONS = {
     "compute.openblas._better_kernels": "processors that this machine does not have",
     "convert.readers.tensors._READ_COST": "small files are read as large ones are",
     "convert.writers.output_folder._check_room": "room is promised and not there",
+    "tools.device_report._timings": "a stand-in for a GPU has none",
     "tools.benchmark._cache_after": "its cache is compared with a prompt's",
 }
 

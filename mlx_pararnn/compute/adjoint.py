@@ -97,9 +97,17 @@ def _launch_of(
         u = given[1]
         B, heads, _, _, W = u.shape
         tiling = gpu.tiling_for(B, heads * W)
-        launch = gpu_adjoint.solver(backend, tiling)
-        return launch if _agrees(cell, backend, launch, u.dtype, tiling, masked, states) else None
+        works = gradient_works(cell, backend, u.dtype, tiling, masked=masked, states=states)
+        return gpu_adjoint.solver(backend, tiling) if works else None
     return None
+
+
+def gradient_works(
+    cell: Cell, backend: str, dtype: mx.Dtype, tiling: str, *, masked: bool = False, states: bool = False
+) -> bool:
+    """Try the gradient's kernel on a GPU, once a process; arguments as of `recurrence.kernel_works`."""
+    launch = gpu_adjoint.solver(backend, tiling)
+    return _agrees(cell, backend, launch, dtype, tiling, masked, states)
 
 
 @lru_cache(maxsize=256)

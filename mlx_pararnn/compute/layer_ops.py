@@ -63,7 +63,7 @@ def conv_silu(
     arrays = (x, window, weight, bias)
     if spans is not None or weight.shape[1] == 1:
         return _conv_ops(*arrays, spans)
-    if backend in GPU and _uniform(arrays) and _conv_works(backend, weight.shape[1], x.dtype):
+    if backend in GPU and _uniform(arrays) and conv_works(backend, weight.shape[1], x.dtype):
         y, new_window = _conv_kernel(backend)(*arrays)
     elif at_once(backend, *arrays):
         y, new_window = _conv_cpu()(*arrays)
@@ -155,7 +155,7 @@ def decode(
     if (
         backend in GPU
         and _uniform((u, bias, *arrays[4:]))
-        and _decode_works(cell, backend, u.dtype, len(arrays) > 4, min(D, _MANY_CHANNELS))
+        and decode_works(cell, backend, u.dtype, len(arrays) > 4, min(D, _MANY_CHANNELS))
     ):
         y, last = _decode_kernel(cell, eps, backend)(*arrays)
     else:
@@ -368,7 +368,7 @@ def _cross_entropy_cpu() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=64)
-def _conv_works(backend: str, taps: int = 4, dtype: mx.Dtype = mx.float32) -> bool:
+def conv_works(backend: str, taps: int = 4, dtype: mx.Dtype = mx.float32) -> bool:
     """Try a GPU's kernel, the text and the threadgroup that a call is about to launch."""
 
     def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
@@ -382,7 +382,7 @@ def _conv_works(backend: str, taps: int = 4, dtype: mx.Dtype = mx.float32) -> bo
 
 
 @lru_cache(maxsize=256)
-def _decode_works(
+def decode_works(
     cell: Cell,
     backend: str,
     dtype: mx.Dtype = mx.float32,

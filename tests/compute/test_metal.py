@@ -138,8 +138,8 @@ def test_convolution_decoding_and_the_gradient(call):
 @pytest.mark.parametrize("T", [1, 50])
 def test_around_the_recurrence_with_views_gradients_and_compile(name, T):
     """As the model calls them: halves of a projection, heads outermost; the kernels are in use."""
-    assert layer_ops._conv_works(BACKEND)
-    assert layer_ops._decode_works(get_cell(name), BACKEND)
+    assert layer_ops.conv_works(BACKEND)
+    assert layer_ops.decode_works(get_cell(name), BACKEND)
     cell, B, D, heads = get_cell(name), 2, 48, 2
     gates = len(cell.gates)
 

@@ -30,7 +30,7 @@ def mac(monkeypatch):
 
     monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
     monkeypatch.setattr(gpu, "run", run)
-    trials = kernel_works, adjoint._agrees, layer_ops._conv_works, layer_ops._decode_works
+    trials = kernel_works, adjoint._agrees, layer_ops.conv_works, layer_ops.decode_works
     for trial in trials:
         trial.cache_clear()
     yield names
@@ -44,8 +44,8 @@ def launched(mac, monkeypatch):
     for trial in (
         "recurrence.kernel_works",
         "adjoint._agrees",
-        "layer_ops._conv_works",
-        "layer_ops._decode_works",
+        "layer_ops.conv_works",
+        "layer_ops.decode_works",
     ):
         monkeypatch.setattr(f"mlx_pararnn.compute.{trial}", lambda *_: True)
     return mac
