@@ -5,6 +5,8 @@ exactly this text, after its preamble, is MLX's word (metal/custom_kernel.cpp) a
 """
 
 import dataclasses
+import re
+from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +14,7 @@ import pytest
 
 from mlx_pararnn.compute import gpu
 
+from . import write_texts
 from .instances import all_instances
 from .mlx_text import assert_same, mlx_text
 from .sample import Sample
@@ -103,6 +106,25 @@ def test_the_table_of_instantiations_is_complete():
     metal = Path(__file__).parents[2] / "metal"
     assert {path.stem for path in metal.glob("*.metal")} == set(gpu.INSTANTIATIONS)
     assert {path.stem for path in (metal / "cells").iterdir()} == set(gpu.CELLS)
+
+
+def test_all_texts_are_written_for_apples_compiler(tmp_path):
+    """Every row of the table once, in a file of its own name, with the folder of MLX's headers."""
+    count = write_texts.write(tmp_path)
+    files = sorted(tmp_path.glob("*.metal"))
+    assert count == len(files)
+    include = Path((tmp_path / "include").read_text())
+    kinds = Counter()
+    for file in files:
+        text = file.read_text()
+        header = re.match(r'#include "([^"]+)"\n', text)[1]
+        assert (include / header).is_file()
+        assert re.search(rf"\]\]\n\[\[kernel\]\] void {re.escape(file.stem)}\(", text)
+        kinds[file.stem.split("_")[3]] += 1
+    rows = {kernel: len(list(gpu.options(kernel))) for kernel in gpu.INSTANTIATIONS}
+    for kernel, row in rows.items():
+        cells = 1 if kernel == "conv" else len(gpu.CELLS)
+        assert kinds[kernel] >= row * len(gpu.DTYPES) * cells
 
 
 @pytest.mark.sampled("harness")
