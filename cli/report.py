@@ -9,6 +9,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from mlx_pararnn.address_space import too_small
 from mlx_pararnn.errors import PararnnError
 
 P = ParamSpec("P")
@@ -91,6 +92,8 @@ def _expanded(value: Any) -> Any:
 def _sentence(error: Exception) -> str:
     if isinstance(error, PararnnError):
         return str(error)
+    if isinstance(error, MemoryError | ImportError | OSError) and (said := too_small()):
+        return said
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}"

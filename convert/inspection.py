@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.model_config import ModelArgs, weight_bits
+from mlx_pararnn.model_config import ModelArgs, check_end_ids, check_layers, weight_bits
 from mlx_pararnn.model_files import disk_bytes, read_json
 
 from .families import find_family
@@ -89,7 +89,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 def _model(folder: Path, config: dict[str, Any]) -> Inspection:
     if config["model_type"] == "pararnn":  # fields left out have the model's defaults
         config = {**asdict(ModelArgs.from_dict(config)), **config}
+        check_end_ids(config, folder / "config.json")
     tensors = read_weights(find_weights(folder)).tensors
+    if config["model_type"] == "pararnn":
+        check_layers(config, tensors, folder)
     bits = weight_bits(config, folder / "config.json")
     shapes, numbers = {}, []
     for name, tensor in tensors.items():

@@ -19,7 +19,7 @@ from .errors import PararnnError
 from .hub import find_model
 from .mlx_lm_internals import set_detokenizer
 from .model import Model, RecurrentLayer
-from .model_config import ModelArgs, weight_bits
+from .model_config import ModelArgs, check_end_ids, check_layers, weight_bits
 from .model_files import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
@@ -99,6 +99,7 @@ def load_model(
             get_model_classes=lambda config: (Model, ModelArgs),
         )
         model = cast(Model, model)
+        check_end_ids(config, path / "generation_config.json")  # which MLX-LM puts before config.json's
         _check_dtypes(path, model)
         if adapter_path is not None:
             load_adapters(model, Path(adapter_path))
@@ -173,17 +174,10 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse what would take the machine before MLX-LM looks at the weights, or end the process."""
     file = path / "config.json"
     weight_bits(config, file)
-    ends = config.get("eos_token_id")
-    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
-        if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31:
-            raise PararnnError(f"{file}: eos_token_id holds {end!r}; it must be a token id, or several")
-    layers = config.get("num_hidden_layers")
-    found = _layers_in_weights(path)
-    if found is not None and isinstance(layers, int) and layers != found:
-        raise PararnnError(
-            f"the weights in {path} do not fit its config.json: num_hidden_layers is {layers}, and they have "
-            f"{found} layers; convert the checkpoint again"
-        )
+    check_end_ids(config, file)
+    names = _names_of_weights(path)
+    if names is not None:
+        check_layers(config, names, path)
 
 
 def _check_dtypes(path: Path, model: Model) -> None:
@@ -199,8 +193,8 @@ def _check_dtypes(path: Path, model: Model) -> None:
             )
 
 
-def _layers_in_weights(path: Path) -> int | None:
-    """How many layers the headers of the weights name; None where there are no weights to ask."""
+def _names_of_weights(path: Path) -> set[str] | None:
+    """What the headers of the weights name; None where there are no weights to ask."""
     files = sorted(path.glob("model*.safetensors"))
     names: set[str] = set()
     for file in files:
@@ -211,8 +205,7 @@ def _layers_in_weights(path: Path) -> int | None:
                 names.update(opened.keys())
         except (SafetensorError, OSError) as error:
             raise _misfit(path, error) from error
-    prefix = "model.layers."
-    return len({name.split(".")[2] for name in names if name.startswith(prefix)}) if files else None
+    return names if files else None
 
 
 def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:

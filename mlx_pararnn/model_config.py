@@ -1,6 +1,7 @@
 """config.json: its fields, the paper's shapes, and how its weights are quantized."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,25 @@ def weight_bits(config: dict[str, Any], file: Path) -> dict[str, int]:
 def _check_whole_number(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PararnnError(f"config.json: {name} is {value!r}; it must be a whole number of at least 1")
+
+
+def check_end_ids(config: Mapping[str, Any], file: Path) -> None:
+    """Raise a PararnnError if `eos_token_id` in what `file` says is no token id, nor a list of them."""
+    ends = config.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31:
+            raise PararnnError(f"{file}: eos_token_id holds {end!r}; it must be a token id, or several")
+
+
+def check_layers(config: Mapping[str, Any], names: Iterable[str], path: Path) -> None:
+    """Raise a PararnnError if the weights of these names, in `path`, have another number of layers."""
+    prefix = "model.layers."
+    layers, found = (
+        config.get("num_hidden_layers"),
+        len({n.split(".")[2] for n in names if n.startswith(prefix)}),
+    )
+    if isinstance(layers, int) and layers != found:
+        raise PararnnError(
+            f"the weights in {path} do not fit its config.json: num_hidden_layers is {layers}, and they have "
+            f"{found} layers; convert the checkpoint again"
+        )

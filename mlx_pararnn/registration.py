@@ -60,8 +60,10 @@ class _Watcher:
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name == "mlx.core":
+            from .address_space import check_address_space
             from .compute.openblas import load_openblas
 
+            check_address_space()
             load_openblas()
             _secure_mlx_folder()
         elif name == "mlx_lm.models.pararnn":

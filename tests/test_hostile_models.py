@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.convert.inspection import inspect
 from tests.support.demo import DEMO
 
 MEMORY = 3 << 30  # bytes of data that a child may take
@@ -87,6 +89,19 @@ def test_what_would_take_the_machine_or_end_the_process(tmp_path):
 )
 def test_configs(fields, said, folder):
     assert said in refusal(changed(folder, **fields))
+
+
+@pytest.mark.parametrize("end", [-1, 2**70])
+def test_end_ids_of_a_generation_config(end, folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert f"generation_config.json: eos_token_id holds {end}" in refusal(folder)
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 100_000}, {"eos_token_id": -1}])
+def test_inspect_believes_no_config_that_load_does_not(fields, folder):
+    said = refusal(changed(folder, **fields))
+    with pytest.raises(PararnnError, match=re.escape(said)):
+        inspect(folder)
 
 
 NAMES = (

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # room: the rooms whose files its own may import, and with them all that those lead to
 ARROWS = {
-    "__main__": "cli",
+    "__main__": "cli address_space",
     "cli": "chat tools training convert.to_mlx convert.to_coreml convert.to_torch convert.inspection "
     "convert.comparison convert.original convert.add_tokenizer",
     "convert.to_coreml": "convert.to_mlx convert.coreml convert.inspection",
@@ -29,14 +29,15 @@ ARROWS = {
     "tools": "package weights_digest",
     "training": "package convert.writers tools",
     "package": "loading generation registration pocket",
-    "registration": "compute adapters",
+    "registration": "compute adapters address_space",
     "adapters": "errors",
     "loading": "model hub model_files detokenizer mlx_lm_internals",
     "generation": "model detokenizer grammars",
     "model": "compute cache model_config module_arrays",
     "model_config": "cells",
     "module_arrays": "",
-    "compute": "cells",
+    "compute": "cells address_space",
+    "address_space": "errors",
     "cells": "errors",
     "cache": "errors",
     "detokenizer": "",

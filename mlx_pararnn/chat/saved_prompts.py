@@ -13,12 +13,11 @@ import numpy as np
 
 from ..cache import Kept, RecurrentCache
 from ..errors import PararnnError
-from ..module_arrays import named_arrays
+from .model_fingerprint import fingerprint
 from .prompt_cache import SPACING, PromptCache
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "1"  # changes with what a state's arrays mean
 NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{32})\.safetensors")  # model, contents
 SECONDS = 1.0  # between two files while there is other work
 
@@ -127,15 +126,6 @@ class SavedPromptCache(PromptCache):
                 break
             path.unlink(missing_ok=True)
             excess -= size
-
-
-def fingerprint(model: Any) -> str:
-    """16 digits that differ where a model's configuration or one of its weights does."""
-    digest = hashlib.sha256(f"{FORMAT} {model.args!r}".encode())
-    for name, array in named_arrays(model.parameters()):
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)).data)
-    return digest.hexdigest()[:16]
 
 
 def _write(folder: Path, model: str, tokens: bytes, states: list[RecurrentCache]) -> Path:

@@ -1,6 +1,5 @@
 """A conversation whose whole memory is the recurrent state: history is never read again."""
 
-import hashlib
 import json
 import os
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,12 +19,12 @@ from ..errors import PararnnError
 from ..generation import check_text, encode, render, stream_generate
 from ..model import Model
 from ..model_files import open_regular
-from ..module_arrays import named_arrays
 from ..pocket.answers import assistant_functions, stream_answer
 from ..pocket.events import Event, Finish, Text
 from ..pocket.functions import Functions
 from ..pocket.loop import Limits
 from ..pocket.protocol import find_protocol
+from .model_fingerprint import fingerprint
 
 # Stands for what has been read when the chat template is asked what comes after it.
 _READ = "\ue000read\ue001"
@@ -306,7 +304,7 @@ class Chat:
         metadata = {
             "model": str(self.tokenizer.name_or_path),  # this and the next for MLX-LM
             "tokenizer_config": "{}",
-            "weights": _fingerprint(self.model),
+            "weights": fingerprint(self.model),
             "messages": json.dumps(self.messages),
             "last_token": json.dumps(self._last_token),
             "turns": json.dumps([_described(turn) for turn in turns]),
@@ -341,7 +339,7 @@ class Chat:
             last_token = json.loads(metadata.get("last_token", "null"))
             turns = _saved_turns(path, metadata, messages, len(cache))
             if "weights" in metadata:
-                fits = metadata["weights"] == _fingerprint(self.model)
+                fits = metadata["weights"] == fingerprint(self.model)
             else:  # by cache_prompt, which notes the model's name
                 fits = _same_model(metadata["model"], str(self.tokenizer.name_or_path))
         except Exception as error:  # whatever a file that is something else leads the reader to
@@ -501,13 +499,3 @@ def _same_model(a: str, b: str) -> bool:
     """Whether two names mean one folder, or a repository and the hub's folder for it."""
     as_folder = f"models--{a.replace('/', '--')}"
     return a == b or Path(a).resolve() == Path(b).resolve() or as_folder in Path(b).parts
-
-
-def _fingerprint(model: Model) -> str:
-    """Tells models apart by their arguments and the first numbers of every weight."""
-    digest = hashlib.sha256(json.dumps(vars(model.args), sort_keys=True).encode())
-    weights = named_arrays(model.parameters())
-    for name, weight in weights:
-        some = weight.reshape(-1)[:64]
-        digest.update(name.encode() + np.array(some.astype(mx.float32)).tobytes())
-    return digest.hexdigest()

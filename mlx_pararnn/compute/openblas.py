@@ -9,6 +9,8 @@ import mmap
 import os
 import sys
 
+from ..address_space import limit
+
 
 def load_openblas() -> str | None:
     """Load a system OpenBLAS so that MLX's CPU matrix products use it.
@@ -17,48 +19,41 @@ def load_openblas() -> str | None:
         The library's name, or None where there is none or it is not needed (macOS). Only what is loaded
         before `mlx.core` has an effect: symbols are bound when MLX is loaded.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not _has_room():
         return None
     for name in ("libopenblas.so.0", "libopenblas.so"):
         try:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        from _ctypes import dlclose
-
-        if not _has_room(library):
-            dlclose(library._handle)
-            return None
         better = _better_kernels(openblas_core(library))
         if better:
+            from _ctypes import dlclose
+
             dlclose(library._handle)
             os.environ["OPENBLAS_CORETYPE"] = better
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
             del os.environ["OPENBLAS_CORETYPE"]
-        if _is_limited():
+        if limit() is not None:
             _take_memory(library)
         return name
     return None
 
 
 # What OpenBLAS allocates for each thread that computes, once, and asks for again and again, for ever, where
-# there is no room: the process then spins in native code and heeds no signal.
-_BUFFER = 160 << 20
+# there is no room: the process then spins in native code and heeds no signal. Its threads do so as soon as
+# the library is loaded. With it what the C library reserves for a thread: an arena and a stack.
+_BUFFER, _ARENA_AND_STACK = 160 << 20, 136 << 20
 
 
-def _is_limited() -> bool:
-    """Whether the address space has a limit (`ulimit -v`)."""
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-
-
-def _has_room(library: ctypes.CDLL) -> bool:
-    if not _is_limited():
+def _has_room() -> bool:
+    """Asked before the library is loaded: a thread of its that spins keeps it from being closed again."""
+    if limit() is None:
         return True
+    threads = len(os.sched_getaffinity(0)) + 1
     try:
-        mmap.mmap(-1, (library.openblas_get_num_threads() + 1) * _BUFFER).close()
-    except (OSError, ValueError, AttributeError):
+        mmap.mmap(-1, threads * (_BUFFER + _ARENA_AND_STACK)).close()
+    except (OSError, ValueError):
         return False
     return True
 

@@ -21,8 +21,8 @@ def calculate(expression: str) -> str:
     text = expression.translate(_SIGNS)
     text = re.sub(r"%\s*of\b", "/100*", text)
     text = re.sub(r"%(?=\s*(?:[)*/]|$))", "/100", text)
+    # Numbers as strings: Python's parser takes no long ones, and rounds those with a point.
     try:
-        # Numbers as strings: Python's parser takes no long ones, and rounds those with a point.
         tree = ast.parse(_NUMBER.sub(r"'\g<0>'", text).strip(), mode="eval")
     except (SyntaxError, MemoryError, RecursionError):
         raise ValueError(f"{expression[:100]!r} is no expression") from None
@@ -70,6 +70,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs, "round": round, "min": min, "max": max, "sqrt": lambda number: _root(number),
     "cbrt": lambda number: _cube_root(number)
 }  # fmt: skip
+_ARGUMENTS: dict[str, tuple[float, float]] = {"min": (2, math.inf), "max": (2, math.inf)}  # else one
 _CONSTANTS = {"pi": Fraction("3.14159265358979323846"), "e": Fraction("2.71828182845904523536")}
 
 
@@ -77,6 +78,8 @@ def _value(node: ast.expr) -> Fraction:
     """The number that an expression stands for; nothing but arithmetic is looked at."""
     match node:
         case ast.Constant(value=str(text)) if _NUMBER.fullmatch(text):
+            if (node.lineno, node.col_offset + len(text) + 2) != (node.end_lineno, node.end_col_offset):
+                raise ValueError("there is no sign between two numbers")  # which Python's parser joins
             number = Fraction(Decimal(text.replace("_", "")))
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
             number = _value(operand) if isinstance(op, ast.UAdd) else -_value(operand)
@@ -88,6 +91,9 @@ def _value(node: ast.expr) -> Fraction:
                 raise ValueError("division by zero")
             number = Fraction(_OPERATORS[type(op)](a, b))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS and args:
+            least, most = _ARGUMENTS.get(name, (1, 1))
+            if not least <= len(args) <= most:
+                raise ValueError(f"{name} of {len(args)} numbers is not arithmetic")
             number = Fraction(_FUNCTIONS[name](*map(_value, args)))
         case ast.Name(id=name) if name in _CONSTANTS:
             number = _CONSTANTS[name]

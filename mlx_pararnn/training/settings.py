@@ -248,6 +248,11 @@ def read_plan(config: Path | None, others: Mapping[str, Any], settings: Mapping[
     if not isinstance(rest.get("model", {}), Mapping):
         raise PararnnError(f"{config}: model must hold fields of a model's config.json")
     chosen = {name: value for name, value in values.items() if name not in names} | dict(settings)
+    if rest.get("tune") == "state" and chosen.get("states") == "carried":
+        raise PararnnError(
+            "states carried: with tune state each piece begins from the state that is learned; leave states "
+            "out, or give states reset"
+        )
     return Plan(**rest, settings=Settings.from_dict(chosen))
 
 

@@ -339,6 +339,10 @@ def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     model, _ = mlx_pararnn.load_model(converted("trained/paragru/final.pt"))
     Chat(model, demo[1]).save(tmp_path / "other")
+    nearly, tokenizer = mlx_pararnn.load(DEMO)  # but for the last number of one matrix
+    weight = nearly.model.embed_tokens.weight
+    nearly.model.embed_tokens.weight = weight.at[-1, -1].add(1)
+    Chat(nearly, tokenizer).save(tmp_path / "nearly")
     for file, message in (
         ("nowhere", "no such file"),
         (
@@ -347,6 +351,7 @@ def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
         ),
         (DEMO / "model", "is not a conversation saved by /save"),
         ("other", "was saved with another model"),
+        ("nearly", "was saved with another model"),
     ):
         with pytest.raises(PararnnError, match=message):
             conversation.load(tmp_path / file)

@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_pararnn import Model, ModelArgs, PararnnError
-from mlx_pararnn.chat.saved_prompts import SavedPromptCache, fingerprint
+from mlx_pararnn.chat.model_fingerprint import fingerprint
+from mlx_pararnn.chat.saved_prompts import SavedPromptCache
 from tests.support.serving import client_of, running
 
 TEXT = [1, 2, 3] * 70

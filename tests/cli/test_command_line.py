@@ -13,6 +13,7 @@ import mlx_pararnn
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.cli.report import passed_or_not
 from mlx_pararnn.cli.sampling import CONVERSATION, LIKELIEST, Sampling, choose_sampling
+from tests.support.demo import DEMO
 from tests.support.golden import golden_file
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn"]
@@ -78,6 +79,26 @@ def test_ctrl_c_while_something_is_imported(imported, checkpoint, tmp_path):
     )
     assert (done.returncode, done.stderr) in ((-signal.SIGINT, ""), (130, "interrupted\n"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit is not kept")
+@pytest.mark.parametrize(
+    "megabytes", [60, 1000]
+)  # too little to import NumPy; enough to start what then spins
+def test_a_limit_of_the_address_space_is_one_sentence(megabytes):
+    import resource
+
+    most = megabytes * 10**6
+    done = subprocess.run(
+        [*COMMAND, "generate", DEMO, "-p", "x", "-m", "1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: the address space is limited to {megabytes} MB (ulimit -v ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_panic_of_a_rust_library_is_one_sentence(monkeypatch, checkpoint, tmp_path):

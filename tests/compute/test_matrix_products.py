@@ -167,7 +167,7 @@ def test_linear_has_forward_and_second_derivatives():
 
 @pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="no system OpenBLAS is loaded elsewhere")
-@pytest.mark.parametrize("room", [300, 700, 1000, 1400, 1500, 1700])
+@pytest.mark.parametrize("room", [100, 300, 700, 1000, 1400, 1500, 1700, 4500])
 def test_a_limit_of_the_address_space_ends_in_a_result_or_a_sentence(room):
     """OpenBLAS asks for its work memory again and again: without care the process spins until SIGXCPU."""
 

@@ -221,3 +221,11 @@ def test_tuning_needs_a_model(base):
         Plan(base[1], tune="lora")
     with pytest.raises(PararnnError, match="tune is 'all'; it must be one of full, lora"):
         Plan(base[1], init=str(base[0]), tune="all")
+
+
+def test_carried_states_are_not_asked_for_with_states_that_are_learned(base, tmp_path):
+    command = ["train", str(base[1]), "-o", str(tmp_path / "out"), "--init", str(base[0]), "--tune", "state"]
+    result = CliRunner().invoke(app, [*command, "--states", "carried"])
+    assert result.exit_code == 1
+    assert "with tune state each piece begins from the state that is learned" in result.stderr
+    assert not (tmp_path / "out").exists()
