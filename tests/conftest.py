@@ -37,7 +37,26 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
         counts = Counter(mark for mark in marks.values() if mark)
         what = ", ".join(f"{count} {mark}" for mark, count in sorted(counts.items()))
-        config.stash[LEFT_OUT] = f"Left out of the quick run: {what}. Everything runs with: pytest --all"
+        said = f"Left out of the quick run: {what}. Everything runs with: pytest --all"
+        if hasattr(config, "workeroutput"):  # one of several processes: the first of all tells
+            config.workeroutput["left_out"] = said
+        else:
+            config.stash[LEFT_OUT] = said
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    said = getattr(node, "workeroutput", {}).get("left_out")
+    if said:
+        node.config.stash[LEFT_OUT] = said
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Two processes for the whole quick run; none beside this one for a few files, or for everything."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    few = named or config.getoption("all") or config.getoption("markexpr") or config.getoption("keyword")
+    return 0 if few or config.getoption("collectonly") else min(2, os.cpu_count() or 1)
 
 
 def pytest_unconfigure(config):
