@@ -48,7 +48,7 @@ _BUFFER, _ARENA_AND_STACK = 160 << 20, 136 << 20
 
 def _has_room() -> bool:
     """Asked before the library is loaded: a thread of its that spins keeps it from being closed again."""
-    if limit() is None:
+    if sys.platform != "linux" or limit() is None:
         return True
     threads = len(os.sched_getaffinity(0)) + 1
     try:
