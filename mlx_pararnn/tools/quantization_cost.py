@@ -25,7 +25,7 @@ Array = NDArray[np.float32]
 # config.json's field for it.
 FIELD = "quantization_cost"
 _MOST_TOKENS = 512
-_MOST_LOGITS = 1 << 26
+_MOST_LOGITS = 1 << 26  # of all tokens: 256 MB of float32
 _AT_ONCE = 64  # tokens whose logits are held at a time
 
 
