@@ -237,7 +237,7 @@ def test_a_checkpoint_is_not_a_model_folder(data):
         mlx_pararnn.load(data / "trained/paragru/final.pt")
 
 
-def test_the_demo_is_what_the_converter_makes(converted):
+def test_a_conversion_gives_the_same_files_again(converted):
     made = converted("trained/paragru/final.pt", dtype="float16", tokenizer="bytes")
     demo = mx.load(str(DEMO / "model.safetensors"))
     again = mx.load(str(made / "model.safetensors"))

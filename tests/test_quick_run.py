@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.golden import DATA
 from tests.support.quick_run import LEFT_OUT, a_few, left_out_mark, mark_what_is_left_out
 
 
@@ -44,3 +45,8 @@ def test_the_others_wear_the_mark():
     mark_what_is_left_out(cases)
     assert sum(left_out_mark(item) == "large" for item in cases) == 8
     assert set(LEFT_OUT) == {"harness", "toolchain", "large"}
+
+
+def test_a_clone_stays_small():
+    """What a test can make, as tests/support/demo.py does, is not kept in tests/data."""
+    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) < 15_000_000
