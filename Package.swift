@@ -12,7 +12,9 @@ let package = Package(
     .executable(name: "pararnn-chat", targets: ["pararnn-chat"]),
   ],
   targets: [
-    .target(name: "ParaRNN", dependencies: usesStub ? ["CoreML"] : [], path: "swift/ParaRNN"),
+    .target(
+      name: "ParaRNN", dependencies: usesStub ? ["CoreML"] : [], path: "swift/ParaRNN",
+      resources: [.copy("PrivacyInfo.xcprivacy")]),
     .executableTarget(name: "pararnn-chat", dependencies: ["ParaRNN"], path: "swift/pararnn-chat"),
     .testTarget(
       name: "ParaRNNTests", dependencies: ["ParaRNN"], path: "swift/ParaRNNTests", exclude: ["Data"]),

@@ -1,4 +1,4 @@
-"""Prints the Swift blocks of README.md and docs/swift.md as one source file, so that a build compiles them.
+"""Prints the Swift blocks of README.md and of some pages of docs/ as one source file, for a build to compile.
 
 Each becomes the body of a function that has a `url`, a `model` and a `chat`; one after a line that says "not
 compiled here" is left out.
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/swift.md")
+PAGES = ("README.md", "docs/swift.md", "docs/tools.md")
 
 
 def samples() -> str:

@@ -128,6 +128,11 @@ public struct BPETokenizer: ParaRNNTokenizer {
     return addingSpecialTokens ? tokens + after : tokens
   }
 
+  public func token(named name: String) -> Int? {
+    let bytes = Array(name.utf8)
+    return added.first { $0.bytes == bytes }?.id ?? ByteAlphabet.bytes(name).flatMap { tokenOfBytes[$0] }
+  }
+
   public func decode(_ tokens: [Int]) -> String {
     String(decoding: tokens.flatMap { bytesOfToken[$0] ?? [] }, as: UTF8.self)
   }

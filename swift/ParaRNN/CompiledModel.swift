@@ -1,6 +1,10 @@
 #if canImport(CoreML)
   import CoreML
 
+  #if canImport(CryptoKit)
+    import CryptoKit
+  #endif
+
   /// Finds a model on disk, compiles it where needed and keeps what was compiled.
   struct CompiledModel {
     /// The .mlmodelc that is to be loaded.
@@ -32,8 +36,10 @@
         return
       }
       source = url
-      self.url = cache.appendingPathComponent(try Self.key(url)).appendingPathExtension("mlmodelc")
-      if !FileManager.default.fileExists(atPath: self.url.path) { try await compile() }
+      let key = try Self.key(url)
+      let kept = Self.contents(of: cache).first { $0.hasSuffix("-\(key.content).mlmodelc") }
+      self.url = cache.appendingPathComponent(kept ?? "\(key.name)-\(key.place)-\(key.content).mlmodelc")
+      if kept == nil { try await compile() }
     }
 
     /// Compile anew what is in the cache; false for a model that came compiled.
@@ -56,44 +62,68 @@
         } catch  where FileManager.default.fileExists(atPath: url.path) {
           // Another process was faster; its result is the same.
         }
+        leaveOutOfBackups()
         removeOlder()
       } catch {
         throw ParaRNNError.cannotLoad(source, reason: error.localizedDescription)
       }
     }
 
-    /// Remove what was made of the same package before it, or the system, changed.
+    /// Remove what another build of the system compiled, and what was made of the same package before it changed.
     private func removeOlder() {
       let (cache, name) = (url.deletingLastPathComponent(), url.lastPathComponent)
-      let prefix = name.dropLast("0123456789abcdef.mlmodelc".count)
-      for other in (try? FileManager.default.contentsOfDirectory(atPath: cache.path)) ?? []
-      where other.hasPrefix(prefix) && other != name {
-        try? FileManager.default.removeItem(at: cache.appendingPathComponent(other))
+      // A name ends in three groups of 16 digits: place, system, contents.
+      let place = name.dropLast(2 * 17 + ".mlmodelc".count)
+      let system = "-\(Self.system)-"
+      for other in Self.contents(of: cache) where other != name && other.hasSuffix(".mlmodelc") {
+        let isOfAnotherSystem = !other.dropLast(16 + ".mlmodelc".count).hasSuffix(system)
+        if other.hasPrefix(place) || isOfAnotherSystem {
+          try? FileManager.default.removeItem(at: cache.appendingPathComponent(other))
+        }
       }
     }
 
-    /// The caches folder of the user or the app.
+    private func leaveOutOfBackups() {
+      #if canImport(Darwin)
+        var values = URLResourceValues()
+        values.isExcludedFromBackup = true
+        var folder = url.deletingLastPathComponent()
+        try? folder.setResourceValues(values)
+      #endif
+    }
+
+    private static func contents(of folder: URL) -> [String] {
+      (try? FileManager.default.contentsOfDirectory(atPath: folder.path))?.sorted() ?? []
+    }
+
+    /// In the application support folder of the user or the app: the system empties the caches folder when it likes,
+    /// and compiling takes long.
     static func defaultCache() throws -> URL {
       try FileManager.default.url(
-        for: .cachesDirectory, in: .userDomainMask, appropriateFor: nil, create: true
+        for: .applicationSupportDirectory, in: .userDomainMask, appropriateFor: nil, create: true
       )
       .appendingPathComponent("mlx-pararnn")
     }
 
-    /// The package's name and place, then what changes with each file's path, size and date, and with the system: a
-    /// compiled model belongs to it.
-    private static func key(_ package: URL) throws -> String {
-      var place = Fingerprint()
-      place.add(package.path)
+    /// The build of the system: a compiled model belongs to it.
+    private static let system: String = {
       var hash = Fingerprint()
       hash.add(ProcessInfo.processInfo.operatingSystemVersionString)
+      return hash.hexadecimal
+    }()
+
+    /// What a compiled package is kept by. Its content is that of its files, wherever they stand: an app's folder is
+    /// another one after each update.
+    private static func key(_ package: URL) throws -> (name: String, place: String, content: String) {
+      var place = Fingerprint()
+      place.add(package.path)
+      var hash = ContentHash()
       for file in try files(in: package) {
-        let attributes = try FileManager.default.attributesOfItem(atPath: file.path)
-        let date = (attributes[.modificationDate] as? Date)?.timeIntervalSince1970 ?? 0
-        hash.add("\(file.path) \(attributes[.size] ?? 0) \(date)")
+        hash.add(Data(file.path.dropFirst(package.path.count).utf8))
+        hash.add(try Data(contentsOf: file, options: .mappedIfSafe))
       }
       let name = package.deletingPathExtension().lastPathComponent
-      return "\(name)-\(place.hexadecimal)-\(hash.hexadecimal)"
+      return (name, place.hexadecimal, "\(system)-\(hash.hexadecimal)")
     }
 
     /// Every regular file under `folder`, in a fixed order.
@@ -122,5 +152,30 @@
       }
       return hash.hexadecimal
     }
+  }
+
+  /// A hash of whole files, in 16 hexadecimal digits; SHA-256 where there is CryptoKit.
+  private struct ContentHash {
+    #if canImport(CryptoKit)
+      private var hash = SHA256()
+
+      mutating func add(_ data: Data) {
+        withUnsafeBytes(of: UInt64(data.count).littleEndian) { hash.update(bufferPointer: $0) }
+        hash.update(data: data)
+      }
+
+      var hexadecimal: String {
+        hash.finalize().prefix(8).map { String(format: "%02x", $0) }.joined()
+      }
+    #else
+      private var hash = Fingerprint()
+
+      mutating func add(_ data: Data) {
+        withUnsafeBytes(of: UInt64(data.count).littleEndian) { hash.add($0) }
+        hash.add(data)
+      }
+
+      var hexadecimal: String { hash.hexadecimal }
+    #endif
   }
 #endif

@@ -66,3 +66,32 @@ struct Detokenizer: Sendable {
     }
   }
 }
+
+/// Ends a text before the first of some texts, and holds back what may be the beginning of one.
+struct StopTexts: Sendable {
+  private let stops: [[UInt8]]
+  private var held: [UInt8] = []
+  private(set) var isFound = false
+
+  init(_ stops: [String]) { self.stops = stops.map { Array($0.utf8) } }
+
+  /// What of the text so far can be given.
+  mutating func append(_ piece: String) -> String {
+    if stops.isEmpty { return piece }
+    held += Array(piece.utf8)
+    for at in held.indices where stops.contains(where: { held[at...].starts(with: $0) }) {
+      isFound = true
+      defer { held = [] }
+      return String(decoding: held[..<at], as: UTF8.self)
+    }
+    let first = held.indices.first { at in stops.contains { $0.starts(with: held[at...]) } } ?? held.count
+    defer { held.removeFirst(first) }
+    return String(decoding: held[..<first], as: UTF8.self)
+  }
+
+  /// What has been held back, once no more comes.
+  mutating func finish() -> String {
+    defer { held = [] }
+    return String(decoding: held, as: UTF8.self)
+  }
+}

@@ -1,12 +1,30 @@
 #if canImport(CoreML)
   import Foundation
 
+  /// What a chat knows of an answer in the making, and a stream reads.
+  protocol Answering: Actor {
+    /// The next piece of text; nil at the end.
+    func next() async throws -> String?
+    /// Give nothing more.
+    func stop() async
+    /// True once the whole prompt has been read and no prediction has failed.
+    var isSound: Bool { get async }
+    /// False once it has ended, was stopped or has failed.
+    var isGoingOn: Bool { get }
+    /// The memory after what has been read and said.
+    var memory: ParaRNNModel.Memory { get async }
+    /// All text given so far.
+    var text: String { get }
+    var statistics: GenerationStatistics { get }
+  }
+
   /// One answer in the making: reads the prompt in chunks, then gives a piece of text at each call.
-  actor Generation {
+  actor Generation: Answering {
     private let model: ParaRNNModel
     private let options: GenerationOptions
     private var sampler: Sampler
     private var detokenizer: Detokenizer
+    private var stopTexts: StopTexts
     private var unread: ArraySlice<Int>
     private var recent: [Int]
     private var output: ParaRNNModel.Output?
@@ -21,6 +39,7 @@
     /// True once the whole prompt has been read and no prediction has failed.
     private(set) var isSound = false
     private var hasEnded = false
+    var isGoingOn: Bool { !hasEnded }
 
     /// - Parameter tokens: what is to be read first, the memory's pending token not included.
     /// - Throws: ``ParaRNNError`` for options or tokens that cannot be.
@@ -46,6 +65,7 @@
       recent = all.suffix(Sampler.penalized)
       sampler = Sampler(options)
       detokenizer = Detokenizer(model.tokenizer)
+      stopTexts = StopTexts(options.stop)
       statistics.promptTokens = all.count
     }
 
@@ -115,7 +135,13 @@
         statistics.generatedTokens += 1
         recent = recent.suffix(Sampler.penalized - 1) + [token]
         if model.settings.endTokens.contains(token) { return end(.endOfText) }
-        let piece = detokenizer.append(token)
+        let piece = stopTexts.append(detokenizer.append(token))
+        if stopTexts.isFound {
+          hasEnded = true
+          statistics.stopReason = .stopText
+          text += piece
+          return piece.isEmpty ? nil : piece
+        }
         if !piece.isEmpty {
           text += piece
           return piece
@@ -143,7 +169,8 @@
     private func end(_ reason: GenerationStatistics.StopReason) -> String? {
       hasEnded = true
       statistics.stopReason = reason
-      let piece = detokenizer.finish()
+      var piece = stopTexts.append(detokenizer.finish())
+      if !stopTexts.isFound { piece += stopTexts.finish() }
       text += piece
       return piece.isEmpty ? nil : piece
     }
@@ -163,7 +190,7 @@
 
     private let source: Source
 
-    init(start: @escaping @Sendable () async throws -> Generation) { source = Source(start) }
+    init(start: @escaping @Sendable () async throws -> any Answering) { source = Source(start) }
 
     public func makeAsyncIterator() -> AsyncIterator { AsyncIterator(source: source) }
 
@@ -184,10 +211,10 @@
 
     /// Starts the generation when the first piece is asked for.
     fileprivate actor Source {
-      private var start: (@Sendable () async throws -> Generation)?
-      private(set) var generation: Generation?
+      private var start: (@Sendable () async throws -> any Answering)?
+      private(set) var generation: (any Answering)?
 
-      init(_ start: @escaping @Sendable () async throws -> Generation) { self.start = start }
+      init(_ start: @escaping @Sendable () async throws -> any Answering) { self.start = start }
 
       func next() async throws -> String? {
         if let start {

@@ -14,10 +14,12 @@ public struct GenerationOptions: Sendable, Equatable {
   public var repetitionPenalty: Float
   /// The same seed draws the same tokens again, in this library; nil draws anew each time.
   public var seed: UInt64?
+  /// Texts before which an answer ends; they are not part of it.
+  public var stop: [String]
 
   public init(
     maxTokens: Int = 256, temperature: Float = 0, topK: Int = 0, topP: Float = 1, minP: Float = 0,
-    repetitionPenalty: Float = 1, seed: UInt64? = nil
+    repetitionPenalty: Float = 1, seed: UInt64? = nil, stop: [String] = []
   ) {
     self.maxTokens = maxTokens
     self.temperature = temperature
@@ -26,6 +28,7 @@ public struct GenerationOptions: Sendable, Equatable {
     self.minP = minP
     self.repetitionPenalty = repetitionPenalty
     self.seed = seed
+    self.stop = stop
   }
 
   func check() throws {
@@ -34,6 +37,7 @@ public struct GenerationOptions: Sendable, Equatable {
     }
     try require(maxTokens >= 0, "maxTokens is \(maxTokens), below 0")
     try require(temperature >= 0 && temperature.isFinite, "temperature is \(temperature), not from 0 up")
+    try require(!stop.contains(""), "a text in stop is empty")
     try require(topK >= 0, "topK is \(topK), below 0")
     try require(topP > 0 && topP <= 1, "topP is \(topP), not above 0 and up to 1")
     try require(minP >= 0 && minP <= 1, "minP is \(minP), not from 0 to 1")

@@ -14,10 +14,11 @@
   public actor ParaRNNChat {
     public nonisolated let model: ParaRNNModel
     private let format: ChatFormat?
+    private let functions: ToolFunctions
     private var settled: [ChatMessage]
     private var memory: ParaRNNModel.Memory?
     private var turns: [Turn] = []
-    private var current: (question: String, generation: Generation)?
+    private var current: (question: String, generation: any Answering)?
     /// True while a question is begun, taken back or the conversation saved: the memory belongs to that alone.
     private var isBusy = false
 
@@ -30,15 +31,20 @@
       let before: ParaRNNModel.Snapshot
     }
 
-    init(model: ParaRNNModel, system: String?, format: ChatFormat?) {
+    init(model: ParaRNNModel, system: String?, format: ChatFormat?, functions: ToolFunctions) {
       self.model = model
       self.format = format
+      self.functions = functions
       settled = system.map { [ChatMessage(.system, $0)] } ?? []
     }
 
-    init(model: ParaRNNModel, format: ChatFormat?, messages: [ChatMessage], memory: ParaRNNModel.Memory) {
+    init(
+      model: ParaRNNModel, format: ChatFormat?, functions: ToolFunctions, messages: [ChatMessage],
+      memory: ParaRNNModel.Memory?
+    ) {
       self.model = model
       self.format = format
+      self.functions = functions
       self.memory = memory
       settled = messages
     }
@@ -49,7 +55,21 @@
     ///
     /// - Throws (while the stream is read): ``ParaRNNError``; `CancellationError` once the task is cancelled.
     public nonisolated func respond(to text: String, options: GenerationOptions = .init()) -> TextStream {
-      TextStream { try await self.begin(text, options) }
+      TextStream {
+        if self.model.usesTools { return try await self.beginWithTools(text, options, .init()) }
+        return try await self.beginText(text, options)
+      }
+    }
+
+    /// Stream all that happens while a model that ``ParaRNNModel/usesTools`` answers: calls, results, pieces of text.
+    ///
+    /// ``GenerationOptions/maxTokens`` is not read: ``ToolLimits`` say where a turn ends.
+    ///
+    /// - Throws (while the stream is read): ``ParaRNNError``; `CancellationError` once the task is cancelled.
+    public nonisolated func events(
+      respondingTo text: String, options: GenerationOptions = .init(), limits: ToolLimits = .init()
+    ) -> ToolEvents {
+      ToolEvents { try await self.beginWithTools(text, options, limits) }
     }
 
     /// What was said, an answer in the making included.
@@ -58,6 +78,14 @@
         let settled = settled  // before the first await, that what is settled meanwhile is not there twice
         guard let (question, generation) = current, await generation.isSound else { return settled }
         return settled + [ChatMessage(.user, question), ChatMessage(.assistant, await generation.text)]
+      }
+    }
+
+    /// True while an answer is being made: its stream has been begun, and neither ended nor was left for another.
+    public var isResponding: Bool {
+      get async {
+        guard let (_, generation) = current else { return isBusy }
+        return await generation.isGoingOn
       }
     }
 
@@ -105,15 +133,39 @@
       return empty
     }
 
-    private func begin(_ text: String, _ options: GenerationOptions) async throws -> Generation {
+    private func beginText(_ text: String, _ options: GenerationOptions) async throws -> Generation {
+      try await begin(text) { memory in
+        let tokens = try tokens(of: text, memory)
+        return try Generation(model: model, memory: memory, tokens: tokens, options: options)
+      }
+    }
+
+    private func beginWithTools(
+      _ text: String, _ options: GenerationOptions, _ limits: ToolLimits
+    ) async throws -> ToolAnswer {
+      guard let tools = model.tools else {
+        throw ParaRNNError.toolsMismatch(reason: "it does not use tools; call respond(to:)")
+      }
+      if settled.first?.role == .system {
+        throw ParaRNNError.toolsMismatch(reason: "a model that uses tools takes no system prompt")
+      }
+      return try await begin(text) { memory in
+        try ToolAnswer(
+          text, model: model, memory: memory, tools: tools, functions: functions, limits: limits,
+          options: options)
+      }
+    }
+
+    private func begin<A: Answering>(
+      _ text: String, _ make: (ParaRNNModel.Memory) throws -> A
+    ) async throws -> A {
       if isBusy { throw ParaRNNError.busy }
       isBusy = true
       defer { isBusy = false }
       try await settle()
       let memory = try await currentMemory()
-      let tokens = try tokens(of: text, memory)
       let before = try await model.snapshot(memory)
-      let generation = try Generation(model: model, memory: memory, tokens: tokens, options: options)
+      let generation = try make(memory)
       turns = turns.suffix(Self.undoLimit - 1) + [Turn(messages: settled, before: before)]
       current = (text, generation)
       return generation
@@ -138,8 +190,14 @@
       let tokenizer = model.tokenizer
       let turn = format.beforeUser + text + format.afterUser
       guard memory.position > 0 else {
-        let system = settled.first.map { format.beforeSystem + $0.text + format.afterSystem } ?? ""
-        return tokenizer.encode(system + turn, addingSpecialTokens: format.addsSpecialTokens)
+        let earlier = settled.map { message in
+          switch message.role {
+          case .system: format.beforeSystem + message.text + format.afterSystem
+          case .user: format.beforeUser + message.text + format.afterUser
+          case .assistant: message.text + format.afterAnswer
+          }
+        }
+        return tokenizer.encode(earlier.joined() + turn, addingSpecialTokens: format.addsSpecialTokens)
       }
       var tokens = tokenizer.encode(format.afterAnswer + turn, addingSpecialTokens: false)
       // The model ended its answer itself, with the token that the format puts there.

@@ -22,6 +22,12 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case invalidOption(String)
   /// The package gives only the likeliest token, so nothing can be sampled.
   case samplingNeedsLogits
+  /// The package gives only the likeliest token, so it cannot be held to the protocol of tools.
+  case toolsNeedLogits
+  /// A model that uses tools has been asked in a way that is for others, or the other way round.
+  case toolsMismatch(reason: String)
+  /// A function that a model cannot be allowed to call.
+  case invalidFunction(name: String, reason: String)
   /// There is nothing to read.
   case emptyPrompt
   /// A token id that the model does not have.
@@ -32,6 +38,8 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case predictionFailed(reason: String)
   /// The model has a chat template that the library has no ``ChatFormat`` for.
   case unknownChatTemplate
+  /// Messages that are no conversation up to an answer.
+  case wrongMessages(reason: String)
   /// There is no answer to take back.
   case nothingToUndo
   /// A stream was read from two places at once, or a chat was asked, saved or taken back while it was at one of
@@ -68,6 +76,12 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
       "A generation option is out of range: \(reason)."
     case .samplingNeedsLogits:
       "This package gives only the likeliest token; set temperature to 0 and no penalty, or export without --argmax."
+    case .toolsNeedLogits:
+      "This package gives only the likeliest token, and tools need all logits; export without --argmax."
+    case .toolsMismatch(let reason):
+      "This model cannot be asked so: \(reason)."
+    case .invalidFunction(let name, let reason):
+      "The function \(name) cannot be allowed: \(reason)."
     case .emptyPrompt:
       "The prompt is empty; give at least one token."
     case .unknownToken(let token, let size):
@@ -78,6 +92,8 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
       "Core ML failed at a prediction: \(reason)"
     case .unknownChatTemplate:
       "The model's chat template is none that this library knows; pass `format:` to chat(system:format:)."
+    case .wrongMessages(let reason):
+      "The messages must be of the user and the assistant in turn, a system prompt first if at all: \(reason)."
     case .nothingToUndo:
       "There is no answer to take back."
     case .busy:

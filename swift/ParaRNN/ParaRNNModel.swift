@@ -18,6 +18,10 @@
     public nonisolated let tokenizer: any ParaRNNTokenizer
     /// How chats are written: as the files beside the model say; nil if their chat template is not a known one.
     public nonisolated let chatFormat: ChatFormat?
+    /// The tokens by which the model uses tools; nil if its tokenizer lacks them.
+    nonisolated let tools: ToolProtocol?
+    /// True if the model was trained to call functions: its chats do, and take ``ToolFunctions``.
+    public nonisolated var usesTools: Bool { tools != nil }
     /// Tells this model from others.
     nonisolated let fingerprint: String
     private let decode: MLModel
@@ -56,6 +60,7 @@
       fingerprint = CompiledModel.fingerprint(of: compiled.url, settings: text)
       let folder = CompiledModel.folder(of: url)
       self.tokenizer = try tokenizer ?? Self.tokenizer(in: folder)
+      tools = ToolProtocol(self.tokenizer)
       chatFormat = ChatFormat.found(in: folder)
       if let size = self.tokenizer.vocabularySize, size > settings.vocabularySize {
         throw ParaRNNError.wrongVocabulary(tokenizer: size, model: settings.vocabularySize)
@@ -127,19 +132,49 @@
     /// - Parameters:
     ///   - system: what stands before the first turn.
     ///   - format: nil for ``chatFormat``.
-    public nonisolated func chat(system: String? = nil, format: ChatFormat? = nil) -> ParaRNNChat {
-      ParaRNNChat(model: self, system: system, format: format ?? chatFormat)
+    ///   - functions: what a model that ``usesTools`` may call; such a model takes no system prompt and no format.
+    public nonisolated func chat(
+      system: String? = nil, format: ChatFormat? = nil, functions: ToolFunctions = .init()
+    ) -> ParaRNNChat {
+      ParaRNNChat(model: self, system: system, format: format ?? chatFormat, functions: functions)
+    }
+
+    /// A conversation that goes on after messages from elsewhere; they are read before the first answer.
+    ///
+    /// - Parameter messages: user and assistant by turns, a system prompt first if there is one.
+    /// - Throws: ``ParaRNNError/toolsMismatch(reason:)``, ``ParaRNNError/wrongMessages(reason:)``
+    public nonisolated func chat(messages: [ChatMessage], format: ChatFormat? = nil) throws -> ParaRNNChat {
+      if usesTools && !messages.isEmpty {
+        throw ParaRNNError.toolsMismatch(reason: "a model that uses tools reads no earlier messages")
+      }
+      let turns = messages.first?.role == .system ? messages.dropFirst() : messages[...]
+      for (i, message) in turns.enumerated() {
+        let role: ChatMessage.Role = i.isMultiple(of: 2) ? .user : .assistant
+        guard message.role == role else {
+          throw ParaRNNError.wrongMessages(
+            reason: "message \(messages.count - turns.count + i) is of the \(message.role.rawValue)")
+        }
+      }
+      guard turns.count.isMultiple(of: 2) else {
+        throw ParaRNNError.wrongMessages(reason: "the last one has no answer; pass it to respond(to:)")
+      }
+      return ParaRNNChat(
+        model: self, format: format ?? chatFormat, functions: .init(), messages: messages, memory: nil)
     }
 
     /// The conversation that ``ParaRNNChat/save()`` gave.
     ///
     /// - Throws: ``ParaRNNError/notASavedChat(reason:)``, ``ParaRNNError/savedWithAnotherModel``
-    public func chat(restoring saved: Data, format: ChatFormat? = nil) throws -> ParaRNNChat {
+    public func chat(
+      restoring saved: Data, format: ChatFormat? = nil, functions: ToolFunctions = .init()
+    ) throws -> ParaRNNChat {
       let conversation = try SavedChat(data: saved, settings: settings, fingerprint: fingerprint)
       let memory = Memory(
-        state: try restore(conversation.tensors), position: conversation.position, pending: conversation.pending)
+        state: try restore(conversation.tensors), position: conversation.position,
+        pending: conversation.pending)
       return ParaRNNChat(
-        model: self, format: format ?? chatFormat, messages: conversation.messages, memory: memory)
+        model: self, format: format ?? chatFormat, functions: functions, messages: conversation.messages,
+        memory: memory)
     }
 
     // MARK: - Memory

@@ -10,10 +10,15 @@ public protocol ParaRNNTokenizer: Sendable {
 
   /// The text of some tokens. Bytes that are not UTF-8, also a character cut off at the end, become U+FFFD.
   func decode(_ tokens: [Int]) -> String
+
+  /// The id of a token as tokenizer.json writes it; nil if there is none, or the tokenizer does not tell. Needed for
+  /// models that use tools alone.
+  func token(named name: String) -> Int?
 }
 
 extension ParaRNNTokenizer {
   public var vocabularySize: Int? { nil }
+  public func token(named name: String) -> Int? { nil }
 }
 
 /// Tokens are the bytes of UTF-8: for models trained on raw bytes.

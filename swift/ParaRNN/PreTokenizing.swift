@@ -10,23 +10,27 @@ extension JSON {
 /// The printable character that byte-level BPE (GPT-2) writes for each byte: bytes that Latin-1 prints stand for
 /// themselves, the others take the code points from 256 on, in order.
 enum ByteAlphabet {
-  private static let byteOfScalar: [UInt32: UInt8] = {
-    var table: [UInt32: UInt8] = [:]
+  private static let scalars: [Unicode.Scalar] = {
     var others: UInt32 = 0
-    for byte in UInt32(0)...255 {
+    return (UInt32(0)...255).map { byte in
       let prints =
         (0x21...0x7E).contains(byte) || (0xA1...0xAC).contains(byte) || (0xAE...0xFF).contains(byte)
-      table[prints ? byte : 256 + others] = UInt8(byte)
       if !prints { others += 1 }
+      return Unicode.Scalar(prints ? byte : 255 + others)!
     }
-    return table
   }()
+
+  private static let byteOfScalar = Dictionary(
+    uniqueKeysWithValues: scalars.enumerated().map { ($1, UInt8($0)) })
+
+  /// The character for a byte.
+  static func text(_ byte: UInt8) -> String { String(scalars[Int(byte)]) }
 
   /// The bytes that `text` is written for; nil if it holds another character.
   static func bytes(_ text: String) -> [UInt8]? {
     var bytes: [UInt8] = []
     for scalar in text.unicodeScalars {
-      guard let byte = byteOfScalar[scalar.value] else { return nil }
+      guard let byte = byteOfScalar[scalar] else { return nil }
       bytes.append(byte)
     }
     return bytes

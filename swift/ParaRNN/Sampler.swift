@@ -66,9 +66,19 @@ struct Sampler: Sendable {
   }
 
   private func keepTopP(_ scores: inout [Float]) {
-    let sorted = scores.sorted(by: >)
-    let masses = sorted.map { exp(Double($0)) }
-    let wanted = Double(options.topP) * masses.reduce(0, +)
+    let wanted = Double(options.topP) * scores.reduce(0.0) { $0 + exp(Double($1)) }
+    // Sorting them all is most of a step's time, and the few likeliest have the mass.
+    let best = scores.max() ?? 0
+    var distance: Float = 4
+    var sorted: [Float] = []
+    var masses: [Double] = []
+    repeat {
+      distance *= 2
+      sorted = scores.filter { $0 >= best - distance }
+      masses = sorted.map { exp(Double($0)) }
+    } while masses.reduce(0, +) < wanted && sorted.count < scores.count && distance < 1000
+    sorted.sort(by: >)
+    masses = sorted.map { exp(Double($0)) }
     var above = 0.0
     var least = sorted[0]
     for (score, mass) in zip(sorted, masses) {
@@ -80,8 +90,21 @@ struct Sampler: Sendable {
   }
 
   private func keepTopK(_ scores: inout [Float]) {
-    let order = scores.indices.sorted { (scores[$0], $1) > (scores[$1], $0) }
-    for i in order.dropFirst(options.topK) { scores[i] = -.infinity }
+    guard options.topK <= 256 else {
+      let order = scores.indices.sorted { (scores[$0], $1) > (scores[$1], $0) }
+      for i in order.dropFirst(options.topK) { scores[i] = -.infinity }
+      return
+    }
+    // The best so far, best first; of equal ones the first stay.
+    var kept: [(score: Float, token: Int)] = []
+    for (token, score) in scores.enumerated() where kept.count < options.topK || score > kept.last!.score {
+      if kept.count == options.topK { kept.removeLast() }
+      let place = kept.firstIndex { $0.score < score } ?? kept.count
+      kept.insert((score, token), at: place)
+    }
+    var few = [Float](repeating: -.infinity, count: scores.count)
+    for (score, token) in kept { few[token] = score }
+    scores = few
   }
 
   /// The first of the largest, as MLX's argmax.

@@ -9,10 +9,16 @@ public struct GenerationStatistics: Sendable, Equatable {
   public enum StopReason: Sendable, Equatable {
     /// The model ended the text.
     case endOfText
+    /// One of ``GenerationOptions/stop`` was said.
+    case stopText
     /// ``GenerationOptions/maxTokens`` were generated.
     case maxTokens
     /// The model's learned positions are used up.
     case positions
+    /// ``ToolLimits/steps`` of a model that uses tools, or its learned positions.
+    case steps
+    /// ``ToolLimits/seconds``
+    case time
   }
   public internal(set) var promptTokens = 0
   public internal(set) var promptSeconds = 0.0

@@ -117,6 +117,35 @@
       }
     }
 
+    @Test func textsThatEndAnAnswer() async throws {
+      let said = "one, two, three"
+      var fake = HashModel(chunk: 4)
+      fake.script = [0] + said.utf8.map(Int.init)
+      try await fake.load { (model) async throws in
+        let cases: [([String], String, GenerationStatistics.StopReason)] = [
+          ([", t"], "one", .stopText), (["two", "o,"], "one, ", .stopText), (["three!"], said, .maxTokens),
+          (["e"], "on", .stopText), (["ee"], "one, two, thr", .stopText),
+          (["one, two, threes"], said, .maxTokens),
+        ]
+        for (stop, text, reason) in cases {
+          var answer = ""
+          let options = GenerationOptions(maxTokens: said.utf8.count, stop: stop)
+          let stream = model.generate("x", options: options)
+          for try await piece in stream { answer += piece }
+          #expect(answer == text, "\(stop)")
+          #expect(await stream.statistics?.stopReason == reason)
+        }
+        guard
+          case .invalidOption = await failure({
+            _ = try await tokens(model.generate("a", options: .init(stop: [""])))
+          })
+        else {
+          Issue.record("an empty text was taken")
+          return
+        }
+      }
+    }
+
     @Test func seededSamplingRepeats() async throws {
       try await HashModel().loadASCII { (model) async throws in
         func sample(_ seed: UInt64?) async throws -> [Int] {
@@ -320,6 +349,34 @@
             }
           }
           try await group.waitForAll()
+        }
+      }
+    }
+
+    @Test func messagesFromElsewhere() async throws {
+      let fake = ascii()
+      try await fake.loadASCII { (model) async throws in
+        let format = ChatFormat(
+          beforeSystem: "<", afterSystem: ">", beforeUser: "[", afterUser: "]", afterAnswer: ";")
+        let messages = [ChatMessage(.system, "S"), .init(.user, "A"), .init(.assistant, "B")]
+        let chat = try model.chat(messages: messages, format: format)
+        #expect(await !chat.isResponding)
+        let stream = chat.respond(to: "C", options: .init(maxTokens: 5))
+        var answer = ""
+        for try await piece in stream {
+          answer += piece
+          if answer.utf8.count < 5 { #expect(await chat.isResponding) }
+        }
+        #expect(await !chat.isResponding)
+        #expect(ids(answer) == fake.continuation(of: ids("<S>[A]B;[C]"), count: 5))
+        #expect(await chat.messages == messages + [.init(.user, "C"), .init(.assistant, answer)])
+        #expect(try await chat.undo() == "C")
+        #expect(await chat.messages == messages)
+        for wrong in [[messages[2]], [messages[1]], [messages[1], messages[1]], messages + messages] {
+          guard case .wrongMessages = await failure({ _ = try model.chat(messages: wrong) }) else {
+            Issue.record("\(wrong)")
+            continue
+          }
         }
       }
     }

@@ -1,3 +1,4 @@
+import Foundation
 import Testing
 
 @testable import ParaRNN
@@ -50,6 +51,35 @@ import Testing
     for (count, p) in zip(counts, test.probabilities) {
       let deviation = (p * (1 - p) / Float(draws)).squareRoot()
       #expect(abs(Float(count) / Float(draws) - p) <= 5 * deviation + 1e-4)
+    }
+  }
+
+  /// The filters look at the likeliest tokens alone; which are left must be what sorting all of them says.
+  @Test(arguments: [0.5, 3, 30] as [Float]) func filtersOfLargeVocabularies(spread: Float) {
+    var random = SplitMix64(seed: 11)
+    var logits = (0..<3000).map { _ in Float.random(in: -1...1, using: &random) * spread }
+    for i in stride(from: 0, to: 3000, by: 7) { logits[i] = -.infinity }  // not allowed
+    for i in 0..<40 { logits[5 * i + 1] = logits[1] }  // equal ones
+    func left(_ options: GenerationOptions) -> [Int] {
+      let probabilities = Sampler(options).probabilities(logits, after: [])
+      return probabilities.indices.filter { probabilities[$0] > 0 }
+    }
+    let order = logits.indices.sorted { (logits[$0], $1) > (logits[$1], $0) }
+    for k in [1, 5, 64, 256, 257, 1000] {
+      #expect(left(.init(temperature: 50, topK: k)) == order.prefix(k).sorted())
+    }
+    let total = logits.reduce(0.0) { $0 + exp(Double($1)) }
+    for p in [0.01, 0.5, 0.9, 0.999] as [Float] {
+      var (mass, count) = (0.0, 0)
+      while mass < Double(p) * total * (1 - 1e-6) {
+        mass += exp(Double(logits[order[count]]))
+        count += 1
+      }
+      let found = left(.init(temperature: 50, topP: p))
+      // Rounding, and those that are as likely as the last.
+      let same = order.filter { logits[$0] == logits[order[count - 1]] }.count
+      #expect(found.count >= count && found.count <= count + same + 1, "\(p)")
+      #expect(Set(order.prefix(count)).isSubset(of: found))
     }
   }
 

@@ -14,8 +14,12 @@ else
   trap 'rm -rf "$work"' EXIT
 fi
 
+"$here/run.sh" "$toolchain" "$root" swift format lint --strict --recursive --configuration swift/.swift-format \
+  Package.swift swift examples/ChatApp
 rm -rf "$work/swift"
 cp -R "$root/Package.swift" "$root/swift" "$work/"
+mkdir -p "$work/tests/data"
+cp -R "$root/tests/data/tools" "$work/tests/data/"
 cp "$root/examples/ChatApp/ChatApp/Conversation.swift" "$work/swift/ParaRNNTests/"
 python3 "$root/swift/doc_samples.py" > "$work/swift/ParaRNNTests/DocSamples.swift"
 

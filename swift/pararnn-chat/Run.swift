@@ -10,6 +10,7 @@
     ]
     let model = try await ParaRNNModel(
       contentsOf: URL(fileURLWithPath: arguments.model), computeUnits: units[arguments.units]!)
+    if model.usesTools { return try await runWithTools(model, arguments) }
     if let prompt = arguments.prompt {
       let stream = model.generate(prompt, options: arguments.options)
       for try await piece in stream { put(piece) }
@@ -54,13 +55,13 @@
     }
   }
 
-  private func nextLine() -> String? {
+  func nextLine() -> String? {
     if isatty(0) != 0 { put("> ") }
     return readLine()
   }
 
   /// Run `body` in a task that Ctrl-C cancels.
-  private func stopping(_ body: @escaping @Sendable () async throws -> Void) async throws {
+  func stopping(_ body: @escaping @Sendable () async throws -> Void) async throws {
     let task = Task { try await body() }
     signal(SIGINT, SIG_IGN)
     let source = DispatchSource.makeSignalSource(signal: SIGINT)
@@ -74,7 +75,11 @@
   }
 
   private func report(_ stream: TextStream?, _ model: ParaRNNModel) async {
-    if let s = await stream?.statistics {
+    report(await stream?.statistics, model)
+  }
+
+  func report(_ statistics: GenerationStatistics?, _ model: ParaRNNModel) {
+    if let s = statistics {
       say(
         String(
           format: "prompt %d tokens, %.1f/s; answer %d tokens, %.1f/s", s.promptTokens,

@@ -12,6 +12,7 @@ let usage = """
     -m, --max-tokens N         at most so many tokens an answer (256)
     --temp T --top-k N --top-p P --min-p P --repetition-penalty R --seed N
     --system TEXT              what stands before the first turn
+    --show-tools               show everything that a model with tools thinks, reads and calls
     --units all|cpu|gpu|ne     where Core ML may run the model (all); gpu and ne each with the CPU
     -h, --help
 
@@ -23,6 +24,8 @@ struct Arguments {
   var model = ""
   var prompt: String?
   var system: String?
+  var limits = ToolLimits()
+  var showsTools = false
   var units = "all"
   var options = GenerationOptions()
 
@@ -40,7 +43,9 @@ struct Arguments {
       }
       switch word {
       case "-p", "--prompt": prompt = try value()
-      case "-m", "--max-tokens": options.maxTokens = try number()
+      case "-m", "--max-tokens":
+        options.maxTokens = try number()
+        limits.answer = options.maxTokens
       case "--temp": options.temperature = try number()
       case "--top-k": options.topK = try number()
       case "--top-p": options.topP = try number()
@@ -48,6 +53,7 @@ struct Arguments {
       case "--repetition-penalty": options.repetitionPenalty = try number()
       case "--seed": options.seed = try number() as UInt64
       case "--system": system = try value()
+      case "--show-tools": showsTools = true
       case "--units":
         units = try value()
         guard ["all", "cpu", "gpu", "ne"].contains(units) else {

@@ -19,7 +19,10 @@ struct ChatView: View {
     VStack {
       ScrollView {
         LazyVStack(alignment: .leading, spacing: 12) {
-          ForEach(Array(conversation.messages.enumerated()), id: \.offset) { _, message in
+          ForEach(Array(conversation.messages.enumerated()), id: \.offset) { place, message in
+            if let line = conversation.toolLines[place] {
+              Text(line).font(.caption).foregroundStyle(.secondary).lineLimit(1).truncationMode(.middle)
+            }
             Text(message.text.isEmpty ? "…" : message.text)
               .textSelection(.enabled)
               .padding(8)

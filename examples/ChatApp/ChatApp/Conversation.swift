@@ -6,6 +6,8 @@
   /// What the window shows of a conversation, and what its buttons do.
   @MainActor @Observable final class Conversation {
     private(set) var messages: [ChatMessage] = []
+    /// What tools were used for, by the message's place in ``messages``.
+    private(set) var toolLines: [Int: String] = [:]
     private(set) var isAnswering = false
     private(set) var status = "No model yet"
     private var chat: ParaRNNChat?
@@ -17,8 +19,9 @@
       status = "Loading \(url.lastPathComponent), the first time takes a while …"
       do {
         let model = try await ParaRNNModel(contentsOf: url)
-        chat = model.chat(format: model.chatFormat ?? .plain)
+        chat = model.chat(format: model.chatFormat ?? .plain, functions: try .standard())
         messages = []
+        toolLines = [:]
         status = "\(model.settings.parameters) parameters, state \(model.settings.stateBytes) bytes"
       } catch {
         status = error.localizedDescription
@@ -30,10 +33,16 @@
       isAnswering = true
       messages += [ChatMessage(.user, text), ChatMessage(.assistant, "")]
       answer = Task {
-        let stream = chat.respond(to: text, options: .init(temperature: 0.7, topP: 0.95))
         var failure: String?
+        var statistics: GenerationStatistics?
         do {
-          for try await piece in stream { messages[messages.count - 1].text += piece }
+          if chat.model.usesTools {
+            statistics = try await answerWithTools(chat, text)
+          } else {
+            let stream = chat.respond(to: text, options: .init(temperature: 0.7, topP: 0.95))
+            for try await piece in stream { messages[messages.count - 1].text += piece }
+            statistics = await stream.statistics
+          }
         } catch is CancellationError {
           // Stopped; what was said stays.
         } catch {
@@ -42,13 +51,28 @@
         messages = await chat.messages
         if let failure {
           status = failure
-        } else if let statistics = await stream.statistics {
+        } else if let statistics {
           let speed = statistics.tokensPerSecond.formatted(.number.precision(.fractionLength(1)))
           let memory = (ProcessMemory.bytes ?? 0) / 1_000_000
           status = "\(speed) tokens/s, \(memory) MB of memory"
         }
         isAnswering = false
       }
+    }
+
+    private func answerWithTools(_ chat: ParaRNNChat, _ text: String) async throws -> GenerationStatistics? {
+      let place = messages.count - 1
+      var summary = ToolSummary()
+      let events = chat.events(respondingTo: text)
+      for try await event in events {
+        summary.add(event)
+        switch event.kind {
+        case .text(let piece): messages[place].text += piece
+        case .call, .result, .finish: toolLines[place] = summary.line
+        default: break
+        }
+      }
+      return await events.statistics
     }
 
     func stop() { answer?.cancel() }
@@ -58,6 +82,7 @@
       guard let chat, !isAnswering else { return nil }
       let question = try? await chat.undo()
       messages = await chat.messages
+      toolLines = toolLines.filter { $0.key < messages.count }
       return question
     }
   }

@@ -1,0 +1,296 @@
+import Foundation
+
+extension ToolFunctions {
+  /// What the model that ships can call: timers, alarms, reminders, lists, dates, conversions and calculations, with
+  /// the results of Python's `mlx_pararnn.pocket.assistant`.
+  ///
+  /// Every argument is a piece of the user's message as it was written. Nothing rings and nothing is kept on disk: an
+  /// app that wants either adds functions of its own with the same names and arguments to a new list.
+  ///
+  /// - Parameters:
+  ///   - now: the clock.
+  ///   - zone: where it hangs.
+  public static func standard(
+    now: @escaping @Sendable () -> Date = { Date() }, zone: TimeZone = .current
+  ) throws -> ToolFunctions {
+    let assistant = Assistant { Moment(now(), in: zone) }
+    var functions = ToolFunctions()
+    for (name, description, parameters) in Assistant.functions {
+      let schema = JSONText.object([
+        .init(name: "type", value: .string("object")),
+        .init(
+          name: "properties",
+          value: .object(
+            parameters.map { parameter in
+              let name = parameter.hasSuffix("?") ? String(parameter.dropLast()) : parameter
+              return .init(name: name, value: .object([.init(name: "type", value: .string("string"))]))
+            })),
+        .init(name: "required", value: .array(parameters.filter { !$0.hasSuffix("?") }.map { .string($0) })),
+        .init(name: "additionalProperties", value: .bool(false)),
+      ])
+      try functions.add(name, description, schema: schema.text) { (arguments: [String: String]) in
+        try await assistant.call(name) { arguments[$0] ?? "" }
+      }
+    }
+    return functions
+  }
+}
+
+/// The standard functions and what they remember.
+private actor Assistant {
+  /// Names, descriptions and parameters; those with a question mark can be left out.
+  static let functions: [(String, String, [String])] = [
+    ("set_timer", "Start a timer.", ["duration", "name?"]),
+    ("cancel_timer", "Cancel the timer with a name, or all of them.", ["name?"]),
+    ("show_timers", "Say how much time is left on the timers.", []),
+    ("set_alarm", "Set an alarm.", ["time", "day?"]),
+    ("cancel_alarm", "Cancel the alarm at a time of day, or all of them.", ["time?"]),
+    ("show_alarms", "Say which alarms are set.", []),
+    ("set_reminder", "Remember something.", ["text", "time?", "day?"]),
+    ("cancel_reminder", "Forget the reminder with a text, or all of them.", ["text?"]),
+    ("show_reminders", "Say which reminders there are.", []),
+    ("add_to_list", "Put items on a list.", ["items", "list?"]),
+    ("remove_from_list", "Take items off a list, or off all of them if none is named.", ["items", "list?"]),
+    ("show_list", "Say what is on a list, or on all of them if none is named.", ["list?"]),
+    ("clear_list", "Empty a list.", ["list?"]),
+    ("date_after", "The date some time after a date, or after today.", ["duration", "date?"]),
+    ("date_before", "The date some time before a date, or before today.", ["duration", "date?"]),
+    ("days_until", "How many days it is until a date.", ["date"]),
+    ("days_since", "How many days it has been since a date.", ["date"]),
+    ("days_between", "How many days there are from one date to another.", ["start", "end"]),
+    ("weekday", "Which day of the week a date is.", ["date"]),
+    ("convert", "Convert an amount to another unit.", ["amount", "to"]),
+    (
+      "calculate", "Calculate something in words or digits, as in \"twelve plus seven\" or \"15% of 80\".",
+      ["expression"]
+    ),
+    ("time_now", "What time it is.", []),
+    ("date_today", "What date it is.", []),
+  ]
+  private static let most = 100  // timers, alarms, reminders, and items of all lists
+  private static let defaultList = "to-do"
+
+  /// A timer, an alarm or a reminder.
+  private struct Entry {
+    let name: String
+    let at: Moment?
+  }
+
+  private let now: @Sendable () -> Moment
+  private var timers: [Entry] = []
+  private var alarms: [Entry] = []
+  private var reminders: [Entry] = []
+  private var lists: [(key: String, items: [String])] = []
+
+  init(now: @escaping @Sendable () -> Moment) { self.now = now }
+
+  func call(_ name: String, _ argument: (String) -> String) throws -> String {
+    switch name {
+    case "set_timer": try setTimer(argument("duration"), argument("name"))
+    case "cancel_timer":
+      cancel(&timers, "timer", argument("name").lowercased()) { $0.name.lowercased() }
+    case "show_timers": showTimers()
+    case "set_alarm": try setAlarm(argument("time"), argument("day"))
+    case "cancel_alarm": try cancelAlarm(argument("time"))
+    case "show_alarms": showAlarms()
+    case "set_reminder": try setReminder(argument("text"), argument("time"), argument("day"))
+    case "cancel_reminder":
+      cancel(&reminders, "reminder", argument("text").lowercased()) { $0.name.lowercased() }
+    case "show_reminders":
+      show("reminder", reminders.map { entry in entry.name + (entry.at.map { " (\($0.words))" } ?? "") })
+    case "add_to_list": try addToList(argument("items"), argument("list"))
+    case "remove_from_list": removeFromList(argument("items"), argument("list"))
+    case "show_list": showList(argument("list"))
+    case "clear_list": clearList(argument("list"))
+    case "date_after": try shiftedDate(argument("duration"), argument("date"), "after", 1)
+    case "date_before": try shiftedDate(argument("duration"), argument("date"), "before", -1)
+    case "days_until": daysFromToday(try date(argument("date")))
+    case "days_since": daysFromToday(try DateWords.date(argument("date"), now().day, past: true))
+    case "days_between": try daysBetween(argument("start"), argument("end"))
+    case "weekday": "That is \(try date(argument("date")).words)."
+    case "convert": try convert(argument("amount"), argument("to"))
+    case "calculate": try calculate(argument("expression"))
+    case "time_now": "It is \(now().time)."
+    default: "Today is \(now().day.words)."
+    }
+  }
+
+  // MARK: - Timers, alarms, reminders
+
+  private func setTimer(_ duration: String, _ name: String) throws -> String {
+    let length = try DateWords.duration(duration)
+    guard let at = try? now().shifted(length.totalSeconds()) else {
+      _ = try length.totalSeconds()
+      throw ToolError("That is too long for a timer.")
+    }
+    try add(&timers, Entry(name: name, at: at), "timers")
+    return "\(name.isEmpty ? "Timer" : "Timer for \(name)") set for \(length.words)."
+  }
+
+  private func showTimers() -> String {
+    let now = now()
+    timers.removeAll { $0.at! <= now }
+    return show(
+      "timer",
+      timers.map { entry in
+        let left = Length(seconds: Int((entry.at!.seconds - now.seconds).rounded(.toNearestOrEven)))
+        return "\(entry.name.isEmpty ? "timer" : entry.name): \(left.words) left"
+      })
+  }
+
+  private func setAlarm(_ time: String, _ day: String) throws -> String {
+    let at = try DateWords.moment(time, day, now())
+    try add(&alarms, Entry(name: "", at: at), "alarms")
+    return "Alarm set for \(at.words)."
+  }
+
+  private func cancelAlarm(_ time: String) throws -> String {
+    // 7 means both 7:00 and 19:00.
+    func named(_ at: Moment) -> String { "\(at.hour % 12) \(at.minute)" }
+    let wanted = time.isEmpty ? "" : named(try DateWords.moment(time, "", now()))
+    return cancel(&alarms, "alarm", wanted) { named($0.at!) }
+  }
+
+  private func showAlarms() -> String {
+    let now = now()
+    alarms.removeAll { $0.at! <= now }
+    return show("alarm", alarms.map { $0.at!.words })
+  }
+
+  private func setReminder(_ text: String, _ time: String, _ day: String) throws -> String {
+    let at = time.isEmpty && day.isEmpty ? nil : try DateWords.moment(time, day, now())
+    try add(&reminders, Entry(name: text, at: at), "reminders")
+    return "I will remind you: \(text)" + (at.map { ", \($0.words)." } ?? ".")
+  }
+
+  private func add(_ entries: inout [Entry], _ entry: Entry, _ what: String) throws {
+    if entries.count >= Self.most {
+      throw ToolError("There are \(Self.most) \(what) already. Cancel one first.")
+    }
+    entries.append(entry)
+  }
+
+  private func cancel(
+    _ entries: inout [Entry], _ what: String, _ named: String, _ key: (Entry) -> String
+  ) -> String {
+    let before = entries.count
+    entries.removeAll { named.isEmpty || key($0) == named }
+    let cancelled = before - entries.count
+    return cancelled > 0 ? "Cancelled \(Words.count(cancelled, what))." : "There is no such \(what)."
+  }
+
+  private func show(_ what: String, _ texts: [String]) -> String {
+    texts.isEmpty
+      ? "You have no \(what)s."
+      : "You have \(Words.count(texts.count, what)): \(texts.joined(separator: "; "))."
+  }
+
+  // MARK: - Lists
+
+  private func items(_ text: String) -> [String] {
+    Words.replacing(#",(?:\s*and\s)?|\s(?:and|&)\s"#, in: text, with: "\u{1F}").split(separator: "\u{1F}")
+      .map { $0.trimmingCharacters(in: .whitespacesAndNewlines) }.filter { !$0.isEmpty }
+  }
+
+  private func place(_ name: String) -> Int? { lists.firstIndex { $0.key == name.lowercased() } }
+
+  private func addToList(_ items: String, _ list: String) throws -> String {
+    let name = list.isEmpty ? Self.defaultList : list
+    if lists.reduce(0, { $0 + $1.items.count }) >= Self.most {
+      throw ToolError("The lists are full. Remove something first.")
+    }
+    let new = self.items(items)
+    if let place = place(name) {
+      lists[place].items += new
+    } else {
+      lists.append((name.lowercased(), new))
+    }
+    return "Added \(Words.join(new)) to your \(name) list."
+  }
+
+  private func removeFromList(_ items: String, _ list: String) -> String {
+    let names = list.isEmpty ? lists.map(\.key) : [list]
+    var removed: [String] = []
+    for item in self.items(items) {
+      for at in names.compactMap(place) {
+        let kept = lists[at].items.filter { $0.lowercased() != item.lowercased() }
+        guard kept.count < lists[at].items.count else { continue }
+        lists[at].items = kept
+        removed.append(item)
+        break
+      }
+    }
+    let source = list.isEmpty ? "your lists" : "your \(list) list"
+    return removed.isEmpty
+      ? "There is no \(items) on \(source)." : "Removed \(Words.join(removed)) from \(source)."
+  }
+
+  private func showList(_ list: String) -> String {
+    let shown = lists.filter { !$0.items.isEmpty && (list.isEmpty || $0.key == list.lowercased()) }.map {
+      list in
+      "\(list.key.prefix(1).uppercased())\(list.key.dropFirst()) list: \(list.items.joined(separator: ", "))."
+    }
+    return shown.isEmpty
+      ? "Your \(list.isEmpty ? Self.defaultList : list) list is empty." : shown.joined(separator: " ")
+  }
+
+  private func clearList(_ list: String) -> String {
+    let name = list.isEmpty ? Self.defaultList : list
+    if let place = place(name) { lists.remove(at: place) }
+    return "Your \(name) list is empty now."
+  }
+
+  // MARK: - Dates and numbers
+
+  private func date(_ text: String) throws -> Day { try DateWords.date(text, now().day) }
+
+  private func shiftedDate(_ duration: String, _ date: String, _ word: String, _ sign: Int) throws -> String {
+    let start = try self.date(date.isEmpty ? "today" : date)
+    let length = try DateWords.duration(duration)
+    return "\(length.words) \(word) \(start.words) is \(try length.from(start, sign: sign).words)."
+  }
+
+  private func daysFromToday(_ day: Day) -> String {
+    let days = day.ordinal - now().day.ordinal
+    if days == 0 { return "\(day.words) is today." }
+    let number = abs(days)
+    var weeks = ""
+    if number > 13 {
+      let rest = number % 7 == 0 ? [] : [Words.count(number % 7, "day")]
+      weeks = " (\(Words.join([Words.count(number / 7, "week")] + rest)))"
+    }
+    return "\(Words.count(number, "day"))\(weeks) \(days > 0 ? "until" : "since") \(day.words)."
+  }
+
+  private func daysBetween(_ start: String, _ end: String) throws -> String {
+    let first = try date(start)
+    let last = try DateWords.date(end, first)
+    let days = Words.count(abs(last.ordinal - first.ordinal), "day")
+    return "From \(first.words) to \(last.words) it is \(days)."
+  }
+
+  private func convert(_ amount: String, _ to: String) throws -> String {
+    var total = Fraction(0)
+    for (value, unit) in try NumberWords.amounts(amount) {
+      do {
+        // As a number with a point, which is what the conversion takes.
+        let rounded = Fraction(String(Calculator.double(value))) ?? value
+        let text = try Calculator.text(Calculator.convert(rounded, unit, to))
+        total = total + (Fraction(text) ?? Fraction(0))
+      } catch let error as ToolError {
+        throw ToolError("I cannot convert \(amount) to \(to): \(error.sentence).")
+      }
+    }
+    let short = Fraction(String(format: "%.6g", Calculator.double(total))) ?? total
+    return "\(amount) is \(short == total ? "" : "about ")\(try Calculator.text(short)) \(to)."
+  }
+
+  private func calculate(_ expression: String) throws -> String {
+    let formula = try NumberWords.formula(expression)
+    do {
+      return "\(expression) is \(try Calculator.calculate(formula))."
+    } catch let error as ToolError {
+      throw ToolError("I cannot calculate \(expression): \(error.sentence).")
+    }
+  }
+}

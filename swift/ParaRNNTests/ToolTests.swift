@@ -1,0 +1,615 @@
+import Foundation
+import Testing
+
+@testable import ParaRNN
+
+/// What the Python package has recorded for this one (tests/pocket/test_swift_records.py, test_turn_record.py).
+enum Records {
+  static func url(_ name: String) -> URL {
+    URL(fileURLWithPath: #filePath).deletingLastPathComponent()
+      .appendingPathComponent("../../tests/data/tools/\(name)").standardizedFileURL
+  }
+
+  static func decode<T: Decodable>(_ type: T.Type, _ name: String) throws -> T {
+    try JSONDecoder().decode(type, from: Data(contentsOf: url(name)))
+  }
+
+  static func tokenizer() throws -> BPETokenizer { try BPETokenizer(contentsOf: url("tokenizer.json")) }
+
+  static func tools() throws -> ToolProtocol { try #require(ToolProtocol(try tokenizer())) }
+
+  static func turns() throws -> Turns { try decode(Turns.self, "turns.json") }
+
+  struct Event: Decodable, Equatable {
+    let event: String
+    let tokens: Int
+    var text: String?
+    var name: String?
+    var arguments: String?
+    var token: Int?
+    var failed: Bool?
+    var command: String?
+    var reason: String?
+    var made: Int?
+    var calls: Int?
+
+    init(_ event: ToolEvent) {
+      tokens = event.tokens
+      switch event.kind {
+      case .thought(let text): (self.event, self.text) = ("Thought", text)
+      case .command(let command): (self.event, self.command) = ("CommandGiven", command.name)
+      case .observation(let token, let name):
+        (self.event, self.token, self.name) = ("Observation", token, name)
+      case .call(let name, let arguments):
+        (self.event, self.name, self.arguments) = ("Call", name, arguments)
+      case .result(let text, let failed): (self.event, self.text, self.failed) = ("Result", text, failed)
+      case .text(let text): (self.event, self.text) = ("Text", text)
+      case .finish(let finish):
+        (self.event, reason, made, calls) = ("Finish", finish.reason.rawValue, finish.made, finish.calls)
+      }
+    }
+  }
+
+  struct Turns: Decodable {
+    let result_bytes: Int
+    let turns: [Turn]
+  }
+
+  struct Turn: Decodable {
+    struct Limits: Decodable {
+      var steps: Int?
+      var answer: Int?
+      var calls: Int?
+      var seconds: Double?
+    }
+    let name: String
+    let message: String
+    let limits: Limits
+    let made: [Int]
+    let read: [Int]
+    let events: [Event]
+
+    var toolLimits: ToolLimits {
+      let usual = ToolLimits()
+      return ToolLimits(
+        steps: limits.steps ?? usual.steps, answer: limits.answer ?? usual.answer,
+        calls: limits.calls ?? usual.calls, seconds: limits.seconds ?? usual.seconds)
+    }
+  }
+
+  /// The functions of the turns, with the schemas that Python made of theirs.
+  static func functions() throws -> ToolFunctions {
+    struct Double: Decodable { let number: Int }
+    struct Greet: Decodable {
+      let name: String
+      var polite: Bool?
+      var tone: String?
+    }
+    struct Fail: Decodable { let reason: String }
+    struct Repeat: Decodable { let count: Int }
+
+    let json = try JSONText(String(contentsOf: url("turns.json"), encoding: .utf8))
+    guard case .array(let list) = json["functions"] else { throw JSONText.Malformed() }
+    func schema(_ name: String) -> String {
+      list.first { $0["name"] == .string(name) }?["parameters"]?.text ?? ""
+    }
+    var functions = ToolFunctions(resultBytes: try turns().result_bytes)
+    try functions.add("double", "Twice a number.", schema: schema("double")) { (arguments: Double) in
+      2 * arguments.number
+    }
+    try functions.add("greet", "Greet somebody.", schema: schema("greet")) { (arguments: Greet) in
+      "\(arguments.polite == true ? "dear " : "")\(arguments.name), \(arguments.tone ?? "short")"
+    }
+    try functions.add("fail", "Fail.", schema: schema("fail")) { (arguments: Fail) -> String in
+      throw ToolError(arguments.reason)
+    }
+    try functions.add("repeat", "A long text.", schema: schema("repeat")) { (arguments: Repeat) in
+      String(repeating: "é", count: arguments.count)
+    }
+    return functions
+  }
+}
+
+/// Makes the tokens of a script, its last one again and again, and records what it reads.
+actor Script: TokenSource {
+  nonisolated let vocabularySize = 278
+  private let tokens: [Int]
+  private var made = 0
+  private(set) var taken: [Int] = []
+
+  init(_ tokens: [Int]) { self.tokens = tokens }
+
+  func read(_ tokens: [Int]) { taken += tokens }
+
+  func choose(_ allowed: [Bool]) -> Int {
+    defer { made += 1 }
+    return tokens[min(made, tokens.count - 1)]
+  }
+}
+
+extension ToolTurn {
+  func all() async throws -> [ToolEvent] {
+    var events: [ToolEvent] = []
+    while let event = try await next() { events.append(event) }
+    return events
+  }
+}
+
+@Suite struct ToolTurnTests {
+  @Test func theProtocolOfATokenizer() throws {
+    let tools = try Records.tools()
+    #expect(tools.byteIDs == Array(0...255) && tools[.user] == 256 && tools[.edge] == 261)
+    #expect(tools.commands[262] == .init(action: .read, pointer: 1))
+    #expect(tools.commands[277] == .init(action: .last, pointer: 4))
+    #expect(ToolProtocol(ByteTokenizer()) == nil)
+    #expect(tools.render(message: "<|end|>").count == 9)  // text is bytes, whatever it looks like
+    let names = [0: #"'\x00'"#, 39: #""'""#, 92: #"'\\'"#, 10: #"'\n'"#, 200: #"'\xc8'"#, 261: "<|edge|>"]
+    for (token, name) in names { #expect(tools.name(token) == name) }
+  }
+
+  @Test func turnsAreThoseOfPython() async throws {
+    let (turns, tools, functions) = (
+      try Records.turns().turns, try Records.tools(), try Records.functions()
+    )
+    #expect(turns.count > 10)
+    for turn in turns {
+      let source = Script(turn.made)
+      let run = try ToolTurn(
+        turn.message, tools: tools, source: source, functions: functions, limits: turn.toolLimits)
+      let events = try await run.all().map(Records.Event.init)
+      #expect(events == turn.events, "\(turn.name)")
+      #expect(await source.taken == turn.read, "\(turn.name)")
+      #expect(try await run.next() == nil)
+    }
+  }
+
+  /// There a call's JSON is written anew, with spaces, since no grammar has held it.
+  @Test func theTurnOfTheDocumentation() async throws {
+    struct Turn: Decodable {
+      let message: String
+      let tokens: [Int]
+      let made_by_the_model: [Bool]
+      let events: [Records.Event]
+    }
+    let turn = try Records.decode(Turn.self, "turn.json")
+    let tools = try Records.tools()
+    let source = Script(zip(turn.tokens, turn.made_by_the_model).filter(\.1).map(\.0))
+    struct Double: Decodable { let number: Int }
+    var functions = ToolFunctions()
+    let schema = #"{"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}"#
+    try functions.add("double", "Twice a number.", schema: schema) { (arguments: Double) in
+      2 * arguments.number
+    }
+    let run = try ToolTurn(turn.message, tools: tools, source: source, functions: functions, limits: .init())
+    let events = try await run.all().map(Records.Event.init)
+    var recorded = turn.events
+    for i in recorded.indices {
+      recorded[i].arguments = try recorded[i].arguments.map { try JSONText($0).text }
+    }
+    #expect(events == recorded)
+    #expect(await source.taken + [tools[.end]] == turn.tokens)
+  }
+
+  @Test func tokensThatCannotStandThere() async throws {
+    let tools = try Records.tools()
+    let wrong: [[Int]] = [
+      [tools[.end]], [tools[.result]], [tools[.user]], [tools[.answer], tools[.call]], [tools[.call], 65],
+      [tools[.edge]], [-1], [300],
+    ]
+    for script in wrong {
+      let run = try ToolTurn("x", tools: tools, source: Script(script), functions: .init(), limits: .init())
+      guard case .predictionFailed = await failure({ _ = try await run.all() }) else {
+        Issue.record("\(script)")
+        continue
+      }
+    }
+  }
+
+  @Test func pointersStayNearTheMemory() {
+    var memory = PointerMemory([7, 8], edge: 99)
+    memory.move(1, -1)
+    memory.move(1, -1)
+    #expect(memory.read(1) == 99)
+    memory.move(1, 1)
+    #expect(memory.read(1) == 7)
+    for _ in 0..<5 { memory.move(2, 1) }
+    #expect(memory.read(2) == 99)
+    memory.append(9)
+    #expect(memory.read(2) == 9 && memory.read(4) == 7)
+    memory.jumpToLast(4)
+    #expect(memory.read(4) == 9)
+  }
+}
+
+@Suite struct ToolGrammarTests {
+  @Test func allowedBytesAreThoseOfPython() throws {
+    struct Case: Decodable {
+      let schema: String
+      let text: String
+      let allowed: [String]
+    }
+    let cases = try Records.decode([Case].self, "calls.json")
+    #expect(cases.count > 10)
+    for one in cases {
+      var matcher = GrammarMatcher(.sequence([try JSONSchema(one.schema).grammar, .text("}")]))
+      for (byte, allowed) in zip(one.text.utf8, one.allowed) {
+        let ours = matcher.allowed
+        #expect(hexadecimal(ours) == allowed, "\(one.schema) \(one.text) before \(Unicode.Scalar(byte))")
+        matcher.take(byte)
+      }
+      #expect(matcher.isStopped && matcher.isComplete)
+    }
+  }
+
+  private func hexadecimal(_ bytes: ByteSet) -> String {
+    let digits = (0..<64).map { digit in
+      let bits = (0..<4).reduce(0) { $0 | (bytes.contains(UInt8(4 * digit + $1)) ? 1 << $1 : 0) }
+      return String(bits, radix: 16)
+    }
+    let text = digits.reversed().joined().drop { $0 == "0" }
+    return text.isEmpty ? "0" : String(text)
+  }
+
+  @Test(
+    arguments: [
+      (#"{"n": 3}"#, nil), (#"{"n": 3, "s": "ab", "l": [1.5]}"#, nil), (#"{}"#, "n: field required"),
+      (#"{"n": 3.5}"#, "n: input should be a valid integer"),
+      (#"{"n": "3"}"#, "n: input should be a valid integer"),
+      (#"{"n": 11}"#, "n: input should be less than or equal to 10"),
+      (#"{"n": -1}"#, "n: input should be greater than or equal to 0"),
+      (#"{"n": 1, "s": "abcd"}"#, "s: string should have at most 3 characters"),
+      (#"{"n": 1, "l": [1, "x"]}"#, "l.1: input should be a valid number"),
+      (#"{"n": 1, "l": [1, 2, 3]}"#, "l: list should have at most 2 items, not 3"),
+      (#"{"n": 1, "e": "c"}"#, #"e: input should be "a" or "b""#),
+      (#"{"n": 1, "x": 1}"#, "x: extra inputs are not permitted"),
+      (#"{"n": 1e999}"#, "n: input should be a valid integer"),
+      (#"[]"#, "the arguments: input should be a valid dictionary"),
+    ] as [(String, String?)])
+  func whatIsWrongWithArguments(arguments: String, problem: String?) throws {
+    let schema = try JSONSchema(
+      #"""
+      {"type": "object", "required": ["n"], "properties": {
+        "n": {"type": "integer", "minimum": 0, "maximum": 10}, "s": {"type": "string", "maxLength": 3},
+        "l": {"type": "array", "items": {"type": "number"}, "maxItems": 2}, "e": {"enum": ["a", "b"]}}}
+      """#)
+    #expect(schema.problem(try JSONText(arguments)) == problem)
+  }
+
+  @Test func schemasThatCannotBeKeptTo() throws {
+    let wrong = [
+      "", "[]", #"{"type": "text"}"#, #"{"type": ["string", "null"]}"#, ##"{"$ref": "#/x"}"##,
+      #"{"type": "string", "pattern": "a+"}"#, #"{"type": "string", "maxLength": -1}"#, #"{}"#,
+      #"{"type": "object", "properties": {"a": 1}}"#, #"{"type": "object", "required": ["a"]}"#,
+      #"{"type": "object", "properties": {}, "additionalProperties": true}"#,
+    ]
+    for schema in wrong where (try? JSONSchema(schema)) != nil { Issue.record("taken: \(schema)") }
+  }
+
+  @Test func jsonKeepsOrderAndDigits() throws {
+    let long = String(repeating: "9", count: 400)
+    let text = #"{"b":[1.50,-0,\#(long),true,null],"a":"\"\\/\u00e9\ud83d\ude00\n\u0001"}"#
+    #expect(
+      try JSONText(" " + text + "\n").text
+        == #"{"b":[1.50,-0,\#(long),true,null],"a":"\"\\/é😀\n\u0001"}"#)
+    for bad in [
+      "", "{", "[1,]", "01", "1.", "-", "nul", #""\x""#, #""\ud800""#, "\"\n\"", #"{"a" 1}"#, "1 2",
+      #"{1:2}"#,
+      "NaN", String(repeating: "[", count: 200),
+    ] {
+      #expect(throws: JSONText.Malformed.self, "\(bad)") { try JSONText(bad) }
+    }
+  }
+}
+
+@Suite struct ToolSummaryTests {
+  @Test func oneLine() throws {
+    var summary = ToolSummary()
+    #expect(summary.line == nil)
+    let long = String(repeating: "9", count: 80)
+    let kinds: [ToolEvent.Kind] = [
+      .command(.init(action: .read, pointer: 1)), .observation(token: 1, name: "x"), .thought("t"),
+      .call(name: "a", arguments: "{\"x\":\"\u{1B}[2J\"}"), .result(long, failed: false),
+      .call(name: "b", arguments: "{}"), .result("no", failed: true), .text("answer"),
+    ]
+    for kind in kinds { summary.add(ToolEvent(tokens: 1, kind: kind)) }
+    for _ in 0..<1499 { summary.add(ToolEvent(tokens: 1, kind: kinds[0])) }
+    let cut = long.prefix(59) + "…"
+    #expect(
+      summary.line == "a {\"x\":\"\\u{1b}[2J\"} → \(cut) · b {} → no · 1,500 pointer commands")
+  }
+}
+
+@Suite struct ToolFunctionTests {
+  static let none = "{}"
+
+  @Test func namesAndSchemas() async throws {
+    var functions = ToolFunctions()
+    try functions.add("one_1", "") { 1 }
+    for name in ["", "1a", "a b", "é", "a.b", String(repeating: "a", count: 65), "one_1"] {
+      guard case .invalidFunction(name, _) = await failure({ try functions.add(name, "") { 1 } }) else {
+        Issue.record("\(name)")
+        continue
+      }
+    }
+    struct Anything: Decodable {}
+    let error = await failure {
+      try functions.add("two", "", schema: #"{"type": "string", "format": "date"}"#) { (_: Anything) in 1 }
+    }
+    #expect(
+      error == .invalidFunction(name: "two", reason: "its schema has format, which is not supported"))
+    #expect(functions.names == ["one_1"])
+  }
+
+  @Test func whatTheModelReads() async throws {
+    struct Point: Codable { let y: Int, x: String }
+    struct Broken: Error, CustomStringConvertible { let description = "it\n broke" }
+    var functions = ToolFunctions(resultBytes: 8)
+    try functions.add("text", "") { "plain" }
+    try functions.add("value", "") { Point(y: 1, x: "/") }
+    try functions.add("sentence", "") { () -> String in throw ToolError("no") }
+    try functions.add("error", "") { () -> String in throw Broken() }
+    try functions.add("long", "") { String(repeating: "é", count: 600) + "x" }
+    func call(_ name: String, _ arguments: String = Self.none) async -> ToolFunctions.Outcome {
+      await functions.call(name, arguments)
+    }
+    #expect(await call("text") == .init(text: "plain", failed: false))
+    #expect(await call("sentence") == .init(text: "no", failed: true))
+    #expect(await call("long").text == "éééé [cut: 1,201 bytes in all]")
+    #expect(await call("text", "{") == .init(text: "error: the arguments are no JSON", failed: true))
+    #expect(await call("text", #"{"a":1}"#).text == "error: a: extra inputs are not permitted")
+    #expect(
+      await call("no").text
+        == "error: there is no function 'no'; there are: text, value, sentence, error, long")
+    #expect(
+      await ToolFunctions().call("no", "{}").text == "error: there is no function 'no'; there are: none")
+    var wide = ToolFunctions()
+    try wide.add("value", "") { Point(y: 1, x: "/") }
+    try wide.add("error", "") { () -> String in throw Broken() }
+    #expect(await wide.call("value", "{}").text == #"{"x":"/","y":1}"#)
+    #expect(await wide.call("error", "{}") == .init(text: "error: Broken: it broke", failed: true))
+  }
+
+  /// One function heeds its task's cancelling, the other blocks its thread.
+  @Test func callsThatTakeTooLong() async throws {
+    final class Gate: @unchecked Sendable {
+      private let lock = NSLock()
+      private var isOpen = false
+      func open() { lock.withLock { isOpen = true } }
+      func wait() { while !lock.withLock({ isOpen }) { Thread.sleep(forTimeInterval: 0.005) } }
+    }
+    let gate = Gate()
+    var functions = ToolFunctions(seconds: 0.05)
+    try functions.add("sleeps", "") {
+      try await Task.sleep(for: .seconds(600))
+      return "late"
+    }
+    try functions.add("blocks", "") {
+      gate.wait()
+      return "done"
+    }
+    #expect(await functions.call("sleeps", "{}").text == "error: sleeps took longer than 0.05 seconds")
+    #expect(await functions.call("blocks", "{}").text == "error: blocks took longer than 0.05 seconds")
+    #expect(await functions.call("blocks", "{}").text == "error: blocks is still busy with an earlier call")
+    gate.open()
+    var last = await functions.call("blocks", "{}").text
+    while last == "error: blocks is still busy with an earlier call" {
+      try await Task.sleep(for: .milliseconds(5))
+      last = await functions.call("blocks", "{}").text
+    }
+    #expect(last == "done")
+  }
+}
+
+@Suite struct StandardFunctionTests {
+  struct Recorded: Decodable {
+    struct Call: Decodable {
+      let name: String
+      let arguments: [String: String]
+      let text: String
+      let failed: Bool
+    }
+    struct Expression: Decodable {
+      let expression: String
+      let value: String?
+    }
+    let now: String
+    let calls: [Call]
+    let expressions: [Expression]
+  }
+
+  @Test func resultsAreThoseOfPython() async throws {
+    let recorded = try Records.decode(Recorded.self, "functions.json")
+    let zone = try #require(TimeZone(secondsFromGMT: 3600))
+    let now = try #require(ISO8601DateFormatter().date(from: recorded.now + "+01:00"))
+    let functions = try ToolFunctions.standard(now: { now }, zone: zone)
+    #expect(recorded.calls.count > 100 && functions.names.count == 23)
+    for call in recorded.calls {
+      let arguments = String(decoding: try JSONEncoder().encode(call.arguments), as: UTF8.self)
+      let outcome = await functions.call(call.name, arguments)
+      #expect(outcome == .init(text: call.text, failed: call.failed), "\(call.name) \(arguments)")
+    }
+  }
+
+  @Test func calculationsAreThoseOfPython() throws {
+    let recorded = try Records.decode(Recorded.self, "functions.json")
+    #expect(recorded.expressions.count > 50)
+    for one in recorded.expressions {
+      #expect((try? Calculator.calculate(one.expression)) == one.value, "\(one.expression)")
+    }
+    let nested = String(repeating: "(", count: 5000) + "1" + String(repeating: ")", count: 5000)
+    for deep in [nested, String(repeating: "-", count: 5000) + "1"] {
+      #expect(throws: ToolError.self) { try Calculator.calculate(deep) }
+    }
+  }
+
+  @Test func bigIntegers() throws {
+    var random = SplitMix64(seed: 7)
+    for _ in 0..<300 {
+      func number() -> BigInteger {
+        let digits = (0..<Int.random(in: 1...90, using: &random)).map { _ in
+          String(Int.random(in: 0...9, using: &random))
+        }
+        let value = BigInteger(digits: digits.joined())!
+        return Bool.random(using: &random) ? value : -value
+      }
+      let (a, b) = (number(), number())
+      guard !b.isZero else { continue }
+      let (q, r) = a.dividedDown(by: b)
+      #expect(q * b + r == a && r.magnitude < b.magnitude && (r.isZero || r.isNegative == b.isNegative))
+      #expect((a + b) - b == a && a * b == b * a)
+      let root = a.magnitude.squareRoot
+      #expect(root * root <= a.magnitude && a.magnitude < (root + .one) * (root + .one))
+      #expect(BigInteger(digits: a.magnitude.text) == a.magnitude)
+    }
+    // The rare steps of the long division.
+    let base = BigInteger(2).raised(to: 32)
+    let hard = [
+      (base.raised(to: 4) - .one, base.raised(to: 2) - .one),
+      (base.raised(to: 3) * BigInteger(0x7FFF_FFFF) + .one, base * BigInteger(0x8000_0000) + .one),
+      (BigInteger(0x8000_0000) * base.raised(to: 3), BigInteger(0x8000_0000) * base + base - .one),
+    ]
+    for (a, b) in hard {
+      let (q, r) = a.dividedDown(by: b)
+      #expect(q * b + r == a && r < b)
+    }
+  }
+}
+
+#if canImport(CoreML) && os(Linux)
+  import CoreML
+
+  /// The model is a stand-in that says the recorded tokens: what a real one says is not tested here.
+  @Suite struct ToolChatTests {
+    func load(
+      _ model: HashModel, _ body: @Sendable (ParaRNNModel) async throws -> Void
+    ) async throws {
+      let fake = try FakeFolder(tokenizer: String(contentsOf: Records.url("tokenizer.json"), encoding: .utf8))
+      try await MLModel.$behaviour.withValue(model.behaviour) {
+        try await body(try await ParaRNNModel(contentsOf: fake.package, cache: fake.cache))
+      }
+    }
+
+    /// A model that says what stands at each position of these turns, one after another.
+    func model(_ turns: [Records.Turn], inGraph: Bool = true, chunk: Int? = 4) throws -> HashModel {
+      var model = HashModel(inGraph: inGraph, chunk: chunk, vocabulary: 278, ends: [257])
+      model.script = turns.flatMap { $0.read + [257] }
+      return model
+    }
+
+    func turn(_ name: String) throws -> Records.Turn {
+      try #require(try Records.turns().turns.first { $0.name == name })
+    }
+
+    @Test(arguments: [true, false], [4, nil] as [Int?])
+    func aConversation(inGraph: Bool, chunk: Int?) async throws {
+      let names = ["two calls", "no call at all", "an error as text", "commands inside a call"]
+      let turns = try names.map(turn)
+      let fake = try model(turns, inGraph: inGraph, chunk: chunk)
+      try await load(fake) { (model) async throws in
+        #expect(model.usesTools)
+        let chat = model.chat(functions: try Records.functions())
+        for turn in turns.dropLast() {
+          var events: [Records.Event] = []
+          let stream = chat.events(respondingTo: turn.message)
+          for try await event in stream { events.append(.init(event)) }
+          #expect(events == turn.events)
+          #expect(await stream.statistics?.stopReason == .endOfText)
+          #expect(await stream.statistics?.generatedTokens == turn.made.count)
+        }
+        #expect(await chat.messages.last?.text == "no such day")
+        // Taken back, and answered again; then a turn as plain text.
+        #expect(try await chat.undo() == "x")
+        let saved = try await chat.save()
+        for chat in [chat, try await model.chat(restoring: saved, functions: try Records.functions())] {
+          var text = ""
+          for try await piece in chat.respond(to: turns[2].message) { text += piece }
+          #expect(text == "no such day")
+          text = ""
+          for try await piece in chat.respond(to: turns[3].message) { text += piece }
+          #expect(text == "4")
+        }
+        // Every token was read once: whole chunks, then one by one.
+        #expect(chunk == nil || fake.calls.all.contains(4))
+      }
+    }
+
+    @Test func leftInTheMiddle() async throws {
+      let first = try turn("two calls")
+      var fake = try model([first])
+      let second = try turn("no call at all")
+      // After the fifth event: what has been read of the turn, its end, and the next turn.
+      let read = first.events[4].tokens
+      fake.script = Array(first.read.prefix(read)) + [257] + second.read + [257]
+      try await load(fake) { (model) async throws in
+        let chat = model.chat(functions: try Records.functions())
+        var events = 0
+        for try await _ in chat.events(respondingTo: first.message) {
+          events += 1
+          if events == 5 { break }
+        }
+        var text = ""
+        for try await piece in chat.respond(to: second.message) { text += piece }
+        #expect(text == "I can do sums.")
+        #expect(await chat.messages.map(\.text) == [first.message, "", second.message, "I can do sums."])
+      }
+    }
+
+    @Test func cancelledAtAnyMoment() async throws {
+      // The pointer moves to the right for ever.
+      let fake = HashModel(chunk: 4, vocabulary: 278, script: [263])
+      try await load(fake) { (model) async throws in
+        let chat = model.chat()
+        for round in 0..<5 {
+          let before = fake.calls.all.count
+          let task = Task { for try await _ in chat.respond(to: String(repeating: "ab", count: 40)) {} }
+          while fake.calls.all.count < before + 10 * round { try await Task.sleep(for: .milliseconds(1)) }
+          task.cancel()
+          await #expect(throws: CancellationError.self) { try await task.value }
+        }
+        #expect(try await chat.save().count > 0)
+      }
+    }
+
+    @Test func learnedPositions() async throws {
+      var fake = HashModel(vocabulary: 278, positions: 9)
+      fake.script = [97]
+      try await load(fake) { (model) async throws in
+        let chat = model.chat()
+        let stream = chat.events(respondingTo: "abc")
+        var last: ToolEvent.Kind?
+        for try await event in stream { last = event.kind }
+        #expect(last == .finish(.init(reason: .steps, made: 4, calls: 0)))
+        #expect(await stream.statistics?.stopReason == .steps)
+        let error = await failure { for try await _ in chat.respond(to: "a") {} }
+        #expect(error == .noRoom(taken: 13, positions: 9))
+      }
+    }
+
+    @Test func modelsAndQuestionsThatDoNotFit() async throws {
+      try await load(HashModel(vocabulary: 278)) { (model) async throws in
+        #expect(await failure { for try await _ in model.chat().respond(to: "") {} } == .emptyPrompt)
+        guard
+          case .toolsMismatch = await failure({
+            for try await _ in model.chat(system: "S").respond(to: "a") {}
+          })
+        else {
+          Issue.record("a system prompt was taken")
+          return
+        }
+      }
+      try await load(HashModel(vocabulary: 278, gives: "token")) { (model) async throws in
+        #expect(await failure { for try await _ in model.chat().respond(to: "a") {} } == .toolsNeedLogits)
+      }
+      try await HashModel().load { (model) async throws in
+        #expect(!model.usesTools)
+        guard
+          case .toolsMismatch = await failure({ for try await _ in model.chat().events(respondingTo: "a") {} }
+          )
+        else {
+          Issue.record("a model without tools was taken")
+          return
+        }
+      }
+    }
+  }
+#endif
