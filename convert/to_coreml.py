@@ -32,7 +32,7 @@ from .coreml.constants import Half, Stored, stored, total_bytes
 from .coreml.form import Form, state_dtypes, state_shapes
 from .coreml.iterations import iterations_needed
 from .coreml.memory import check_memory
-from .coreml.package_digest import DIGEST, weights_digest
+from .coreml.package_digest import DIGEST, stored_digest, weights_digest
 from .coreml.tools import require_coremltools
 from .inspection import inspect_checkpoint
 from .readers.checkpoint import Checkpoint, open_checkpoint
@@ -172,6 +172,7 @@ def convert_to_coreml(
         form = Form(state == "graph", argmax)
         functions = {"decode": 1} | ({"prefill": length} if iterations else {})
         settings = _settings(args, model_config, form, functions, iterations, weights, parameters)
+        settings["weights_digest"] = stored_digest(store)
         write_json(folder / COREML_FILE, settings)
         built = {}
         for done, (name, count) in enumerate(functions.items()):

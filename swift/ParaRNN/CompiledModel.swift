@@ -137,10 +137,20 @@
         .sorted { $0.path < $1.path }
     }
 
-    /// Tells models apart: what the package says of itself, and a sample of the compiled weights.
+    /// What may differ between exports of the same weights whose memories are alike.
+    private static let otherSettings: Set = [
+      "version", "package", "functions", "chunk", "iterations", "output", "state", "eos_token_id",
+      "bos_token_id",
+    ]
+
+    /// Tells models apart by their weights and the form of their memory: what the package says of both; where it has
+    /// no digest of the weights, a sample of the compiled ones too.
     static func fingerprint(of compiled: URL, settings: String) -> String {
       var hash = Fingerprint()
-      hash.add(settings)
+      let fields = (try? JSONSerialization.jsonObject(with: Data(settings.utf8))) as? [String: Any] ?? [:]
+      let own = fields.filter { !otherSettings.contains($0.key) }
+      hash.add((try? JSONSerialization.data(withJSONObject: own, options: .sortedKeys)) ?? Data())
+      if own["weights_digest"] is String { return hash.hexadecimal }
       for file in (try? files(in: compiled)) ?? [] where file.lastPathComponent == "weight.bin" {
         guard let handle = try? FileHandle(forReadingFrom: file) else { continue }
         defer { try? handle.close() }

@@ -208,6 +208,14 @@
     }
   }
 
+  extension ParaRNNChat {
+    /// What was said in a conversation that ``save()`` gave, whichever model said it. Another model goes on from there
+    /// by ``ParaRNNModel/chat(messages:format:)``, which reads it all again.
+    ///
+    /// - Throws: ``ParaRNNError/notASavedChat(reason:)``
+    public static func messages(in saved: Data) throws -> [ChatMessage] { try SavedChat.messages(in: saved) }
+  }
+
   /// A conversation as bytes: a line that names the format, the fingerprint of all that follows in hexadecimal digits,
   /// the length of a JSON description (eight bytes, little-endian), the description, each tensor of the memory.
   struct SavedChat {
@@ -252,10 +260,14 @@
       return Data(sum.hexadecimal.utf8)
     }
 
-    init(data: Data, settings: PackageSettings, fingerprint: String) throws {
-      func refuse(_ reason: String) -> ParaRNNError { .notASavedChat(reason: reason) }
-      guard data.starts(with: Self.magic) else { throw refuse("save() did not write it") }
-      var rest = data.dropFirst(Self.magic.count)
+    /// What any save says, whichever model wrote it.
+    static func messages(in data: Data) throws -> [ChatMessage] { try parts(of: data).description.messages }
+
+    private static func refuse(_ reason: String) -> ParaRNNError { .notASavedChat(reason: reason) }
+
+    private static func parts(of data: Data) throws -> (description: Description, memory: Data) {
+      guard data.starts(with: magic) else { throw refuse("save() did not write it") }
+      var rest = data.dropFirst(magic.count)
       guard rest.count >= 16 + 8 else { throw refuse("it is cut off") }
       let sum = Data(rest.prefix(16))
       rest = rest.dropFirst(16)
@@ -268,17 +280,24 @@
       guard (try? JSONSerialization.jsonObject(with: json)) != nil,
         let description = try? JSONDecoder().decode(Description.self, from: json)
       else { throw refuse("its description is damaged") }
+      return (description, rest.dropFirst(Int(length)))
+    }
+
+    init(data: Data, settings: PackageSettings, fingerprint: String) throws {
+      let (description, memory) = try Self.parts(of: data)
       guard description.model == fingerprint else { throw ParaRNNError.savedWithAnotherModel }
-      rest = rest.dropFirst(Int(length))
+      var rest = memory
       guard rest.count == settings.stateBytes, (0...Int(Int32.max)).contains(description.position),
         (0..<settings.vocabularySize).contains(description.pending ?? 0)
-      else { throw refuse("its memory is damaged") }
+      else { throw Self.refuse("its memory is damaged") }
       var tensors: [StateTensor] = []
       for form in settings.states {
         tensors.append(StateTensor(form: form, bytes: Array(rest.prefix(form.byteCount))))
         rest = rest.dropFirst(form.byteCount)
       }
-      guard tensors.allSatisfy(\.isFinite) else { throw refuse("its memory holds numbers that are none") }
+      guard tensors.allSatisfy(\.isFinite) else {
+        throw Self.refuse("its memory holds numbers that are none")
+      }
       messages = description.messages
       position = description.position
       pending = description.pending

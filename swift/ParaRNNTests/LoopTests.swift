@@ -445,9 +445,27 @@
       var other = fake
       other.changes = { $0["parameters"] = 7 }
       let saved = Mutex()
-      try await fake.loadASCII { model in saved.data = try await model.chat().save() }
+      try await fake.loadASCII { model in
+        let chat = model.chat()
+        for try await _ in chat.respond(to: "Hi", options: .init(maxTokens: 3)) {}
+        saved.data = try await chat.save()
+        #expect(try await ParaRNNChat.messages(in: saved.data) == chat.messages)
+      }
+      // The same weights, exported again by another version: neither changes what the memory means.
+      var again = fake
+      again.changes = {
+        $0["version"] = "9.9"
+        $0["iterations"] = 7
+        $0["eos_token_id"] = [3]
+      }
+      try await again.loadASCII { model in
+        let restored = try await model.chat(restoring: saved.data)
+        #expect(try await ParaRNNChat.messages(in: saved.data) == restored.messages)
+      }
+      #expect(throws: ParaRNNError.self) { try ParaRNNChat.messages(in: Data("no".utf8)) }
       try await other.loadASCII { (model) async throws in
         #expect(await failure { _ = try await model.chat(restoring: saved.data) } == .savedWithAnotherModel)
+        #expect(try ParaRNNChat.messages(in: saved.data).first?.text == "Hi")
       }
     }
 

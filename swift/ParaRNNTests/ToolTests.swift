@@ -370,7 +370,7 @@ extension ToolTurn {
   }
 
   /// One function heeds its task's cancelling, the other blocks its thread.
-  @Test func callsThatTakeTooLong() async throws {
+  @Test(.timeLimit(.minutes(5))) func callsThatTakeTooLong() async throws {
     final class Gate: @unchecked Sendable {
       private let lock = NSLock()
       private var isOpen = false
@@ -391,12 +391,8 @@ extension ToolTurn {
     #expect(await functions.call("blocks", "{}").text == "error: blocks took longer than 0.05 seconds")
     #expect(await functions.call("blocks", "{}").text == "error: blocks is still busy with an earlier call")
     gate.open()
-    var last = await functions.call("blocks", "{}").text
-    while last == "error: blocks is still busy with an earlier call" {
-      try await Task.sleep(for: .milliseconds(5))
-      last = await functions.call("blocks", "{}").text
-    }
-    #expect(last == "done")
+    // On a busy machine a call may be late once more.
+    while await functions.call("blocks", "{}").text != "done" { try await Task.sleep(for: .milliseconds(5)) }
   }
 }
 

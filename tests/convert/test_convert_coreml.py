@@ -30,6 +30,7 @@ from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.coreml import memory, package_check
 from mlx_pararnn.convert.coreml.constants import Half, Linear, Palette, stored
 from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
+from mlx_pararnn.convert.coreml.package_digest import stored_digest
 from mlx_pararnn.convert.coreml.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
@@ -463,6 +464,21 @@ def test_verify_without_a_mac_says_what_it_did_not_do(packages, monkeypatch):
     assert "the package is whole" in result.stderr
     assert "none of its numbers were compared; run this on a Mac" in result.stderr
     assert verify(packages(), "--against", "x").exit_code == 2
+
+
+def test_a_digest_is_of_what_is_stored():
+    half = Half(np.arange(6, dtype=np.float16).reshape(2, 3))
+    other = Half(np.arange(1, 7, dtype=np.float16).reshape(2, 3))
+    digest = stored_digest({"a": half, "b": other})
+    assert stored_digest({"b": other, "a": half}) == digest
+    assert len({digest, stored_digest({"a": other, "b": half}), stored_digest({"a": half, "c": other})}) == 3
+
+
+@pytest.mark.large
+def test_the_same_weights_exported_again_have_the_same_digest(packages):
+    digests = {settings(packages(*options))["weights_digest"] for options in ([], ["--argmax"], ["-q"])}
+    assert len(digests) == 2
+    assert settings(packages())["weights_digest"] == settings(packages("--argmax"))["weights_digest"]
 
 
 @pytest.mark.parametrize("left", [0.5, 0.99, 0.0])
