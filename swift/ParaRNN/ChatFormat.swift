@@ -2,6 +2,10 @@ import Foundation
 
 /// The text that stands around what is said in a chat.
 public struct ChatFormat: Sendable, Equatable {
+  /// Before the first question where there is no system prompt.
+  public var beginning: String
+  /// False if the model knows no system prompt.
+  public var takesSystemPrompt: Bool
   public var beforeSystem: String
   public var afterSystem: String
   public var beforeUser: String
@@ -14,8 +18,10 @@ public struct ChatFormat: Sendable, Equatable {
 
   public init(
     beforeSystem: String, afterSystem: String, beforeUser: String, afterUser: String, afterAnswer: String,
-    addsSpecialTokens: Bool = false
+    addsSpecialTokens: Bool = false, beginning: String = "", takesSystemPrompt: Bool = true
   ) {
+    self.beginning = beginning
+    self.takesSystemPrompt = takesSystemPrompt
     self.beforeSystem = beforeSystem
     self.afterSystem = afterSystem
     self.beforeUser = beforeUser

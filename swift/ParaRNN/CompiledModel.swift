@@ -140,7 +140,7 @@
     /// What may differ between exports of the same weights whose memories are alike.
     private static let otherSettings: Set = [
       "version", "package", "functions", "chunk", "iterations", "output", "state", "eos_token_id",
-      "bos_token_id",
+      "bos_token_id", "chat_format",
     ]
 
     /// Tells models apart by their weights and the form of their memory: what the package says of both; where it has

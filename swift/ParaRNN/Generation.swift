@@ -176,10 +176,6 @@
     }
   }
 
-  extension Duration {
-    var seconds: Double { Double(components.seconds) + Double(components.attoseconds) / 1e18 }
-  }
-
   /// Text as it is generated, piece by piece; pieces hold whole Unicode scalars.
   ///
   /// Nothing runs ahead of the reader: each piece is computed when it is asked for, and leaving the loop stops

@@ -41,6 +41,9 @@ public struct PackageSettings: Sendable, Equatable {
   public let output: Output
   /// Tokens that end a text.
   public let endTokens: [Int]
+  /// What the chat template puts around messages, as the export has found by rendering it; nil if there was no
+  /// template, or one that is not made of fixed texts.
+  public let chatFormat: ChatFormat?
   /// How many tokens a sequence may have; nil for no limit.
   public let positions: Int?
   public let cell: String
@@ -85,6 +88,7 @@ public struct PackageSettings: Sendable, Equatable {
     states = raw.states
     output = raw.output
     endTokens = raw.eos_token_id
+    chatFormat = raw.chat_format?.format
     positions = raw.max_position_embeddings
     cell = raw.cell
     parameters = raw.parameters
@@ -106,5 +110,21 @@ public struct PackageSettings: Sendable, Equatable {
     let cell: String
     let max_position_embeddings: Int?
     let parameters: Int
+    let chat_format: ChatTexts?
+  }
+
+  private struct ChatTexts: Decodable {
+    let beginning: String
+    let before_system: String?
+    let after_system: String?
+    let after_user: String
+    let after_answer: String
+
+    var format: ChatFormat {
+      ChatFormat(
+        beforeSystem: before_system ?? "", afterSystem: after_system ?? "", beforeUser: "",
+        afterUser: after_user, afterAnswer: after_answer, beginning: beginning,
+        takesSystemPrompt: before_system != nil)
+    }
   }
 }

@@ -190,6 +190,10 @@
       let tokenizer = model.tokenizer
       let turn = format.beforeUser + text + format.afterUser
       guard memory.position > 0 else {
+        let hasSystemPrompt = settled.first?.role == .system
+        if hasSystemPrompt && !format.takesSystemPrompt {
+          throw ParaRNNError.wrongMessages(reason: "the model's chat template takes no system prompt")
+        }
         let earlier = settled.map { message in
           switch message.role {
           case .system: format.beforeSystem + message.text + format.afterSystem
@@ -197,7 +201,8 @@
           case .assistant: message.text + format.afterAnswer
           }
         }
-        return tokenizer.encode(earlier.joined() + turn, addingSpecialTokens: format.addsSpecialTokens)
+        let text = (hasSystemPrompt ? "" : format.beginning) + earlier.joined() + turn
+        return tokenizer.encode(text, addingSpecialTokens: format.addsSpecialTokens)
       }
       var tokens = tokenizer.encode(format.afterAnswer + turn, addingSpecialTokens: false)
       // The model ended its answer itself, with the token that the format puts there.

@@ -61,7 +61,7 @@
       let folder = CompiledModel.folder(of: url)
       self.tokenizer = try tokenizer ?? Self.tokenizer(in: folder)
       tools = ToolProtocol(self.tokenizer)
-      chatFormat = ChatFormat.found(in: folder)
+      chatFormat = settings.chatFormat ?? ChatFormat.found(in: folder)
       if let size = self.tokenizer.vocabularySize, size > settings.vocabularySize {
         throw ParaRNNError.wrongVocabulary(tokenizer: size, model: settings.vocabularySize)
       }

@@ -54,3 +54,7 @@ public enum ProcessMemory {
     #endif
   }
 }
+
+extension Duration {
+  var seconds: Double { Double(components.seconds) + Double(components.attoseconds) / 1e18 }
+}

@@ -353,6 +353,37 @@
       }
     }
 
+    @Test func theChatFormatOfThePackage() async throws {
+      func model(beforeSystem: String?) -> HashModel {
+        var model = ascii()
+        model.changes = {
+          $0["chat_format"] = [
+            "beginning": "^[", "before_system": beforeSystem as Any? ?? NSNull(),
+            "after_system": beforeSystem.map { _ in "}[" } as Any? ?? NSNull(), "after_user": "]",
+            "after_answer": ";[",
+          ]
+        }
+        return model
+      }
+      let fake = model(beforeSystem: "^{")
+      try await fake.loadASCII { (model) async throws in
+        for (system, start) in [(nil, "^["), ("S", "^{S}[")] as [(String?, String)] {
+          let chat = model.chat(system: system)
+          let first = try await said(chat, "A")
+          #expect(ids(first) == fake.continuation(of: ids(start + "A]"), count: 5))
+          let second = try await said(chat, "B")
+          #expect(ids(second) == fake.continuation(of: ids(start + "A]" + first + ";[B]"), count: 5))
+        }
+      }
+      try await model(beforeSystem: nil).loadASCII { (model) async throws in
+        #expect(try await !said(model.chat(), "A").isEmpty)
+        guard case .wrongMessages = await failure({ _ = try await said(model.chat(system: "S"), "A") }) else {
+          Issue.record("a system prompt was taken")
+          return
+        }
+      }
+    }
+
     @Test func messagesFromElsewhere() async throws {
       let fake = ascii()
       try await fake.loadASCII { (model) async throws in
