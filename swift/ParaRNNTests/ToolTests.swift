@@ -93,7 +93,7 @@ enum Records {
     func schema(_ name: String) -> String {
       list.first { $0["name"] == .string(name) }?["parameters"]?.text ?? ""
     }
-    var functions = ToolFunctions(resultBytes: try turns().result_bytes)
+    var functions = ToolFunctions(seconds: 600, resultBytes: try turns().result_bytes)
     try functions.add("double", "Twice a number.", schema: schema("double")) { (arguments: Double) in
       2 * arguments.number
     }
@@ -175,7 +175,7 @@ extension ToolTurn {
     let tools = try Records.tools()
     let source = Script(zip(turn.tokens, turn.made_by_the_model).filter(\.1).map(\.0))
     struct Double: Decodable { let number: Int }
-    var functions = ToolFunctions()
+    var functions = ToolFunctions(seconds: 600)
     let schema = #"{"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}"#
     try functions.add("double", "Twice a number.", schema: schema) { (arguments: Double) in
       2 * arguments.number
@@ -323,7 +323,7 @@ extension ToolTurn {
   static let none = "{}"
 
   @Test func namesAndSchemas() async throws {
-    var functions = ToolFunctions()
+    var functions = ToolFunctions(seconds: 600)
     try functions.add("one_1", "") { 1 }
     for name in ["", "1a", "a b", "é", "a.b", String(repeating: "a", count: 65), "one_1"] {
       guard case .invalidFunction(name, _) = await failure({ try functions.add(name, "") { 1 } }) else {
@@ -343,7 +343,7 @@ extension ToolTurn {
   @Test func whatTheModelReads() async throws {
     struct Point: Codable { let y: Int, x: String }
     struct Broken: Error, CustomStringConvertible { let description = "it\n broke" }
-    var functions = ToolFunctions(resultBytes: 8)
+    var functions = ToolFunctions(seconds: 600, resultBytes: 8)
     try functions.add("text", "") { "plain" }
     try functions.add("value", "") { Point(y: 1, x: "/") }
     try functions.add("sentence", "") { () -> String in throw ToolError("no") }
@@ -362,12 +362,25 @@ extension ToolTurn {
         == "error: there is no function 'no'; there are: text, value, sentence, error, long")
     #expect(
       await ToolFunctions().call("no", "{}").text == "error: there is no function 'no'; there are: none")
-    var wide = ToolFunctions()
+    var wide = ToolFunctions(seconds: 600)
     try wide.add("value", "") { Point(y: 1, x: "/") }
     try wide.add("error", "") { () -> String in throw Broken() }
     #expect(await wide.call("value", "{}").text == #"{"x":"/","y":1}"#)
     #expect(await wide.call("error", "{}") == .init(text: "error: Broken: it broke", failed: true))
   }
+
+  /// Every thread of the pool is taken for longer than the call may take.
+  @Test func waitingForAThreadIsNoTimeOfACall() async throws {
+    var functions = ToolFunctions(seconds: 1)
+    try functions.add("waits", "") { "done" }
+    let busy = (0..<ProcessInfo.processInfo.activeProcessorCount).map { _ in
+      Task { Self.block(seconds: 1.5) }
+    }
+    #expect(await functions.call("waits", "{}").text == "done")
+    for task in busy { await task.value }
+  }
+
+  private static func block(seconds: Double) { Thread.sleep(forTimeInterval: seconds) }
 
   /// One function heeds its task's cancelling, the other blocks its thread.
   @Test(.timeLimit(.minutes(5))) func callsThatTakeTooLong() async throws {
@@ -417,7 +430,7 @@ extension ToolTurn {
     let recorded = try Records.decode(Recorded.self, "functions.json")
     let zone = try #require(TimeZone(secondsFromGMT: 3600))
     let now = try #require(ISO8601DateFormatter().date(from: recorded.now + "+01:00"))
-    let functions = try ToolFunctions.standard(now: { now }, zone: zone)
+    let functions = try ToolFunctions.standard(now: { now }, zone: zone, seconds: 600)
     #expect(recorded.calls.count > 100 && functions.names.count == 23)
     for call in recorded.calls {
       let arguments = String(decoding: try JSONEncoder().encode(call.arguments), as: UTF8.self)

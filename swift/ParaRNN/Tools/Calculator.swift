@@ -171,8 +171,10 @@ enum Calculator {
   // MARK: - Expressions
 
   private struct Parser {
+    /// A number may stand in quotes, as Python's calculator reads it.
     static let token =
-      #"(?<![\w.'])(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4}(?!\w))?|\*\*|//|[A-Za-z_]\w*|\S"#
+      #"(?<![\w.'])(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4}(?!\w))?"#
+      + #"|'(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE]\d{1,4})?'|\*\*|//|[A-Za-z_]\w*|\S"#
     private let tokens: [String]
     private let expression: String
     private var at = 0
@@ -256,7 +258,8 @@ enum Calculator {
         guard take(")") else { throw wrong }
         return value
       }
-      if let number = Fraction(token.replacingOccurrences(of: "_", with: "")) { return try checked(number) }
+      let digits = token.trimmingCharacters(in: CharacterSet(charactersIn: "'"))
+      if let number = Fraction(digits.replacingOccurrences(of: "_", with: "")) { return try checked(number) }
       switch token {
       case "pi": return Fraction("3.14159265358979323846")!
       case "e": return Fraction("2.71828182845904523536")!

@@ -10,11 +10,12 @@ extension ToolFunctions {
   /// - Parameters:
   ///   - now: the clock.
   ///   - zone: where it hangs.
+  ///   - seconds: how long a call may take.
   public static func standard(
-    now: @escaping @Sendable () -> Date = { Date() }, zone: TimeZone = .current
+    now: @escaping @Sendable () -> Date = { Date() }, zone: TimeZone = .current, seconds: Double = 5
   ) throws -> ToolFunctions {
     let assistant = Assistant { Moment(now(), in: zone) }
-    var functions = ToolFunctions()
+    var functions = ToolFunctions(seconds: seconds)
     for (name, description, parameters) in Assistant.functions {
       let schema = JSONText.object([
         .init(name: "type", value: .string("object")),

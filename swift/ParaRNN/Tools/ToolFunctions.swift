@@ -116,8 +116,15 @@ public struct ToolFunctions: Sendable {
   private func run(_ function: Function, _ arguments: Data) async -> Outcome {
     let (outcomes, found) = AsyncStream.makeStream(of: Outcome.self)
     let call = Late.Call()
-    let late = late
+    let (late, seconds) = (late, seconds)
     let task = Task {
+      // The time is that of the function, not of waiting for a thread; and a timer of its own counts it, since a
+      // function that blocks its thread would hold up a sleeping task.
+      DispatchQueue.global().asyncAfter(deadline: .now() + seconds) {
+        late.begin(call, function.name)
+        let limit = String(format: "%g", seconds)
+        found.yield(Self.error("\(function.name) took longer than \(limit) seconds"))
+      }
       let outcome: Outcome
       do {
         outcome = Outcome(text: try await function.run(arguments), failed: false)
@@ -128,12 +135,6 @@ public struct ToolFunctions: Sendable {
       }
       late.end(call, function.name)
       found.yield(outcome)
-    }
-    // A timer of its own: a function that blocks its thread would hold up a sleeping task.
-    DispatchQueue.global().asyncAfter(deadline: .now() + seconds) {
-      late.begin(call, function.name)
-      let limit = String(format: "%g", self.seconds)
-      found.yield(Self.error("\(function.name) took longer than \(limit) seconds"))
     }
     for await outcome in outcomes {
       task.cancel()
