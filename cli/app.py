@@ -19,6 +19,7 @@ from .cache import cache
 from .chat import chat
 from .convert import convert
 from .doctor import doctor
+from .draw import draw
 from .generate import generate
 from .inspect import inspect
 from .lm import lm
@@ -66,6 +67,7 @@ app = typer.Typer(
 app.command()(convert)
 app.command("add-tokenizer")(add_tokenizer)
 app.command()(generate)
+app.command()(draw)
 app.command()(chat)
 app.command()(serve)
 app.command()(train)

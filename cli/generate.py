@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,12 @@ from mlx_pararnn.errors import PararnnError
 from . import options, sampling
 from .report import Debug, reports_errors
 from .tool_lines import ShowTools, ToolLines, say_why
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_pararnn.images.model import ImageModel
+    from mlx_pararnn.model import Model
 
 
 @reports_errors
@@ -26,6 +32,12 @@ def generate(
     file: Annotated[
         Path | None,
         typer.Option("--file", "-f", metavar="FILE", help="Read the text from a file; --prompt follows it."),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            "--image", metavar="FILE", help="An image that the text asks about, for models that see."
+        ),
     ] = None,
     token_ids: Annotated[
         str | None,
@@ -77,26 +89,32 @@ def generate(
     if prompt is None and file is None and token_ids is None:
         _check_for_prompt(model)
     if token_ids is not None:
-        if prompt is not None or file is not None or stop or json_schema:
-            raise typer.BadParameter("--tokens goes without --prompt, --file, --stop and --json-schema")
+        if prompt is not None or file is not None or image is not None or stop or json_schema:
+            raise typer.BadParameter("--tokens goes without --prompt, --file, --image, --stop, --json-schema")
         _continue_ids(model, modules, (adapter_path, state), token_ids, max_tokens, given, as_json)
         return
     schema = None if json_schema is None else _schema(json_schema)
-    loaded, tokenizer = options.load(model, modules, adapter_path, state)
+    sees, loaded, tokenizer = _load(image, model, modules, adapter_path, state)
     from mlx_pararnn.generation import render, stream_generate
     from mlx_pararnn.pocket.protocol import find_protocol
 
     text = _text(prompt, file)
     how = sampling.choose_sampling(sampling.folder_of(tokenizer), sampling.LIKELIEST, given)
     asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
-    if find_protocol(tokenizer) is not None and not ignore_chat_template:
+    if sees is None and find_protocol(tokenizer) is not None and not ignore_chat_template:
         if schema is not None:
             raise PararnnError("this model uses tools and ends its answers itself; it takes no --json-schema")
         sampler = sampling.tool_sampler(how, stop, loaded.args.vocab_size)
         _answer(loaded, tokenizer, text, max_tokens, sampler, asked if as_json else None, show_tools)
         return
     tokens: str | list[int] = text
-    if tokenizer.has_chat_template and not ignore_chat_template:
+    seen: dict[str, Any] = {}
+    if sees is not None and image is not None:
+        from mlx_pararnn.images.use import image_prompt
+
+        tokens, seen["input_embeddings"] = image_prompt(sees, tokenizer, image, text)
+        asked["image"] = str(image)
+    elif tokenizer.has_chat_template and not ignore_chat_template:
         tokens = render(tokenizer, [{"role": "user", "content": text}])
     elif not as_json and sys.stdout.isatty():
         typer.secho(text.encode(errors="replace").decode(), dim=True, nl=False)
@@ -115,6 +133,7 @@ def generate(
             json_schema=schema,
             prompt_progress_callback=progress,
             **chosen,
+            **seen,
         ):
             pieces.append(response.text)
             ids.append(response.token)
@@ -143,6 +162,16 @@ def generate(
         f"({response.finish_reason})",
         file=sys.stderr,
     )
+
+
+def _load(
+    image: Path | None, model: str | None, *how: Any
+) -> "tuple[ImageModel | None, Model, TokenizerWrapper]":
+    """The model that sees, if there is an image to see; its language model; and the tokenizer."""
+    if image is None:
+        return None, *options.load(model, *how)
+    sees, tokenizer = options.load_image_model(model, *how)
+    return sees, sees.language_model, tokenizer
 
 
 def _check_for_prompt(model: str | None) -> None:

@@ -16,6 +16,7 @@ from .report import expand_home
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from mlx_pararnn.images.model import ImageModel
     from mlx_pararnn.model import Model
 
 
@@ -172,6 +173,23 @@ def load(
 
         pair = load_pair(path, adapter_path=adapters, state=state)
         _compile(pair[0])
+    return pair
+
+
+def load_image_model(
+    model: str | None, modules: list[str] | None, adapters: Path | None = None, state: Path | None = None
+) -> "tuple[ImageModel, TokenizerWrapper]":
+    """The model that a command names if it sees images, and its tokenizer."""
+    from mlx_pararnn.images.config import NONE_BUNDLED
+
+    if model is None:
+        raise PararnnError(NONE_BUNDLED)
+    path = find(model, modules)
+    with loading(model):
+        from mlx_pararnn.images.model import load_image_model as load_pair
+
+        pair = load_pair(path, adapter_path=adapters, state=state)
+        _compile(pair[0].language_model)
     return pair
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .cells import Cell, get_cell, register_cell
     from .errors import PararnnError
     from .generation import generate, stream_generate
+    from .images.model import load_image_model
+    from .images.use import draw, see
     from .loading import load, load_cell, load_model
     from .model import Model
     from .model_config import ModelArgs
@@ -31,12 +33,15 @@ _HOME = {
     "ModelArgs": "model_config",
     "PararnnError": "errors",
     "answer": "pocket.answers",
+    "draw": "images.use",
     "generate": "generation",
     "get_cell": "cells",
     "load": "loading",
     "load_cell": "loading",
+    "load_image_model": "images.model",
     "load_model": "loading",
     "register_cell": "cells",
+    "see": "images.use",
     "stream_answer": "pocket.answers",
     "stream_generate": "generation",
 }
@@ -50,12 +55,15 @@ __all__ = [
     "__version__",
     "answer",
     "cells",
+    "draw",
     "generate",
     "get_cell",
     "load",
     "load_cell",
+    "load_image_model",
     "load_model",
     "register_cell",
+    "see",
     "stream_answer",
     "stream_generate",
 ]

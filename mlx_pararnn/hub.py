@@ -20,7 +20,7 @@ SECONDS = 10.0  # to connect to the hub, and for each answer
 SILENT_SECONDS = 0.5  # before it is said what is waited for
 
 # What is fetched of a repository on the hub: never a Python file.
-MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.jinja", "*.txt")
+MODEL_FILES = ("*.json", "model*.safetensors", "images.safetensors", "*.model", "*.jinja", "*.txt")
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 

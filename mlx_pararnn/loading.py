@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.tokenizer_utils
 import mlx_lm.tuner.utils
 import mlx_lm.utils
@@ -100,7 +101,7 @@ def load_model(
         )
         model = cast(Model, model)
         check_end_ids(config, path / "generation_config.json")  # which MLX-LM puts before config.json's
-        _check_dtypes(path, model)
+        check_dtypes(path, model)
         if adapter_path is not None:
             load_adapters(model, Path(adapter_path))
         if state is not None:
@@ -180,7 +181,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         check_layers(config, names, path)
 
 
-def _check_dtypes(path: Path, model: Model) -> None:
+def check_dtypes(path: Path, model: nn.Module) -> None:
     """Refuse weights that are no floating-point numbers, but for those that are packed with scales."""
     weights = dict(named_arrays(model.parameters()))
     for name, weight in weights.items():

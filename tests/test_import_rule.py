@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # room: the rooms whose files its own may import, and with them all that those lead to
 ARROWS = {
     "__main__": "cli address_space",
-    "cli": "chat tools training convert.to_mlx convert.to_coreml convert.to_torch convert.inspection "
+    "cli": "chat images tools training convert.to_mlx convert.to_coreml convert.to_torch convert.inspection "
     "convert.comparison convert.original convert.add_tokenizer",
     "convert.to_coreml": "convert.to_mlx convert.coreml convert.inspection",
     "convert.to_torch": "convert.writers model_config",
@@ -21,14 +21,15 @@ ARROWS = {
     "convert.inspection": "convert.writers model_config",
     "convert.overrides": "convert.writers cells",
     "convert.coreml": "convert.families tools",
-    "convert.writers": "convert.families weights_digest",
+    "convert.writers": "convert.families images weights_digest",
     "convert.families": "convert.readers model",
     "convert.readers": "hub model_files",
     "chat": "pocket package",
+    "images": "loading generation",
     "pocket": "loading generation grammars interrupt",
     "tools": "package weights_digest",
     "training": "package convert.writers tools",
-    "package": "loading generation registration pocket",
+    "package": "loading generation images registration pocket",
     "registration": "compute adapters address_space",
     "adapters": "errors",
     "loading": "model hub model_files detokenizer mlx_lm_internals",
@@ -150,6 +151,7 @@ def test_no_two_files_import_each_other():
         ("tools.doctor", "from ..convert import to_mlx", "tools.doctor imports convert.to_mlx"),
         ("model", "from mlx_pararnn import load", "model imports package"),
         ("pocket.loop", "from ..chat.session import Chat", "pocket.loop imports chat.session"),
+        ("images.model", "from ..chat.session import Chat", "images.model imports chat.session"),
         ("errors", "from .cells import Cell", "errors imports cells"),
     ],
 )

@@ -30,6 +30,7 @@ _OURS = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "images.safetensors",
     "README.md",
     MODEL_FILE,
     *TOKENIZER_FILES,

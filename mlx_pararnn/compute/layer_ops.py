@@ -168,11 +168,24 @@ def at_once(backend: str, *arrays: mx.array) -> bool:
     return backend == "cpu" and _uniform(arrays) and _elementwise_works()
 
 
+def backend_of(x: mx.array, reads: Callable[[], Sequence[mx.array]]) -> str:
+    """The backend of elementwise work on arrays like x, for layers that are no recurrence's.
+
+    Args:
+        reads: gives all that the results depend on, for the question whether MLX allows evaluation.
+    """
+    backend = _backend_of_size(x.size)
+    return backend if backend == "cpu" and evaluation([x, *reads()]) else "ops"
+
+
+def _backend_of_size(size: int) -> str:
+    asked = os.environ.get("MLX_PARARNN_BACKEND") or "cpu"
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return asked if on_cpu and cpu.is_large(size) else "ops"
+
+
 def _cross_entropy_at_once(backend: str | None, logits: mx.array, targets: mx.array) -> bool:
-    if backend is None:
-        asked = os.environ.get("MLX_PARARNN_BACKEND") or "cpu"
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        backend = asked if on_cpu and cpu.is_large(logits.size) else "ops"
+    backend = _backend_of_size(logits.size) if backend is None else backend
     return bool(at_once(backend, logits) and evaluation([logits, targets]) and _gradients_work())
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 Weights = dict[str, mx.array]
 # A layer's recurrent state and its convolution's window, as RecurrentCache.cache has them.
 State = list[mx.array | None]
+# (model, what a batch holds by name, states) -> the sum over the targets, and the new states.
+Losses = Callable[[Any, Weights, "list[State] | None"], "tuple[mx.array, list[State]]"]
 
 
 class Batch(NamedTuple):
@@ -36,12 +38,15 @@ class Batch(NamedTuple):
     Attributes:
         tokens: (B, T + 1), the inputs and, one further, the targets; B is a multiple of `accumulate`.
         mask: (B, T), which targets count; None for all.
+            A weight other than 1 counts its loss so much.
         fresh: the rows begin anew; if False, each reads on from its row of the batch before.
+        others: further arrays (B, ...) by name, for losses that take them.
     """
 
     tokens: np.ndarray
     mask: np.ndarray | None = None
     fresh: bool = True
+    others: Mapping[str, np.ndarray] | None = None
 
 
 class Resumable(Protocol):
@@ -80,6 +85,8 @@ class Trainer:
             "sample" or "checkpoint".
         sample: gives a sample text of the model, or None.
         after_checkpoint: is called when a checkpoint is there.
+        losses: what is learned: from the model, arrays by name ("tokens", "mask" and a batch's `others`) and
+            the states that the rows have (None: they begin anew) to the sum of the losses and new states.
         compiled: the gradient goes through mx.compile; None: on a GPU it does. On a CPU the fast backend
             computes at once, which a compiled function may not.
     """
@@ -95,12 +102,14 @@ class Trainer:
         report: Callable[[dict[str, Any]], None] | None = None,
         sample: Callable[[], str] | None = None,
         after_checkpoint: Callable[[], None] | None = None,
+        losses: Losses | None = None,
         compiled: bool | None = None,
     ) -> None:
         self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
         self.held_out, self.sample = held_out, sample
         self._report = report or (lambda line: None)
         self._after_checkpoint = after_checkpoint or (lambda: None)
+        self._losses = losses or token_losses
         self._stop = False
 
         self.step = 0
@@ -207,8 +216,7 @@ class Trainer:
         total, count, states = 0.0, 0, None
         with self.averaged():
             for batch in itertools.islice(batches, most or None):
-                rows = batch.tokens.shape[0]
-                loss, states = self._losses(*_arrays(batch), None if batch.fresh else states, rows)
+                loss, states = self._losses(self.model, _arrays(batch), None if batch.fresh else states)
                 mx.eval(loss, states)
                 total += cast(float, loss.item())
                 count += _targets(batch)
@@ -251,7 +259,7 @@ class Trainer:
             raise PararnnError(
                 f"a batch has {batch.tokens.shape[0]} rows, which accumulate={parts} does not divide"
             )
-        tokens, mask = _arrays(batch)
+        arrays = _arrays(batch)
         count = _targets(batch)
         before = None if batch.fresh else self._states
         if before is not None and len(before) != parts:
@@ -262,8 +270,7 @@ class Trainer:
             here = slice(part * rows, (part + 1) * rows)
             (_, loss, after), grown = self._gradient(
                 self.weights,
-                tokens[here],
-                mask[here],
+                {name: array[here] for name, array in arrays.items()},
                 mx.array(1 / max(count, 1)),
                 None if before is None else before[part],
             )
@@ -294,26 +301,15 @@ class Trainer:
         since["norm"] = max(since["norm"], length)
 
     def _objective(
-        self, weights: Weights, tokens: mx.array, mask: mx.array, scale: mx.array, states: list[State] | None
+        self, weights: Weights, arrays: Weights, scale: mx.array, states: list[State] | None
     ) -> tuple[mx.array, mx.array, list[State]]:
         """The sum of the losses times `scale`, which is differentiated; the sum; and the new states."""
         if self.settings.precision == "bfloat16":
             exact = ("recurrent_weight", "initial_state")
             weights = {n: w if n.endswith(exact) else w.astype(mx.bfloat16) for n, w in weights.items()}
         self._use(weights)
-        loss, after = self._losses(tokens, mask, states, tokens.shape[0])
+        loss, after = self._losses(self.model, arrays, states)
         return loss * scale, loss, after
-
-    def _losses(
-        self, tokens: mx.array, mask: mx.array, states: list[State] | None, rows: int
-    ) -> tuple[mx.array, list[State]]:
-        model = cast(Any, self.model)
-        cache = model.make_cache(rows)
-        for layer, state in zip(cache, states or [], strict=False):
-            layer.cache = list(state)
-        logits = model(tokens[:, :-1], cache=cache, output_wanted=True)
-        losses = cross_entropy(logits, tokens[:, 1:])
-        return (losses * mask).sum(), [list(layer.cache) for layer in cache]
 
     def _updated(
         self, weights: Weights, gradients: Weights, optimizer_states: list[Any], average: Weights
@@ -377,6 +373,17 @@ class Trainer:
             "valid_tokens": count,
             "seconds": time.perf_counter() - begin,
         }
+
+
+def token_losses(model: Any, arrays: Weights, states: list[State] | None) -> tuple[mx.array, list[State]]:
+    """A language model's: of each token, after those before it in its row."""
+    tokens = arrays["tokens"]
+    cache = model.make_cache(tokens.shape[0])
+    for layer, state in zip(cache, states or [], strict=False):
+        layer.cache = list(state)
+    logits = model(tokens[:, :-1], cache=cache, output_wanted=True)
+    losses = cross_entropy(logits, tokens[:, 1:])
+    return (losses * arrays["mask"]).sum(), [list(layer.cache) for layer in cache]
 
 
 class _InUse:
@@ -498,10 +505,13 @@ def _from(batches: Iterable[Batch] | Resumable, step: int) -> Iterator[Batch]:
     return itertools.islice(iter(cast(Iterable[Batch], batches)), step, None)
 
 
-def _arrays(batch: Batch) -> tuple[mx.array, mx.array]:
-    tokens = mx.array(batch.tokens.astype(np.int32))
+def _arrays(batch: Batch) -> Weights:
     mask = np.ones(batch.tokens[:, 1:].shape) if batch.mask is None else batch.mask
-    return tokens, mx.array(mask.astype(np.float32))
+    return {
+        **{name: mx.array(array) for name, array in (batch.others or {}).items()},
+        "tokens": mx.array(batch.tokens.astype(np.int32)),
+        "mask": mx.array(mask.astype(np.float32)),
+    }
 
 
 def _targets(batch: Batch) -> int:

@@ -1,0 +1,289 @@
+"""The three trainings, each a model, batches and losses for the project's trainer, and what it leaves.
+
+OUT holds words/ (the tokenizer of texts), a folder of checkpoints for each training, tokenizer.safetensors
+after the first, and model/, which sees after the second and draws after the third.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_pararnn import load_image_model
+from mlx_pararnn.compute.layer_ops import cross_entropy
+from mlx_pararnn.convert.writers.image_model import save_image_model
+from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.images.config import ImageArgs
+from mlx_pararnn.images.decoder import ImageDecoder, flow_losses
+from mlx_pararnn.images.model import ImageModel
+from mlx_pararnn.images.tokenizer import HybridTokenizer
+from mlx_pararnn.model import Model, ModelArgs
+from mlx_pararnn.training.run import initialize
+from mlx_pararnn.training.settings import Settings
+from mlx_pararnn.training.trainer import Losses, Trainer
+
+from .batches import Scenes, Words, captioned, flows, mixture, understanding
+from .pictures import Sprites
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and lengths; the defaults are the recipe's, tests take smaller ones.
+
+    Attributes:
+        images: fields of `ImageArgs` that are not the preset's.
+        language: hidden_size, num_hidden_layers, num_heads and intermediate_size of the language model.
+        small: the same of the models of the first training, which are not kept.
+        cell: of the language model.
+        rows: pictures in a batch.
+        steps: of each training, by name.
+    """
+
+    images: dict[str, Any]
+    language: tuple[int, int, int, int]
+    small: tuple[int, int, int, int]
+    cell: str
+    rows: int
+    steps: dict[str, int]
+
+
+RECIPE = Recipe(
+    images={},
+    language=(256, 4, 4, 704),
+    small=(128, 2, 4, 256),
+    cell="gru",
+    rows=48,
+    steps={"contrastive": 1000, "alignment": 3000, "language": 4000, "decoder": 2800, "judge": 3000},
+)
+
+
+class Workshop:
+    """What the trainings share.
+
+    Args:
+        out: where everything is written.
+        icons: the folder where `npm install` ran.
+        seed: of weights and scenes.
+        report: given each line of the log.
+    """
+
+    def __init__(
+        self, out: Path, icons: Path, recipe: Recipe = RECIPE, seed: int = 0, report: Report | None = None
+    ) -> None:
+        self.out, self.recipe, self.seed = out, recipe, seed
+        self.report = report or (lambda line: print(json.dumps(line), flush=True))
+        self.words, self.sprites = Words(out / "words"), Sprites(icons)
+        args = self.words.image_args().to_dict()
+        self.args = ImageArgs.from_dict({**args, **recipe.images})
+        self._trainer: Trainer | None = None
+
+    def stop(self) -> None:
+        """End the training that runs after its step, with a checkpoint."""
+        if self._trainer is not None:
+            self._trainer.stop()
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.out / "tokenizer.safetensors"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.out / "model"
+
+    def language_model(self, sizes: tuple[int, int, int, int], vocabulary: int) -> Model:
+        """A new one."""
+        width, layers, heads, inner = sizes
+        model = Model(
+            ModelArgs(
+                width,
+                layers,
+                vocabulary,
+                inner,
+                cell=self.recipe.cell,
+                num_heads=heads,
+                tie_word_embeddings=True,
+            )
+        )
+        model.model.embed_tokens.weight = 0.02 * mx.random.normal((vocabulary, width))
+        initialize(model)
+        return model
+
+    def tokenizer(self) -> HybridTokenizer:
+        """The image tokenizer as the first training left it."""
+        if not self.tokenizer_file.is_file():
+            raise PararnnError(f"{self.tokenizer_file}: is not there; train it first")
+        tokenizer = HybridTokenizer(self.args, self.recipe.language[0])
+        tokenizer.load_weights(str(self.tokenizer_file))
+        return tokenizer
+
+    def train(
+        self, name: str, model: nn.Module, batches: Scenes, losses: Losses, learning_rate: float
+    ) -> bool:
+        """Train, or go on with training; True if that is done."""
+        settings = Settings(
+            steps=self.recipe.steps[name],
+            batch_size=self.recipe.rows,
+            learning_rate=learning_rate,
+            final_rate=0.02,
+            warmup=100,
+            beta2=0.98,
+            weight_decay=0.05,
+            report_every=20,
+            eval_every=0,
+            save_every=100,
+            seed=self.seed,
+        )
+        folder = self.out / name
+        report = lambda line: self.report({"training": name, **line})  # noqa: E731
+        self._trainer = Trainer(model, batches, settings, folder=folder, report=report, losses=losses)
+        self._trainer.resume()
+        return not self._trainer.run().stopped
+
+    def seeded(self, name: str) -> int:
+        """A seed for each training; it seeds MLX too."""
+        seed = self.seed * 100 + list(RECIPE.steps).index(name)
+        mx.random.seed(seed)
+        return seed
+
+
+# 1. The image tokenizer
+
+
+class Contrast(nn.Module):
+    """The encoder and a reader of captions, both to one space."""
+
+    def __init__(self, tokenizer: HybridTokenizer, reader: Model, features: int) -> None:
+        super().__init__()
+        self.encoder, self.reader = tokenizer, reader
+        tokenizer.freeze()
+        tokenizer.encoder.unfreeze()
+        width = reader.args.hidden_size
+        self.image_proj = nn.Linear(features, width, bias=False)
+        self.text_proj = nn.Linear(width, width, bias=False)
+        self.log_scale = mx.array(2.0)
+
+    def similarities(self, pixels: mx.array, tokens: mx.array, last: mx.array) -> mx.array:
+        """Of each image to each caption (B, B): cosines times a learned scale."""
+        image = self.image_proj(self.encoder.features(pixels).mean(axis=1))
+        cache = self.reader.make_cache(tokens.shape[0])
+        hidden = self.reader.model(tokens, cache, output_wanted=True)
+        text = self.text_proj(mx.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+        image, text = (x / mx.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
+        return mx.exp(mx.minimum(self.log_scale, 4.6)) * image @ text.T
+
+
+def contrastive_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[mx.array, list[Any]]:
+    """CLIP's (arXiv 2103.00020): the caption of each image, and the image of each caption."""
+    table = model.similarities(arrays["pixels"], arrays["tokens"], arrays["last"])
+    own = mx.arange(len(table))
+    return (cross_entropy(table, own) + cross_entropy(table.T, own)).sum() / 2, []
+
+
+class Alignment(nn.Module):
+    """The tokenizer and a small language model that reads it, by one adapter or the other."""
+
+    def __init__(self, tokenizer: HybridTokenizer, reader: Model) -> None:
+        super().__init__()
+        self.image_tokenizer, self.reader = tokenizer, reader
+        ours, theirs = tokenizer.continuous.layers[2].weight.shape[0], reader.args.hidden_size
+        self.proj = nn.Linear(ours, theirs, bias=False)
+
+    def read(self, pixels: mx.array, discrete: mx.array) -> mx.array:
+        """Embeddings (B, N, D) by the discrete adapter where `discrete` (B,), else by the continuous one."""
+        tokenizer = self.image_tokenizer
+        features = tokenizer.features(pixels)
+        codes = tokenizer.embed_codes(tokenizer.encode(features))
+        return self.proj(mx.where(discrete[:, None, None], codes, tokenizer.read(features)))
+
+
+def alignment_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[mx.array, list[Any]]:
+    """Of the answers, after an image that came through one adapter or the other."""
+    image = model.read(arrays["pixels"], arrays["discrete"])
+    own = model.reader.model.embed_tokens(arrays["tokens"][:, :-1])
+    embeddings = mx.put_along_axis(own, arrays["places"][..., None], image, axis=1)
+    return _language_losses(model.reader, arrays, embeddings), []
+
+
+def train_tokenizer(shop: Workshop) -> None:
+    """Contrast images with captions, then answer questions through a small language model."""
+    words, args, recipe = shop.words, shop.args, shop.recipe
+    seed = shop.seeded("contrastive")
+    tokenizer = HybridTokenizer(args, recipe.language[0])
+    features = args.encoder.hidden_size * args.stride**2
+    contrast = Contrast(tokenizer, shop.language_model(recipe.small, words.count), features)
+    made = partial(captioned, recipe.rows, words, shop.sprites)
+    if not shop.train("contrastive", contrast, Scenes(seed, made), contrastive_losses, 1e-3):
+        return
+    tokenizer.unfreeze()
+    seed = shop.seeded("alignment")
+    alignment = Alignment(tokenizer, shop.language_model(recipe.small, words.count))
+    made = partial(understanding, recipe.rows, words, args, shop.sprites)
+    if shop.train("alignment", alignment, Scenes(seed, made), alignment_losses, 1e-3):
+        partial_file = shop.tokenizer_file.with_name(".tokenizer.partial.safetensors")
+        tokenizer.save_weights(str(partial_file))
+        partial_file.replace(shop.tokenizer_file)
+
+
+# 2. The language model
+
+
+def unified_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[mx.array, list[Any]]:
+    """Of answers, image tokens and text, each with its weight."""
+    language, tokens = model.language_model, arrays["tokens"][:, :-1]
+    own = language.model.embed_tokens(tokens)
+    seen = model.embeddings(tokens, arrays["features"], arrays["places"])
+    embeddings = mx.where(arrays["sees"][:, None, None], seen, own)
+    return _language_losses(language, arrays, embeddings), []
+
+
+def _language_losses(model: Model, arrays: dict[str, mx.array], embeddings: mx.array) -> mx.array:
+    tokens = arrays["tokens"]
+    logits = model(tokens[:, :-1], input_embeddings=embeddings)
+    return (cross_entropy(logits, tokens[:, 1:]) * arrays["mask"]).sum()
+
+
+def train_language_model(shop: Workshop) -> None:
+    """Understanding, generation and text together; encoder and discrete adapter stay as they are."""
+    words, recipe = shop.words, shop.recipe
+    args = ImageArgs.from_dict({**shop.args.to_dict(), "decoder": None})
+    seed = shop.seeded("language")
+    language = shop.language_model(recipe.language, args.first_token + args.codes)
+    model = ImageModel(args, language)
+    model.image_tokenizer = tokenizer = shop.tokenizer()
+    tokenizer.freeze()
+    tokenizer.continuous.unfreeze()
+    made = partial(mixture, recipe.rows, words, args, tokenizer, shop.sprites)
+    if shop.train("language", model, Scenes(seed, made), unified_losses, 2e-3):
+        save_image_model(model, words.folder, shop.model_folder, force=True)
+
+
+# 3. The image decoder
+
+
+def decoder_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[mx.array, list[Any]]:
+    """The flow's."""
+    return flow_losses(
+        model, *(arrays[n] for n in ("pixels", "condition", "noise", "time", "kept"))
+    ).sum(), []
+
+
+def train_decoder(shop: Workshop) -> None:
+    """From the discrete tokens of pictures to their pixels; then model/ draws too."""
+    words, args, recipe = shop.words, shop.args, shop.recipe
+    seed = shop.seeded("decoder")
+    decoder = ImageDecoder(args, recipe.language[0])
+    tokenizer = shop.tokenizer()
+    made = partial(flows, recipe.rows, args, tokenizer, shop.sprites)
+    if not shop.train("decoder", decoder, Scenes(seed, made), decoder_losses, 1e-3):
+        return
+    sees, _ = load_image_model(shop.model_folder)
+    model = ImageModel(args, sees.language_model)
+    model.image_tokenizer, model.image_decoder = sees.image_tokenizer, decoder
+    save_image_model(model, words.folder, shop.model_folder, force=True)

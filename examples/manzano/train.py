@@ -1,0 +1,42 @@
+"""Train one part of the model, in this order: tokenizer, language, decoder; and the judge of drawings.
+
+`python -m examples.manzano.train PART ICONS -o OUT`. The same command goes on with a run that was stopped.
+"""
+
+import argparse
+import signal
+from pathlib import Path
+from types import FrameType
+
+from .judge import train_judge
+from .stages import Workshop, train_decoder, train_language_model, train_tokenizer
+
+PARTS = {
+    "tokenizer": train_tokenizer,
+    "language": train_language_model,
+    "decoder": train_decoder,
+    "judge": train_judge,
+}
+
+
+def stop_on_signals(shop: Workshop) -> None:
+    """The first Ctrl-C or SIGTERM ends after the step, with a checkpoint; the second at once."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        shop.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("icons", type=Path, help="the folder where npm install ran")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="where everything is written")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    workshop = Workshop(given.out, given.icons, seed=given.seed)
+    stop_on_signals(workshop)
+    PARTS[given.part](workshop)

@@ -1,0 +1,169 @@
+"""A picture from words, and words about a picture."""
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import GenerationResponse, generate_step
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import PararnnError
+from ..generation import check_text, check_tokens, encode, find_room, stream_generate
+from .config import RECIPE
+from .model import ImageModel
+from .picture import pillow, read_picture, to_picture, to_pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+STEPS = 25
+GUIDANCE = 2.0
+
+
+def draw(
+    model: ImageModel,
+    tokenizer: TokenizerWrapper,
+    text: str,
+    *,
+    seed: int | None = None,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    temp: float = 1.0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "Image":
+    """A picture of what `text` says: image tokens from the language model, then pixels from the decoder.
+
+    Args:
+        seed: of both; None goes on with MLX's random numbers.
+        steps: of the decoder.
+        guidance: how much the decoder follows the tokens; 1 is as it was trained.
+        temp: of sampling the tokens; 0 takes the likeliest.
+        progress: called with what is done and how much there is: each token and each step counts one.
+
+    Raises:
+        PararnnError: the model has no image decoder, the text is empty or too long, or a number is no use.
+    """
+    check_can_draw(model)
+    check_drawing(text, steps, guidance, temp)
+    if seed is not None:
+        mx.random.seed(seed)
+    total = model.args.tokens + steps
+    tokens = _image_tokens(model, tokenizer, text, temp, lambda done: progress(done, total))
+    condition = model.image_tokenizer.embed(mx.array(tokens)[None])
+    noise = mx.random.normal((1, model.args.size, model.args.size, 3))
+    decoder = model.image_decoder
+    assert decoder is not None
+    done = model.args.tokens
+    pixels = decoder.sample(condition, noise, steps, guidance, lambda step, _: progress(done + step, total))
+    return to_picture(np.array(pixels[0].astype(mx.float32)))
+
+
+def see(
+    model: ImageModel,
+    tokenizer: TokenizerWrapper,
+    image: "Path | str | bytes | Image",
+    question: str,
+    max_tokens: int = 256,
+    **kwargs: Any,
+) -> str:
+    """What the model answers to a question about an image.
+
+    Args:
+        image: a file, its bytes, or an image of Pillow's; see `picture.read_picture`.
+        max_tokens, kwargs: `mlx_pararnn.stream_generate`'s.
+
+    Raises:
+        PararnnError: the image cannot be read, or what `stream_generate` raises.
+    """
+    answer = stream_see(model, tokenizer, image, question, max_tokens, **kwargs)
+    return "".join(response.text for response in answer)
+
+
+def stream_see(
+    model: ImageModel,
+    tokenizer: TokenizerWrapper,
+    image: "Path | str | bytes | Image",
+    question: str,
+    max_tokens: int = 256,
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """`see`, piece by piece, as `mlx_pararnn.stream_generate` yields."""
+    tokens, embeddings = image_prompt(model, tokenizer, image, question)
+    language = model.language_model
+    yield from stream_generate(language, tokenizer, tokens, max_tokens, input_embeddings=embeddings, **kwargs)
+
+
+def image_prompt(
+    model: ImageModel, tokenizer: TokenizerWrapper, image: "Path | str | bytes | Image", question: str
+) -> tuple[list[int], mx.array]:
+    """Token ids (T) and embeddings (T, D) of an image and a question about it.
+
+    Where the image stands the ids are begin_token: what is there is in the embeddings alone.
+    """
+    args, picture = model.args, read_picture(image, model.args.size)
+    words = encode(tokenizer, question_text(question))
+    tokens = [args.begin_token] * (1 + args.tokens) + [args.end_token, *words]
+    features = model.image_tokenizer.features(mx.array(to_pixels(picture[None])))
+    places = mx.arange(1, args.tokens + 1)[None]
+    return tokens, model.embeddings(mx.array(tokens)[None], features, places)[0]
+
+
+def question_text(question: str) -> str:
+    """How a question stands before its answer."""
+    return f"{question.strip()}\n"
+
+
+def check_can_draw(model: ImageModel) -> None:
+    """Raise PararnnError for a model without an image decoder."""
+    if model.image_decoder is None:
+        raise PararnnError(f"this model sees images and has no image decoder to draw them; {RECIPE}")
+
+
+def check_drawing(text: str, steps: int, guidance: float, temp: float) -> None:
+    """Raise PararnnError for what cannot be drawn, before anything is loaded."""
+    pillow()
+    check_text(text)
+    if not text.strip():
+        raise PararnnError("there is nothing to draw; say what, as in: a red apple on blue")
+    if not (type(steps) is int and 1 <= steps <= 1000):
+        raise PararnnError(f"steps is {steps!r}; it must be a whole number from 1 to 1000")
+    for name, value in (("guidance", guidance), ("temp", temp)):
+        if not 0 <= value <= 100:
+            raise PararnnError(f"{name} is {value!r}; it must be a number from 0 to 100")
+
+
+def _image_tokens(
+    model: ImageModel,
+    tokenizer: TokenizerWrapper,
+    text: str,
+    temp: float,
+    progress: Callable[[int], None],
+) -> list[int]:
+    """Discrete tokens (N), from 0 on, that the language model writes after a text."""
+    args, language = model.args, model.language_model
+    prompt = [*encode(tokenizer, text.strip()), args.begin_token]
+    check_tokens(prompt, language.args.vocab_size)
+    room = find_room(language, len(prompt))
+    if room is not None and room < args.tokens:
+        raise PararnnError(f"the text leaves {room} of {args.tokens} positions for the image; shorten it")
+    ids = mx.arange(language.args.vocab_size)
+    is_image = (ids >= args.first_token) & (ids < args.first_token + args.codes)
+
+    def images_only(_: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(is_image, logits, -mx.inf)
+
+    tokens: list[int] = []
+    steps = generate_step(
+        mx.array(prompt),
+        language,
+        max_tokens=args.tokens,
+        sampler=make_sampler(temp),
+        logits_processors=[images_only],
+    )
+    for token, _ in steps:
+        tokens.append(int(token) - args.first_token)
+        progress(len(tokens))
+    return tokens
