@@ -72,6 +72,7 @@ def test_the_tokenizer(part):
     close(tokenizer.embed(tokens), embedded)
 
 
+@pytest.mark.large
 def test_large_images_take_the_cpus_vector_unit(cpu_backend):
     """The same numbers as MLX's operations give, forward and backward."""
     args = image_args(size=64)

@@ -106,6 +106,7 @@ def test_what_is_transparent_shows_white(data):
     assert near(found[:, 4:], WHITE)
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_exif_is_followed(orientation, kind):

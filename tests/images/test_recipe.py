@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import random
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -256,13 +257,17 @@ def test_the_losses_fall(shop):
             partial(batches.flows, 8, args, tokenizer, shop.sprites),
             stages.decoder_losses,
         ),
-        (judge.Judge(), partial(judge.judged, 8, shop.sprites), judge.judge_losses),
+        (
+            judge.Judge(replace(judge.ENCODER, layers=1)),
+            partial(judge.judged, 8, shop.sprites),
+            judge.judge_losses,
+        ),
     ]
     for model, make, losses in kinds:
         lines = []
         settings = Settings(
-            steps=30, warmup=3, learning_rate=3e-3, report_every=1, eval_every=0, save_every=0
+            steps=15, warmup=3, learning_rate=3e-3, report_every=1, eval_every=0, save_every=0
         )
         batch = make(random.Random(0))
         Trainer(model, itertools.repeat(batch), settings, report=lines.append, losses=losses).run()
-        assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+        assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
