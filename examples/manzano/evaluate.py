@@ -107,4 +107,4 @@ if __name__ == "__main__":
     print(json.dumps({"answers": answers(model, tokenizer, shop, given.scenes, given.seed)}))
     made, judged = drawings(model, tokenizer, load_judge(shop), shop, given.scenes, given.seed)
     print(json.dumps(made))
-    contact_sheet(judged).save(given.out / "sheet.png")
+    contact_sheet(judged[:32]).save(given.out / "sheet.png")

@@ -27,7 +27,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder": {"patch": 14, "hidden_size": 2048, "layers": 32, "heads": 32, "intermediate_size": 8192},
     },
 }
-_MOST_LEVELS = 1 << 16
+# So that nothing that a file says becomes an array beyond what MLX can describe.
+_LARGEST_SIZE, _LARGEST_WIDTH, _MOST_FEATURES = 1 << 12, 1 << 16, 1 << 24
+_MOST_NUMBERS, _MOST_LEVELS, _MOST_CODES = 16, 1 << 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,24 @@ class ImageArgs:
 
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
-            _check_number(name, getattr(self, name), 1)
+            _check_number(name, getattr(self, name), 1, _LARGEST_SIZE)
         for name in ("begin_token", "end_token", "first_token"):
-            _check_number(name, getattr(self, name), 0)
-        if not self.levels or not all(type(n) is int and 2 <= n <= _MOST_LEVELS for n in self.levels):
-            raise _wrong("levels", list(self.levels), "whole numbers of at least 2")
-        if self.codes > 1 << 24:
-            raise _wrong("levels", list(self.levels), "numbers whose product is at most 16,777,216")
+            _check_number(name, getattr(self, name), 0, 2**31 - 1)
+        levels = list(self.levels)
+        if not 1 <= len(levels) <= _MOST_NUMBERS:
+            raise PararnnError(f"config.json: images.levels must hold 1 to {_MOST_NUMBERS} numbers")
+        if not all(type(n) is int and 2 <= n <= _MOST_LEVELS for n in levels):
+            raise _wrong("levels", levels, "whole numbers of at least 2")
+        if self.codes > _MOST_CODES:
+            raise _wrong("levels", levels, f"numbers whose product is at most {_MOST_CODES:,}")
         for name in ("encoder", "decoder"):
             part: TransformerArgs | None = getattr(self, name)
             if part is None:
                 continue
             for field in fields(part):
                 if field.name != "share_attention":
-                    _check_number(f"{name}.{field.name}", getattr(part, field.name), 1)
-            if part.share_attention not in (True, False):
+                    _check_number(f"{name}.{field.name}", getattr(part, field.name), 1, _LARGEST_WIDTH)
+            if type(part.share_attention) is not bool:
                 raise _wrong(f"{name}.share_attention", part.share_attention, "true or false")
             if part.hidden_size % part.heads:
                 raise _wrong(f"{name}.hidden_size", part.hidden_size, f"a multiple of heads {part.heads}")
@@ -97,6 +102,8 @@ class ImageArgs:
                 raise _wrong("size", self.size, f"a multiple of {name}.patch {part.patch}")
         if (self.size // self.encoder.patch) % self.stride:
             raise _wrong("stride", self.stride, f"a divisor of {self.size // self.encoder.patch} patches")
+        if self.encoder.hidden_size * self.stride**2 > _MOST_FEATURES:
+            raise _wrong("stride", self.stride, f"small enough for {_MOST_FEATURES:,} features of a token")
 
     @property
     def codes(self) -> int:
@@ -141,21 +148,25 @@ class ImageArgs:
 def _checked(kind: Any, what: str, values: Any) -> dict[str, Any]:
     """`values` if they are the fields of the dataclass `kind`."""
     if not isinstance(values, dict):
-        raise PararnnError(f"config.json: {what} is {values!r}; it must be an object")
+        raise PararnnError(f"config.json: {what} is {_short(values)}; it must be an object")
     names = {field.name: field.default is MISSING for field in fields(kind)}
     for name in values:
         if name not in names:
-            raise PararnnError(f"config.json: {what} has a field {name!r}, which is unknown")
+            raise PararnnError(f"config.json: {what} has a field {_short(name)}, which is unknown")
     for name, needed in names.items():
         if needed and name not in values:
             raise PararnnError(f"config.json: {what} lacks the field {name!r}")
     return dict(values)
 
 
-def _check_number(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or not least <= value < 2**31:
-        raise _wrong(name, value, f"a whole number of at least {least}")
+def _check_number(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise _wrong(name, value, f"a whole number from {least} to {most}")
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:100]
 
 
 def _wrong(name: str, value: Any, wanted: str) -> PararnnError:
-    return PararnnError(f"config.json: images.{name} is {value!r}; it must be {wanted}")
+    return PararnnError(f"config.json: images.{name} is {_short(value)}; it must be {wanted}")

@@ -108,14 +108,23 @@ def load_image_model(
     language_model, config = load_model(path, adapter_path=adapter_path, state=state)
     if "images" not in config:
         raise PararnnError(f"{path}: this model neither sees nor draws images; {RECIPE}")
+    file = path / WEIGHTS
+    shapes = _shapes(file)
     try:
         args = ImageArgs.from_dict(config["images"])
+        _check_layers(args, shapes)
         model = ImageModel(args, language_model)
         if args.quantization is not None:
             model.quantize(**_quantization(args.quantization))
     except PararnnError as error:
         raise PararnnError(f"{path}: {error}") from None
-    _load_weights(model, path / WEIGHTS)
+    _check_weights(model, shapes, file)
+    try:
+        model.load_weights(str(file), strict=False)
+        check_dtypes(path, model)
+        mx.eval(model.parameters())
+    except (RuntimeError, OSError) as error:
+        raise _unreadable(file, error) from error
     return model, load_tokenizer(path, config)
 
 
@@ -129,28 +138,37 @@ def _quantizable(group_size: int) -> Any:
     return lambda _, module: isinstance(module, nn.Linear) and module.weight.shape[-1] % group_size == 0
 
 
-def _load_weights(model: ImageModel, file: Path) -> None:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """What the header of a file of weights says."""
     try:
-        with open_regular(file):  # not a pipe, which MLX would wait for
+        with open_regular(file):  # not a pipe, which safetensors would wait for
             pass
-        _check_weights(model, file)
-        model.load_weights(str(file), strict=False)
-        check_dtypes(file.parent, model)
-        mx.eval(model.parameters())
+        with safe_open(file, "numpy") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise PararnnError(f"no {WEIGHTS} in {file.parent}; copy or train the model again") from None
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, PararnnError):
-            raise
-        said = " ".join(str(error).split())[:200].rstrip(" .")
-        raise PararnnError(f"{file} cannot be read ({said}); copy or train the model again") from error
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(file, error) from error
 
 
-def _check_weights(model: ImageModel, file: Path) -> None:
+def _check_layers(args: ImageArgs, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Before any is made: a config may name millions."""
+    for name, prefix in (
+        ("encoder", "image_tokenizer.encoder.layers."),
+        ("decoder", "image_decoder.layers."),
+    ):
+        part = getattr(args, name)
+        count = len({key.removeprefix(prefix).partition(".")[0] for key in shapes if key.startswith(prefix)})
+        if part is not None and part.layers != count:
+            raise PararnnError(
+                f"config.json: images.{name}.layers is {part.layers}, and {WEIGHTS} has {count}; copy or "
+                "train the model again"
+            )
+
+
+def _check_weights(model: ImageModel, shapes: dict[str, tuple[int, ...]], file: Path) -> None:
     """Names and shapes, before anything is read."""
     wanted = model.image_weights()
-    with safe_open(file, "numpy") as opened:
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     for name in sorted(wanted.keys() | shapes.keys()):
         there, needed = shapes.get(name), wanted[name].shape if name in wanted else None
         if there != needed:
@@ -158,3 +176,8 @@ def _check_weights(model: ImageModel, file: Path) -> None:
                 f"{file}: does not fit config.json: {name} is {there or 'missing'} and should be "
                 f"{needed or 'absent'}; copy or train the model again"
             )
+
+
+def _unreadable(file: Path, error: Exception) -> PararnnError:
+    said = " ".join(str(error).split())[:200].rstrip(" .")
+    return PararnnError(f"{file} cannot be read ({said}); copy or train the model again")

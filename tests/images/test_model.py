@@ -20,7 +20,7 @@ from mlx_pararnn.images.model import WEIGHTS
 from mlx_pararnn.images.use import image_prompt, question_text
 from mlx_pararnn.loading import BUNDLED
 from tests.support import image_oracle as oracle
-from tests.support.image_models import VOCABULARY, image_model, weights_of, write_image_model
+from tests.support.image_models import TRANSFORMER, VOCABULARY, image_model, weights_of, write_image_model
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8))
 CODES = 24
@@ -220,7 +220,17 @@ def test_a_folder_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
         ({"size": 9}, "images.size is 9; it must be a multiple of encoder.patch 2"),
         ({"stride": 3}, "images.stride is 3; it must be a divisor of 4 patches"),
         ({"stride": ...}, "images lacks the field 'stride'"),
-        ({"levels": []}, "images.levels is"),
+        ({"levels": []}, "images.levels must hold 1 to 16 numbers"),
+        ({"levels": [2] * 100_000}, "images.levels must hold 1 to 16 numbers"),
+        ({"size": 2**30}, "images.size is 1073741824; it must be a whole number from 1 to 4096"),
+        ({"size": True}, "images.size is True"),
+        ({"encoder": {**TRANSFORMER, "layers": 60_000}}, "images.encoder.layers is 60000, and .* has 2"),
+        ({"decoder": {**TRANSFORMER, "layers": 1}}, "images.decoder.layers is 1, and .* has 2"),
+        ({"encoder": {**TRANSFORMER, "hidden_size": 2**20}}, "must be a whole number from 1 to 65536"),
+        ({"encoder": {**TRANSFORMER, "hidden_size": 64}}, "does not fit config.json: image_tokenizer"),
+        ({"decoder": {**TRANSFORMER, "heads": 3}}, "must be a multiple of heads 3"),
+        ({"decoder": {**TRANSFORMER, "share_attention": 1}}, "must be true or false"),
+        ({"size": 4096, "stride": 2048}, "small enough for 16,777,216 features"),
         ({"levels": 7}, "images.levels is 7"),
         ({"levels": [2**16, 2**16]}, "whose product is at most"),
         ({"levels": [4, 3, 3]}, "go beyond the vocabulary of 282"),
@@ -245,13 +255,17 @@ def test_all_of_a_config_comes_back(pair):
     assert ImageArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
 
 
+def rewrite(path, **changes):
+    mx.save_safetensors(str(path), {**mx.load(str(path)), **changes})
+
+
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
         (lambda path: path.unlink(), "no images.safetensors in"),
         (lambda path: path.write_bytes(path.read_bytes()[:-8]), "cannot be read"),
         (lambda path: path.write_bytes(b"no safetensors"), "cannot be read"),
-        (lambda path: mx.save_safetensors(str(path), {"a": mx.zeros(2)}), "a is .2,. and should be absent"),
+        (lambda path: rewrite(path, a=mx.zeros(2)), "a is .2,. and should be absent"),
         (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
     ],
 )
@@ -265,9 +279,8 @@ def test_weights_that_are_broken(tmp_path, break_it, said):
 
 def test_weights_of_no_floating_point_kind(tmp_path):
     folder = write_image_model(image_model(), tmp_path / "model")
-    weights = mx.load(str(folder / WEIGHTS))
     name = "image_tokenizer.code_proj.weight"
-    mx.save_safetensors(str(folder / WEIGHTS), {**weights, name: weights[name].astype(mx.int32)})
+    rewrite(folder / WEIGHTS, **{name: mx.zeros((3, 64), mx.int32)})
     with pytest.raises(PararnnError, match=f"{name} holds int32 numbers"):
         mlx_pararnn.load_image_model(folder)
 
