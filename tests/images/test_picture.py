@@ -3,6 +3,8 @@
 import contextlib
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -151,6 +153,30 @@ def test_a_large_photo_is_read_small(monkeypatch):
     found = read_picture(data, 32)
     assert near(found[16], RED)
     assert loaded[0] == (1000, 750)
+
+
+MEASURE = """
+import resource, sys
+from mlx_pararnn.images.picture import pillow, read_picture
+pillow().Image.preinit()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_picture(sys.argv[1], 32)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("P", "PNG"), ("RGB", "WEBP"), ("RGB", "JPEG")])
+def test_memory_is_bounded_by_the_pixels(mode, kind, tmp_path):
+    """At most 17 bytes each."""
+    file, side = tmp_path / "a.image", 4000
+    options = {"transparency": 0} if mode == "P" else {"progressive": True} if kind == "JPEG" else {}
+    file.write_bytes(encoded(Image.new(mode, (side, side)), kind, **options))
+    taken = subprocess.run(
+        [sys.executable, "-c", MEASURE, file], check=True, capture_output=True, text=True
+    ).stdout
+    assert int(taken) < 17 * side**2
 
 
 @pytest.mark.parametrize(
