@@ -11,16 +11,19 @@ from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.protocol import Protocol, find_protocol, tokenizer_files
 from mlx_pararnn.training.trainer import Batch
 
-from .call_traces import trace
+from .call_traces import SCANNED, trace
 from .calls import Example, examples, signs
 from .data import TASKS, ask, polite
-from .traces import Trace, solve
+from .traces import NUMBERS, Trace, note_kind, solve
 
 # A turn: the token ids, and which of them the model makes itself.
 Turn = tuple[list[int], list[bool]]
 
 LONGEST = 10  # digits of a number
-LONGEST_REVERSED = 30  # digits or letters
+LONGEST_REVERSED = (30, 30, 30, 100)  # digits or letters
+LONGEST_MESSAGE = 150  # digits or letters, of which only the kind of message is learned
+# So often the kind of message is noted wrongly, as a model may, and the trace goes on from there.
+MISTAKEN = 0.12
 RESTART = 64
 # How often each task comes: a trace of sorting has four times the tokens of a reversal's.
 SHARES = {
@@ -61,10 +64,18 @@ def number_turns(seed: int) -> Iterator[Turn]:
     names, shares = list(SHARES), list(SHARES.values())
     while True:
         (name,) = rng.choices(names, shares)
-        longest = LONGEST_REVERSED if name == "reversal" else LONGEST
-        solved = solve(TASKS[name](rng, rng.randint(1, longest))[0])
-        assert solved is not None
-        yield encode(solved, ids)
+        longest = rng.choice(LONGEST_REVERSED) if name == "reversal" else LONGEST
+        yield _solved(TASKS[name](rng, rng.randint(1, longest))[0], rng, ids)
+
+
+def long_message_turns(seed: int) -> Iterator[Turn]:
+    """The beginnings of such tasks with longer numbers, to where the kind of message has been noted."""
+    rng, ids = random.Random(seed), protocol()
+    while True:
+        digits = round(LONGEST * (LONGEST_MESSAGE / LONGEST) ** rng.random())
+        beginning = Trace(TASKS[rng.choice(list(TASKS))](rng, digits)[0])
+        note_kind(beginning, NUMBERS)
+        yield encode(beginning, ids)
 
 
 def calculation_turns(seed: int) -> Iterator[Turn]:
@@ -76,15 +87,29 @@ def calculation_turns(seed: int) -> Iterator[Turn]:
         at = message.lower().index(text)
         text = message[at : at + len(text)]
         example = Example(message, "calculate", {"expression": text}, {"expression": (at, at + len(text))})
-        yield encode(solve(message) or trace(example, _result(example, rng)), ids)
+        yield _turn(example, rng, ids)
 
 
 def english_turns(seed: int) -> Iterator[Turn]:
     """Turns with plain English: calls, and what is declined. Sums among it are for the pointers, as any."""
     ids, rng = protocol(), random.Random(seed)
     for example in examples("train", seed):
-        turn = solve(example.message) or trace(example, _result(example, rng))
-        yield encode(turn, ids)
+        yield _turn(example, rng, ids)
+
+
+def _turn(example: Example, rng: random.Random, ids: Protocol) -> Turn:
+    """For the pointers, where it is a task of theirs, else a call or declined."""
+    if solve(example.message):
+        return _solved(example.message, rng, ids)
+    scanned = example.function in (None, "calculate")
+    mistaken = NUMBERS if scanned and rng.random() < MISTAKEN else ""
+    return encode(trace(example, _result(example, rng), mistaken=mistaken), ids)
+
+
+def _solved(message: str, rng: random.Random, ids: Protocol) -> Turn:
+    solved = solve(message, rng.choice(SCANNED) if rng.random() < MISTAKEN else "")
+    assert solved is not None
+    return encode(solved, ids)
 
 
 def _result(example: Example, rng: random.Random) -> str:
@@ -98,7 +123,7 @@ def _result(example: Example, rng: random.Random) -> str:
         return f"error: {error}"
 
 
-MIXTURE = {number_turns: 0.35, calculation_turns: 0.15, english_turns: 0.5}
+MIXTURE = {number_turns: 0.27, long_message_turns: 0.05, calculation_turns: 0.15, english_turns: 0.53}
 
 
 def batches(turns: Callable[[int], Iterator[Turn]], rows: int, length: int, seed: int) -> Iterator[Batch]:

@@ -2,23 +2,38 @@
 
 import json
 from collections.abc import Iterable
+from itertools import combinations
+from string import ascii_letters
 from typing import Any
 
-from .calls import ARGUMENTS, DECLINED, Example
+from .calls import ARGUMENTS, DECLINED, REQUIRED, Example
 from .traces import END, Trace, as_bytes, note_kind, scan
 
 CALL, RESULT = "<|call|>", "<|result|>"
 LOOK_AHEAD = 4
-# The kinds of messages: a letter for each function, and one for those that want none.
-KINDS = {function: chr(ord("A") + at) for at, function in enumerate(ARGUMENTS)}
+# The kinds of messages: a letter for each function and the arguments that it is given, and a full stop for
+# those that want none. What is given is then known wherever the kind is read again.
+KINDS = dict(
+    zip(
+        (
+            (function, *given)
+            for function, names in ARGUMENTS.items()
+            for count in range(len(names) + 1)
+            for given in combinations(names, count)
+            if set(given) >= REQUIRED[function]
+        ),
+        ascii_letters,
+        strict=False,
+    )
+)
 DECLINE_KIND = "."
 # Kinds that a message with long numbers may be taken for: it is scanned for a task with numbers first.
-SCANNED = (DECLINE_KIND, KINDS["calculate"])
+SCANNED = (DECLINE_KIND, KINDS["calculate", "expression"])
 # Of each argument, the pointer that copies it; pointer 2 is still at the beginning after a scan.
 POINTERS = (2, 1, 4)
 
 
-def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
+def trace(example: Example, result: str = "", answer: str = DECLINED, mistaken: str = "") -> Trace:
     """The turn that an example teaches.
 
     Each argument is found and copied by a pointer of its own, which reads the message byte by byte; after
@@ -30,10 +45,12 @@ def trace(example: Example, result: str = "", answer: str = DECLINED) -> Trace:
         example: a message and its call.
         result: what the function gives, as the loop feeds it. The empty answer after it means this text.
         answer: what is said where no function is wanted.
+        mistaken: NUMBERS where a message of a kind that is scanned is taken for a task with numbers in error.
+            After the scan the message has just been read again: then the model knows better.
     """
     turn = Trace(example.message)
-    kind = DECLINE_KIND if example.function is None else KINDS[example.function]
-    note_kind(turn, kind)
+    kind = DECLINE_KIND if example.function is None else KINDS[example.function, *example.spans]
+    note_kind(turn, kind, mistaken)
     if kind in SCANNED:
         scan(turn)
         turn.read(3)

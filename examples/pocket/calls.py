@@ -30,12 +30,16 @@ DECLINED = (
     "Try: set a timer for 5 minutes, or: what is 12345 + 67890?"
 )
 DECLINES = 0.3  # of all examples
+SCHEMAS = json.loads((FOLDER / "functions.json").read_text(encoding="utf-8"))
 ARGUMENTS: dict[str, list[str]] = {
-    function["name"]: list(function["parameters"].get("properties", {}))
-    for function in json.loads((FOLDER / "functions.json").read_text(encoding="utf-8"))
+    function["name"]: list(function["parameters"].get("properties", {})) for function in SCHEMAS
+}
+# Of each function, the arguments that it cannot do without.
+REQUIRED: dict[str, set[str]] = {
+    function["name"]: set(function["parameters"].get("required", [])) for function in SCHEMAS
 }
 # In braces, and the argument that it is.
-ALIASES = {"in": "time", "weekday": "day"}
+ALIASES = {"in": "time", "weekday": "day", "about": "text"}
 RELATIVE_DAYS = (
     "tomorrow",
     "tonight",
@@ -95,7 +99,7 @@ def make(function: str, phrasing: str, rng: random.Random) -> Example:
     pieces: list[tuple[str, str | None]] = []  # text, and the argument that it is
     plain: dict[str, str] = {}
     fillers = FILLERS | _conversion(rng)
-    phrasing = re.sub(r"\(([^()]*)\)", lambda m: rng.choice(m[1].split("|")), phrasing)
+    phrasing = re.sub(r"\(([^()]*\|[^()]*)\)", lambda m: rng.choice(m[1].split("|")), phrasing)
     phrasing = " ".join(phrasing.split())
     for part in re.split(r"(\{\w+\})", phrasing.rstrip(".?") or phrasing):
         kind = part[1:-1]
@@ -158,7 +162,7 @@ def _as_people_write(
     pieces: list[tuple[str, str | None]], mark: str, function: str, rng: random.Random
 ) -> list[tuple[str, str | None]]:
     pieces = [(text, argument) for text, argument in pieces if text]
-    if function != DECLINE:
+    if function != DECLINE or rng.random() < 0.4:
         before, after = _politeness(mark, rng)
         pieces = [(before, None), *pieces, (after, None)]
     if mark in (".", "?") and rng.random() < 0.4:
@@ -457,6 +461,18 @@ def _text(rng: random.Random) -> tuple[str, str]:
     return text, text
 
 
+def _about(rng: random.Random) -> tuple[str, str]:
+    """What a reminder is about that is no deed."""
+    event = rng.choice(
+        ("meeting", "dentist", "appointment", "interview", "party", "deadline", "lesson", "match", "concert",
+         "rent", "exam", "vet", "delivery", "homework", "laundry", "bins", "medicine", "bill", "visit")
+    )  # fmt: skip
+    text = f"{rng.choice(('the', 'my', 'our'))} {event}"
+    if rng.random() < 0.3:
+        text += f" {rng.choice(('with', 'for', 'at'))} {_as_it_is('name')(rng)[0]}"
+    return text, text
+
+
 def _conversion(rng: random.Random) -> dict[str, Filler]:
     """An amount, and a unit into which it can be converted."""
     units = rng.choice(_MEASURES)
@@ -485,10 +501,18 @@ def _expression(rng: random.Random) -> tuple[str, str]:
 def signs(rng: random.Random) -> tuple[str, str]:
     """Numbers of any length with signs between them."""
     a, b, c = (rng.randint(1, 10 ** rng.choice((1, 2, 3, 3, 4, 6, rng.randint(1, 12)))) for _ in range(3))
-    if rng.random() < 0.2:
+    d, e = f"{a}.{b}", f"{c % 100}.{a % 1000}"
+    if rng.random() < 0.45:
         return rng.choice(
-            ((f"{a:,} + {b:,}", f"{a}+{b}"), (f"-{a} + {b}", f"-{a}+{b}"), (f"{a:,} - {b}", f"{a}-{b}"),
-             (f"{a}^{b % 9}", f"{a}**{b % 9}"), (f"({a} - {b}) / {c}", f"({a}-{b})/{c}"))
+            ((f"{a:,} + {b:,}", f"{a}+{b}"), (f"{a:,} - {b}", f"{a}-{b}"), (f"{a:,}+{b}", f"{a}+{b}"),
+             (f"-{a} + {b}", f"-{a}+{b}"), (f"-{a} - {b}", f"-{a}-{b}"), (f"-{a} + -{b}", f"-{a}-{b}"),
+             (f"{a} + -{b}", f"{a}-{b}"), (f"{a} - -{b}", f"{a}+{b}"), (f"-{a} * {b}", f"-{a}*{b}"),
+             (f"{a} * -{b}", f"-{a}*{b}"), (f"-{a}+{b}", f"-{a}+{b}"), (f"-{a}-{b}", f"-{a}-{b}"),
+             (f"{a} + (-{b})", f"{a}-{b}"), (f"-{a} / {b}", f"-{a}/{b}"),
+             (f"{d} + {e}", f"{d}+{e}"), (f"{d} - {e}", f"{d}-{e}"), (f"{d}+{c}", f"{d}+{c}"),
+             (f"{a} - {e}", f"{a}-{e}"), (f"{d} * {b % 10}", f"{d}*{b % 10}"), (f"{a} + .{b}", f"{a}+0.{b}"),
+             (f"{a}^{b % 9}", f"{a}**{b % 9}"), (f"({a} - {b}) / {c}", f"({a}-{b})/{c}"),
+             (f"({a} + {b}) * {c}", f"({a}+{b})*{c}"), (f"{a} + {b} + {c} + {b}", f"{a}+{b}+{c}+{b}"))
         )  # fmt: skip
     signs = (("*", "*"), ("x", "*"), ("times", "*"), ("multiplied by", "*"), ("+", "+"), ("plus", "+"),
              ("-", "-"), ("minus", "-"), ("/", "/"), ("divided by", "/"), ("over", "/"))  # fmt: skip
@@ -542,6 +566,7 @@ FILLERS: dict[str, Filler] = {
     "start": _date,
     "end": _date,
     "text": _text,
+    "about": _about,
     "items": _items,
     "list": _as_it_is("list"),
     "expression": _expression,
@@ -563,6 +588,15 @@ def _topic(kind: str, rng: random.Random) -> str:
         return rng.choice(_prose())
     if kind == "gibberish":
         return " ".join(_made_up(rng) for _ in range(rng.randint(1, 4)))
+    if kind == "number":
+        return _lone_number(rng)
+    if kind == "script":
+        return " ".join(_in_a_script(rng) for _ in range(rng.randint(1, 5)))
+    if kind == "emoji":
+        return "".join(
+            chr(rng.choice((rng.randint(0x1F300, 0x1F64F), rng.randint(0x2600, 0x26FF))))
+            for _ in range(rng.randint(1, 3))
+        )
     if kind == "digits":
         return " ".join(str(rng.randint(0, 10 ** rng.randint(1, 5))) for _ in range(rng.randint(1, 3)))
     if kind in FILLERS or kind == "amount":
@@ -571,6 +605,29 @@ def _topic(kind: str, rng: random.Random) -> str:
         return _made_up(rng)
     topic = rng.choice(words[kind])
     return topic.title() if kind in ("place", "person") and rng.random() < 0.5 else topic
+
+
+def _lone_number(rng: random.Random) -> str:
+    """A number in any form, which asks for nothing."""
+    n = rng.randint(0, 10 ** rng.randint(1, 8))
+    forms = ("{}", "{}", "0{}", "{:,}", "-{}", "+{}", "#{}", "{}%", f"{{}}.{rng.randint(0, 99999)}")
+    return rng.choice(forms).format(n)
+
+
+# From the first to the last character of the letters of some scripts.
+_SCRIPTS = (
+    *((0xDF, 0x17E), (0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5EA), (0x627, 0x64A), (0x905, 0x939)),
+    *((0xE01, 0xE2E), (0x10D0, 0x10F0), (0x3041, 0x30F6), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3)),
+)
+
+
+def _in_a_script(rng: random.Random) -> str:
+    """Letters of another script, or such Latin ones as English lacks among others; no word of a language."""
+    first, last = rng.choice(_SCRIPTS)
+    letters = [chr(rng.randint(first, last)) for _ in range(rng.randint(1, 7))]
+    if first == 0xDF:
+        letters = [rng.choice((letter, *"aeinorstzk")) for letter in letters] + letters[:1]
+    return "".join(letters)
 
 
 @cache

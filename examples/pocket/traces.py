@@ -149,10 +149,15 @@ class Trace:
         self.learned.append(False)
 
 
-def solve(message: str) -> Trace | None:
-    """The trace that answers a message, or None for one that is no task of the pointer memory."""
+def solve(message: str, mistaken: str = "") -> Trace | None:
+    """The trace that answers a message, or None for one that is no task of the pointer memory.
+
+    Args:
+        message: what the user writes.
+        mistaken: a kind that the message is taken for in error; the trace goes on from there.
+    """
     trace = Trace(message)
-    note_kind(trace, NUMBERS)
+    note_kind(trace, NUMBERS, mistaken)
     note = scan(trace)
     if note not in _PROCEDURES:
         return None
@@ -161,9 +166,10 @@ def solve(message: str) -> Trace | None:
     return trace
 
 
-def note_kind(trace: Trace, kind: str) -> None:
-    """Note down what kind of message it is, under pointer 3."""
-    trace.think(kind)
+def note_kind(trace: Trace, kind: str, mistaken: str = "") -> None:
+    """Note down what kind of message it is, under pointer 3; a mistaken kind instead is not learned."""
+    trace.think(mistaken or kind)
+    trace.learned[-1] = not mistaken
     trace.last(3)
 
 

@@ -35,7 +35,7 @@ ARGS = ModelArgs(
 LONGEST_MEMORY = 400  # tokens: a message of 60 characters, until its arguments have been copied
 
 SETTINGS = Settings(
-    steps=5900,
+    steps=7000,
     batch_size=16,
     length=256,
     learning_rate=3e-3,

@@ -130,7 +130,7 @@ def test_what_is_learned_is_what_the_model_writes():
     example = calls.Example("5 min timer", "set_timer", {"duration": "5 min"}, {"duration": (0, 5)})
     turn = trace(example, "Timer set.")
     fed = "".join(token for token, learned in zip(turn.tokens, turn.learned, strict=True) if not learned)
-    kind = KINDS["set_timer"]
+    kind = KINDS["set_timer", "duration"]
     assert fed == f"<|user|>5 min timer<|end|>5 min {kind}min time{kind}Timer set.<|end|>"
 
 
