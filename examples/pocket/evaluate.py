@@ -2,11 +2,13 @@
 
 For each task and length, new messages are made, with a seed that training does not use. Greedy decoding gives
 a whole trace exactly where each of its tokens is the likeliest after those before it, so one pass over the
-trace tells whether the model would write it. `--decode` lets the tool loop run instead, and compares the
-answers.
+trace tells whether the model would write it. The kind of message at its beginning may be another one than the
+trace has, as long as the model goes on rightly from there: the answer is the same. `--decode` lets the tool
+loop run instead, and compares the answers.
 
 `--calls N` measures plain English instead, N messages of each kind, all through the tool loop: phrasings that
-were kept from training, messages written by hand, messages that want no function, and sums with signs.
+were kept from training, messages written by hand, messages that want no function, and sums with signs. What
+the model does wrong is shown.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from mlx_pararnn.pocket.loop import Limits
 from mlx_pararnn.pocket.protocol import find_protocol
 from mlx_pararnn.pocket.standard import calculate
 
-from .batches import encode
+from .batches import Turn, encode
 from .call_cases import decline_rate, handwritten, held_out, measure, out_of_scope
 from .calls import signs
 from .data import TASKS, ask, polite
@@ -45,24 +47,41 @@ def samples(task: str, digits: int, count: int, seed: int = 10**6) -> list[tuple
     return [TASKS[task](rng, digits) for _ in range(count)]
 
 
-def check_traces(model: Model, turns: list[tuple[list[int], list[bool]]]) -> list[int | None]:
+def check_traces(model: Model, turns: list[Turn]) -> list[int | None]:
     """Of each turn, the place of the first token that the model would not write; None if there is none.
 
     Turns are read together, as rows of a batch.
     """
-    longest = max(len(tokens) for tokens, _ in turns)
-    inputs = np.zeros((len(turns), longest), np.int32)
-    learned = np.zeros((len(turns), longest), bool)
-    for row, (tokens, own) in enumerate(turns):
-        inputs[row, : len(tokens)], learned[row, : len(own)] = tokens, own
-    cache, wrong = model.make_cache(len(turns)), np.zeros_like(learned)
+    inputs, best = _likeliest(model, [tokens for tokens, _ in turns])
+    learned = np.zeros(inputs.shape, bool)
+    for row, (_, own) in enumerate(turns):
+        learned[row, : len(own)] = own
+    wrong = learned & (best != inputs)
+    return [int(row.argmax()) if row.any() else None for row in wrong]
+
+
+def with_own_kinds(model: Model, turns: list[Turn]) -> list[Turn]:
+    """The same turns, but for the kinds of messages: those that the model itself notes first."""
+    kinds = [own.index(True) for _, own in turns]
+    _, best = _likeliest(model, [tokens[: at + 1] for (tokens, _), at in zip(turns, kinds, strict=True)])
+    return [
+        ([*tokens[:at], int(best[row, at]), *tokens[at + 1 :]], own)
+        for row, ((tokens, own), at) in enumerate(zip(turns, kinds, strict=True))
+    ]
+
+
+def _likeliest(model: Model, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens in one array, padded, and of each token the likeliest after those before it."""
+    longest = max(map(len, rows))
+    inputs = np.zeros((len(rows), longest), np.int32)
+    for row, tokens in zip(inputs, rows, strict=True):
+        row[: len(tokens)] = tokens
+    cache, best = model.make_cache(len(rows)), inputs.copy()
     for begin in range(0, longest - 1, PIECE):
         end = min(begin + PIECE, longest - 1)
-        best = mx.argmax(model(mx.array(inputs[:, begin:end]), cache=cache), axis=-1)
-        wrong[:, begin + 1 : end + 1] = np.array(best) != inputs[:, begin + 1 : end + 1]
+        best[:, begin + 1 : end + 1] = mx.argmax(model(mx.array(inputs[:, begin:end]), cache=cache), axis=-1)
         mx.eval([layer.state for layer in cache])
-    wrong &= learned
-    return [int(row.argmax()) if row.any() else None for row in wrong]
+    return inputs, best
 
 
 def evaluate(
@@ -81,7 +100,8 @@ def evaluate(
         rows = max(1, 200_000 // max(len(trace.tokens) for trace in traces))
         for first in range(0, count, rows):
             part = traces[first : first + rows]
-            places = check_traces(model, [encode(trace, ids) for trace in part])
+            turns = with_own_kinds(model, [encode(trace, ids) for trace in part])
+            places = check_traces(model, turns)
             for trace, place in zip(part, places, strict=True):
                 if place is not None:
                     faults.append(
@@ -107,21 +127,41 @@ def call_made(model: Model, tokenizer: Any, message: str) -> dict[str, Any] | No
 
 
 def evaluate_calls(model: Model, tokenizer: Any, count: int) -> dict[str, dict[str, float]]:
-    """The measures of `call_cases`, of at most `count` messages of each kind."""
+    """The measures of `call_cases`, of at most `count` messages of each kind, spread over all of them."""
+    found: dict[str, dict[str, Any] | None] = {}
 
     def made(message: str) -> dict[str, Any] | None:
-        return call_made(model, tokenizer, message)
+        found[message] = call_made(model, tokenizer, message)
+        return found[message]
 
-    results = {
-        "held-out phrasings": measure(made, held_out(count)),
-        "written by hand": measure(made, handwritten()[:count]),
-    }
-    results["out of scope"] = {"declined": decline_rate(made, out_of_scope()[:count])}
+    results = {}
+    for kind, cases in (
+        ("held-out phrasings", held_out(count)),
+        ("written by hand", _spread(handwritten(), count)),
+    ):
+        results[kind] = measure(made, cases)
+        for case in cases:
+            if found[case.message] not in case.calls:
+                print(f"{kind}: {case.message!r} -> {found[case.message]}", flush=True)
+    messages = _spread(out_of_scope(), count)
+    results["out of scope"] = {"declined": decline_rate(made, messages)}
+    for message in messages:
+        if found[message]:
+            print(f"out of scope: {message!r} -> {found[message]}", flush=True)
     rng, right = random.Random("sums"), 0
     for _ in range(count):
         text, plain = signs(rng)
-        right += calculate(plain) in answer(model, tokenizer, polite(rng, ask(rng, text)))
+        message = polite(rng, ask(rng, text))
+        said = answer(model, tokenizer, message)
+        right += calculate(plain) in said
+        if calculate(plain) not in said:
+            print(f"sums: {message!r} -> {said!r}, not {calculate(plain)}", flush=True)
     return {**results, "sums of all forms": {"answered right": right / count}}
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    """At most so many of a list, at equal distances."""
+    return [items[len(items) * at // count] for at in range(count)] if count < len(items) else items
 
 
 def table(results: list[dict[str, Any]]) -> str:

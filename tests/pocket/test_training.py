@@ -75,6 +75,20 @@ def test_the_first_token_that_a_model_would_not_write_is_found(monkeypatch):
     assert evaluate.check_traces(model, turns) == [None, own[20], None]
 
 
+def test_a_kind_noted_otherwise_is_no_fault_of_its_own(monkeypatch):
+    """The trace goes on from the kind that the model notes."""
+    monkeypatch.setattr(evaluate, "PIECE", 16)
+    turns = [encode(solve(message), protocol()) for message in ("1 + 2", "reverse abcdefghijklmnopqrs")]
+    kinds = [own.index(True) for _, own in turns]
+    noted = evaluate.with_own_kinds(Recorded(turns, {(1, kinds[1])}), turns)
+    assert noted[0] == turns[0]
+    assert noted[1][0][kinds[1]] == 299
+    assert noted[1][0][: kinds[1]] + noted[1][0][kinds[1] + 1 :] == (
+        turns[1][0][: kinds[1]] + turns[1][0][kinds[1] + 1 :]
+    )
+    assert evaluate.check_traces(Recorded(noted, set()), noted) == [None, None]
+
+
 def test_a_table_of_results():
     results = [
         {"task": "addition", "digits": digits, "count": 10, "exact": exact}
