@@ -25,6 +25,8 @@ LONGEST_MESSAGE = 150  # digits or letters, of which only the kind of message is
 # So often the kind of message is noted wrongly, as a model may, and the trace goes on from there.
 MISTAKEN = 0.12
 RESTART = 64
+# The shares of number_turns, long_message_turns, calculation_turns and english_turns.
+MIXTURE = (0.27, 0.05, 0.15, 0.53)
 # How often each task comes: a trace of sorting has four times the tokens of a reversal's.
 SHARES = {
     "addition": 4,
@@ -50,11 +52,20 @@ def encode(trace: Trace, ids: Protocol) -> Turn:
     return [special[t] if len(t) > 1 else ids.byte_ids[ord(t)] for t in trace.tokens], trace.learned
 
 
-def turns(seed: int) -> Iterator[Turn]:
-    """Turns of all kinds in the shares of MIXTURE, without end."""
-    rng, streams = random.Random(seed), [kind(seed) for kind in MIXTURE]
+def turns(seed: int, looking: bool = True) -> Iterator[Turn]:
+    """Turns of all kinds in the shares of MIXTURE, without end.
+
+    Args:
+        seed: of the choice.
+        looking: for `call_traces.trace`; False gives shorter traces to begin with.
+    """
+    rng = random.Random(seed)
+    streams = [
+        *(number_turns(seed), long_message_turns(seed)),
+        *(calculation_turns(seed, looking), english_turns(seed, looking)),
+    ]
     while True:
-        (stream,) = rng.choices(streams, list(MIXTURE.values()))
+        (stream,) = rng.choices(streams, MIXTURE)
         yield next(stream)
 
 
@@ -78,7 +89,7 @@ def long_message_turns(seed: int) -> Iterator[Turn]:
         yield encode(beginning, ids)
 
 
-def calculation_turns(seed: int) -> Iterator[Turn]:
+def calculation_turns(seed: int, looking: bool = True) -> Iterator[Turn]:
     """Sums asked for as those of the pointers are, and of any other form: these are for the calculator."""
     ids, rng = protocol(), random.Random(seed)
     while True:
@@ -87,23 +98,23 @@ def calculation_turns(seed: int) -> Iterator[Turn]:
         at = message.lower().index(text)
         text = message[at : at + len(text)]
         example = Example(message, "calculate", {"expression": text}, {"expression": (at, at + len(text))})
-        yield _turn(example, rng, ids)
+        yield _turn(example, rng, ids, looking)
 
 
-def english_turns(seed: int) -> Iterator[Turn]:
+def english_turns(seed: int, looking: bool = True) -> Iterator[Turn]:
     """Turns with plain English: calls, and what is declined. Sums among it are for the pointers, as any."""
     ids, rng = protocol(), random.Random(seed)
     for example in examples("train", seed):
-        yield _turn(example, rng, ids)
+        yield _turn(example, rng, ids, looking)
 
 
-def _turn(example: Example, rng: random.Random, ids: Protocol) -> Turn:
+def _turn(example: Example, rng: random.Random, ids: Protocol, looking: bool) -> Turn:
     """For the pointers, where it is a task of theirs, else a call or declined."""
     if solve(example.message):
         return _solved(example.message, rng, ids)
     scanned = example.function in (None, "calculate")
     mistaken = NUMBERS if scanned and rng.random() < MISTAKEN else ""
-    return encode(trace(example, _result(example, rng), mistaken=mistaken), ids)
+    return encode(trace(example, _result(example, rng), mistaken=mistaken, looking=looking), ids)
 
 
 def _solved(message: str, rng: random.Random, ids: Protocol) -> Turn:
@@ -121,9 +132,6 @@ def _result(example: Example, rng: random.Random) -> str:
         return str(getattr(Assistant(lambda: now), example.function)(**example.arguments))
     except ValueError as error:
         return f"error: {error}"
-
-
-MIXTURE = {number_turns: 0.27, long_message_turns: 0.05, calculation_turns: 0.15, english_turns: 0.53}
 
 
 def batches(turns: Callable[[int], Iterator[Turn]], rows: int, length: int, seed: int) -> Iterator[Batch]:

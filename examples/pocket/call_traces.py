@@ -33,13 +33,14 @@ SCANNED = (DECLINE_KIND, KINDS["calculate", "expression"])
 POINTERS = (2, 1, 4)
 
 
-def trace(example: Example, result: str = "", answer: str = DECLINED, mistaken: str = "") -> Trace:
+def trace(
+    example: Example, result: str = "", answer: str = DECLINED, mistaken: str = "", looking: bool = True
+) -> Trace:
     """The turn that an example teaches.
 
     Each argument is found and copied by a pointer of its own, which reads the message byte by byte; after
-    each word pointer 3 reads the kind of message again. Where a byte of the argument is no letter and no
-    digit, the pointer looks a few bytes ahead first: whether the argument ends there is then decided by what
-    is near.
+    each word pointer 3 reads the kind of message again. Before each word the pointer looks a few bytes ahead
+    first: whether the argument begins or ends there is then decided by what is near.
 
     Args:
         example: a message and its call.
@@ -47,6 +48,7 @@ def trace(example: Example, result: str = "", answer: str = DECLINED, mistaken: 
         answer: what is said where no function is wanted.
         mistaken: NUMBERS where a message of a kind that is scanned is taken for a task with numbers in error.
             After the scan the message has just been read again: then the model knows better.
+        looking: whether the pointer looks ahead before the argument too, and not within it alone.
     """
     turn = Trace(example.message)
     kind = DECLINE_KIND if example.function is None else KINDS[example.function, *example.spans]
@@ -63,7 +65,7 @@ def trace(example: Example, result: str = "", answer: str = DECLINED, mistaken: 
     for pointer, (name, span) in zip(POINTERS, example.spans.items(), strict=False):
         turn.think(("" if pointer == POINTERS[0] else ",") + f'"{name}":"')
         start, end = (len(as_bytes(example.message[:at])) for at in span)
-        _copy(turn, pointer, start, end)
+        _copy(turn, pointer, start, end, looking)
         turn.think('"')
     turn.think("}}")
     turn.write(RESULT)
@@ -74,21 +76,30 @@ def trace(example: Example, result: str = "", answer: str = DECLINED, mistaken: 
     return turn
 
 
-def _copy(turn: Trace, pointer: int, start: int, end: int) -> None:
+def _copy(turn: Trace, pointer: int, start: int, end: int, looking: bool) -> None:
     """The bytes of the message from `start` to `end`, into the JSON of a call."""
+    if looking:
+        _look(turn, pointer)
     for at in range(end + 1):
         turn.right(pointer)
         byte = turn.read(pointer)
         if not _is_word_byte(byte):
-            if at >= start:
-                for _ in range(LOOK_AHEAD):
-                    turn.right(pointer)
-                    turn.read(pointer)
-                turn.left(pointer, LOOK_AHEAD)
-            turn.read(3)
+            if looking or at >= start:
+                _look(turn, pointer)
+            else:
+                turn.read(3)
         if start <= at < end:
             for token in _escaped(byte):
                 turn.keep(token)
+
+
+def _look(turn: Trace, pointer: int) -> None:
+    """At the next bytes, and at the kind of message."""
+    for _ in range(LOOK_AHEAD):
+        turn.right(pointer)
+        turn.read(pointer)
+    turn.left(pointer, LOOK_AHEAD)
+    turn.read(3)
 
 
 def call_of(tokens: Iterable[str]) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ ARGS = ModelArgs(
     vocab_size=278,
 )
 LONGEST_MEMORY = 400  # tokens: a message of 60 characters, until its arguments have been copied
+EARLY = 3100  # batches with shorter traces of calls, to begin with
 
 SETTINGS = Settings(
     steps=7000,
@@ -68,7 +71,9 @@ def train(
     """
     mx.random.seed(settings.seed)
     model = remember_long(Model(ARGS))
-    data = batches(turns, settings.batch_size, settings.length, settings.seed + 1)
+    rows, length = settings.batch_size, settings.length
+    early = batches(partial(turns, looking=False), rows, length, settings.seed + 1)
+    data = chain(islice(early, EARLY), batches(turns, rows, length, settings.seed + 2))
     trainer = Trainer(model, data, settings, folder=out / "checkpoints", report=report)
     trainer.resume()
     trainer.run()
