@@ -131,7 +131,17 @@ def test_what_is_learned_is_what_the_model_writes():
     turn = trace(example, "Timer set.")
     fed = "".join(token for token, learned in zip(turn.tokens, turn.learned, strict=True) if not learned)
     kind = KINDS["set_timer", "duration"]
-    assert fed == f"<|user|>5 min timer<|end|>5 min {kind}min time{kind}Timer set.<|end|>"
+    assert fed == f"<|user|>5 min timer<|end|>5 mi{kind}5 min {kind}min time{kind}Timer set.<|end|>"
+
+
+@pytest.mark.parametrize("looking", [False, True])
+def test_a_pointer_looks_ahead_before_an_argument_or_only_within(looking):
+    message = "a timer for tea of 5 minutes"
+    example = calls.Example(message, "set_timer", {"duration": "5 minutes"}, {"duration": (19, 28)})
+    turn = trace(example, looking=looking)
+    assert call_of(turn.tokens) == example.call
+    looks = turn.tokens.count("<|left2|>") // LOOK_AHEAD
+    assert looks == (8 if looking else 2)  # at the beginning, six spaces and the end; a space and the end
 
 
 def test_what_may_be_a_sum_is_scanned_first():

@@ -1,0 +1,1 @@
+"""State tracking without tools by recurrent models, nonlinear and linear."""
