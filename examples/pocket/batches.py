@@ -52,17 +52,18 @@ def encode(trace: Trace, ids: Protocol) -> Turn:
     return [special[t] if len(t) > 1 else ids.byte_ids[ord(t)] for t in trace.tokens], trace.learned
 
 
-def turns(seed: int, looking: bool = True) -> Iterator[Turn]:
+def turns(seed: int, looking: bool = True, plain: float = 0) -> Iterator[Turn]:
     """Turns of all kinds in the shares of MIXTURE, without end.
 
     Args:
         seed: of the choice.
         looking: for `call_traces.trace`; False gives shorter traces to begin with.
+        plain: for `calls.examples`.
     """
     rng = random.Random(seed)
     streams = [
         *(number_turns(seed), long_message_turns(seed)),
-        *(calculation_turns(seed, looking), english_turns(seed, looking)),
+        *(calculation_turns(seed, looking), english_turns(seed, looking, plain)),
     ]
     while True:
         (stream,) = rng.choices(streams, MIXTURE)
@@ -101,10 +102,10 @@ def calculation_turns(seed: int, looking: bool = True) -> Iterator[Turn]:
         yield _turn(example, rng, ids, looking)
 
 
-def english_turns(seed: int, looking: bool = True) -> Iterator[Turn]:
+def english_turns(seed: int, looking: bool = True, plain: float = 0) -> Iterator[Turn]:
     """Turns with plain English: calls, and what is declined. Sums among it are for the pointers, as any."""
     ids, rng = protocol(), random.Random(seed)
-    for example in examples("train", seed):
+    for example in examples("train", seed, plain=plain):
         yield _turn(example, rng, ids, looking)
 
 

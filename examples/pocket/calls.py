@@ -30,6 +30,7 @@ DECLINED = (
     "Try: set a timer for 5 minutes, or: what is 12345 + 67890?"
 )
 DECLINES = 0.3  # of all examples
+PLAIN = 6
 SCHEMAS = json.loads((FOLDER / "functions.json").read_text(encoding="utf-8"))
 ARGUMENTS: dict[str, list[str]] = {
     function["name"]: list(function["parameters"].get("properties", {})) for function in SCHEMAS
@@ -77,13 +78,16 @@ class Example:
         return self.function and {"name": self.function, "arguments": self.arguments}  # type: ignore[return-value]
 
 
-def examples(split: str = "train", seed: int = 0, declines: float = DECLINES) -> Iterator[Example]:
+def examples(
+    split: str = "train", seed: int = 0, declines: float = DECLINES, plain: float = 0
+) -> Iterator[Example]:
     """Examples without end, the same ones for the same seed.
 
     Args:
         split: "train", or "held" for the phrasings that are kept from training.
         seed: of the choice.
         declines: the share of messages that want no function.
+        plain: the share of calls that take one of the first PLAIN phrasings of their function.
     """
     rng = random.Random(f"{split} {seed}")
     lines = phrasings(split)
@@ -91,7 +95,8 @@ def examples(split: str = "train", seed: int = 0, declines: float = DECLINES) ->
     weights = [1 + len(ARGUMENTS[function]) for function in functions]
     while True:
         function = DECLINE if rng.random() < declines else rng.choices(functions, weights)[0]
-        yield make(function, rng.choice(lines[function]), rng)
+        first = PLAIN if plain and function != DECLINE and rng.random() < plain else None
+        yield make(function, rng.choice(lines[function][:first]), rng)
 
 
 def make(function: str, phrasing: str, rng: random.Random) -> Example:
