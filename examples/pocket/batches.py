@@ -11,7 +11,7 @@ from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.protocol import Protocol, find_protocol, tokenizer_files
 from mlx_pararnn.training.trainer import Batch
 
-from .call_traces import SCANNED, trace
+from .call_traces import SCANNED, kind, trace
 from .calls import Example, examples, signs
 from .data import TASKS, ask, polite
 from .traces import NUMBERS, Trace, note_kind, solve
@@ -24,13 +24,14 @@ LONGEST_REVERSED = (30, 30, 30, 100)  # digits or letters
 LONGEST_MESSAGE = 150  # digits or letters, of which only the kind of message is learned
 # So often the kind of message is noted wrongly, as a model may, and the trace goes on from there.
 MISTAKEN = 0.12
+PLAIN = 0.4  # the share of the plainest phrasings
 RESTART = 64
-# The shares of number_turns, long_message_turns, calculation_turns and english_turns.
-MIXTURE = (0.27, 0.05, 0.15, 0.53)
+# The shares of number_turns, long_message_turns, calculation_turns, english_turns and kind_turns.
+MIXTURE = (0.35, 0.05, 0.13, 0.45, 0.5)
 # How often each task comes: a trace of sorting has four times the tokens of a reversal's.
 SHARES = {
     "addition": 4,
-    "subtraction": 5,
+    "subtraction": 10,
     "multiplication": 5,
     "comparison": 5,
     "reversal": 4,
@@ -52,7 +53,7 @@ def encode(trace: Trace, ids: Protocol) -> Turn:
     return [special[t] if len(t) > 1 else ids.byte_ids[ord(t)] for t in trace.tokens], trace.learned
 
 
-def turns(seed: int, looking: bool = True, plain: float = 0) -> Iterator[Turn]:
+def turns(seed: int, looking: bool = True, plain: float = PLAIN) -> Iterator[Turn]:
     """Turns of all kinds in the shares of MIXTURE, without end.
 
     Args:
@@ -64,6 +65,7 @@ def turns(seed: int, looking: bool = True, plain: float = 0) -> Iterator[Turn]:
     streams = [
         *(number_turns(seed), long_message_turns(seed)),
         *(calculation_turns(seed, looking), english_turns(seed, looking, plain)),
+        kind_turns(seed, plain),
     ]
     while True:
         (stream,) = rng.choices(streams, MIXTURE)
@@ -102,11 +104,20 @@ def calculation_turns(seed: int, looking: bool = True) -> Iterator[Turn]:
         yield _turn(example, rng, ids, looking)
 
 
-def english_turns(seed: int, looking: bool = True, plain: float = 0) -> Iterator[Turn]:
+def english_turns(seed: int, looking: bool = True, plain: float = PLAIN) -> Iterator[Turn]:
     """Turns with plain English: calls, and what is declined. Sums among it are for the pointers, as any."""
     ids, rng = protocol(), random.Random(seed)
     for example in examples("train", seed, plain=plain):
         yield _turn(example, rng, ids, looking)
+
+
+def kind_turns(seed: int, plain: float = PLAIN) -> Iterator[Turn]:
+    """The beginnings of such turns, to where the kind of message has been noted: a tenth of their tokens."""
+    ids = protocol()
+    for example in examples("train", seed + 500_009, plain=plain):
+        beginning = Trace(example.message)
+        note_kind(beginning, NUMBERS if solve(example.message) else kind(example))
+        yield encode(beginning, ids)
 
 
 def _turn(example: Example, rng: random.Random, ids: Protocol, looking: bool) -> Turn:

@@ -33,6 +33,11 @@ SCANNED = (DECLINE_KIND, KINDS["calculate", "expression"])
 POINTERS = (2, 1, 4)
 
 
+def kind(example: Example) -> str:
+    """The kind of an example's message: a character."""
+    return DECLINE_KIND if example.function is None else KINDS[example.function, *example.spans]
+
+
 def trace(
     example: Example, result: str = "", answer: str = DECLINED, mistaken: str = "", looking: bool = True
 ) -> Trace:
@@ -51,9 +56,8 @@ def trace(
         looking: whether the pointer looks ahead before the argument too, and not within it alone.
     """
     turn = Trace(example.message)
-    kind = DECLINE_KIND if example.function is None else KINDS[example.function, *example.spans]
-    note_kind(turn, kind, mistaken)
-    if kind in SCANNED:
+    note_kind(turn, kind(example), mistaken)
+    if kind(example) in SCANNED:
         scan(turn)
         turn.read(3)
     if example.function is None:

@@ -30,7 +30,6 @@ DECLINED = (
     "Try: set a timer for 5 minutes, or: what is 12345 + 67890?"
 )
 DECLINES = 0.3  # of all examples
-PLAIN = 6
 SCHEMAS = json.loads((FOLDER / "functions.json").read_text(encoding="utf-8"))
 ARGUMENTS: dict[str, list[str]] = {
     function["name"]: list(function["parameters"].get("properties", {})) for function in SCHEMAS
@@ -87,7 +86,7 @@ def examples(
         split: "train", or "held" for the phrasings that are kept from training.
         seed: of the choice.
         declines: the share of messages that want no function.
-        plain: the share of calls that take one of the first PLAIN phrasings of their function.
+        plain: the share of examples that take a phrasing of plain.txt.
     """
     rng = random.Random(f"{split} {seed}")
     lines = phrasings(split)
@@ -95,8 +94,8 @@ def examples(
     weights = [1 + len(ARGUMENTS[function]) for function in functions]
     while True:
         function = DECLINE if rng.random() < declines else rng.choices(functions, weights)[0]
-        first = PLAIN if plain and function != DECLINE and rng.random() < plain else None
-        yield make(function, rng.choice(lines[function][:first]), rng)
+        taken = _sections("plain.txt") if plain and rng.random() < plain else lines
+        yield make(function, rng.choice(taken[function]), rng)
 
 
 def make(function: str, phrasing: str, rng: random.Random) -> Example:

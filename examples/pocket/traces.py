@@ -11,8 +11,8 @@ known for longer is noted down, and read again.
     2. Pointer 1 comes back from the end to the last digit of the second number, pointer 2 goes from the
        beginning to the last digit of the first.
     3. The task's own loop, which thinks one digit at a time.
-    4. A pointer goes back over the thoughts, and the digits of the answer are written out. It is another one
-       in each task, since they lie closer in some than in others.
+    4. A pointer goes back over the thoughts, and the digits of the answer are written out. Where they lie
+       further apart it is another one; where the answer may begin with zeros, it already stands behind them.
 """
 
 import re
@@ -324,17 +324,31 @@ def _add(trace: Trace) -> None:
 
 
 def _subtract(trace: Trace, minuend: int = 2) -> None:
-    """a - b and b - a at once: which of the lower parts is larger says who borrows, at the end the sign."""
+    """a - b and b - a at once, a digit of each in turn; which of the lower parts is larger says who borrows.
+
+    Pointer 3 stands on the first digit of a - b that is not 0, pointer 4 on that of b - a: so the answer
+    begins with its first digit, however many zeros precede it.
+    """
     mark = "="
     trace.think(mark)
     for a, b in _digits_from_the_right(trace, minuend, 3 - minuend):
         difference = _value(a) - _value(b)
         digits = (difference - (mark == "<")) % 10, (-difference - (mark == ">")) % 10
         mark = "<" if difference < 0 else ">" if difference else mark
-        trace.think(f"{digits[0]}{digits[1]}{mark}")
-    trace.last(1)
-    trace.answer("-" if mark == "<" else "")
-    _write_out(trace, 1, first=1 if mark == "<" else 2, stride=3)
+        trace.think(str(digits[0]))
+        if digits[0]:
+            trace.last(3)
+        trace.think(_DIGITS_OF_B_LESS_A[mark][digits[1]])
+        if digits[1]:
+            trace.last(4)
+    if mark == "=":
+        trace.answer("0")
+    elif mark == ">":
+        trace.answer()
+        _write_out(trace, 3, first=0, stride=2)
+    else:
+        trace.answer("-")
+        _write_out(trace, 4, first=0, stride=2)
 
 
 def _multiply(trace: Trace, number: int = 2) -> None:
@@ -440,7 +454,7 @@ def _write_out(trace: Trace, pointer: int, first: int, stride: int) -> None:
     """The answer's digits from a pointer leftwards: `first` entries on, then every `stride` entries."""
     trace.left(pointer, first)
     written = False
-    while (digit := trace.read(pointer)).isdigit():
+    while (digit := _DIGITS.get(trace.read(pointer))) is not None:
         if digit != "0" or written:
             trace.think(digit)
             written = True
@@ -466,6 +480,13 @@ def _value(character: str) -> int:
     return int(character) if character.isdigit() else 0
 
 
+# A digit of b - a, by which of the lower parts is larger so far: a (">"), b ("<") or neither.
+_DIGITS_OF_B_LESS_A = {"=": "0", ">": "ABCDEFGHIJ", "<": "abcdefghij"}
+_DIGITS = {
+    character: str(digit)
+    for characters in ("0123456789", *_DIGITS_OF_B_LESS_A.values())
+    for digit, character in enumerate(characters)
+}
 _TWO_NUMBERS = {
     ADD: _add,
     SUBTRACT: _subtract,

@@ -38,7 +38,7 @@ LONGEST_MEMORY = 400  # tokens: a message of 60 characters, until its arguments 
 EARLY = 3100  # batches with shorter traces of calls, to begin with
 
 SETTINGS = Settings(
-    steps=7000,
+    steps=8000,
     batch_size=16,
     length=256,
     learning_rate=3e-3,
@@ -52,8 +52,6 @@ SETTINGS = Settings(
     eval_every=0,
     save_every=100,
 )
-# Then as many more, in which calls are asked for in the plainest phrasings half of the time.
-FINISH: dict[str, Any] = {"steps": 1400, "learning_rate": 1e-3, "warmup": 20, "decay": 0.8}
 
 
 def train(
@@ -79,15 +77,6 @@ def train(
     trainer = Trainer(model, data, settings, folder=out / "checkpoints", report=report)
     trainer.resume()
     trainer.run()
-    finish = Trainer(
-        model,
-        batches(partial(turns, plain=0.5), rows, length, settings.seed + 3),
-        replace(settings, **FINISH),
-        folder=out / "finish",
-        report=report,
-    )
-    finish.resume()
-    finish.run()
     return write_model(model, out / "model")
 
 

@@ -65,6 +65,17 @@ def test_every_function_has_phrasings_of_each_kind():
         assert not held & learned, function
 
 
+def test_the_plainest_phrasings_are_learned_from():
+    plain, held = calls._sections("plain.txt"), calls.phrasings("held")
+    assert set(plain) == set(held)
+    for function, lines in plain.items():
+        assert not set(lines) & set(held[function]), function
+    drawn = some("train", 600, declines=0, plain=1)
+    assert {example.function for example in drawn} == set(calls.ARGUMENTS)
+    assert all(example.arguments.keys() <= set(calls.ARGUMENTS[example.function]) for example in drawn)
+    assert any("set a timer for " in example.message.lower() for example in drawn)
+
+
 def test_a_seed_gives_the_same_examples():
     assert some("train", 50, 3) == some("train", 50, 3)
     assert some("train", 50, 3) != some("train", 50, 4)
@@ -187,7 +198,7 @@ def test_few_handwritten_messages_can_be_generated():
     def plain(message):
         return " ".join("".join(c if c.isalnum() else " " for c in message.lower()).split())
 
-    learned = {plain(example.message) for example in some("train", 6000)}
+    learned = {plain(example.message) for share in (0, 1) for example in some("train", 3000, plain=share)}
     by_hand = [case.message for case in handwritten()] + out_of_scope()
     known = [message for message in by_hand if plain(message) and plain(message) in learned]
     assert len(known) < 0.04 * len(by_hand), known

@@ -32,6 +32,21 @@ def test_two_numbers(a, b):
     assert answer_to(f"is {a} > {b}?") == ("yes" if a > b else "no")
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("a", "b"), [("1" + "0" * 40, "9" * 40), ("7" * 40, "7" * 39 + "6"), ("5" * 40, "5" * 40), ("100", "7")]
+)
+def test_no_zero_before_a_difference_is_read(a, b, sign):
+    """However many there are: how far the answer is would have to be remembered."""
+    a, b = (a, b)[::sign]
+    trace = traces.solve(f"{a} - {b}")
+    right = str(int(a) - int(b))
+    assert follow(trace) == right
+    written_out = trace.tokens[trace.tokens.index("<|answer|>") :]
+    reads = sum(token.startswith("<|read") for token in written_out)
+    assert reads == (len(right.lstrip("-")) + 1 if right != "0" else 0)
+
+
 @FEW
 @given(NUMBERS, st.integers(0, 9))
 def test_multiplication_by_a_digit(a, b):

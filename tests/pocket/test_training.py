@@ -9,8 +9,8 @@ import pytest
 
 from examples.pocket import batches as data
 from examples.pocket import evaluate, train
-from examples.pocket.batches import batches, encode, english_turns, number_turns, protocol, turns
-from examples.pocket.traces import solve
+from examples.pocket.batches import batches, encode, english_turns, kind_turns, number_turns, protocol, turns
+from examples.pocket.traces import NUMBERS, solve
 from mlx_pararnn import load
 
 
@@ -36,6 +36,16 @@ def test_turns_are_in_the_protocols_order(source):
         expected, kind = ids.loss_mask(tokens), tokens.index(ids.end) + 1
         assert expected[kind]
         assert [*expected[:kind], learned[kind], *expected[kind + 1 :]] == learned
+
+
+def test_kinds_are_learned_from_beginnings_of_turns():
+    """The same kinds as whole turns note, with the pointer put on them, and nothing after that."""
+    ids = protocol()
+    for tokens, learned in itertools.islice(kind_turns(0), 60):
+        *message, end, kind, last = tokens
+        assert learned == [False] * (len(tokens) - 2) + [True, True]
+        assert (end, ids.commands[last].name) == (ids.end, "<|last3|>")
+        assert (kind == ids.encode(NUMBERS)[0]) == (solve(ids.decode(message)) is not None)
 
 
 def test_all_rows_begin_anew_now_and_then(monkeypatch):
