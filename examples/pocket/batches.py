@@ -33,7 +33,7 @@ SHARES = {
     "addition": 4,
     "subtraction": 10,
     "multiplication": 5,
-    "comparison": 5,
+    "comparison": 7,
     "reversal": 4,
     "sorting": 3,
 }

@@ -5,6 +5,7 @@
 Each task is trained at lengths to 40 and measured at 40, 100, 400 and 2000: the share of sequences whose last
 answer is right, and of all answers. "linear" is the NLRU with its recurrent weight held at 0: its state then
 changes by sums of terms that do not depend on it. A run that was stopped goes on from its last checkpoint.
+`--plot FILE` draws the shares over the length.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_pararnn.model import Model, ModelArgs
+from mlx_pararnn.tools.plot import Panel, draw
 from mlx_pararnn.training.settings import Settings
 from mlx_pararnn.training.trainer import Trainer
 
@@ -123,6 +125,15 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def panels(results: list[dict[str, Any]]) -> list[Panel]:
+    """The same as a chart for each task, a line for each recurrence."""
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for result in results:
+        points = [(float(n), 100 * result["lengths"][n]["last"]) for n in LENGTHS]
+        charts.setdefault(result["task"], {})[result["kind"]] = points
+    return [Panel(task, "inputs", "right last answers, %", lines) for task, lines in charts.items()]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -130,6 +141,7 @@ if __name__ == "__main__":
     parser.add_argument("--kinds", nargs="*", choices=CELLS, default=list(CELLS))
     parser.add_argument("--steps", type=int, default=SETTINGS.steps)
     parser.add_argument("--seed", type=int, default=SETTINGS.seed)
+    parser.add_argument("--plot", type=Path, help="a chart as .svg, .png or .pdf")
     given = parser.parse_args()
     settings = replace(SETTINGS, steps=given.steps, seed=given.seed)
     results = []
@@ -141,3 +153,5 @@ if __name__ == "__main__":
             results.append({"task": task, "kind": kind, "lengths": shares})
             print(json.dumps(results[-1]), flush=True)
     print(table(results))
+    if given.plot:
+        draw(panels(results), given.plot)

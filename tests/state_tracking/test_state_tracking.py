@@ -9,7 +9,7 @@ import pytest
 
 from examples.state_tracking import tasks
 from examples.state_tracking.tasks import FIRST_ANSWER, TASKS, batches, sequences
-from examples.state_tracking.train import LENGTHS, SETTINGS, make_model, measure, table, train
+from examples.state_tracking.train import LENGTHS, SETTINGS, make_model, measure, panels, table, train
 
 
 def by_hand(name, row):
@@ -72,3 +72,15 @@ def test_the_table():
     }
     shown = table([{"task": "parity", "kind": "gru", "lengths": lengths}])
     assert shown.splitlines()[2] == "| parity | gru | 100% | 99% | 50% | 49% |"
+
+
+def test_the_charts():
+    """One a task, with a line for each recurrence."""
+    lengths = {n: {"last": 0.5, "all": 1.0} for n in LENGTHS}
+    kinds = [("parity", "gru"), ("parity", "linear"), ("recall", "gru")]
+    charts = panels([{"task": task, "kind": kind, "lengths": lengths} for task, kind in kinds])
+    assert [(chart.title, [*chart.lines]) for chart in charts] == [
+        ("parity", ["gru", "linear"]),
+        ("recall", ["gru"]),
+    ]
+    assert charts[0].lines["gru"] == [(n, 50.0) for n in LENGTHS]
