@@ -1,33 +1,38 @@
 // One token through all layers of a model on a CPU, in one call: what costs MLX some forty primitives a layer.
-// Comes after cpu.h, cpu_linear.h, cpu_elementwise.cpp, dual.h, activations.h and a cell's text
+// Comes after cpu.h, cpu_linear.h, cpu_quantized.h, cpu_elementwise.cpp, dual.h, activations.h and a cell's text
 // (mlx_pararnn/compute/texts.py assembles it, compute/cpu_token.py calls it; mlx_pararnn/model.py has the same in MLX).
-// Weights have one dtype T; everything between them is float32.
+// Weights have one dtype T, or are packed in few bits with scales of that dtype; everything between them is float32.
+// PARARNN_FORMATS(F) lists the kinds of packed ones that there is code for, as F(bits, group).
 //
 // Every thread owns a range of channels. What needs all channels (a norm) every thread computes for itself; where
 // one thread reads what others wrote, all meet.
 
 namespace pararnn {
 
+#ifndef PARARNN_FORMATS
+#define PARARNN_FORMATS(FORMAT)
+#endif
+
 // A null pointer: this model has no such part. Matrices as nn.Linear has them, one row an output.
 #define LAYER_FIELDS(FIELD)                                                     \
   FIELD(const void*, norm) /* (D); with a bias it is LayerNorm, else RMSNorm */ \
   FIELD(const void*, norm_bias)                                                 \
-  FIELD(const void*, in_proj)   /* (2 D, D): main branch, gate */               \
+  FIELD(Matrix, in_proj)   /* (2 D, D): main branch, gate */               \
   FIELD(const void*, conv)      /* (D, K) */                                    \
   FIELD(const void*, conv_bias) /* (D) */                                       \
-  FIELD(const void*, cell_proj) /* (heads, gates * W, W) */                     \
+  FIELD(Matrix, cell_proj) /* (heads, gates * W, W) */                     \
   FIELD(const void*, bias)      /* (heads, gates * W) */                        \
   FIELD(const float*, params)   /* (PARAMS, D) */                               \
   FIELD(const void*, mixer_norm)                                                \
-  FIELD(const void*, out_proj)                                                  \
+  FIELD(Matrix, out_proj)                                                  \
   FIELD(const void*, residual_scale) /* (1) */                                  \
   FIELD(const void*, mlp_norm)                                                  \
   FIELD(const void*, mlp_norm_bias)                                             \
-  FIELD(const void*, gate)      /* (I, D) */                                    \
+  FIELD(Matrix, gate)      /* (I, D) */                                    \
   FIELD(const void*, gate_bias) /* (I) */                                       \
-  FIELD(const void*, up)                                                        \
+  FIELD(Matrix, up)                                                        \
   FIELD(const void*, up_bias)                                                   \
-  FIELD(const void*, down)      /* (D, I) */                                    \
+  FIELD(Matrix, down)      /* (D, I) */                                    \
   FIELD(const void*, down_bias) /* (D) */                                       \
   FIELD(const float*, state)    /* (B, SLOTS, D) */                             \
   FIELD(const void*, window)    /* (B, K - 1, D) */                             \
@@ -39,9 +44,11 @@ PARARNN_STRUCT(Layer, LAYER_FIELDS)
   FIELD(const Layer*, layers)                                \
   FIELD(const void*, norm)                                   \
   FIELD(const void*, norm_bias)                              \
-  FIELD(const void*, x) /* (B, D) */                         \
+  FIELD(Matrix, embedding)   /* (V, D): x is rows of it */   \
+  FIELD(const int64_t*, ids) /* (B): which */                \
+  FIELD(const void*, x)      /* (B, D), if ids is null */    \
   FIELD(void*, y)       /* (B, D): the last norm's output */ \
-  FIELD(const void*, head) /* (vocab, D) */                  \
+  FIELD(Matrix, head)        /* (vocab, D) */                \
   FIELD(void*, logits)     /* (B, vocab) */                  \
   FIELD(int64_t, depth)                                      \
   FIELD(int64_t, B)                                          \
@@ -101,8 +108,7 @@ class Decoder {
         u(input + B * D),
         hidden(u + B * Cell::GATES * D),
         mid(hidden + B * D),
-        mine(B * (D + t.wide)),
-        scores(B * PIECE) {
+        mine(B * (D + t.wide)) {
     const auto share = [&](int64_t width, int64_t i) {
       return i == members ? width : width / LANES * i / members * LANES;
     };
@@ -116,7 +122,7 @@ class Decoder {
   template <typename Meet>
   void run(const Meet& meet) {
     for (int64_t b = 0; b < B; ++b) {
-      own([&](int64_t i, int n) { store(x + b * D + i, load(at(t.x) + b * D + i, n), n); });
+      own([&](int64_t i, int n) { store(x + b * D + i, given(b, i, n), n); });
     }
     meet();
     for (int64_t i = 0; i < t.depth; ++i) layer(t.layers[i], meet);
@@ -124,15 +130,14 @@ class Decoder {
     for (int64_t b = 0; b < B; ++b) {
       own([&](int64_t i, int n) { store(static_cast<T*>(t.y) + b * D + i, load(&mine[b * D + i], n), n); });
     }
-    if (t.head) logits(meet);
+    if (t.head.weight) logits(meet);
   }
 
  private:
-  static constexpr int64_t PIECE = 16 * ROWS_AT_ONCE;  // of the head's rows
   const Token& t;
   const int64_t D, B;
   float *x, *gate, *input, *u, *hidden, *mid;  // all threads'
-  std::vector<float> mine, scores;
+  std::vector<float> mine, arranged, scores;
   int64_t begin, end, wide_begin, wide_end, vocab_begin, vocab_end;
 
   static const T* at(const void* pointer) { return static_cast<const T*>(pointer); }
@@ -146,30 +151,66 @@ class Decoder {
     for (int64_t b = 0; b < B; ++b) norm_of<T>(from + b * D, weight, bias, D, t.eps, &mine[b * D]);
   }
 
-  // y[b, begin ... end) = those rows of weight times what stands in `from`
-  void product(const void* weight,
-               const float* from,
-               int64_t width,
-               float* y,
-               int64_t stride,
-               int64_t first,
-               int64_t last) {
-    product_rows(at(weight), from, width, width, B, y, stride, first, last);
+  // What the first layer reads.
+  Vec given(int64_t b, int64_t i, int n) {
+    if (!t.ids) return load(at(t.x) + b * D + i, n);
+    if (!t.embedding.bits) return load(at(t.embedding.weight) + t.ids[b] * D + i, n);
+    Vec y(0.0f);
+    for (int lane = 0; lane < n; ++lane) y.v[lane] = unpacked<T>(t.embedding, D, t.ids[b], i + lane);
+    return y;
+  }
+
+  // y[b * stride + begin ... end) = rows of the matrix, `row` being the one for y[0], times x[b]
+  struct Product {
+    const Matrix* matrix;
+    int64_t row;
+    float* y;
+    int64_t stride, begin, end;
+  };
+
+  // Several products with the same B vectors of `width` numbers that are x_stride numbers apart.
+  template <int N>
+  void multiply(const float* from, int64_t x_stride, int64_t width, const Product (&products)[N]) {
+    int64_t bits = 0, group = 0;  // what x is arranged for
+    for (const Product& p : products) {
+      if (!p.matrix->bits) {
+        const T* rows = at(p.matrix->weight) + p.row * width;
+        product_rows(rows, from, x_stride, width, B, p.y, p.stride, p.begin, p.end);
+      }
+#define MULTIPLY(BITS, GROUP)                                                            \
+  if (p.matrix->bits == BITS && p.matrix->group == GROUP) {                                \
+    const bool same = bits == BITS && group == GROUP;                                    \
+    multiply_packed<Quantized<BITS, GROUP>>(from, x_stride, width, p, same);             \
+    bits = BITS, group = GROUP;                                                          \
+  }
+      PARARNN_FORMATS(MULTIPLY)
+#undef MULTIPLY
+    }
+  }
+
+  template <typename Packed>
+  void multiply_packed(const float* from, int64_t x_stride, int64_t width, const Product& p, bool is_arranged) {
+    const int64_t stride = Packed::arranged_size(width);
+    if (!is_arranged) {
+      arranged.resize(B * stride);
+      for (int64_t b = 0; b < B; ++b) Packed::arrange(from + b * x_stride, width, &arranged[b * stride]);
+    }
+    Packed::template product_rows<T>(
+        *p.matrix, p.row, arranged.data(), stride, width, B, p.y, p.stride, p.begin, p.end);
   }
 
   template <typename Meet>
   void layer(const Layer& l, const Meet& meet) {
     norms(x, l.norm, l.norm_bias);
-    if (l.in_proj) {
-      product(l.in_proj, mine.data(), D, hidden, D, begin, end);
-      product(at(l.in_proj) + D * D, mine.data(), D, gate, D, begin, end);
+    if (l.in_proj.weight) {
+      multiply(mine.data(), D, D, {{&l.in_proj, 0, hidden, D, begin, end}, {&l.in_proj, D, gate, D, begin, end}});
       convolve(l);
       meet();
     }
-    step(l, l.in_proj ? input : mine.data());
+    step(l, l.in_proj.weight ? input : mine.data());
     meet();
     float* mixed = hidden;
-    if (l.out_proj) {
+    if (l.out_proj.weight) {
       norms(hidden, l.mixer_norm, nullptr);
       for (int64_t b = 0; b < B; ++b) {
         vectors(D, [&](int64_t i, int n) {
@@ -178,7 +219,7 @@ class Decoder {
         });
       }
       mixed = u;  // of no more use
-      product(l.out_proj, mine.data(), D, mixed, D, begin, end);
+      multiply(mine.data(), D, D, {{&l.out_proj, 0, mixed, D, begin, end}});
     }
     const Vec scale = l.residual_scale ? load(at(l.residual_scale), 1).v[0] : 1.0f;
     for (int64_t b = 0; b < B; ++b) {
@@ -190,15 +231,19 @@ class Decoder {
     meet();
     norms(x, l.mlp_norm, l.mlp_norm_bias);
     float* y = &mine[B * D];
-    product(l.up, mine.data(), D, mid, t.wide, wide_begin, wide_end);
+    const Product up{&l.up, 0, mid, t.wide, wide_begin, wide_end};
+    if (l.gate.weight) {
+      multiply(mine.data(), D, D, {up, {&l.gate, 0, y, t.wide, wide_begin, wide_end}});
+    } else {
+      multiply(mine.data(), D, D, {up});
+    }
     add_bias<T>(l.up_bias, mid, t.wide, B, wide_begin, wide_end);
-    if (l.gate) {
-      product(l.gate, mine.data(), D, y, t.wide, wide_begin, wide_end);
+    if (l.gate.weight) {
       add_bias<T>(l.gate_bias, y, t.wide, B, wide_begin, wide_end);
     }
     for (int64_t b = 0; b < B; ++b) {
       float* to = mid + b * t.wide;
-      if (l.gate) {
+      if (l.gate.weight) {
         const float* from = y + b * t.wide;
         vectors(wide_end - wide_begin, [&](int64_t i, int n) {
           store(to + wide_begin + i, silu(load(from + wide_begin + i, n)) * load(to + wide_begin + i, n), n);
@@ -208,7 +253,7 @@ class Decoder {
       }
     }
     meet();
-    product(l.down, mid, t.wide, hidden, D, begin, end);
+    multiply(mid, t.wide, t.wide, {{&l.down, 0, hidden, D, begin, end}});
     add_bias<T>(l.down_bias, hidden, D, B, begin, end);
     for (int64_t b = 0; b < B; ++b) {
       own([&](int64_t i, int n) {
@@ -225,13 +270,12 @@ class Decoder {
   void logits(const Meet& meet) {
     meet();
     vectors(B * D, [&](int64_t i, int n) { store(&mine[i], load(at(t.y) + i, n), n); });
-    for (int64_t first = vocab_begin; first < vocab_end; first += PIECE) {
-      const int64_t rows = std::min(PIECE, vocab_end - first);
-      product(at(t.head) + first * D, mine.data(), D, scores.data(), PIECE, 0, rows);
-      for (int64_t b = 0; b < B; ++b) {
-        T* to = static_cast<T*>(t.logits) + b * t.vocab + first;
-        vectors(rows, [&](int64_t i, int n) { store(to + i, load(&scores[b * PIECE + i], n), n); });
-      }
+    const int64_t rows = vocab_end - vocab_begin;
+    scores.resize(B * rows);
+    multiply(mine.data(), D, D, {{&t.head, vocab_begin, scores.data(), rows, 0, rows}});
+    for (int64_t b = 0; b < B; ++b) {
+      T* to = static_cast<T*>(t.logits) + b * t.vocab + vocab_begin;
+      vectors(rows, [&](int64_t i, int n) { store(to + i, load(&scores[b * rows + i], n), n); });
     }
   }
 
@@ -261,10 +305,14 @@ class Decoder {
     const int64_t W = t.W;
     for (int64_t head = begin / W; head * W < end; ++head) {
       const int64_t first = std::max(begin, head * W), last = std::min(end, (head + 1) * W);
+      Product gates[GATES];
       for (int g = 0; g < GATES; ++g) {
         const int64_t row = (head * GATES + g) * W - head * W;  // of the head's channel 0, less that channel
-        product_rows(at(l.cell_proj) + row * W, from + head * W, D, W, B, u + g * D, GATES * D, first, last);
-        add_bias<T>(at(l.bias) + row, u + g * D, GATES * D, B, first, last);
+        gates[g] = {&l.cell_proj, row, u + g * D, GATES * D, first, last};
+      }
+      multiply(from + head * W, D, W, gates);
+      for (int g = 0; g < GATES; ++g) {
+        add_bias<T>(at(l.bias) + gates[g].row, gates[g].y, GATES * D, B, first, last);
       }
     }
     for (int64_t b = 0; b < B; ++b) {

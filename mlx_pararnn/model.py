@@ -23,7 +23,7 @@ from .compute.choice import PLAIN, Choice
 from .compute.recurrence import choice_for, recurrence, solve
 from .errors import PararnnError
 from .model_config import ModelArgs
-from .module_arrays import Changed, handed_arrays, norm_arrays, plain_arrays
+from .module_arrays import Changed, handed_arrays, head_arrays, norm_arrays, plain_arrays, table_arrays
 
 
 class RecurrentLayer(nn.Module):
@@ -359,10 +359,10 @@ class PararnnModel(nn.Module):
         weights = self.token_weights()
         if weights is None:
             return None
-        if ids is not None and type(self["embed_tokens"]) is nn.Embedding:
-            x, weights = ids, weights._replace(embedding=self["embed_tokens"]["weight"])
-        if head is not None and matrix_products.is_plain(head):
-            weights = weights._replace(head=head["weight"])
+        if ids is not None and (embedding := table_arrays("embedding", self["embed_tokens"])):
+            x, weights = ids, weights._replace(embedding=embedding)
+        if head is not None:
+            weights = weights._replace(head=head_arrays("head", head))
         return cpu_token.decode(weights, x, cache, _token_trial)
 
     def token_weights(self) -> cpu_token.Weights | None:
@@ -464,35 +464,44 @@ class Model(nn.Module):
     @property
     def quant_predicate(self) -> Any:
         """True for the matrices; the recurrence, norms and convolution stay float."""
-        return lambda path, module: (
-            isinstance(module, (nn.Linear, nn.Embedding, MultiLinear))
-            and not (path.endswith("embed_positions"))
-        )
+        return _is_quantizable
 
 
 def _arrays(cache: list[RecurrentCache]) -> list[mx.array]:
     return [array for c in cache for array in c.cache if array is not None]
 
 
-def _token_trial(cell: Cell) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
-    """What the one call for a token gives, and what MLX's ops give, for a small model with this cell."""
+def _token_trial(cell: Cell, formats: cpu_token.Formats) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
+    """What the one call for a token gives, and what MLX's ops give, for small models with this cell.
+
+    The first is not quantized, each of the others in one of the formats.
+    """
 
     def waves(shape: tuple[int, ...]) -> mx.array:
         return 0.5 * mx.sin(mx.arange(math.prod(shape))).reshape(shape)
 
-    args = ModelArgs(72, 2, 8, 80, cell=cell.name, num_heads=2, activations=cell.activations)
-    high, low = cast(Any, mx.random.state)[0].tolist()
-    model = PararnnModel(args)
-    mx.random.seed(high << 32 | low)  # the user's numbers stay what they would have been
-    model.update(tree_map(lambda array: waves(array.shape), model.parameters()))
-    x, caches = waves((2, 1, 72)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
-    for c in caches[0] + caches[1]:
-        c.cache = [waves((2, len(cell.slots), 72)), waves((2, 3, 72))]
-    head = waves((80, 72))
-    weights = cast(cpu_token.Weights, model.token_weights())._replace(head=head)
-    decoded = cpu_token.run(weights, x, caches[0])
-    for layer, c in zip(model.layers, caches[1], strict=True):
-        x = layer(x, c, None, PLAIN)
-    y = model.norm(x)
-    given = decoded.y, cast(mx.array, decoded.logits)
-    yield [*given, *_arrays(caches[0])], [y, y @ head.T, *_arrays(caches[1])]
+    for packed in (None, *formats):
+        D, wide = (72, 80) if packed is None else (2 * packed[1], packed[1])
+        args = ModelArgs(D, 2, 8, wide, cell=cell.name, num_heads=2, activations=cell.activations)
+        high, low = cast(Any, mx.random.state)[0].tolist()
+        model, head = PararnnModel(args), nn.Linear(D, 80, bias=False)
+        for module in (model, head):
+            module.update(tree_map(lambda array: waves(array.shape), module.parameters()))
+            if packed is not None:
+                nn.quantize(module, packed[1], packed[0], class_predicate=_is_quantizable)
+        mx.random.seed(high << 32 | low)  # the user's numbers stay what they would have been
+        x, caches = waves((2, 1, D)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
+        for c in caches[0] + caches[1]:
+            c.cache = [waves((2, len(cell.slots), D)), waves((2, 3, D))]
+        weights = cast(cpu_token.Weights, model.token_weights())._replace(head=head_arrays("head", head))
+        decoded = cpu_token.run(weights, x, caches[0], formats)
+        for layer, c in zip(model.layers, caches[1], strict=True):
+            x = layer(x, c, None, PLAIN)
+        y = model.norm(x)
+        given = decoded.y, cast(mx.array, decoded.logits)
+        yield [*given, *_arrays(caches[0])], [y, head(y), *_arrays(caches[1])]
+
+
+def _is_quantizable(path: str, module: nn.Module) -> bool:
+    matrix = isinstance(module, (nn.Linear, nn.Embedding, MultiLinear))
+    return matrix and not path.endswith("embed_positions")

@@ -5,7 +5,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.mla import MultiLinear
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 
 class Changed(Exception):
@@ -18,6 +18,12 @@ _PLAIN: dict[type, set[str]] = {
     MultiLinear: {"weight"},
     nn.RMSNorm: {"weight"},
     nn.LayerNorm: {"weight", "bias"},
+    nn.QuantizedLinear: {"weight", "scales", "biases"},
+    QuantizedMultiLinear: {"weight", "scales", "biases"},
+}
+_TABLES: dict[type, set[str]] = {
+    nn.Embedding: {"weight"},
+    nn.QuantizedEmbedding: {"weight", "scales", "biases"},
 }
 
 
@@ -27,11 +33,39 @@ def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 def plain_arrays(name: str, module: nn.Module) -> dict[str, mx.array]:
-    """The arrays of a module of MLX's; raises Changed for a quantized one, an adapter and the like."""
-    wanted = _PLAIN.get(type(module))
-    if wanted is None or not wanted <= module.keys():
+    """The arrays of a module of MLX's; raises Changed for an adapter and the like.
+
+    Returns:
+        `name`, `name`_bias where there is one, and of a quantized matrix `name`.scales and `name`.biases.
+    """
+    return _arrays(name, module, _PLAIN)
+
+
+def table_arrays(name: str, module: nn.Module) -> dict[str, mx.array]:
+    """The same of an embedding; empty for any other module."""
+    try:
+        return _arrays(name, module, _TABLES)
+    except Changed:
+        return {}
+
+
+def head_arrays(name: str, module: nn.Module) -> dict[str, mx.array]:
+    """The same of a linear layer without a bias, or an embedding in its place; empty for any other module."""
+    if type(module) in (nn.Linear, nn.QuantizedLinear) and "bias" not in module:
+        try:
+            return plain_arrays(name, module)
+        except Changed:
+            return {}
+    return table_arrays(name, module)
+
+
+def _arrays(name: str, module: nn.Module, kinds: dict[type, set[str]]) -> dict[str, mx.array]:
+    wanted = kinds.get(type(module))
+    if wanted is None or not wanted <= module.keys() or getattr(module, "mode", "affine") != "affine":
         raise Changed
     arrays = {name: module["weight"]}
+    if "scales" in wanted:
+        arrays |= {f"{name}.{part}": module[part] for part in ("scales", "biases")}
     return arrays | {f"{name}_bias": module["bias"]} if "bias" in module else arrays
 
 

@@ -6,8 +6,9 @@ and all between the weights is float32 whatever their dtype.
 """
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -22,15 +23,29 @@ from .texts import cpu_token_text, plain_name
 # Weights fewer than this are read by one thread: starting another takes some 50 microseconds.
 _MANY = 1 << 19
 _BITS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
+# Of MLX's quantization, mode "affine"; mxfp4, nvfp4 and mxfp8 have no biases, and are left to MLX.
+PACKED_BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 # Memory is read no faster by more, and every token starts them anew. A bound by reasoning: two were measured.
 _MOST_THREADS = 16
+
+
+class Matrix(ctypes.Structure):
+    """struct Matrix of metal/cpu_quantized.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "biases")),
+        *((name, ctypes.c_int64) for name in ("bits", "group")),
+    )
+
+
+_MATRICES = ("in_proj", "cell_proj", "out_proj", "gate", "up", "down")
 
 
 class Layer(ctypes.Structure):
     """struct Layer of metal/cpu_token.cpp."""
 
     _fields_ = tuple(
-        (name, ctypes.c_void_p)
+        (name, Matrix if name in _MATRICES else ctypes.c_void_p)
         for name in (
             *("norm", "norm_bias", "in_proj", "conv", "conv_bias", "cell_proj", "bias", "params"),
             *("mixer_norm", "out_proj", "residual_scale", "mlp_norm", "mlp_norm_bias"),
@@ -45,7 +60,11 @@ class Token(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.POINTER(Layer)),
-        *((name, ctypes.c_void_p) for name in ("norm", "norm_bias", "x", "y", "head", "logits")),
+        *((name, ctypes.c_void_p) for name in ("norm", "norm_bias")),
+        ("embedding", Matrix),
+        *((name, ctypes.c_void_p) for name in ("ids", "x", "y")),
+        ("head", Matrix),
+        ("logits", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("depth", "B", "heads", "W", "taps", "wide", "vocab")),
         ("eps", ctypes.c_float),
         ("mlp_residual", ctypes.c_int),
@@ -56,12 +75,14 @@ class Token(ctypes.Structure):
 class Weights(NamedTuple):
     """What a model hands to `decode`.
 
+    A matrix may be quantized: packed words under its name, and beside them "name.scales" and "name.biases".
+
     Attributes:
         layers: of each layer the arrays that a token reads, by their names in struct Layer.
         last: the same of the norm after the layers.
         cell, heads, mlp_residual, eps: as `ModelArgs` has them, the same in all layers and norms.
-        embedding: (V, D), the rows that token ids stand for; None where they are not all that is read.
-        head: (V, D), a last matrix without a bias that may be multiplied with too; None for none.
+        embedding: (V, D), the rows that token ids stand for; empty where they are not all that is read.
+        head: (V, D), a last matrix without a bias that may be multiplied with too; empty for none.
     """
 
     layers: list[dict[str, mx.array]]
@@ -70,8 +91,8 @@ class Weights(NamedTuple):
     heads: int
     mlp_residual: bool
     eps: float
-    embedding: mx.array | None = None
-    head: mx.array | None = None
+    embedding: Mapping[str, mx.array] = MappingProxyType({})
+    head: Mapping[str, mx.array] = MappingProxyType({})
 
 
 class Decoded(NamedTuple):
@@ -86,7 +107,8 @@ class Decoded(NamedTuple):
     logits: mx.array | None
 
 
-Trial = Callable[[Cell], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
+Formats = tuple[tuple[int, int], ...]  # (bits, group size) of quantized matrices
+Trial = Callable[[Cell, Formats], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
 
 
 def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) -> Decoded | None:
@@ -95,7 +117,8 @@ def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) ->
     Args:
         x: (B, 1), token ids, where `weights` has an embedding; else (B, 1, D), what the first layer reads.
         cache: one `RecurrentCache` a layer.
-        trial: pairs of what this gives for a cell and what MLX's ops give, compared at the first use.
+        trial: pairs of what this gives for a cell and formats of quantized matrices, and what MLX's ops give,
+            compared at the first use.
 
     Returns:
         None, with the cache as it was, where this has no code for the call: weights of several dtypes or of
@@ -105,19 +128,20 @@ def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) ->
         return None
     reads = [x, *(array for c in cache for array in c.cache if array is not None)]
     reads += [array for arrays in (*weights.layers, weights.last) for array in arrays.values()]
-    if weights.embedding is not None:
-        reads.append(weights.embedding)
-    head = weights.head if _head_fits(weights, x) else None
-    if head is not None and evaluation([*reads, head]) < Evaluation.FREE:
-        head = None  # if it is the head alone that MLX traces, the others can be called at once
-    if head is None and evaluation(reads) < Evaluation.FREE:
+    reads += weights.embedding.values()
+    if weights.head and not (
+        # if it is the head alone that MLX traces, the others can be called at once
+        _head_fits(weights) and evaluation([*reads, *weights.head.values()]) == Evaluation.FREE
+    ):
+        weights = weights._replace(head={})
+    if not weights.head and evaluation(reads) < Evaluation.FREE:
         return None
-    if not _works(weights.cell, trial):
+    if not _works(weights.cell, formats_of(weights), trial):
         return None
     mx.eval(x)
-    if weights.embedding is not None and not all(0 <= i < weights.embedding.shape[0] for i in _ids(x)):
+    if weights.embedding and not all(0 <= i < weights.embedding["embedding"].shape[0] for i in _ids(x)):
         return None
-    return run(weights._replace(head=head), x, cache)
+    return run(weights, x, cache, formats_of(weights))
 
 
 def _ids(x: mx.array) -> list[int]:
@@ -125,30 +149,94 @@ def _ids(x: mx.array) -> list[int]:
     return [token for (token,) in cast(list[list[int]], x.tolist())]
 
 
-def _read(weights: Weights, x: mx.array) -> mx.array:
-    """What gives a token's numbers: an array with their width and dtype."""
-    return x if weights.embedding is None else weights.embedding
+def _width(weights: Weights) -> int:
+    return weights.last["norm"].shape[-1]
 
 
-def _head_fits(weights: Weights, x: mx.array) -> bool:
-    """Whether there is a head, and it has the width and the dtype of the other weights."""
-    head, read = weights.head, _read(weights, x)
-    return head is not None and (head.ndim, head.shape[-1], head.dtype) == (2, read.shape[-1], read.dtype)
+def _dtype(weights: Weights) -> mx.Dtype:
+    return weights.last["norm"].dtype
+
+
+def _head_fits(weights: Weights) -> bool:
+    """Whether the head has the width and the dtype of the other weights."""
+    shapes = {"head": (weights.head["head"].shape[0], _width(weights))}
+    return _have_shapes(weights.head, shapes, _dtype(weights))
 
 
 def _consistent(weights: Weights, x: mx.array) -> bool:
     """Whether all arrays have the shapes that the first layer's imply, and one dtype."""
-    first, taps, read = weights.layers[0], _taps(weights), _read(weights, x)
+    first, taps = weights.layers[0], _taps(weights)
+    D, dtype = _width(weights), _dtype(weights)
     if taps == 1 and "conv" in first:  # no window, which the text does not foresee
         return False
-    of_ids = (read.ndim, x.ndim, mx.issubdtype(x.dtype, mx.integer)) == (2, 2, True)
-    if read.dtype not in _BITS or not (read is x or of_ids):
+    if dtype not in _BITS:
         return False
-    shapes = _shapes(weights.cell, read.shape[-1], weights.heads, taps, first["up"].shape[0])
-    return all(arrays.keys() == first.keys() for arrays in weights.layers) and all(
-        array.dtype == (mx.float32 if name == "params" else read.dtype) and array.shape == shapes.get(name)
-        for arrays in (*weights.layers, weights.last)
+    if weights.embedding:
+        rows = {"embedding": (weights.embedding["embedding"].shape[0], D)}
+        if x.ndim != 2 or not mx.issubdtype(x.dtype, mx.integer):
+            return False
+        if not _have_shapes(weights.embedding, rows, dtype):
+            return False
+    elif (x.shape[-1], x.dtype) != (D, dtype):
+        return False
+    shapes = _shapes(weights.cell, D, weights.heads, taps, first["up"].shape[0])
+    names = _plain_names(first)
+    return all(_plain_names(arrays) == names for arrays in weights.layers) and all(
+        _have_shapes(arrays, shapes, dtype) for arrays in (*weights.layers, weights.last)
+    )
+
+
+def _plain_names(arrays: Mapping[str, mx.array]) -> set[str]:
+    """Without those of scales and biases: in a model some layers may be quantized."""
+    return {name for name in arrays if "." not in name}
+
+
+def _have_shapes(
+    arrays: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]], dtype: mx.Dtype
+) -> bool:
+    return all(
+        (array.dtype == (mx.float32 if name == "params" else dtype) and array.shape == shapes.get(name))
+        or "." in name
+        or (array.dtype == mx.uint32 and _is_packed(arrays, name, shapes.get(name, ()), dtype))
         for name, array in arrays.items()
+    )
+
+
+def _is_packed(arrays: Mapping[str, mx.array], name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> bool:
+    """Whether it is a matrix of this shape, quantized in a way that there is code for."""
+    weight, scales, biases = (arrays.get(f"{name}{part}") for part in ("", ".scales", ".biases"))
+    if len(shape) < 2 or weight is None or scales is None or biases is None:
+        return False
+    bits, group = _format(weight, scales, shape[-1])
+    return (
+        bits in PACKED_BITS
+        and group in GROUP_SIZES
+        and weight.shape == (*shape[:-1], shape[-1] // 32 * bits)
+        and scales.shape == biases.shape == (*shape[:-1], shape[-1] // group)
+        and scales.dtype == biases.dtype == dtype
+    )
+
+
+def _format(weight: mx.array, scales: mx.array, width: int) -> tuple[int, int]:
+    """Bits and group size of a quantized matrix with rows of `width` numbers."""
+    return 32 * weight.shape[-1] // width, width // max(scales.shape[-1], 1)
+
+
+def formats_of(weights: Weights) -> Formats:
+    """Those that code is needed for."""
+    D, wide = _width(weights), weights.layers[0]["up"].shape[0]
+    widths = {"cell_proj": D // weights.heads, "down": wide}
+    return tuple(
+        sorted(
+            {
+                _format(arrays[name], scales, widths.get(name, D))
+                for arrays in (*weights.layers, weights.embedding, weights.head)
+                for part, scales in arrays.items()
+                if part.endswith(".scales")
+                and (name := part.removesuffix(".scales"))
+                and name != "embedding"  # which is read, not multiplied with
+            }
+        )
     )
 
 
@@ -159,11 +247,10 @@ def _taps(weights: Weights) -> int:
 
 def _fits(cache: Sequence[Any], x: mx.array, weights: Weights) -> bool:
     """Whether the cache has this model's shapes and as many rows as x; one from a file may have any."""
-    B, read = x.shape[0], _read(weights, x)
-    D = read.shape[-1]
+    B, D = x.shape[0], _width(weights)
     expected = [((B, len(weights.cell.slots), D), mx.float32)]
     if "conv" in weights.layers[0]:
-        expected.append(((B, _taps(weights) - 1, D), read.dtype))
+        expected.append(((B, _taps(weights) - 1, D), _dtype(weights)))
     return len(cache) == len(weights.layers) and all(
         c[i] is None or (c[i].shape, c[i].dtype) == wanted for c in cache for i, wanted in enumerate(expected)
     )
@@ -189,67 +276,88 @@ def _shapes(cell: Cell, D: int, heads: int, taps: int, wide: int) -> dict[str, t
     return shapes
 
 
-def run(weights: Weights, x: mx.array, cache: Sequence[Any]) -> Decoded:
-    """`decode` without its checks."""
-    read, first, cell = _read(weights, x), weights.layers[0], weights.cell
-    B, D, depth, taps = x.shape[0], read.shape[-1], len(cache), _taps(weights)
-    head, dtype, bits = weights.head, read.dtype, _BITS[read.dtype]
-    vocab = 0 if head is None else head.shape[0]
+def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -> Decoded:
+    """`decode` without its checks, by a library that has code for these formats of quantized matrices."""
+    first, cell, dtype = weights.layers[0], weights.cell, _dtype(weights)
+    B, D, depth, taps = x.shape[0], _width(weights), len(cache), _taps(weights)
+    bits, wide = _BITS[dtype], first["up"].shape[0]
+    vocab = weights.head["head"].shape[0] if weights.head else 0
     y, logits = np.empty((B, 1, D), bits), np.empty((B, 1, vocab), bits)
     states = np.empty((depth, B, len(cell.slots), D), np.float32)
     windows = np.empty((depth, B, taps - 1, D), bits)
     nothing = np.zeros(max(states[0].nbytes, windows[0].nbytes), np.uint8)
+    ids = np.array(_ids(x), np.int64) if weights.embedding else None
 
-    of_layers = [layer[name] for layer in weights.layers for name in first]
+    groups = (*weights.layers, weights.last, weights.embedding, weights.head)
     of_cache = [array for c in cache for array in c.cache if array is not None]
-    of_head = [] if head is None else [head]
-    places, kept = _places(cell, [read, *of_layers, *of_cache, *weights.last.values(), *of_head])
-    start = next(places)
-    if read is not x:
-        rows = (ctypes.string_at(start + token * D * dtype.size, D * dtype.size) for token in _ids(x))
-        kept.append(ctypes.create_string_buffer(b"".join(rows), B * D * dtype.size))
-        start = ctypes.addressof(kept[-1])
+    of_weights = [array for arrays in groups for array in arrays.values()]
+    library = _library(cell, formats)
+    places, _kept = _places(library, [*of_cache, *of_weights, *([] if weights.embedding else [x])])
     layers = (Layer * depth)()
-    for layer in layers:
-        for name in first:
-            setattr(layer, name, next(places))
-    new_state, new_window, zeros = (array.ctypes.data for array in (states, windows, nothing))
+    zeros, new_state, new_window = (a.ctypes.data for a in (nothing, states, windows))
     for i, (layer, c) in enumerate(zip(layers, cache, strict=True)):
         layer.state, layer.window = (zeros if array is None else next(places) for array in c.cache)
         layer.new_state = new_state + i * states.strides[0]
         layer.new_window = new_window + i * windows.strides[0]
-    last = dict(zip(weights.last, places, strict=False))
-    many = sum(array.size for array in first.values()) * depth + vocab * D >= _MANY
+    for layer, arrays in zip(layers, weights.layers, strict=True):
+        _fill(layer, arrays, places, {"cell_proj": D // weights.heads, "down": wide}, D)
+    whole = SimpleNamespace(norm=None, norm_bias=None, embedding=Matrix(), head=Matrix())
+    for table in (weights.last, weights.embedding, weights.head):
+        _fill(whole, table, places, {}, D)
+    numbers = sum(array.size for array in first.values()) * depth
+    many = numbers + sum(array.size for array in weights.head.values()) >= _MANY
     token = Token(
         layers,
-        last["norm"],
-        last.get("norm_bias"),
-        start,
-        y.ctypes.data,
+        whole.norm,
+        whole.norm_bias,
+        whole.embedding,
+        None if ids is None else ids.ctypes.data,
         next(places, None),
+        y.ctypes.data,
+        whole.head,
         logits.ctypes.data,
         depth,
         B,
         weights.heads,
         D // weights.heads,
         taps,
-        first["up"].shape[0],
+        wide,
         vocab,
         weights.eps,
         weights.mlp_residual,
         min(cpu.threads(), _MOST_THREADS) if many else 1,
     )
-    getattr(_library(cell), f"decode_{cpu.DTYPES[dtype]}")(ctypes.byref(token))
+    getattr(library, f"decode_{cpu.DTYPES[dtype]}")(ctypes.byref(token))
     for i, c in enumerate(cache):
         c[0] = mx.array(states[i])
         if taps > 1:
             c[1] = mx.array(windows[i]).view(dtype)
-    return Decoded(mx.array(y).view(dtype), None if head is None else mx.array(logits).view(dtype))
+    return Decoded(mx.array(y).view(dtype), mx.array(logits).view(dtype) if weights.head else None)
 
 
-def _places(cell: Cell, arrays: list[mx.array]) -> tuple[Iterator[int], list[Any]]:
+def _fill(
+    struct: Any,
+    arrays: Mapping[str, mx.array],
+    places: Iterator[int],
+    widths: Mapping[str, int],
+    D: int,
+) -> None:
+    """Put where arrays stand into fields of their names; a matrix has rows of widths[name] or D numbers."""
+    for name in arrays:
+        place = next(places)
+        field, _, part = name.partition(".")
+        if field in _MATRICES or field in ("embedding", "head"):
+            matrix = getattr(struct, field)
+            setattr(matrix, part or "weight", place)
+            if part == "scales":
+                matrix.bits, matrix.group = _format(arrays[field], arrays[name], widths.get(field, D))
+        else:
+            setattr(struct, name, place)
+
+
+def _places(library: ctypes.CDLL, arrays: list[mx.array]) -> tuple[Iterator[int], list[Any]]:
     """Where the numbers of each array stand, row by row, and what is to be kept while they are read."""
-    places = cpu.dense_addresses(_library(cell), arrays)
+    places = cpu.dense_addresses(library, arrays)
     strided = [i for i, place in enumerate(places) if place is None]
     if strided:
         copies = [mx.contiguous(arrays[i]) for i in strided]
@@ -257,14 +365,15 @@ def _places(cell: Cell, arrays: list[mx.array]) -> tuple[Iterator[int], list[Any
         for i, copy in zip(strided, copies, strict=True):
             places[i] = cpu.address(copy)
         arrays = [*arrays, *copies]
-    return iter(cast(list[int], places)), list(arrays)
+    return iter(cast(list[int], places)), arrays
 
 
 @lru_cache(maxsize=64)
-def _library(cell: Cell) -> ctypes.CDLL:
-    return build(cpu_token_text(cell), f"decode-{plain_name(cell)}", (Layer, Token))
+def _library(cell: Cell, formats: Formats = ()) -> ctypes.CDLL:
+    kind = "".join(f"-{bits}of{group}" for bits, group in formats)
+    return build(cpu_token_text(cell, formats), f"decode-{plain_name(cell)}{kind}", (Matrix, Layer, Token))
 
 
 @lru_cache(maxsize=64)
-def _works(cell: Cell, trial: Trial) -> bool:
-    return works_here(f"decoding with {cell.name!r}", "cpu", partial(trial, cell))
+def _works(cell: Cell, formats: Formats, trial: Trial) -> bool:
+    return works_here(f"decoding with {cell.name!r}", "cpu", partial(trial, cell, formats))

@@ -142,10 +142,16 @@ def cpu_gradients_text() -> str:
     return "".join(map(metal_text, ("cpu.h", "cpu_rows.h", "cpu_gradients.cpp")))
 
 
-def cpu_token_text(cell: Cell) -> str:
-    """The C++ text of a token through all layers; raises PararnnError for a cell without MSL."""
-    text = cpu_elementwise_text() + cpu_text(cell_header(cell)) + metal_text("cpu_token.cpp")
-    return text + metal_text("cpu_buffers.h")
+def cpu_token_text(cell: Cell, formats: tuple[tuple[int, int], ...] = ()) -> str:
+    """The C++ text of a token through all layers; raises PararnnError for a cell without MSL.
+
+    Args:
+        formats: (bits, group size) of the quantized matrices that it shall take.
+    """
+    listed = " ".join(f"FORMAT({bits}, {group})" for bits, group in formats)
+    text = cpu_elementwise_text() + metal_text("cpu_quantized.h") + cpu_text(cell_header(cell))
+    text += f"#define PARARNN_FORMATS(FORMAT) {listed}\n" if formats else ""
+    return text + metal_text("cpu_token.cpp") + metal_text("cpu_buffers.h")
 
 
 def cuda_text(text: str) -> str:

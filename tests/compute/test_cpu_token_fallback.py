@@ -24,10 +24,6 @@ def stood_back(made, calls, tolerance=1e-5, tokens=TOKENS, **options):
 
 
 def test_models_that_are_left_to_mlx(calls):
-    quantized = make(hidden_size=64, intermediate_size=64)
-    nn.quantize(quantized, group_size=32, bits=4, class_predicate=quantized.quant_predicate)
-    stood_back(quantized, calls)
-
     adapted = make()
     linear_to_lora_layers(adapted, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0})
     adapted.update(tree_map(lambda p: p + 0.1, adapted.trainable_parameters()))
@@ -35,6 +31,28 @@ def test_models_that_are_left_to_mlx(calls):
     stood_back(adapted, calls)
 
     stood_back(make(conv_kernel=1), calls)
+
+
+@pytest.mark.parametrize(("mode", "group", "bits"), [("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)])
+def test_quantization_that_is_left_to_mlx(mode, group, bits, calls):
+    made = make(hidden_size=64, intermediate_size=64)
+    nn.quantize(made, group, bits, mode=mode, class_predicate=made.quant_predicate)
+    stood_back(made, calls)
+
+
+def test_scales_of_another_dtype_are_left_to_mlx(calls):
+    made = make(hidden_size=64, intermediate_size=64)
+    nn.quantize(made, 32, 4, class_predicate=made.quant_predicate)
+    made.model.layers[1].mlp.up_proj.scales = made.model.layers[1].mlp.up_proj.scales.astype(mx.bfloat16)
+    stood_back(made, calls)
+
+
+def test_adapters_on_quantized_weights_are_left_to_mlx(calls):
+    made = make(hidden_size=64, intermediate_size=64)
+    nn.quantize(made, 32, 4, class_predicate=made.quant_predicate)
+    linear_to_lora_layers(made, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0})
+    made.update(tree_map(lambda p: p + 0.1, made.trainable_parameters()))
+    stood_back(made, calls)
 
 
 @pytest.mark.large

@@ -17,12 +17,18 @@ STRUCTS = {
         "FIELD(int64_t, heads)",
         "FIELD(int64_t, T)",
     ),
+    "Matrix": (
+        cpu_token.Matrix,
+        texts.cpu_token_text,
+        "FIELD(int64_t, bits)",
+        "FIELD(int64_t, group)",
+    ),
     "Token": (cpu_token.Token, texts.cpu_token_text, "FIELD(int64_t, heads)", "FIELD(int64_t, W)"),
     "Layer": (
         cpu_token.Layer,
         texts.cpu_token_text,
-        "FIELD(const void*, up_bias)",
-        "FIELD(const void*, down)",
+        "FIELD(const void*, conv)",
+        "FIELD(const void*, conv_bias)",
     ),
 }
 
@@ -71,9 +77,7 @@ def test_a_field_that_differs_is_found(side, fault, name):
         text = text.replace(first, f"FIELD(int, extra) {first}")
     elif fault == "added at the end":
         text = text.replace(f"PARARNN_STRUCT({name}, ", f"PARARNN_STRUCT({name}, WITH_")
-        table = {"Call": "CALL_FIELDS", "Token": "TOKEN_FIELDS", "Layer": "LAYER_FIELDS"}.get(
-            name, "ADJOINT_FIELDS"
-        )
+        table = f"{name.upper()}_FIELDS"
         text = text.replace(
             f"PARARNN_STRUCT({name}, ",
             f"#define WITH_{table}(FIELD) {table}(FIELD) FIELD(int, extra)\nPARARNN_STRUCT({name}, ",
@@ -102,6 +106,7 @@ def test_every_struct_of_a_library_is_checked(monkeypatch):
     assert checked == [
         ("recurrence-nlru", cpu.Call),
         ("adjoint-nlru", cpu_adjoint.Adjoint),
+        ("decode-nlru", cpu_token.Matrix),
         ("decode-nlru", cpu_token.Layer),
         ("decode-nlru", cpu_token.Token),
     ]

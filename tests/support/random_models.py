@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -50,6 +51,29 @@ def make(kind="gru", dtype=mx.float32, seed=0, **sizes):
     made.update(tree_unflatten(filled_in))
     mx.eval(made.parameters())
     return made
+
+
+def quantize(made, group, bits, only=lambda path: True, **options):
+    """Pack its matrices, and give the same model with the packed ones' numbers in float32."""
+    twin = make_like(made)
+    wanted = made.quant_predicate
+    nn.quantize(made, group, bits, class_predicate=lambda path, m: only(path) and wanted(path, m), **options)
+    weights = dict(flat(made))
+    for path in [path for path in weights if path.endswith(".scales")]:
+        name = path.removesuffix("scales")
+        packed, scales, biases = (weights.pop(name + part) for part in ("weight", "scales", "biases"))
+        width = dict(flat(twin))[name + "weight"].shape[-1]
+        group_size, width_bits = width // scales.shape[-1], 32 * packed.shape[-1] // width
+        weights[name + "weight"] = mx.dequantize(
+            packed, scales.astype(mx.float32), biases.astype(mx.float32), group_size, width_bits
+        )
+    twin.update(tree_unflatten([(path, weight.astype(mx.float32)) for path, weight in weights.items()]))
+    mx.eval(made.parameters(), twin.parameters())
+    return twin
+
+
+def make_like(made):
+    return Model(ModelArgs.from_dict(vars(made.args)))
 
 
 def flat(made: Model) -> list[tuple[str, mx.array]]:

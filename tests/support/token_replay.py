@@ -4,10 +4,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pararnn.compute import cpu_token, texts
+from mlx_pararnn.module_arrays import head_arrays
 from tests.support.random_models import TOKENS, by_token, cell_of, numbers
 
 # The recorded call of one token, again and without Python: what the compilers' sanitizers look at.
-# File: how often; of struct Token the numbers; each array with its size before it, -1 for none.
+# File: how often; of struct Token the numbers; of each struct the fields in their order, an array with its
+# size before it, -1 for none, -2 for a number.
 REPLAY = """
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +22,7 @@ int64_t number() {
 }
 struct Part {
   int64_t size = number();
-  void* data = size < 0 ? nullptr : malloc(size);
+  void* data = size == -2 ? reinterpret_cast<void*>(number()) : size < 0 ? nullptr : malloc(size);
   Part() {
     if (size > 0 && fread(data, 1, size, in) != size_t(size)) exit(3);
   }
@@ -47,13 +49,18 @@ int replay(char** argv) {
       memcpy(reinterpret_cast<char*>(&layers[i]) + k * sizeof(void*), &parts[i][k].data, sizeof(void*));
     }
   }
-  const Part norm, norm_bias, x, y, head, logits;
+  constexpr int FIRST = offsetof(pararnn::Token, norm) / sizeof(void*);
+  constexpr int LAST = offsetof(pararnn::Token, depth) / sizeof(void*);
+  std::vector<Part> whole;
+  for (int k = FIRST; k < LAST; ++k) {
+    whole.emplace_back();
+    memcpy(reinterpret_cast<char*>(&token) + k * sizeof(void*), &whole.back().data, sizeof(void*));
+  }
   token.layers = layers.data();
-  token.norm = norm.data, token.norm_bias = norm_bias.data, token.x = x.data, token.y = y.data;
-  token.head = head.data, token.logits = logits.data;
   for (int64_t n = 0; n < times; ++n) DECODE(&token);
   FILE* out = fopen(argv[1], "wb");
-  y.write(out), logits.write(out);
+  whole[offsetof(pararnn::Token, y) / sizeof(void*) - FIRST].write(out);
+  whole[offsetof(pararnn::Token, logits) / sizeof(void*) - FIRST].write(out);
   for (const auto& layer : parts) layer[FIELDS - 2].write(out), layer[FIELDS - 1].write(out);
   return fclose(in) + fclose(out);
 }
@@ -66,14 +73,16 @@ int main(int count, char** argv) {
 
 
 def replay_text(made, dtype):
-    cell = cell_of(made)
-    return texts.cpu_token_text(cell) + REPLAY.replace("DECODE", f"decode_{dtype}")
+    head = made.model.embed_tokens if made.args.tie_word_embeddings else made.lm_head
+    weights = made.model.token_weights()._replace(head=head_arrays("head", head))
+    text = texts.cpu_token_text(cell_of(made), cpu_token.formats_of(weights))
+    return text + REPLAY.replace("DECODE", f"decode_{dtype}")
 
 
 def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
     """Decode `tokens` (B, T), write what the last of them reads into `file`, and give what it came to."""
-    args, bytes_of = made.args, {}
-    dtype = made.model.embed_tokens.weight.dtype
+    args, counts = made.args, {}
+    dtype = made.model.norm.weight.dtype
     parts = []
 
     def add(pointer, size):
@@ -82,36 +91,51 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
             np.int64(size).tobytes() + (cpu_token.ctypes.string_at(pointer, size) if size > 0 else b"")
         )
 
+    def add_matrix(matrix, count):
+        if matrix.bits:
+            add(matrix.weight, count * matrix.bits // 8)
+        else:
+            add(matrix.weight, count * dtype.size)
+        for pointer in (matrix.scales, matrix.biases):
+            add(pointer, count // (matrix.group or 1) * dtype.size)
+        parts.append(np.array([-2, matrix.bits, -2, matrix.group], np.int64).tobytes())
+
+    def add_fields(struct, names, counts):
+        wide = {"params": 4, "state": 4, "new_state": 4, "ids": 8}
+        for name in names:
+            value = getattr(struct, name)
+            if isinstance(value, cpu_token.Matrix):
+                add_matrix(value, counts[name])
+            else:
+                add(value, counts[name] * wide.get(name, dtype.size))
+
     def note(reference):
         token = reference._obj
         D, K = token.heads * token.W, token.taps
         cell = cell_of(made)
-        bytes_of.update(
-            {k: int(np.prod(v)) for k, v in cpu_token._shapes(cell, D, token.heads, K, token.wide).items()}
-        )
+        shapes = cpu_token._shapes(cell, D, token.heads, K, token.wide)
+        counts.update({name: int(np.prod(shape)) for name, shape in shapes.items()})
+        counts.update(state=token.B * len(cell.slots) * D, window=token.B * (K - 1) * D)
+        counts.update(new_state=counts["state"], new_window=counts["window"])
         parts.clear()
         integers = [times, token.depth, token.B, token.heads, token.W, K, token.wide, token.vocab]
         integers += [token.mlp_residual, threads, round(args.norm_eps * 1e9)]
         parts.append(np.array(integers, np.int64).tobytes())
-        floats = {"params", "state", "new_state"}
-        sizes = {**bytes_of, "state": token.B * len(cell.slots) * D, "window": token.B * (K - 1) * D}
-        sizes |= {"new_state": sizes["state"], "new_window": sizes["window"]}
         for i in range(token.depth):
-            for name, *_ in cpu_token.Layer._fields_:
-                add(getattr(token.layers[i], name), sizes[name] * (4 if name in floats else dtype.size))
-        sizes = {"norm": D, "norm_bias": D, "x": token.B * D, "y": token.B * D}
-        sizes |= {"head": token.vocab * D, "logits": token.B * token.vocab}
-        for name, size in sizes.items():
-            add(getattr(token, name), size * dtype.size)
+            add_fields(token.layers[i], [name for name, *_ in cpu_token.Layer._fields_], counts)
+        whole = {"norm": D, "norm_bias": D, "embedding": args.vocab_size * D, "ids": token.B}
+        whole |= {"x": token.B * D, "y": token.B * D}
+        whole |= {"head": token.vocab * D, "logits": token.B * token.vocab}
+        add_fields(token, list(whole), whole)
 
     library = cpu_token._library
 
     class Noting:
-        def __init__(self, cell):
-            self.cell = cell
+        def __init__(self, cell, formats):
+            self.real = library(cell, formats)
 
         def __getattr__(self, name):
-            real = getattr(library(self.cell), name)
+            real = getattr(self.real, name)
 
             def call(reference):
                 note(reference)
@@ -141,7 +165,7 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
 
 def replayed(made, file):
     """What a replay wrote into `file`, as `recorded` gives it."""
-    dtype, B = made.model.embed_tokens.weight.dtype, TOKENS.shape[0]
+    dtype, B = made.model.norm.weight.dtype, TOKENS.shape[0]
     cell, D = cell_of(made), made.args.hidden_size
     window = (made.args.conv_kernel - 1) * D * B if made.args.mixer == "gated_conv" else 0
     data, floats = file.read_bytes(), []

@@ -1,0 +1,118 @@
+"""Products of packed matrices and few vectors on a CPU (metal/cpu_quantized.h), apart from any model."""
+
+import ctypes
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
+from tests.msl.instances import DTYPES
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+TYPES = {"float32": "float", "float16": "pararnn::Float16", "bfloat16": "pararnn::Bfloat16"}
+LIBRARY = """
+namespace pararnn {
+template <typename Packed, typename T>
+void multiply(const Matrix& m, const float* x, const int64_t* size, float* y) {
+  const int64_t first = size[0], rows = size[1], width = size[2], B = size[3];
+  const int64_t stride = Packed::arranged_size(width);
+  std::vector<float> arranged(B * stride);
+  for (int64_t b = 0; b < B; ++b) Packed::arrange(x + b * width, width, &arranged[b * stride]);
+  Packed::template product_rows<T>(m, first, arranged.data(), stride, width, B, y, rows, 0, rows);
+}
+template <typename T>
+void row(const Matrix& m, int64_t width, int64_t number, float* to) {
+  for (int64_t i = 0; i < width; ++i) to[i] = unpacked<T>(m, width, number, i);
+}
+}  // namespace pararnn
+"""
+EXPORTS = """
+extern "C" void multiply_{name}(
+    const pararnn::Matrix* m, const float* x, const int64_t* size, float* y) {{
+  pararnn::multiply<pararnn::Quantized<{bits}, {group}>, {type}>(*m, x, size, y);
+}}
+extern "C" void row_{name}(const pararnn::Matrix* m, int64_t width, int64_t number, float* to) {{
+  pararnn::row<{type}>(*m, width, number, to);
+}}
+"""
+
+
+def built(bits, group, monkeypatch):
+    flags = ["-std=c++17", "-O1", "-march=native", "-shared", "-fPIC", "-pthread"]
+    monkeypatch.setattr(cpu_build, "_flags", lambda: flags)
+    text = "".join(map(texts.metal_text, ("cpu.h", "cpu_linear.h", "cpu_quantized.h"))) + LIBRARY
+    text += "".join(EXPORTS.format(bits=bits, group=group, name=name, type=t) for name, t in TYPES.items())
+    return cpu_build.build(text, f"packed-{bits}-{group}", (cpu_token.Matrix,))
+
+
+def quantized(rng, rows, width, bits, group, dtype):
+    """A packed matrix, and its weights in float64."""
+    matrix = mx.array(rng.normal(size=(rows, width)).astype(np.float32)).astype(dtype)
+    packed, scales, biases = mx.quantize(matrix, group, bits)
+    ones, zeros = mx.ones(scales.shape), mx.zeros(scales.shape)
+    q = np.array(mx.dequantize(packed, ones, zeros, group, bits), np.float64)
+    of_each = [np.array(a.astype(mx.float32), np.float64).repeat(group, axis=1) for a in (scales, biases)]
+    return (packed, scales, biases), of_each[0] * q + of_each[1]
+
+
+def struct_of(arrays, bits, group):
+    mx.eval(*arrays)
+    return cpu_token.Matrix(*(cpu.address(a) for a in arrays), bits, group)
+
+
+def multiply(library, arrays, bits, group, x, first, rows):
+    y = np.full((x.shape[0], rows), np.nan, np.float32)
+    size = np.array([first, rows, x.shape[1], x.shape[0]], np.int64)
+    name = {v: k for k, v in DTYPES.items()}[arrays[1].dtype]
+    library[f"multiply_{name}"](
+        ctypes.byref(struct_of(arrays, bits, group)), *(ctypes.c_void_p(a.ctypes.data) for a in (x, size, y))
+    )
+    return y
+
+
+@pytest.mark.sampled("large", by=lambda bits, group: [bits] if (bits, group) in ((4, 64), (3, 32)) else [])
+@pytest.mark.parametrize("group", cpu_token.GROUP_SIZES)
+@pytest.mark.parametrize("bits", cpu_token.PACKED_BITS)
+def test_products(bits, group, monkeypatch):
+    """Of every dtype, of widths that fill no block, of 1 to 16 rows."""
+    library, rng = built(bits, group, monkeypatch), np.random.default_rng(bits)
+    for n, width in enumerate((group, 3 * group, 5 * group, 1024 + group)):
+        for name, dtype in DTYPES.items():
+            arrays, weight = quantized(rng, 23, width, bits, group, dtype)
+            for B in (1, 3, 4, 7, 16)[n % 2 :: 2]:
+                x = (rng.normal(size=(B, width)) + n % 2).astype(np.float32)
+                wanted = x.astype(np.float64) @ weight.T
+                # in parts of what the largest sum is of
+                step = 2e-6 * (np.abs(x.astype(np.float64)) @ np.abs(weight).T).max()
+                given = multiply(library, arrays, bits, group, x, 0, 23)
+                np.testing.assert_allclose(given, wanted, rtol=0, atol=step)
+                part = multiply(library, arrays, bits, group, x, 5, 7)
+                np.testing.assert_array_equal(part, given[:, 5:12])  # whichever rows are done together
+                alone = multiply(library, arrays, bits, group, x[-1:].copy(), 0, 23)
+                np.testing.assert_array_equal(alone, given[-1:])  # and whichever vectors
+            if name == "float32":
+                form = {"group_size": group, "bits": bits}
+                by_mlx = np.array(mx.quantized_matmul(mx.array(x), *arrays, transpose=True, **form))
+                np.testing.assert_allclose(given, by_mlx, rtol=0, atol=2 * step)
+            row = np.empty(width, np.float32)
+            library[f"row_{name}"](
+                ctypes.byref(struct_of(arrays, bits, group)),
+                ctypes.c_int64(width),
+                ctypes.c_int64(11),
+                ctypes.c_void_p(row.ctypes.data),
+            )
+            np.testing.assert_allclose(row, weight[11], rtol=0, atol=1e-6 * np.abs(weight).max())
+
+
+def test_numbers_that_are_none(monkeypatch):
+    """Infinite and undefined ones of x and of scales reach the rows that they belong to, and no others."""
+    library, rng = built(4, 64, monkeypatch), np.random.default_rng(0)
+    (packed, scales, biases), _ = quantized(rng, 8, 192, 4, 64, mx.float32)
+    x = np.ones((1, 192), np.float32)
+    scales[3, 2] = float("nan")
+    y = multiply(library, (packed, scales, biases), 4, 64, x, 0, 8)
+    assert np.isnan(y[0]).tolist() == [n == 3 for n in range(8)]
+    x[0, 70] = np.inf
+    assert not np.isfinite(multiply(library, (packed, scales, biases), 4, 64, x, 0, 8)).any()

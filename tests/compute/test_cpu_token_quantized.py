@@ -1,0 +1,192 @@
+"""Decoding on a CPU in one call, with weights of few bits."""
+
+import os
+import shutil
+import subprocess
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_pararnn import load_model
+from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
+from tests.msl.instances import DTYPES
+from tests.support.golden import golden_of
+from tests.support.random_models import (
+    KINDS,
+    TOKENS,
+    arrays_of,
+    by_token,
+    cell_of,
+    distance,
+    exact,
+    make,
+    numbers,
+    quantize,
+)
+from tests.support.token_replay import recorded, replay_text, replayed
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+WIDE = {"hidden_size": 256, "intermediate_size": 192}  # so that every head has whole groups
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile(monkeypatch):
+    flags = [flag for flag in cpu_build._flags() if flag != "-O3"]
+    monkeypatch.setattr(cpu_build, "_flags", lambda: ["-O1", *flags])
+    cpu_token._library.cache_clear()
+    yield
+    cpu_token._library.cache_clear()
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])  # a library a cell and format is built
+@pytest.mark.parametrize(
+    ("kind", "bits", "group"),
+    [
+        *((kind, 4, 64) for kind in KINDS if kind != "tiny"),
+        *(("gru", bits, 32) for bits in (2, 3, 5, 6, 8)),
+        ("gru", 4, 128),
+    ],
+)
+def test_numbers_in_float32(kind, bits, group, calls):
+    made = make(kind, **(WIDE | {"intermediate_size": 128 if group == 128 else 192}))
+    twin = quantize(made, group, bits)
+    cache, other = made.make_cache(2), made.make_cache(2)
+    given, (wanted, states) = by_token(made, TOKENS, cache), exact(twin, TOKENS)
+    assert calls == [True] * 5
+    assert distance(numbers(given), wanted) < 2e-5
+    for c, state in zip(cache, states, strict=True):
+        assert distance(numbers(c[0]), state) < 2e-5
+    in_ops = by_token(made, TOKENS, other, backend="ops")
+    assert (given.dtype, given.shape) == (in_ops.dtype, in_ops.shape)
+    assert distance(numbers(given), numbers(in_ops)) < 2e-5
+
+
+@pytest.mark.sampled("large", by=lambda dtype, kind: [dtype] if kind == "gru" else [])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gru", "ml-pararnn", "lstm, 4 heads"])
+def test_numbers_in_half_precision(dtype, kind, calls):
+    """Nearer to exact than ops, or within a rounding of it."""
+    made, step = make(kind, DTYPES[dtype], **WIDE), {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    twin = quantize(made, 64, 4)
+    given, in_ops = by_token(made, TOKENS), by_token(made, TOKENS, backend="ops")
+    wanted = exact(twin, TOKENS)[0]
+    assert calls == [True] * 5
+    assert given.dtype == in_ops.dtype == DTYPES[dtype]
+    assert distance(numbers(given), wanted) <= max(step, distance(numbers(in_ops), wanted))
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_trained_model(bits, converted, calls):
+    made, _ = load_model(converted("trained/paragru/final.pt", quantize=True, q_bits=bits))
+    tokens = golden_of("trained/paragru")["heldout_input_ids"][:2, :20]
+    given, wanted = by_token(made, tokens), by_token(made, tokens, backend="ops")
+    assert calls == [True] * 20
+    assert distance(numbers(given), numbers(wanted)) < 2e-5
+    assert mx.array_equal(given.argmax(-1), wanted.argmax(-1))
+
+
+@pytest.mark.large
+def test_formats_that_differ(calls):
+    """Of bits, of group sizes, and layers of which one is not quantized."""
+    made = make("gru", **WIDE)
+    quantize(made, 64, 4, only=lambda path: "layers.0.mlp" in path or path == "lm_head")
+    quantize(made, 32, 8, only=lambda path: "layers.1" in path or "embed" in path)
+    assert distance(numbers(by_token(made, TOKENS)), numbers(by_token(made, TOKENS, backend="ops"))) < 2e-5
+    assert calls == [True] * 5
+
+
+def test_rows_threads_and_layouts(monkeypatch, calls):
+    """The same bits for a row of a batch as for the row alone, for any threads, wherever the arrays lie."""
+    made = make("gru", mx.bfloat16, **WIDE)
+    quantize(made, 64, 4)
+    monkeypatch.setattr(cpu_token, "_MANY", 0)
+    tokens = mx.random.randint(0, 37, (cpu.FEW_ROWS, 2), key=mx.random.key(0))
+
+    def run(threads, rows):
+        monkeypatch.setattr(cpu, "threads", lambda: threads)
+        cache = made.make_cache(rows.shape[0])
+        return [by_token(made, rows, cache), *arrays_of(cache)]
+
+    wanted = run(1, tokens)
+    for threads in (2, 3, 7):
+        assert all(mx.array_equal(a, b) for a, b in zip(run(threads, tokens), wanted, strict=True))
+    for first, last in ((0, 1), (1, 6), (3, 7)):
+        given = run(2, tokens[first:last])
+        assert all(mx.array_equal(a, b[first:last]) for a, b in zip(given, wanted, strict=True))
+
+    def strided(a):
+        return mx.swapaxes(mx.contiguous(mx.swapaxes(a, 0, -1)), 0, -1)
+
+    made.update(tree_unflatten([(path, strided(a)) for path, a in tree_flatten(made.parameters())]))
+    assert all(mx.array_equal(a, b) for a, b in zip(run(1, tokens), wanted, strict=True))
+    assert all(calls)
+
+
+def test_weights_that_change_between_tokens_are_seen(calls):
+    made, other = make(**WIDE), make(seed=1, **WIDE)
+    quantize(made, 64, 4), quantize(other, 64, 4)
+    cache, twin = made.make_cache(2), made.make_cache(2)
+    others = dict(tree_flatten(other.parameters()))
+    for t, path in enumerate(p for p, _ in tree_flatten(made.parameters()) if p.count(".") < 4 or ".1." in p):
+        made.update(tree_unflatten([(path, others[path])]))
+        token = TOKENS[:, t % 5 : t % 5 + 1]
+        given, wanted = made(token, cache=cache), made(token, cache=twin, backend="ops")
+        assert distance(numbers(given), numbers(wanted)) < 5e-5, path
+    assert all(calls)
+
+
+def test_gradients_are_left_to_mlx(calls):
+    made = make(**WIDE)
+    quantize(made, 64, 4)
+
+    def loss(weight, **options):
+        kept, made.model.norm.weight = made.model.norm.weight, weight
+        total = (made(TOKENS[:, :1], cache=made.make_cache(2), **options) ** 2).sum()
+        made.model.norm.weight = kept
+        return total
+
+    weight = made.model.norm.weight
+    given, wanted = mx.grad(loss)(weight), mx.grad(lambda w: loss(w, backend="ops"))(weight)
+    assert distance(numbers(given), numbers(wanted)) < 1e-4
+    assert not any(calls)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(
+    ("name", "flag"), [("memory", "-fsanitize=address,undefined"), ("races", "-fsanitize=thread")]
+)
+def test_sanitizers(name, flag, bits, monkeypatch, tmp_path):
+    made, program = make("gru", hidden_size=96, intermediate_size=160), tmp_path / "main"
+    quantize(made, 32, bits)
+    (tmp_path / "main.cpp").write_text(replay_text(made, "float32"))
+    options = ["-std=c++17", "-O0", "-g0", flag, "-pthread", "-o", program, tmp_path / "main.cpp"]
+    if subprocess.run([cpu_build.compiler(), *options], capture_output=True).returncode:
+        pytest.skip(f"this compiler has no {flag}")
+    many = {"times": 10, "threads": 3} if name == "races" else {"threads": 2}
+    wanted = recorded(made, TOKENS, monkeypatch, tmp_path / "in", **many)
+    # without randomized addresses: some kernels place them where the sanitizer keeps its own
+    still = ["setarch", "-R"] if shutil.which("setarch") else []
+    done = subprocess.run(
+        [*still, program, tmp_path / "in", tmp_path / "out"],
+        **{"capture_output": True, "text": True, "env": {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    np.testing.assert_allclose(replayed(made, tmp_path / "out"), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("cxx", ["g++", "clang++", "clang++-19"])
+def test_compilers_have_nothing_to_say(cxx, tmp_path):
+    if not shutil.which(cxx):
+        pytest.skip(f"no {cxx}")
+    formats = tuple((bits, group) for bits in cpu_token.PACKED_BITS for group in cpu_token.GROUP_SIZES)
+    (tmp_path / "text.cpp").write_text(texts.cpu_token_text(cell_of(make()), formats))
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fsyntax-only"]
+    for lanes in ("-march=native", "-DLANES=4"):
+        command = [cxx, *flags, lanes, tmp_path / "text.cpp"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
