@@ -70,6 +70,7 @@ struct Quantized {
       vectors(GROUP, [&](int64_t i, int n) { sum = sum + load(x + first + i, n); });
       *to++ = sum_of(sum);
     }
+    for (int64_t g = width / GROUP; g % LANES; ++g) *to++ = 0.0f;  // read with biases of 0: no NaN of an older x
   }
 
   // the words of `lanes` lanes, 0 in the others

@@ -477,8 +477,12 @@ def _token_trial(cell: Cell, formats: cpu_token.Formats) -> Iterator[tuple[list[
     The first is not quantized, each of the others in one of the formats.
     """
 
-    def waves(shape: tuple[int, ...]) -> mx.array:
-        return 0.5 * mx.sin(mx.arange(math.prod(shape))).reshape(shape)
+    def waves(shape: tuple[int, ...], size: float = 0.5) -> mx.array:
+        return size * mx.sin(mx.arange(math.prod(shape))).reshape(shape)
+
+    def weight(array: mx.array) -> mx.array:
+        # numbers of a usual size at any width: an exponential of large ones is not the same twice
+        return waves(array.shape, min(0.5, array.shape[-1] ** -0.5) if array.ndim > 1 else 0.5)
 
     for packed in (None, *formats):
         D, wide = (72, 80) if packed is None else (2 * packed[1], packed[1])
@@ -486,13 +490,13 @@ def _token_trial(cell: Cell, formats: cpu_token.Formats) -> Iterator[tuple[list[
         high, low = cast(Any, mx.random.state)[0].tolist()
         model, head = PararnnModel(args), nn.Linear(D, 80, bias=False)
         for module in (model, head):
-            module.update(tree_map(lambda array: waves(array.shape), module.parameters()))
+            module.update(tree_map(weight, module.parameters()))
             if packed is not None:
                 nn.quantize(module, packed[1], packed[0], class_predicate=_is_quantizable)
         mx.random.seed(high << 32 | low)  # the user's numbers stay what they would have been
         x, caches = waves((2, 1, D)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
         for c in caches[0] + caches[1]:
-            c.cache = [waves((2, len(cell.slots), D)), waves((2, 3, D))]
+            c.cache = [0.5 + waves((2, len(cell.slots), D), 0.3), waves((2, 3, D))]
         weights = cast(cpu_token.Weights, model.token_weights())._replace(head=head_arrays("head", head))
         decoded = cpu_token.run(weights, x, caches[0], formats)
         for layer, c in zip(model.layers, caches[1], strict=True):
