@@ -7,7 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
+#include <exception>
+#include <functional>
+#include <new>
 #include <thread>
 #include <vector>
 #if defined(__F16C__) || defined(__AVX512F__)
@@ -238,28 +240,44 @@ inline void vectors(int64_t width, const Work& work) {
   for (int64_t i = 0; i < width; i += LANES) work(i, width - i < LANES ? int(width - i) : LANES);
 }
 
-// Runs work(0) ... work(items - 1) on up to `threads` threads.
+// Threads that run take(1), take(2) ...; fewer than asked for where no more are to be had.
+template <typename Take>
+std::vector<std::thread> started(int count, const Take& take) {
+  std::vector<std::thread> threads;
+  try {
+    threads.reserve(count > 0 ? count : 0);
+    while (int(threads.size()) < count) threads.emplace_back(std::cref(take), int(threads.size()) + 1);
+  } catch (const std::exception&) {
+    // no memory or no number for one more: those that there are do the work
+  }
+  return threads;
+}
+
+// Runs work(0) ... work(items - 1) on up to `threads` threads. Throws bad_alloc if one of them did, when all have ended.
 template <typename Work>
 void in_parallel(int64_t items, int threads, const Work& work) {
   std::atomic<int64_t> next{0};
-  const auto take = [&] {
-    for (int64_t i = next++; i < items; i = next++) work(i);
+  std::atomic<bool> failed{false};
+  const auto take = [&](int) {
+    try {
+      for (int64_t i = next++; i < items && !failed; i = next++) work(i);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
   };
-  std::vector<std::thread> others;
-  try {
-    for (int64_t i = 1; i < threads && i < items; ++i) others.emplace_back(take);
-  } catch (const std::system_error&) {
-    // no more threads are to be had: those that there are do the work
-  }
-  take();
+  std::vector<std::thread> others = started(int(items < threads ? items : threads) - 1, take);
+  take(0);
   for (auto& other : others) other.join();
+  if (failed) throw std::bad_alloc();
 }
 
-// Runs work(member, members, meet) on up to `threads` threads at once; meet() returns when all have called it.
+// Runs work(member, members, meet) on up to `threads` threads at once; meet() returns when all have called it. Throws
+// bad_alloc if one of them did, when all have ended: meet() throws it in the others.
 template <typename Work>
 void together(int threads, const Work& work) {
   std::atomic<int> members{0};  // 0: not known yet
   std::atomic<int64_t> arrived{0};
+  std::atomic<bool> failed{false};
   const auto wait = [](const auto& done) {
     for (int tries = 0; !done(); ++tries) {
       if (tries > 1000) std::this_thread::yield();  // the others may have no core of their own
@@ -268,20 +286,32 @@ void together(int threads, const Work& work) {
   const auto take = [&](int member) {
     wait([&] { return members > 0; });
     const int64_t size = members;
-    work(member, members, [&] {
-      const int64_t all = (arrived++ / size + 1) * size;
-      wait([&] { return arrived >= all; });
-    });
+    try {
+      work(member, members, [&] {
+        const int64_t all = (arrived++ / size + 1) * size;
+        wait([&] { return arrived >= all || failed; });
+        if (failed) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
   };
-  std::vector<std::thread> others;
-  try {
-    while (int(others.size()) + 1 < threads) others.emplace_back(take, int(others.size()) + 1);
-  } catch (const std::system_error&) {
-    // no more threads are to be had: those that there are share the work
-  }
+  std::vector<std::thread> others = started(threads - 1, take);
   members = int(others.size()) + 1;
   take(0);
   for (auto& other : others) other.join();
+  if (failed) throw std::bad_alloc();
+}
+
+// What a function that Python calls returns: 0, or 1 for too little memory. No exception may leave it.
+template <typename Work>
+int status_of(const Work& work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 }
 
 }  // namespace pararnn

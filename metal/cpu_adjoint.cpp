@@ -175,8 +175,12 @@ void adjoint(const Adjoint& call) {
 
 }  // namespace pararnn
 
-extern "C" void pararnn_adjoint_float32(const pararnn::Adjoint* call) { pararnn::adjoint<float>(*call); }
-extern "C" void pararnn_adjoint_float16(const pararnn::Adjoint* call) { pararnn::adjoint<pararnn::Float16>(*call); }
-extern "C" void pararnn_adjoint_bfloat16(const pararnn::Adjoint* call) {
-  pararnn::adjoint<pararnn::Bfloat16>(*call);
+extern "C" int pararnn_adjoint_float32(const pararnn::Adjoint* call) {
+  return pararnn::status_of([=] { pararnn::adjoint<float>(*call); });
+}
+extern "C" int pararnn_adjoint_float16(const pararnn::Adjoint* call) {
+  return pararnn::status_of([=] { pararnn::adjoint<pararnn::Float16>(*call); });
+}
+extern "C" int pararnn_adjoint_bfloat16(const pararnn::Adjoint* call) {
+  return pararnn::status_of([=] { pararnn::adjoint<pararnn::Bfloat16>(*call); });
 }

@@ -128,6 +128,12 @@ void recurrence(const Call& call) {
 
 }  // namespace pararnn
 
-extern "C" void pararnn_float32(const pararnn::Call* call) { pararnn::recurrence<float>(*call); }
-extern "C" void pararnn_float16(const pararnn::Call* call) { pararnn::recurrence<pararnn::Float16>(*call); }
-extern "C" void pararnn_bfloat16(const pararnn::Call* call) { pararnn::recurrence<pararnn::Bfloat16>(*call); }
+extern "C" int pararnn_float32(const pararnn::Call* call) {
+  return pararnn::status_of([=] { pararnn::recurrence<float>(*call); });
+}
+extern "C" int pararnn_float16(const pararnn::Call* call) {
+  return pararnn::status_of([=] { pararnn::recurrence<pararnn::Float16>(*call); });
+}
+extern "C" int pararnn_bfloat16(const pararnn::Call* call) {
+  return pararnn::status_of([=] { pararnn::recurrence<pararnn::Bfloat16>(*call); });
+}

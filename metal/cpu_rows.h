@@ -31,10 +31,10 @@ inline Vec norm_scale(const T* x, int64_t width, float eps) {
 }  // namespace pararnn
 
 // name_float32, name_float16 and name_bfloat16, as cpu.py calls them; OUT is the type of where the results go.
-#define PARARNN_EXPORT(name, dtype, T, OUT)                                                                \
-  extern "C" void name##_##dtype(const void* const* in, OUT out, const int64_t* size, const float* number, \
-                                 int threads) {                                                            \
-    pararnn::name<T>(in, out, size, number, threads);                                                      \
+#define PARARNN_EXPORT(name, dtype, T, OUT)                                                               \
+  extern "C" int name##_##dtype(const void* const* in, OUT out, const int64_t* size, const float* number, \
+                                int threads) {                                                            \
+    return pararnn::status_of([&] { pararnn::name<T>(in, out, size, number, threads); });                 \
   }
 #define PARARNN_EXPORTS(name, OUT)                     \
   PARARNN_EXPORT(name, float32, float, OUT)            \

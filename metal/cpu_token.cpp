@@ -17,22 +17,22 @@ namespace pararnn {
 #define LAYER_FIELDS(FIELD)                                                     \
   FIELD(const void*, norm) /* (D); with a bias it is LayerNorm, else RMSNorm */ \
   FIELD(const void*, norm_bias)                                                 \
-  FIELD(Matrix, in_proj)   /* (2 D, D): main branch, gate */               \
+  FIELD(Matrix, in_proj)        /* (2 D, D): main branch, gate */               \
   FIELD(const void*, conv)      /* (D, K) */                                    \
   FIELD(const void*, conv_bias) /* (D) */                                       \
-  FIELD(Matrix, cell_proj) /* (heads, gates * W, W) */                     \
+  FIELD(Matrix, cell_proj)      /* (heads, gates * W, W) */                     \
   FIELD(const void*, bias)      /* (heads, gates * W) */                        \
   FIELD(const float*, params)   /* (PARAMS, D) */                               \
   FIELD(const void*, mixer_norm)                                                \
-  FIELD(Matrix, out_proj)                                                  \
+  FIELD(Matrix, out_proj)                                                       \
   FIELD(const void*, residual_scale) /* (1) */                                  \
   FIELD(const void*, mlp_norm)                                                  \
   FIELD(const void*, mlp_norm_bias)                                             \
-  FIELD(Matrix, gate)      /* (I, D) */                                    \
+  FIELD(Matrix, gate)           /* (I, D) */                                    \
   FIELD(const void*, gate_bias) /* (I) */                                       \
-  FIELD(Matrix, up)                                                        \
+  FIELD(Matrix, up)                                                             \
   FIELD(const void*, up_bias)                                                   \
-  FIELD(Matrix, down)      /* (D, I) */                                    \
+  FIELD(Matrix, down)           /* (D, I) */                                    \
   FIELD(const void*, down_bias) /* (D) */                                       \
   FIELD(const float*, state)    /* (B, SLOTS, D) */                             \
   FIELD(const void*, window)    /* (B, K - 1, D) */                             \
@@ -40,25 +40,25 @@ namespace pararnn {
   FIELD(void*, new_window)
 PARARNN_STRUCT(Layer, LAYER_FIELDS)
 
-#define TOKEN_FIELDS(FIELD)                                  \
-  FIELD(const Layer*, layers)                                \
-  FIELD(const void*, norm)                                   \
-  FIELD(const void*, norm_bias)                              \
-  FIELD(Matrix, embedding)   /* (V, D): x is rows of it */   \
-  FIELD(const int64_t*, ids) /* (B): which */                \
-  FIELD(const void*, x)      /* (B, D), if ids is null */    \
-  FIELD(void*, y)       /* (B, D): the last norm's output */ \
-  FIELD(Matrix, head)        /* (vocab, D) */                \
-  FIELD(void*, logits)     /* (B, vocab) */                  \
-  FIELD(int64_t, depth)                                      \
-  FIELD(int64_t, B)                                          \
-  FIELD(int64_t, heads)                                      \
-  FIELD(int64_t, W)                                          \
-  FIELD(int64_t, taps)                                       \
-  FIELD(int64_t, wide) /* I, the width of the MLP */         \
-  FIELD(int64_t, vocab)                                      \
-  FIELD(float, eps)                                          \
-  FIELD(int, mlp_residual)                                   \
+#define TOKEN_FIELDS(FIELD)                                       \
+  FIELD(const Layer*, layers)                                     \
+  FIELD(const void*, norm)                                        \
+  FIELD(const void*, norm_bias)                                   \
+  FIELD(Matrix, embedding)   /* (V, D): x is rows of it */        \
+  FIELD(const int64_t*, ids) /* (B): which */                     \
+  FIELD(const void*, x)      /* (B, D), if ids is null */         \
+  FIELD(void*, y)            /* (B, D): the last norm's output */ \
+  FIELD(Matrix, head)        /* (vocab, D) */                     \
+  FIELD(void*, logits)       /* (B, vocab) */                     \
+  FIELD(int64_t, depth)                                           \
+  FIELD(int64_t, B)                                               \
+  FIELD(int64_t, heads)                                           \
+  FIELD(int64_t, W)                                               \
+  FIELD(int64_t, taps)                                            \
+  FIELD(int64_t, wide) /* I, the width of the MLP */              \
+  FIELD(int64_t, vocab)                                           \
+  FIELD(float, eps)                                               \
+  FIELD(int, mlp_residual)                                        \
   FIELD(int, threads)
 PARARNN_STRUCT(Token, TOKEN_FIELDS)
 
@@ -177,11 +177,11 @@ class Decoder {
         const T* rows = at(p.matrix->weight) + p.row * width;
         product_rows(rows, from, x_stride, width, B, p.y, p.stride, p.begin, p.end);
       }
-#define MULTIPLY(BITS, GROUP)                                                            \
-  if (p.matrix->bits == BITS && p.matrix->group == GROUP) {                                \
-    const bool same = bits == BITS && group == GROUP;                                    \
-    multiply_packed<Quantized<BITS, GROUP>>(from, x_stride, width, p, same);             \
-    bits = BITS, group = GROUP;                                                          \
+#define MULTIPLY(BITS, GROUP)                                                \
+  if (p.matrix->bits == BITS && p.matrix->group == GROUP) {                  \
+    const bool same = bits == BITS && group == GROUP;                        \
+    multiply_packed<Quantized<BITS, GROUP>>(from, x_stride, width, p, same); \
+    bits = BITS, group = GROUP;                                              \
   }
       PARARNN_FORMATS(MULTIPLY)
 #undef MULTIPLY
@@ -195,15 +195,16 @@ class Decoder {
       arranged.resize(B * stride);
       for (int64_t b = 0; b < B; ++b) Packed::arrange(from + b * x_stride, width, &arranged[b * stride]);
     }
-    Packed::template product_rows<T>(
-        *p.matrix, p.row, arranged.data(), stride, width, B, p.y, p.stride, p.begin, p.end);
+    Packed::template product_rows<T>(*p.matrix, p.row, arranged.data(), stride, width, B, p.y, p.stride,
+                                     p.begin, p.end);
   }
 
   template <typename Meet>
   void layer(const Layer& l, const Meet& meet) {
     norms(x, l.norm, l.norm_bias);
     if (l.in_proj.weight) {
-      multiply(mine.data(), D, D, {{&l.in_proj, 0, hidden, D, begin, end}, {&l.in_proj, D, gate, D, begin, end}});
+      multiply(mine.data(), D, D,
+               {{&l.in_proj, 0, hidden, D, begin, end}, {&l.in_proj, D, gate, D, begin, end}});
       convolve(l);
       meet();
     }
@@ -339,6 +340,12 @@ void decode(const Token& token) {
 
 }  // namespace pararnn
 
-extern "C" void decode_float32(const pararnn::Token* token) { pararnn::decode<float>(*token); }
-extern "C" void decode_float16(const pararnn::Token* token) { pararnn::decode<pararnn::Float16>(*token); }
-extern "C" void decode_bfloat16(const pararnn::Token* token) { pararnn::decode<pararnn::Bfloat16>(*token); }
+extern "C" int decode_float32(const pararnn::Token* token) {
+  return pararnn::status_of([=] { pararnn::decode<float>(*token); });
+}
+extern "C" int decode_float16(const pararnn::Token* token) {
+  return pararnn::status_of([=] { pararnn::decode<pararnn::Float16>(*token); });
+}
+extern "C" int decode_bfloat16(const pararnn::Token* token) {
+  return pararnn::status_of([=] { pararnn::decode<pararnn::Bfloat16>(*token); });
+}

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..cells import Cell
-from .cpu_build import build
+from .cpu_build import build, invoke
 from .texts import cpu_elementwise_text, cpu_recurrence_text, plain_name
 
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
@@ -126,7 +126,7 @@ def solve(
         every,
         threads() if is_large(u.size) else 1,
     )
-    getattr(load(cell), f"pararnn_{name}")(ctypes.byref(call))
+    invoke(getattr(load(cell), f"pararnn_{name}"), ctypes.byref(call))
     return (hidden, last) if states is None else (hidden, last, states)
 
 
@@ -206,7 +206,8 @@ def run(
     number: float,
 ) -> None:
     """Call a C++ function on evaluated arrays; `places` is what it is given for its outputs."""
-    function(
+    invoke(
+        function,
         (ctypes.c_void_p * len(arrays))(*(address(array) for array in arrays)),
         places,
         (ctypes.c_int64 * len(sizes))(*sizes),

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from ..cells import Cell
 from .cpu import DTYPES, address, in_lines, is_large, room, threads, view
-from .cpu_build import build
+from .cpu_build import build, invoke
 from .texts import cpu_adjoint_text, plain_name
 
 
@@ -89,5 +89,5 @@ def solve(
         tile,
         threads() if is_large(u.size) else 1,
     )
-    getattr(load(cell), f"pararnn_adjoint_{DTYPES[u.dtype]}")(ctypes.byref(call))
+    invoke(getattr(load(cell), f"pararnn_adjoint_{DTYPES[u.dtype]}"), ctypes.byref(call))
     return d_params, d_u, d_state

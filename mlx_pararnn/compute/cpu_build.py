@@ -17,6 +17,7 @@ import tempfile
 import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import PararnnError
 
@@ -110,6 +111,15 @@ def build(text: str, name: str, structs: tuple[type[ctypes.Structure], ...] = ()
     for struct in structs:
         _check_layout(library, name, struct)
     return library
+
+
+def invoke(function: Any, *arguments: Any) -> None:
+    """Call a function of a library that computes; raises PararnnError where it had too little memory."""
+    if function(*arguments):
+        raise PararnnError(
+            "too little memory for a computation on the CPU; use a smaller batch or a shorter prompt, or end "
+            "other programs"
+        )
 
 
 class _LayoutEntry(ctypes.Structure):

@@ -17,7 +17,7 @@ import numpy as np
 from ..cells import Cell
 from . import cpu
 from .choice import Evaluation, evaluation, works_here
-from .cpu_build import build
+from .cpu_build import build, invoke
 from .texts import cpu_token_text, plain_name
 
 # Weights fewer than this are read by one thread: starting another takes some 50 microseconds.
@@ -195,9 +195,12 @@ def _have_shapes(
     arrays: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]], dtype: mx.Dtype
 ) -> bool:
     return all(
-        (array.dtype == (mx.float32 if name == "params" else dtype) and array.shape == shapes.get(name))
-        or "." in name
-        or (array.dtype == mx.uint32 and _is_packed(arrays, name, shapes.get(name, ()), dtype))
+        "." in name
+        or (
+            _is_packed(arrays, name, shapes.get(name, ()), dtype)
+            if f"{name}.scales" in arrays
+            else (array.dtype, array.shape) == (mx.float32 if name == "params" else dtype, shapes.get(name))
+        )
         for name, array in arrays.items()
     )
 
@@ -209,7 +212,8 @@ def _is_packed(arrays: Mapping[str, mx.array], name: str, shape: tuple[int, ...]
         return False
     bits, group = _format(weight, scales, shape[-1])
     return (
-        bits in PACKED_BITS
+        weight.dtype == mx.uint32
+        and bits in PACKED_BITS
         and group in GROUP_SIZES
         and weight.shape == (*shape[:-1], shape[-1] // 32 * bits)
         and scales.shape == biases.shape == (*shape[:-1], shape[-1] // group)
@@ -327,7 +331,7 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
         weights.mlp_residual,
         min(cpu.threads(), _MOST_THREADS) if many else 1,
     )
-    getattr(library, f"decode_{cpu.DTYPES[dtype]}")(ctypes.byref(token))
+    invoke(getattr(library, f"decode_{cpu.DTYPES[dtype]}"), ctypes.byref(token))
     for i, c in enumerate(cache):
         c[0] = mx.array(states[i])
         if taps > 1:

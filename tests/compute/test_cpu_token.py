@@ -266,10 +266,12 @@ def test_only_this_cannot_be_built(fault, monkeypatch, tmp_path, calls):
     wanted = by_token(made, TOKENS, backend="ops")
     text = texts.cpu_token_text
 
-    def faulty(cell):
+    def faulty(*formed):
         if fault == "its text":
-            return text(cell) + "not C++;"
-        return text(cell).replace("store(input + b * D + i, silu(y), n);", "store(input + b * D + i, y, n);")
+            return text(*formed) + "not C++;"
+        return text(*formed).replace(
+            "store(input + b * D + i, silu(y), n);", "store(input + b * D + i, y, n);"
+        )
 
     flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-pthread"]
     with nothing_built(monkeypatch, tmp_path), monkeypatch.context() as inside:

@@ -16,7 +16,7 @@ NAMES = (
 REPLAY = """
 #include <cstdio>
 #include <cstdlib>
-typedef void Function(const void* const*, void* const*, const int64_t*, const float*, int);
+typedef int Function(const void* const*, void* const*, const int64_t*, const float*, int);
 Function* const TABLE[] = {%s};
 FILE* in;
 int64_t number() {

@@ -57,7 +57,9 @@ int replay(char** argv) {
     memcpy(reinterpret_cast<char*>(&token) + k * sizeof(void*), &whole.back().data, sizeof(void*));
   }
   token.layers = layers.data();
-  for (int64_t n = 0; n < times; ++n) DECODE(&token);
+  for (int64_t n = 0; n < times; ++n) {
+    if (DECODE(&token)) exit(4);
+  }
   FILE* out = fopen(argv[1], "wb");
   whole[offsetof(pararnn::Token, y) / sizeof(void*) - FIRST].write(out);
   whole[offsetof(pararnn::Token, logits) / sizeof(void*) - FIRST].write(out);
