@@ -102,10 +102,11 @@ void run(const Call& call, int64_t b, int64_t head, int64_t w0, int channels, in
 
 template <typename T>
 void recurrence(const Call& call) {
-  // Which channels go together depends on W alone, so that a channel's rounding depends on neither batch nor T.
-  const int64_t wide = call.W / (INTERLEAVED * WIDTH);
-  const int64_t rest = call.W - wide * INTERLEAVED * WIDTH;
-  const int64_t blocks = wide + (rest + WIDTH - 1) / WIDTH;
+  // Groups go together unless threads would then be left without work: their numbers are the same, only later.
+  const int64_t groups = (call.W + WIDTH - 1) / WIDTH, most = call.W / (INTERLEAVED * WIDTH);
+  const bool paired = call.B * call.heads * (groups - (INTERLEAVED - 1) * most) >= call.threads;
+  const int64_t wide = paired ? most : 0;
+  const int64_t blocks = groups - (INTERLEAVED - 1) * wide;
   const int64_t items = call.B * call.heads * blocks;
   // Two pieces a thread: long rows to read, and a core that is slow or busy leaves one to another.
   const int64_t pieces = items < 2 * call.threads ? items : 2 * call.threads;

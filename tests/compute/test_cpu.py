@@ -124,6 +124,47 @@ def test_many_threads(monkeypatch):
     assert all(mx.array_equal(a, b) for a, b in zip(one, several, strict=True))
 
 
+def alone_and_in_pairs(name, monkeypatch, dtype=mx.float32):
+    """The same problem on one thread, groups of channels in pairs, and on so many that each goes alone."""
+    cell, params, u, state = problem(name, T=60, D=300, B=1, state=True)
+    arrays = mx.array(params), mx.array(u).astype(dtype), mx.array(state)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pairs = recurrence(cell, *arrays, backend="cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    return zip(pairs, recurrence(cell, *arrays, backend="cpu"), strict=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CELLS)
+def test_rounding_does_not_depend_on_threads(name, dtype, monkeypatch):
+    assert all(mx.array_equal(a, b) for a, b in alone_and_in_pairs(name, monkeypatch, DTYPES[dtype]))
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_a_prompt_gives_work_to_every_core(lanes, monkeypatch, tmp_path):
+    """Counted, for any machine: the pieces that the channels of one sequence are done in."""
+    flags = ["-std=c++17", "-O0", f"-DLANES={lanes}", "-shared", "-fPIC", "-pthread"]
+    monkeypatch.setattr(cpu_build, "_flags", lambda: flags)
+    begin, text = "  in_parallel(pieces, ", texts.cpu_recurrence_text
+
+    def counting(cell):
+        assert text(cell).count(begin) == 1
+        counter = "#include <cstdint>\nint64_t counted = 0;\n"
+        return counter + text(cell).replace(begin, f"  counted = pieces;\n{begin}")
+
+    monkeypatch.setattr(cpu, "cpu_recurrence_text", counting)
+    with fresh_cache(monkeypatch, tmp_path):
+        counted = ctypes.c_int64.in_dll(cpu.load(get_cell("nlru")), "counted")
+        for D, B in ((1024, 1), (1030, 1), (1024, 3), (512, 1)):
+            cell, params, u, _ = problem("nlru", T=40, D=D, B=B)
+            for threads in (1, 2, 8, 9, 12, 16):
+                monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+                recurrence(cell, mx.array(params), mx.array(u), backend="cpu")
+                groups = -(-D // (4 * lanes)) * B  # none of them is cut
+                assert min(groups, threads) <= counted.value <= 2 * threads
+
+
 def test_views_are_read_where_they_lie():
     cell, params, u, _ = problem("gru", T=12, D=24, B=2, heads=2)
     wanted = recurrence(cell, mx.array(params), mx.array(u), backend="cpu")[0]
@@ -381,6 +422,7 @@ def test_compilers(cxx, monkeypatch, tmp_path):
         for dtype in DTYPES:
             p = OnHost("lstm", 33, 41, 2, 1, dtype, state=True)
             close(p.solve()[0], p.oracle()[0], p.oracle(np.float32)[0], dtype)
+        assert all(mx.array_equal(a, b) for a, b in alone_and_in_pairs("lstm", monkeypatch))
 
 
 @pytest.mark.parametrize(

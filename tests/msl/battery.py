@@ -183,6 +183,22 @@ def _bookkeeping(case: Case, change: Change) -> Iterator[str]:
         yield f"the gap at convergence is {np.max(got['gap']):.1e}"
     if not 3 <= np.max(got["iterations_made"]) <= 8:
         yield f"{np.max(got['iterations_made'])} iterations to convergence"
+    if case.tiling == "wide":
+        yield from _partly_filled(case.made.cell.name, change)
+
+
+def _partly_filled(name: str, change: Change) -> Iterator[str]:
+    """A tile most of whose chunks hold no steps."""
+    whole = Case(instance(name, "float32", "narrow", info=True, shape=(1, 1, 48, 3)), "narrow")
+    if difference := whole.compare(whole.run(change, 1, tol=0.0, check=False), 1):
+        yield f"after 1 iteration on whole chunks {difference}"
+    forgetful = Case(instance(name, "float32", "narrow", info=True, shape=(1, 1, 20, 3)), "narrow")
+    gate, bias = FORGET[name]
+    forgetful.u, forgetful.params = forgetful.u.copy(), np.zeros_like(forgetful.params)
+    forgetful.u[:, :, :, gate] = -100 * bias  # the state is the last step's alone, as the guess takes it
+    made = np.max(forgetful.run(change, check=False)["iterations_made"])
+    if made != 1:
+        yield f"{made} iterations from an exact guess"
 
 
 def _wild(case: Case, change: Change) -> Iterator[str]:

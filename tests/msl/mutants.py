@@ -75,6 +75,13 @@ MUTANTS = [
         "steps > 0 && simd_any(moved)",
         "semantics",
     ),
+    Mutant(
+        "chunks without steps vote",
+        NEWTON,
+        "simd_any(moved && steps > 0)",
+        "simd_any(moved)",
+        "bookkeeping",
+    ),
     Mutant("all lanes write the flag", NEWTON, "if (lane == 0) {", "if (lane >= 0) {", "semantics"),
     # memory
     Mutant("channels past the last are read", NEWTON, "writes ? channel : D - 1", "channel", "semantics"),
@@ -210,6 +217,13 @@ MUTANTS = [
         "convergence",
     ),
     Mutant(
+        "a chunk more than hold steps, where they fill whole ones",
+        NEWTON,
+        "(T - t0 + C - 1) / C",
+        "(T - t0 + C) / C",
+        "bookkeeping",
+    ),
+    Mutant(
         "the initial state of another row",
         NEWTON,
         "initial[(size_t(b) * SLOTS",
@@ -309,6 +323,13 @@ MUTANTS = [
         NEWTON,
         "fabs(corrected[s] - start[s]) * growth[s]",
         "fabs(corrected[s] - start[s])",
+        "chaotic",
+    ),
+    Mutant(
+        "growth is forgotten at each tile",
+        NEWTON,
+        "    const int filled = min(",
+        "    for (int s = 0; s < SLOTS; ++s) growth[s] = 1.0f;\n    const int filled = min(",
         "chaotic",
     ),
     Mutant(

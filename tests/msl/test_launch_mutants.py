@@ -1,0 +1,181 @@
+"""The Python that launches the kernels, broken on purpose, and the check that has to see each change."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_pararnn import get_cell
+from mlx_pararnn.compute import gpu, gpu_adjoint, recurrence
+from tests.support.problems import problem
+
+from . import harness
+
+pytestmark = [
+    pytest.mark.harness,
+    pytest.mark.skipif(bool(harness.missing()), reason=str(harness.missing())),
+]
+
+
+def strided(array):
+    """The same numbers, in the order of columns."""
+    return mx.contiguous(mx.array(array).swapaxes(0, -1)).swapaxes(0, -1)
+
+
+def rows_that_differ():
+    """The first row forgets at every step, so that Newton's guess is exact; the second does not."""
+    cell, params, u, _ = problem("gru", T=60, scale=2.0)
+    u[0, :, :, 0] = 200.0
+    return cell, mx.array(params), mx.array(u)
+
+
+def of_all_rows_the_most_iterations(module):
+    cell, params, u = rows_that_differ()
+
+    def iterations(rows):
+        return module.recurrence(cell, params, rows, return_info=True)[-1].iterations
+
+    alone = [iterations(u[:1]), iterations(u[1:])]
+    assert alone[0] < alone[1]
+    assert iterations(u) == alone[1]
+
+
+def arrays_of_any_layout(module):
+    cell, params, u, state = problem("gru", T=40, D=6, state=True)
+    mask = np.random.default_rng(0).random((2, 40)) < 0.7
+    whole = [mx.array(params), mx.array(u), mx.array(state)]
+    given = module.recurrence(cell, strided(params), mx.array(u), strided(state), mask=strided(mask))
+    wanted = recurrence.recurrence(cell, *whole, mask=mx.array(mask), backend="ops")
+    for a, b in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=5e-6)
+
+
+def gradients_from_arrays_of_any_layout(module):
+    cell, params, u, state = problem("gru", T=40, D=6, state=True)
+    rng = np.random.default_rng(0)
+    mask = mx.array(rng.random((2, 40)) < 0.7)
+    boundaries = rng.normal(size=(2, 40 // gpu.CHUNK, 1, 6)).astype(np.float32)
+    d_hidden = mx.array(rng.normal(size=(2, 40, 6)).astype(np.float32))
+    d_last = rng.normal(size=(2, 1, 6)).astype(np.float32)
+    arrays = [mx.array(a) for a in (params, state, boundaries, d_last)]
+    found = []
+    for layout in (mx.array, strided):
+        p, s, b, d = map(layout, arrays)
+        solve = module.solver("metal", "narrow")
+        found.append(solve(cell, p, mx.array(u), s, layout(mask), b, d_hidden, d, None, 0, gpu.CHUNK))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(np.array(a), np.array(b))
+
+
+def the_batch_counts(module):
+    assert [module.tiling_for(B, 64) for B in (1, 8, 16)] == ["narrow", "medium", "wide"]
+
+
+def the_batch_is_told(module):
+    """By a call: 16 rows of 64 channels are enough for the widest threadgroups."""
+    widths, run = [], gpu.run
+
+    def noted(launch, arrays, backend):
+        widths.append(dict(launch.constants)["CW"])
+        return {
+            name: mx.zeros(shape, dtype)
+            for name, shape, dtype in zip(
+                launch.output_names, launch.output_shapes, launch.output_dtypes, strict=True
+            )
+        }
+
+    gpu.run = noted
+    try:
+        cell, params, u, _ = problem("gru", T=20, D=64, B=16)
+        mx.eval(module.recurrence(cell, mx.array(params), mx.array(u)))
+    finally:
+        gpu.run = run
+    assert widths == [32]
+
+
+def threads_that_every_gpu_allows(module):
+    """MLX raises where registers do not fit: an M2 Ultra refused 1024 where an M4 Max did not."""
+    for name in gpu.CELLS:
+        cell = get_cell(name)
+        for D in (40, 1024, 4096):
+            shape = 1, 1, 1, len(cell.gates), D
+            assert module.decode_launch(cell, shape, mx.float32, gated=True).threadgroup[0] <= 512
+
+
+def exact_arithmetic(module):
+    """Metal's fast mode has another tanh, and no NaN and infinities, on which Newton's guarantee rests."""
+    told, real = [], mx.fast.metal_kernel
+
+    def kernel(**options):
+        told.append(options["compile_options"])
+        return lambda **call: [mx.zeros(shape) for shape in call["output_shapes"]]
+
+    mx.fast.metal_kernel = kernel
+    try:
+        launch = module.sequential_launch(get_cell("gru"), (1, 1, 4, 3, 32), mx.float32)
+        module.run(launch, dict.fromkeys(launch.input_names, mx.zeros(1)), "metal")
+    finally:
+        mx.fast.metal_kernel = real
+    assert told == [{"math_mode": "safe"}]
+
+
+Check = Callable[[ModuleType], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old`, which stands once in a module, replaced by `new`."""
+
+    module: ModuleType
+    old: str
+    new: str
+    check: Check
+
+    def __str__(self) -> str:
+        return f"{self.module.__name__.rpartition('.')[2]}: {self.new}"
+
+    def made(self) -> ModuleType:
+        text = inspect.getsource(self.module)
+        assert text.count(self.old) == 1, self.old
+        broken = ModuleType(self.module.__name__)
+        broken.__package__, broken.__file__ = self.module.__package__, self.module.__file__
+        exec(compile(text.replace(self.old, self.new), str(self), "exec"), vars(broken))
+        return broken
+
+
+FAULTS = [
+    Fault(
+        recurrence,
+        'outputs["iterations_made"].max()',
+        'outputs["iterations_made"].min()',
+        of_all_rows_the_most_iterations,
+    ),
+    *(
+        Fault(recurrence, f"mx.contiguous({array}.astype({dtype}))", f"{array}.astype({dtype})", check)
+        for check in [arrays_of_any_layout]
+        for array, dtype in (("params", "mx.float32"), ("state", "mx.float32"), ("mask", "mx.bool_"))
+    ),
+    *(
+        Fault(gpu_adjoint, f"mx.contiguous({array})", array, gradients_from_arrays_of_any_layout)
+        for array in ("array.astype(mx.float32)", "mask")
+    ),
+    Fault(gpu, "B * -(-D // channels) >= FULL_GPU", "-(-D // channels) >= FULL_GPU", the_batch_counts),
+    Fault(recurrence, "gpu.tiling_for(B, ", "gpu.tiling_for(1, ", the_batch_is_told),
+    Fault(gpu, "_NORM_THREADS = 512", "_NORM_THREADS = 1024", threads_that_every_gpu_allows),
+    Fault(gpu, '"math_mode": "safe"', '"math_mode": "fast"', exact_arithmetic),
+    Fault(gpu, 'compile_options={"math_mode": "safe"}', "compile_options={}", exact_arithmetic),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_seen(fault, launched):
+    fault.check(fault.module)
+    broken = fault.made()
+    if fault.module is recurrence:
+        broken.kernel_works = lambda *_: True
+    with pytest.raises(AssertionError):
+        fault.check(broken)
