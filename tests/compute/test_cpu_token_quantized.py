@@ -123,6 +123,23 @@ def test_rows_threads_and_layouts(monkeypatch, calls):
     assert all(calls)
 
 
+def test_what_is_not_finite_stays_in_its_row(calls):
+    """The MLP is so wide that its first row stands in memory where the next layer's second one does."""
+    made = make("gru", hidden_size=256, intermediate_size=640)
+    quantize(made, 64, 4)
+    x = mx.random.normal((2, 1, 256), key=mx.random.key(0))
+    x[0] = mx.nan
+
+    def run(rows):
+        cache = made.make_cache(rows.shape[0])
+        return made(mx.zeros(rows.shape[:2], mx.int32), cache=cache, input_embeddings=rows)
+
+    together = run(x)
+    assert mx.isnan(together[0]).all()
+    assert mx.array_equal(together[1:], run(x[1:]))
+    assert all(calls)
+
+
 def test_weights_that_change_between_tokens_are_seen(calls):
     made, other = make(**WIDE), make(seed=1, **WIDE)
     quantize(made, 64, 4), quantize(other, 64, 4)
