@@ -192,7 +192,7 @@ def _partly_filled(name: str, change: Change) -> Iterator[str]:
     whole = Case(instance(name, "float32", "narrow", info=True, shape=(1, 1, 48, 3)), "narrow")
     if difference := whole.compare(whole.run(change, 1, tol=0.0, check=False), 1):
         yield f"after 1 iteration on whole chunks {difference}"
-    forgetful = Case(instance(name, "float32", "narrow", info=True, shape=(1, 1, 20, 3)), "narrow")
+    forgetful = Case(instance(name, "float32", "narrow", info=True, shape=(1, 1, 68, 3)), "narrow")
     gate, bias = FORGET[name]
     forgetful.u, forgetful.params = forgetful.u.copy(), np.zeros_like(forgetful.params)
     forgetful.u[:, :, :, gate] = -100 * bias  # the state is the last step's alone, as the guess takes it

@@ -326,13 +326,6 @@ MUTANTS = [
         "chaotic",
     ),
     Mutant(
-        "growth is forgotten at each tile",
-        NEWTON,
-        "    const int filled = min(",
-        "    for (int s = 0; s < SLOTS; ++s) growth[s] = 1.0f;\n    const int filled = min(",
-        "chaotic",
-    ),
-    Mutant(
         "growth by a chunk's own Jacobian is ignored",
         NEWTON,
         "growth[s] = max(growth[s], grown);",
