@@ -230,14 +230,13 @@ def test_threads_without_memory(flag, tmp_path):
 
 TOKEN_WITHOUT = """
 int decode_or_not(const pararnn::Token* token) {
-  int64_t n = 0;
-  for (int status = 1; status; ++n) {
+  int failed = 0, status = 1;
+  for (int n = 0; n < 100; ++n) {
     refused = n;
-    status = DECODE(token);
+    failed += status = DECODE(token);
     refused = -1;
-    if (n > 1000) return 1;
   }
-  return n < 5;  // that many are refused at least before it comes through
+  return status || failed < 3;  // the last: with all that it asked for; without a thread alone it does
 }
 """
 
