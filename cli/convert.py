@@ -1,4 +1,4 @@
-"""`mlx-pararnn convert`: a PyTorch checkpoint to an MLX model folder, or either to a Core ML package."""
+"""`mlx-pararnn convert`: a PyTorch checkpoint to an MLX model folder, or either to a package for apps."""
 
 import os
 import shlex
@@ -59,6 +59,7 @@ class Target(StrEnum):
 
     mlx = "mlx"
     coreml = "coreml"
+    coreai = "coreai"
     torch = "torch"
 
 
@@ -67,6 +68,13 @@ class State(StrEnum):
 
     graph = "graph"
     io = "io"
+
+
+class Precision(StrEnum):
+    """What --precision and --recurrence take."""
+
+    float32 = "float32"
+    float16 = "float16"
 
 
 class Palette(StrEnum):
@@ -83,7 +91,7 @@ def convert(
             metavar="CKPT",
             callback=expand_home,
             help="A .pt, .pth, .bin or .safetensors file; a folder that holds one, several with an index, or "
-            "a torch.distributed.checkpoint; or a Hugging Face name. For Core ML an MLX model folder, too.",
+            "a torch.distributed.checkpoint; or a Hugging Face name. For a package an MLX model folder, too.",
             show_default=False,
         ),
     ],
@@ -92,7 +100,11 @@ def convert(
         typer.Option("--output", "-o", metavar="OUT", help="The model folder to make.", show_default=False),
     ],
     to: Annotated[
-        Target, typer.Option(help="What to make: an MLX model, a Core ML package, or weights for PyTorch.")
+        Target,
+        typer.Option(
+            help="What to make: an MLX model, a package for Core ML or (experimental) Core AI, or weights "
+            "for PyTorch."
+        ),
     ] = Target.mlx,
     dtype: Annotated[
         Dtype | None,
@@ -147,13 +159,21 @@ def convert(
             "Default: graph."
         ),
     ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Core AI: what it computes in. Default: float32.")
+    ] = None,
+    recurrence: Annotated[
+        Precision | None,
+        typer.Option(help="Core AI: what the recurrence and its state are in. Default: float32."),
+    ] = None,
     chunk: Annotated[
-        int | None, typer.Option(help="Core ML: tokens of a prompt that are read at once. Default: 64.")
+        int | None,
+        typer.Option(help="Packages: tokens of a prompt that are read at once. Default: 64."),
     ] = None,
     iterations: Annotated[
         int | None,
         typer.Option(
-            help="Core ML: Newton iterations in reading a prompt. Default: as many as this model needs."
+            help="Packages: Newton iterations in reading a prompt. Default: as many as this model needs."
         ),
     ] = None,
     argmax: Annotated[
@@ -161,12 +181,13 @@ def convert(
     ] = False,
     palettize: Annotated[
         Palette | None,
-        typer.Option(help="Core ML: store the matrices as indices of so many bits into 16 numbers."),
+        typer.Option(help="Packages: store the matrices as indices of so many bits into 16 numbers."),
     ] = None,
     initial_state: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Core ML: begin every text from the state that `train --tune state` learned."
+            metavar="FILE",
+            help="Packages: begin every text from the state that `train --tune state` learned.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a model folder.")] = False,
@@ -176,49 +197,49 @@ def convert(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Convert a checkpoint to MLX or Core ML, or back to PyTorch.
+    """Convert a checkpoint to MLX, Core ML or Core AI, or back to PyTorch.
 
     Nothing in the checkpoint is executed, and PyTorch is not needed.
 
     Example: mlx-pararnn convert final.pt -o my-model --tokenizer bytes
     """
-    for_mlx = {
-        "--dtype": dtype,
-        "--q-group-size": q_group_size,
-        "--q-mode": q_mode,
-        "--model-file": model_file,
-    }
-    for_coreml = {
-        "--state": state,
-        "--chunk": chunk,
-        "--iterations": iterations,
-        "--argmax": argmax,
-        "--palettize": palettize,
-        "--initial-state": initial_state,
-    }
-    for_both = {"--quantize": quantize, "--tokenizer": tokenizer, "--family": family, "--config": config}
-    _check_target(to, for_mlx, for_coreml, for_both)
-    if to == Target.coreml:
+    packages = (Target.coreml, Target.coreai)
+    _check_target(
+        to,
+        [
+            ((Target.mlx,), {"--dtype": dtype, "--q-group-size": q_group_size, "--q-mode": q_mode}),
+            ((Target.mlx,), {"--model-file": model_file}),
+            ((Target.coreml,), {"--state": state, "--argmax": argmax}),
+            ((Target.coreai,), {"--precision": precision, "--recurrence": recurrence}),
+            (packages, {"--chunk": chunk, "--iterations": iterations}),
+            (packages, {"--palettize": palettize, "--initial-state": initial_state}),
+            ((Target.mlx, *packages), {"--quantize": quantize, "--tokenizer": tokenizer}),
+            ((Target.mlx, *packages), {"--family": family, "--config": config}),
+        ],
+    )
+    if to in packages:
         if quantize and palettize:
             _usage_error("--quantize and --palettize are two ways to store the matrices; choose one")
         if q_bits not in (None, Bits.four, Bits.eight):
-            _usage_error(f"--q-bits {q_bits.value}: Core ML packages have 8 or 4")
+            _usage_error(f"--q-bits {q_bits.value}: packages have 8 or 4")
     if not quantize and (q_bits or q_group_size or q_mode):
         _usage_error("--q-bits, --q-group-size and --q-mode need --quantize")
     options.import_modules(modules)
-    if to == Target.coreml:
-        _to_coreml(
+    if to in packages:
+        of_target: dict[str, Any] = {"state": (state or State.graph).value, "argmax": argmax}
+        if to == Target.coreai:
+            of_target = {
+                "precision": (precision or Precision.float32).value,
+                "recurrence": (recurrence or Precision.float32).value,
+            }
+        _to_package(
+            to,
             checkpoint,
             output,
-            state=(state or State.graph).value,
+            **of_target,
             chunk=chunk,
             iterations=iterations,
-            argmax=argmax,
-            weights="palette4"
-            if palettize
-            else f"int{q_bits.value if q_bits else 8}"
-            if quantize
-            else "float16",
+            weights=_weights(to, quantize, q_bits, palettize),
             initial_state=initial_state,
             tokenizer=tokenizer,
             family=family,
@@ -275,15 +296,26 @@ def convert(
         typer.echo(f'Try it: mlx-pararnn generate {shlex.quote(str(done.path))} -p "..."', err=True)
 
 
-def _check_target(
-    to: Target, for_mlx: dict[str, Any], for_coreml: dict[str, Any], for_both: dict[str, Any]
-) -> None:
-    """Say which option that was given does not go with what is to be made."""
-    refused = {"mlx": for_coreml, "coreml": for_mlx, "torch": for_mlx | for_coreml | for_both}[to.value]
-    for name, value in refused.items():
-        if value not in (None, False):
-            needed = "mlx" if name in for_mlx else "coreml" if name in for_coreml else "mlx or coreml"
-            _usage_error(f"{name} needs --to {needed}")
+def _check_target(to: Target, options: list[tuple[tuple[Target, ...], dict[str, Any]]]) -> None:
+    """Say which option that was given does not go with what is to be made.
+
+    `options` are those of which targets, by name.
+    """
+    for targets, values in options:
+        for name, value in values.items():
+            if value not in (None, False) and to not in targets:
+                *others, last = [target.value for target in targets]
+                needed = f"{', '.join(others)} or {last}" if others else last
+                _usage_error(f"{name} needs --to {needed}")
+
+
+def _weights(to: Target, quantize: bool, q_bits: Bits | None, palettize: Palette | None) -> str | None:
+    """How a package's matrices are to be stored; None is as Core AI computes."""
+    if palettize:
+        return "palette4"
+    if quantize:
+        return f"int{q_bits.value if q_bits else 8}"
+    return "float16" if to == Target.coreml else None
 
 
 def _to_torch(source: str, output: Path, force: bool) -> None:
@@ -312,27 +344,34 @@ def _tell_cost(model: Path, checkpoint: str, family: str | None) -> None:
     typer.echo(f"its cost {cost.sentence()}")
 
 
-def _to_coreml(source: str, output: Path, **how: Any) -> None:
+def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
     os.environ.setdefault(
         "MLX_ENABLE_TF32", "0"
     )  # before MLX's first matrix product: the reference is float32
-    from mlx_pararnn.convert.to_coreml import convert_to_coreml
-
     with _stages() as progress:
-        done = convert_to_coreml(source, output, **how, progress=progress)
+        if to == Target.coreai:
+            from mlx_pararnn.convert.to_coreai import convert_to_coreai
+
+            done = convert_to_coreai(source, output, **how, progress=progress)
+        else:
+            from mlx_pararnn.convert.to_coreml import convert_to_coreml
+
+            done = convert_to_coreml(source, output, **how, progress=progress)
     made = done.settings
+    title = "Core AI (experimental)" if to == Target.coreai else "Core ML"
     typer.echo(
-        f"{done.path}: Core ML, {made['cell']}, {made['parameters']:,} parameters, {made['weights']}, "
+        f"{done.path}: {title}, {made['cell']}, {made['parameters']:,} parameters, {made['weights']}, "
         f"{size(done.nbytes)}"
     )
     typer.echo(
         f"stored weights against float32: logits differ by {done.error:.1e} (relative), {done.agreeing} of "
         f"{done.sample} likeliest tokens are the same" + "".join(f"; {phrase}" for phrase in done.exceptions)
     )
+    kept = f"state {made['state']}" if to == Target.coreml else f"state {made['states'][0]['dtype']}"
     if made["chunk"]:
         typer.echo(
             f"decode reads one token, prefill {made['chunk']} with {made['iterations']} Newton iterations; "
-            f"state {made['state']}"
+            f"{kept}"
         )
     else:
         typer.echo(
@@ -341,13 +380,15 @@ def _to_coreml(source: str, output: Path, **how: Any) -> None:
             "(--iterations N forces a prefill)",
             err=True,
         )
-    if made["cell"] == "slstm" and made["state"] == "graph":
+    if made["cell"] == "slstm" and made["states"][0]["dtype"] == "float16":
+        wide = "--state io" if to == Target.coreml else "--recurrence float32"
         typer.echo(
-            "warning: sLSTM's state grows with the text and loses digits in float16; --state io keeps it in "
+            f"warning: sLSTM's state grows with the text and loses digits in float16; {wide} keeps it in "
             "float32",
             err=True,
         )
-    typer.echo(f"Check it on a Mac: mlx-pararnn verify {shlex.quote(str(done.path))}", err=True)
+    where = "on a Mac" if to == Target.coreml else "here or on a Mac"
+    typer.echo(f"Check it {where}: mlx-pararnn verify {shlex.quote(str(done.path))}", err=True)
 
 
 def _usage_error(message: str) -> NoReturn:

@@ -23,8 +23,8 @@ def inspect(
         typer.Argument(
             metavar="PATH",
             callback=expand_home,
-            help="A checkpoint in any form that convert takes, a model folder, or a Core ML package; the "
-            "bundled pocket model if left out.",
+            help="A checkpoint in any form that convert takes, a model folder, or a package for Core ML or "
+            "Core AI; the bundled pocket model if left out.",
         ),
     ] = None,
     as_json: Annotated[
@@ -38,6 +38,7 @@ def inspect(
     Example: mlx-pararnn inspect final.pt
     """
     options.import_modules(modules)
+    from mlx_pararnn.convert.inspection import held_package
     from mlx_pararnn.convert.inspection import inspect as look
     from mlx_pararnn.loading import BUNDLED
 
@@ -45,7 +46,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return
-    kinds = {"model": "converted model", "package": "Core ML package"}
+    kinds = {"model": "converted model", "package": f"{held_package(path or BUNDLED)} package"}
     rows = {"kind": kinds.get(found.kind, f"checkpoint of {found.family}")}
     rows |= {
         name.replace("_", " "): _shown(value)

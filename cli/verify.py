@@ -47,7 +47,8 @@ def verify(
 
     Of a quantized model it tells what quantizing cost: perplexity and KL divergence on a bundled text.
 
-    A Core ML package is run on this Mac's CPU, GPU and Neural Engine, against what MLX gave at its export.
+    A Core ML package is run on this Mac's CPU, GPU and Neural Engine, against what MLX gave at its export; a
+    Core AI package on a Mac or on Linux.
 
     Example: mlx-pararnn verify my-model --against final.pt --logits reference.safetensors
 
@@ -55,7 +56,7 @@ def verify(
     """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX's first matrix product
     options.import_modules(modules)
-    from mlx_pararnn.convert.coreml.package_check import is_package, verify_package
+    from mlx_pararnn.convert.inspection import held_package
     from mlx_pararnn.errors import PararnnError
     from mlx_pararnn.hub import find_model
     from mlx_pararnn.loading import BUNDLED, load_model
@@ -68,11 +69,11 @@ def verify(
     )
 
     path = find_model(model or BUNDLED)
-    if is_package(path):
+    if package := held_package(path):
         if logits or against:
-            typer.echo("error: --against and --logits are for MLX models, not Core ML packages", err=True)
+            typer.echo(f"error: --against and --logits are for MLX models, not {package} packages", err=True)
             raise typer.Exit(2)
-        _report(list(verify_package(path)), as_json)
+        _verify_package(path, package, as_json)
         return
     loaded, config = load_model(path)
     known = verify_files(path)
@@ -101,6 +102,17 @@ def verify(
         _report(checks, as_json, f"Quantized: {cost.sentence()}.", asdict(cost))
     else:
         _report(checks, as_json, "Quantized; --against the original tells what that cost.")
+
+
+def _verify_package(path: Path, title: str, as_json: bool) -> None:
+    if title == "Core AI":
+        from mlx_pararnn.convert.coreai import package_check as coreai
+
+        _report(list(coreai.verify_package(path)), as_json, f"Same numbers. {coreai.unseen()}")
+    else:
+        from mlx_pararnn.convert.coreml import package_check as coreml
+
+        _report(list(coreml.verify_package(path)), as_json)
 
 
 def _report(

@@ -14,7 +14,14 @@ from mlx_pararnn.model_files import disk_bytes, read_json
 from .families import find_family
 from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.dtypes import NAMES, STORED_AS
-from .readers.forms import COREML_FILE, find_weights, read_json_object, read_weights
+from .readers.forms import (
+    PACKAGE_FILE,
+    PACKAGE_KINDS,
+    find_weights,
+    package_kind,
+    read_json_object,
+    read_weights,
+)
 from .writers.quantize import is_matrix
 
 # Bytes a weight: quantized matrices carry a float16 scale and bias for each group of 64.
@@ -26,7 +33,7 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
-        kind: "checkpoint", "model" or "package", which is Core ML's.
+        kind: "checkpoint", "model" or "package", which is for Core ML or Core AI.
         family: where a checkpoint comes from; None for what is converted.
         config: config.json's fields, of the model as it is or as `convert` would write it.
         parameters: how many numbers the model has.
@@ -55,24 +62,33 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look at a checkpoint (in any form that `convert` takes), a model folder or a Core ML package.
+    """Look at a checkpoint (in any form that `convert` takes), a model folder or an app's package.
 
     No weight is read.
 
     Raises:
         PararnnError: it is none of these.
     """
-    folder = Path(path)
-    if folder.suffix == ".mlpackage" and (folder.parent / COREML_FILE).is_file():
-        folder = folder.parent
-    settings = read_json_object(folder / COREML_FILE) if folder.is_dir() else None
-    if settings and settings.get("format") == "pararnn-coreml":
-        return _with_files(_package(settings), folder)
+    folder = _beside_package(Path(path))
+    if package_kind(folder):
+        return _with_files(_package(read_json_object(folder / PACKAGE_FILE) or {}), folder)
     config = read_json_object(folder / "config.json") if folder.is_dir() else None
     if config and config.get("model_type") in ("pararnn", "pararnn_cell"):
         return _with_files(_model(folder, config), folder)
     found = inspect_checkpoint(open_checkpoint(path))
     return replace(found, disk_bytes=disk_bytes(folder))
+
+
+def held_package(path: str | Path) -> str | None:
+    """Which runtime the package in a folder is for, "Core ML" or "Core AI"; None for any other path."""
+    kind = package_kind(_beside_package(Path(path)))
+    return kind.title if kind else None
+
+
+def _beside_package(path: Path) -> Path:
+    """The folder that holds a package, also by the package's own path."""
+    is_package = path.name in {kind.name for kind in PACKAGE_KINDS}
+    return path.parent if is_package and (path.parent / PACKAGE_FILE).is_file() else path
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -113,14 +129,14 @@ def _model(folder: Path, config: dict[str, Any]) -> Inspection:
 def _package(settings: dict[str, Any]) -> Inspection:
     try:
         weights, parameters = str(settings["weights"]), int(settings["parameters"])
-        width = {"float16": 2.0, "int8": 1.0}.get(weights, 0.5)
+        width = {"float32": 4.0, "float16": 2.0, "int8": 1.0}.get(weights, 0.5)
         state = sum(
             math.prod(state["shape"]) * (2 if state["dtype"] == "float16" else 4)
             for state in settings["states"]
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PararnnError(
-            f"{COREML_FILE}: its fields are not those of a package; export it again"
+            f"{PACKAGE_FILE}: its fields are not those of a package; export it again"
         ) from error
     return Inspection(
         "package",
@@ -130,7 +146,7 @@ def _package(settings: dict[str, Any]) -> Inspection:
         {weights: parameters},
         state,
         {weights: round(parameters * width) + state},
-        quantization=None if weights == "float16" else weights,
+        quantization=None if weights.startswith("float") else weights,
     )
 
 

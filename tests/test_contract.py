@@ -234,3 +234,63 @@ def test_a_decoder_of_tokenizers_says_what_it_is_made_of():
         "a decoder of the tokenizers library no longer pickles to its JSON; see detokenizer.py"
     )
     assert json.loads(decoders.ByteLevel().__getstate__())["type"] == "ByteLevel"
+
+
+def test_coreai_core_takes_a_marked_argument_for_a_state(tmp_path):
+    import asyncio
+    from typing import Annotated
+
+    import numpy as np
+
+    core = pytest.importorskip("coreai.authoring", reason="coreai-core is not installed")
+    from coreai._compiler.ir import ArrayAttr, DictAttr, StringAttr
+    from coreai.runtime import NDArray
+
+    from mlx_pararnn.convert.coreai.package import STATE_ATTRIBUTE
+
+    see = "see convert/coreai/package.py"
+    kinds = {name: core.TensorType((2,), np.float32, name=name) for name in ("x", "s", "s_out")}
+
+    def add(x, s):
+        return core.add(x, s)
+
+    add.__annotations__ = {
+        "x": Annotated[core.Value, kinds["x"]],
+        "s": Annotated[core.Value, kinds["s"]],
+        "return": Annotated[core.Value, kinds["s_out"]],
+    }
+    module = core.Module.create()
+    with module:
+        built = core.graph(add)._callable
+        known = [{named.name: named.attr for named in attributes} for attributes in built.arg_attrs]
+        known[1][STATE_ATTRIBUTE] = StringAttr.get("s_out")
+        built.arg_attrs = ArrayAttr.get([DictAttr.get(attributes) for attributes in known])
+    asset = core.AIProgram(module).save_asset(tmp_path / "add.aimodel")
+    state = NDArray(np.zeros(2, np.float32))
+
+    async def run():
+        async with asset.executable() as model:
+            function = model.load_function("add")
+            assert function.desc.state_names == ["s"], f"an argument is marked as a state another way; {see}"
+            for _ in range(3):
+                await function(inputs={"x": NDArray(np.ones(2, np.float32))}, state={"s": state})
+
+    asyncio.run(run())
+    assert state.numpy().tolist() == [3.0, 3.0], f"a state is not written in place; {see}"
+
+
+def test_coreai_core_writes_and_reads_integers_of_four_bits_differently(tmp_path):
+    """So matrices in 4 bits are stored as pairs; see convert/coreai/operations.py."""
+    import numpy as np
+
+    core = pytest.importorskip("coreai.authoring", reason="coreai-core is not installed")
+    from tests.support.coreai import executed
+
+    numbers = np.arange(-8, 8, dtype=np.int8)
+
+    def body(ops, variable):
+        four_bits = core.constant.constant(numbers, dtype=core.int4)
+        return {"y": ops.add(variable, core.cast(four_bits, core.float32))}
+
+    got = executed(body, np.zeros(16, np.float32), ["y"], tmp_path / "bits.aimodel")["y"]
+    assert not np.array_equal(got, numbers), "4 bits work now: the pairs can go"

@@ -10,9 +10,13 @@ ROOT = Path(__file__).parents[1]
 # room: the rooms whose files its own may import, and with them all that those lead to
 ARROWS = {
     "__main__": "cli address_space",
-    "cli": "chat images tools training convert.to_mlx convert.to_coreml convert.to_torch convert.inspection "
+    "cli": "chat images tools training convert.to_mlx convert.to_coreml convert.to_coreai convert.to_torch "
+    "convert.inspection "
     "convert.comparison convert.original convert.add_tokenizer",
-    "convert.to_coreml": "convert.to_mlx convert.coreml convert.inspection",
+    "convert.to_coreml": "convert.exporting",
+    "convert.to_coreai": "convert.exporting convert.coreai",
+    "convert.exporting": "convert.to_mlx convert.coreml convert.inspection",
+    "convert.coreai": "convert.coreml",
     "convert.to_torch": "convert.writers model_config",
     "convert.to_mlx": "convert.overrides convert.writers",
     "convert.comparison": "convert.writers tools",

@@ -1,4 +1,4 @@
-"""How a package stores its matrices: float16, integers with scales, or indices into a palette."""
+"""How a package stores its matrices: as they are, integers with scales, or indices into a palette."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
@@ -20,31 +20,22 @@ class Stored(Protocol):
     def nbytes(self) -> int:
         """Bytes in the package."""
 
-    def emit(self) -> Any:
-        """Add it to the function being built; the MIL variable of its float16 numbers."""
-
-    def values(self) -> Array:
-        """Its numbers, in float32."""
+    def values(self, unpacked: Any = np.float16) -> Array:
+        """Its numbers, in float32, as they are where they are unpacked in the type `unpacked`."""
 
 
-class Half(NamedTuple):
-    """Numbers kept in float16."""
+class Plain(NamedTuple):
+    """Numbers as they are computed with."""
 
-    numbers: Array  # float16
+    numbers: Array  # float16 or float32
 
     @property
     def nbytes(self) -> int:
         """Bytes in the package."""
         return self.numbers.nbytes
 
-    def emit(self) -> Any:
-        """Add it to the function being built; see `Stored.emit`."""
-        from coremltools.converters.mil.mil import Builder as mb
-
-        return mb.const(val=self.numbers)
-
-    def values(self) -> Array:
-        """Its numbers, in float32."""
+    def values(self, unpacked: Any = np.float16) -> Array:
+        """Its numbers, in float32, as they are where they are unpacked in the type `unpacked`."""
         return self.numbers.astype(np.float32)
 
 
@@ -60,19 +51,12 @@ class Linear(NamedTuple):
         """Bytes in the package."""
         return self.integers.size * self.bits // 8 + self.scale.nbytes
 
-    def emit(self) -> Any:
-        """Add it to the function being built; see `Stored.emit`."""
-        from coremltools.converters.mil.mil import Builder as mb
-        from coremltools.converters.mil.mil import types
-
-        kind = types.nptype_from_builtin(types.int4 if self.bits == 4 else types.int8)
-        return mb.constexpr_blockwise_shift_scale(data=self.integers.astype(kind), scale=self.scale)
-
-    def values(self) -> Array:
-        """Its numbers, in float32."""
-        # As coremltools unpacks it: a product of two float16 numbers, rounded to float16.
+    def values(self, unpacked: Any = np.float16) -> Array:
+        """Its numbers, in float32, as they are where they are unpacked in the type `unpacked`."""
+        # The product is rounded to the type; coremltools unpacks in float16.
         block = self.integers.shape[-1] // self.scale.shape[-1]
-        return (np.repeat(self.scale, block, -1) * self.integers.astype(np.float16)).astype(np.float32)
+        scale = np.repeat(self.scale, block, -1).astype(unpacked)
+        return (scale * self.integers.astype(unpacked)).astype(np.float32)
 
 
 class Palette(NamedTuple):
@@ -86,26 +70,17 @@ class Palette(NamedTuple):
         """Bytes in the package."""
         return self.indices.size // 2 + self.table.nbytes
 
-    def emit(self) -> Any:
-        """Add it to the function being built; see `Stored.emit`."""
-        from coremltools.converters.mil.mil import Builder as mb
-        from coremltools.converters.mil.mil import types
-
-        kind = types.nptype_from_builtin(types.uint4)
-        lut = self.table.reshape(*(1,) * self.indices.ndim, -1, 1)
-        return mb.constexpr_lut_to_dense(indices=self.indices.astype(kind), lut=lut)
-
-    def values(self) -> Array:
-        """Its numbers, in float32."""
+    def values(self, unpacked: Any = np.float16) -> Array:
+        """Its numbers, in float32, as they are where they are unpacked in the type `unpacked`."""
         return self.table[self.indices].astype(np.float32)
 
 
-def stored(matrix: Array, how: str) -> Stored:
-    """`matrix` (float32) stored as "float16", "int8", "int4" or "palette4"; float16 where that does not fit.
+def stored(matrix: Array, how: str, plain: Any = np.float16) -> Stored:
+    """`matrix` (float32) as "int8", "int4" or "palette4"; else, or where that fails, in the type `plain`.
 
     int8 has a scale for each row (output channel), int4 one for each `BLOCK` weights of a row, both symmetric
-    about zero. What is left float16: rows that `BLOCK` does not divide in int4, and an odd number of weights
-    in 4 bits.
+    about zero. What is left plain: rows that `BLOCK` does not divide in int4, and an odd number of weights in
+    4 bits.
     """
     if how == "int8":
         return _linear(matrix, matrix.shape[-1], 8)
@@ -113,7 +88,7 @@ def stored(matrix: Array, how: str) -> Stored:
         return _linear(matrix, BLOCK, 4)
     if how == "palette4" and matrix.size % 2 == 0:
         return _palette(matrix)
-    return Half(matrix.astype(np.float16))
+    return Plain(matrix.astype(plain))
 
 
 def _linear(matrix: Array, block: int, bits: int) -> Linear:

@@ -16,17 +16,22 @@ class Form:
     """How the functions are to be, whatever the model.
 
     Attributes:
-        graph_state: states inside Core ML, in float16; else inputs and outputs, the recurrence in float32.
+        graph_state: states inside the program; else inputs and outputs, the recurrence in float32.
         argmax: give the likeliest token instead of the logits.
+        activations: np.float16 or np.float32.
+        recurrence: what the recurrence and its state are in; None is what Core ML takes: its own states can
+            be float16 only.
     """
 
     graph_state: bool = True
     argmax: bool = False
+    activations: Any = np.float16
+    recurrence: Any = None
 
     @property
     def recurrence_dtype(self) -> Any:
         """What the recurrence is computed in."""
-        return np.float16 if self.graph_state else np.float32
+        return self.recurrence or (np.float16 if self.graph_state else np.float32)
 
 
 def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:
@@ -41,4 +46,4 @@ def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:
 
 def state_dtypes(form: Form) -> dict[str, Any]:
     """Name -> NumPy type of the states."""
-    return {"cell_state": form.recurrence_dtype, "conv": np.float16}
+    return {"cell_state": form.recurrence_dtype, "conv": form.activations}

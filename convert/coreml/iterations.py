@@ -21,7 +21,9 @@ LIMIT = 8  # iterations; beyond it one token after the other costs less
 _F = Functions(np)
 
 
-def iterations_needed(model: Model, tokens: list[int], chunk: int, dtype: Any) -> int | None:
+def iterations_needed(
+    model: Model, tokens: list[int], chunk: int, dtype: Any, title: str = "Core ML"
+) -> int | None:
     """The iterations after which no state of any layer is further than float16's rounding from the true
     one, plus one: the error is squared at each, so the last one leaves rounding alone.
 
@@ -30,6 +32,7 @@ def iterations_needed(model: Model, tokens: list[int], chunk: int, dtype: Any) -
         tokens: at least `chunk`; each whole chunk of them is solved, from the true state at its start. Two
             chunks of 8 say too little: an sLSTM took 8 iterations there, and more on other text.
         dtype: what the package's recurrence is computed in, np.float16 or np.float32.
+        title: what the package is for, as messages name it.
 
     Returns:
         None if `LIMIT` iterations are too few, or if the recurrence does not survive `dtype`: the products
@@ -37,7 +40,7 @@ def iterations_needed(model: Model, tokens: list[int], chunk: int, dtype: Any) -
     """
     needed = 1
     for cell, params, u, first in _problems(model, tokens):
-        with explained(cell), np.errstate(all="ignore"):
+        with explained(cell, title), np.errstate(all="ignore"):
             count = _needed_by_layer(cell, params, u, first, chunk, dtype)
         if count is None:
             return None

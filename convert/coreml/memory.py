@@ -11,12 +11,12 @@ PER_PARAMETER = 9
 OVERHEAD = 500_000_000  # Python, MLX, coremltools and the program's operations
 
 
-def check_memory(parameters: int) -> None:
-    """Raise PararnnError if a model of so many parameters does not fit."""
+def check_memory(parameters: int, title: str) -> None:
+    """Raise PararnnError if a model of so many parameters does not fit; `title` is what it is exported to."""
     needed, free = PER_PARAMETER * parameters + OVERHEAD, available_memory()
     if needed > free:
         raise PararnnError(
-            f"exporting {parameters:,} parameters to Core ML needs about {needed / 1e9:.1f} GB of memory and "
+            f"exporting {parameters:,} parameters to {title} needs about {needed / 1e9:.1f} GB of memory and "
             f"{free / 1e9:.1f} GB are free; close other programs, or export on a larger machine"
         )
 

@@ -9,12 +9,18 @@ from typing import Any
 from unittest import mock
 
 import coremltools as ct
-from coremltools.converters.mil.mil import Program
+from coremltools.converters.mil.mil import Builder as mb
+from coremltools.converters.mil.mil import Function, Program, types
 from coremltools.converters.mil.mil.passes import pass_pipeline
 from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.model_config import ModelArgs
 
+from .constants import Stored
+from .form import Form, state_dtypes, state_shapes
+from .mil import MIL
+from .program import emit, input_shapes
 from .tools import quiet
 
 # Of coremltools' hundred passes those that a program built as it is meant to be needs: the others look for
@@ -25,6 +31,25 @@ _PASSES = [
     "common::dead_code_elimination",
     "common::dedup_op_and_var_names",
 ]
+
+
+def build_function(
+    args: ModelArgs, weights: Mapping[str, Stored], form: Form, tokens: int, iterations: int
+) -> Any:
+    """A MIL function that reads `tokens` tokens; more than one by so many Newton `iterations`.
+
+    Raises:
+        PararnnError: the cell's step uses what a Core ML program cannot do.
+    """
+    inputs = {name: mb.placeholder(shape, types.int32) for name, shape in input_shapes(args, tokens).items()}
+    for name, shape in state_shapes(args).items():
+        if form.graph_state:
+            inputs[name] = mb.state_tensor_placeholder(shape, types.fp16)
+        else:
+            inputs[name] = mb.placeholder(shape, types.numpy_type_to_builtin_type(state_dtypes(form)[name]))
+    with Function(inputs, ct.target.iOS18) as function:
+        function.set_outputs(emit(args, weights, form, iterations, MIL(), function.inputs))
+    return function
 
 
 def write_package(

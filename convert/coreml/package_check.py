@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.tools.verification import Check
 
-from ..readers.forms import COREML_FILE, COREML_REFERENCE, read_json_object
-from .package_digest import DIGEST, weights_digest
+from ..readers.forms import PACKAGE_FILE, read_json_object
+from .reference import checked_reference
 from .tools import quiet, require_coremltools
 
 Array = npt.NDArray[Any]
@@ -29,11 +28,6 @@ _BLOB, _BLOB_MARK = struct.Struct("<IIQQ"), 0xDEADBEEF
 UNITS = {"CPU_ONLY": "CPU", "CPU_AND_GPU": "GPU", "CPU_AND_NE": "Neural Engine"}
 
 
-def is_package(folder: Path) -> bool:
-    """True for a folder that `convert --to coreml` wrote."""
-    return (folder / COREML_FILE).is_file()
-
-
 def verify_package(folder: Path) -> Iterator[Check]:
     """The reference text read by prefill and decode, on each kind of processor, against MLX's logits.
 
@@ -41,20 +35,10 @@ def verify_package(folder: Path) -> Iterator[Check]:
         PararnnError: the folder is not whole, or this is not a Mac that can run it.
     """
     settings = _checked_settings(folder)
-    try:
-        with safe_open(folder / COREML_REFERENCE, "numpy") as reference:
-            tokens, logits = reference.get_tensor("tokens"), reference.get_tensor("logits")
-            digest = (reference.metadata() or {}).get(DIGEST)
-    except Exception as error:
-        raise PararnnError(f"{folder / COREML_REFERENCE}: cannot be read; export the model again") from error
-    if digest is not None and weights_digest(folder / settings["package"]) != digest:
-        raise PararnnError(
-            f"{folder / settings['package']}: its weights are not those that were exported; copy it again, "
-            "or export the model again"
-        )
+    tokens, logits = checked_reference(folder, folder / settings["package"])
     if not can_predict():
         raise PararnnError(
-            f"{folder}: the package is whole and says what {COREML_FILE} says, but Core ML runs on macOS 15 "
+            f"{folder}: the package is whole and says what {PACKAGE_FILE} says, but Core ML runs on macOS 15 "
             "or newer only, so none of its numbers were compared; run this on a Mac"
         )
     for unit, name in UNITS.items():
@@ -90,9 +74,9 @@ def open_function(package: Path, name: str, unit: str) -> Any:
 
 def _checked_settings(folder: Path) -> dict[str, Any]:
     """pararnn.json, once the package has been found to say the same of itself."""
-    settings = read_json_object(folder / COREML_FILE) or {}
+    settings = read_json_object(folder / PACKAGE_FILE) or {}
     if settings.get("format") != "pararnn-coreml" or settings.get("format_version") != 1:
-        raise PararnnError(f"{folder / COREML_FILE}: not a description this version reads; export again")
+        raise PararnnError(f"{folder / PACKAGE_FILE}: not a description this version reads; export again")
     package = folder / str(settings.get("package"))
     require_coremltools()
     import coremltools as ct
@@ -109,7 +93,7 @@ def _checked_settings(folder: Path) -> dict[str, Any]:
     inside = description.metadata.userDefined.get("pararnn", "{}")
     functions = [function.name for function in description.functions]
     if json.loads(inside) != settings or functions != settings["functions"]:
-        raise PararnnError(f"{package}: is not the package that {COREML_FILE} describes; export again")
+        raise PararnnError(f"{package}: is not the package that {PACKAGE_FILE} describes; export again")
     return settings
 
 

@@ -15,9 +15,9 @@ DIGEST = "weights_sha256"
 
 
 def weights_digest(package: Path) -> str:
-    """SHA-256 over the package's weight files, in hexadecimal digits."""
+    """SHA-256 over the files that hold a package's weights, in hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("weights/*")):
+    for path in sorted([*package.rglob("weights/*"), *package.glob("*.mlirb")]):
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)

@@ -1,4 +1,4 @@
-"""The functions of a package, built operation by operation from the weights.
+"""A package's functions, operation by operation from the weights: one text for Core ML and for Core AI.
 
 Shapes: T tokens, D channels (hidden_size), H heads, w = D / H. Activations are (1, T, D); inside a layer's
 recurrence (1, H, T, w), as the block-diagonal input projection gives them. Time never stands on the innermost
@@ -8,16 +8,14 @@ axis, so the solver's shifts in time move whole rows.
 from collections.abc import Mapping
 from typing import Any
 
-import coremltools as ct
 import numpy as np
-from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Function, types
 
 from mlx_pararnn.cells import Cell, get_cell
 from mlx_pararnn.model_config import ModelArgs
 
 from .constants import Stored
-from .form import Form, state_dtypes, state_shapes
+from .form import Form, state_shapes
+from .operations import Operations
 from .unrolled_newton import Library, State, explained, first_guess, iterate
 from .values import Value, ValueFunctions
 
@@ -30,26 +28,33 @@ EXPORTED = {
 SMALLEST_ROOT = 1e-4  # of a norm's eps: a normal number of float16 (they begin at 6.1e-5)
 
 
-def build_function(
-    args: ModelArgs, weights: Mapping[str, Stored], form: Form, tokens: int, iterations: int
-) -> Any:
-    """A MIL function that reads `tokens` tokens; more than one by so many Newton `iterations`.
+def input_shapes(args: ModelArgs, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the inputs beside the states, all int32, of a function that reads `tokens` tokens."""
+    shapes: dict[str, tuple[int, ...]] = {"tokens": (1, tokens)}
+    if args.max_position_embeddings is not None:
+        shapes["position"] = (1,)
+    return shapes
+
+
+def emit(
+    args: ModelArgs,
+    weights: Mapping[str, Stored],
+    form: Form,
+    iterations: int,
+    ops: Operations,
+    inputs: Mapping[str, Any],
+) -> list[Any]:
+    """Add the model to the function that is open; its outputs, named.
+
+    Args:
+        iterations: Newton iterations, where `inputs` has more than one token.
+        ops: what the function is written in.
+        inputs: name -> variable, of `input_shapes` and of the states.
 
     Raises:
-        PararnnError: the cell's step uses what a Core ML program cannot do.
+        PararnnError: the cell's step uses what a program cannot do.
     """
-    inputs = {"tokens": mb.placeholder((1, tokens), types.int32)}
-    if args.max_position_embeddings is not None:
-        inputs["position"] = mb.placeholder((1,), types.int32)
-    for name, shape in state_shapes(args).items():
-        if form.graph_state:
-            inputs[name] = mb.state_tensor_placeholder(shape, types.fp16)
-        else:
-            inputs[name] = mb.placeholder(shape, types.numpy_type_to_builtin_type(state_dtypes(form)[name]))
-    with Function(inputs, ct.target.iOS18) as function:
-        outputs = _Builder(args, weights, form, function.inputs, iterations).outputs()
-        function.set_outputs(outputs)
-    return function
+    return _Builder(args, weights, form, iterations, ops, inputs).outputs()
 
 
 class _Builder:
@@ -60,12 +65,13 @@ class _Builder:
         args: ModelArgs,
         weights: Mapping[str, Stored],
         form: Form,
-        inputs: Mapping[str, Any],
         iterations: int,
+        ops: Operations,
+        inputs: Mapping[str, Any],
     ) -> None:
         self.args, self.weights, self.form, self.inputs = args, weights, form, inputs
-        self.iterations = iterations
-        self.T: int = inputs["tokens"].shape[1]
+        self.iterations, self.ops = iterations, ops
+        self.T: int = ops.shape(inputs["tokens"])[1]
         self.cell: Cell = get_cell(args.cell, args.activations)
         self.F = ValueFunctions(form.recurrence_dtype)
         self.library = Library(self.F, self._delay, self._after, self._full)
@@ -73,7 +79,7 @@ class _Builder:
 
     def outputs(self) -> list[Any]:
         states = {
-            name: mb.read_state(input=self.inputs[name]) if self.form.graph_state else self.inputs[name]
+            name: self.ops.read_state(self.inputs[name]) if self.form.graph_state else self.inputs[name]
             for name in state_shapes(self.args)
         }
         x = self._embedding()
@@ -84,42 +90,39 @@ class _Builder:
                 new[name].append(rows)
         written = self._write(new)
         if self.T > 1:
-            x = mb.slice_by_size(x=x, begin=[0, self.T - 1, 0], size=[1, 1, self.args.hidden_size])
+            x = self.ops.slice(x, [0, self.T - 1, 0], [1, 1, self.args.hidden_size])
         x = self._norm(x, "model.norm")
         head = "model.embed_tokens" if self.args.tie_word_embeddings else "lm_head"
+        logits = self.ops.linear(x, self._matrix(f"{head}.weight"))
         if self.form.argmax:
-            logits = mb.linear(x=x, weight=self._matrix(f"{head}.weight"))
-            return [mb.reduce_argmax(x=logits, axis=-1, keep_dims=False, name="token"), *written]
-        return [mb.linear(x=x, weight=self._matrix(f"{head}.weight"), name="logits"), *written]
+            return [self.ops.named(self.ops.argmax(logits), "token"), *written]
+        return [self.ops.named(logits, "logits"), *written]
 
     def _embedding(self) -> Any:
-        x = self._gather("model.embed_tokens.weight", self.inputs["tokens"])
+        x = self.ops.gather(self._matrix("model.embed_tokens.weight"), self.inputs["tokens"])
         if "position" in self.inputs:
-            positions = mb.add(x=self.inputs["position"], y=np.arange(self.T, dtype=np.int32))
-            x = mb.add(x=x, y=self._gather("model.embed_positions.weight", positions))
+            positions = self.ops.add(self.inputs["position"], np.arange(self.T, dtype=np.int32))
+            x = self.ops.add(x, self.ops.gather(self._matrix("model.embed_positions.weight"), positions))
         return x
-
-    def _gather(self, name: str, indices: Any) -> Any:
-        return mb.gather(x=self._matrix(name), indices=indices, axis=0, validate_indices=False)
 
     def _layer(self, x: Any, i: int, states: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         path = f"model.layers.{i}"
         mixed, after = self._mixer(self._norm(x, f"{path}.norm"), i, states)
         if self.args.residual_scale:
-            x = mb.mul(x=x, y=self._vector(f"{path}.residual_scale"))
-        x = mb.add(x=mixed, y=x)
+            x = self.ops.mul(x, self._numbers(f"{path}.residual_scale"))
+        x = self.ops.add(mixed, x)
         y = self._mlp(self._norm(x, f"{path}.mlp_norm"), f"{path}.mlp")
-        return (mb.add(x=x, y=y) if self.args.mlp_residual else y), after
+        return (self.ops.add(x, y) if self.args.mlp_residual else y), after
 
     def _mixer(self, x: Any, i: int, states: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         path = f"model.layers.{i}.mixer"
         if self.args.mixer == "plain":
             hidden, rows = self._recurrence(x, i, states["cell_state"])
             return hidden, {"cell_state": rows}
-        x, gate = mb.split(x=self._linear(x, f"{path}.in_proj"), num_splits=2, axis=-1)
+        x, gate = self.ops.split(self._linear(x, f"{path}.in_proj"), 2)
         x, window = self._conv(x, i, states.get("conv"))
         hidden, rows = self._recurrence(x, i, states["cell_state"])
-        y = mb.mul(x=self._norm(hidden, f"{path}.norm", centred=False), y=_silu(gate))
+        y = self.ops.mul(self._norm(hidden, f"{path}.norm", centred=False), self.ops.silu(gate))
         after = {"cell_state": rows} | ({} if window is None else {"conv": window})
         return self._linear(y, f"{path}.out_proj"), after
 
@@ -127,48 +130,49 @@ class _Builder:
         """Causal convolution and SiLU; its new window (1, K - 1, D), None for a kernel of 1."""
         path, D, K = f"model.layers.{i}.mixer.conv1d", self.args.hidden_size, self.args.conv_kernel
         taps = self._numbers(f"{path}.weight")  # (D, K, 1)
-        bias = self._vector(f"{path}.bias")
+        bias = self._numbers(f"{path}.bias")
         window = None
         if states is not None:
-            past = mb.slice_by_size(x=states, begin=[i, 0, 0], size=[1, K - 1, D])
-            x = mb.concat(values=[past, x], axis=1)
-            window = mb.slice_by_size(x=x, begin=[0, self.T, 0], size=[1, K - 1, D])
+            past = self.ops.slice(states, [i, 0, 0], [1, K - 1, D])
+            x = self.ops.concat([past, x], 1)
+            window = self.ops.slice(x, [0, self.T, 0], [1, K - 1, D])
         if self.T == 1:
-            x = mb.mul(x=x, y=np.ascontiguousarray(taps[..., 0].T)[None])
-            x = mb.add(x=mb.reduce_sum(x=x, axes=[1], keep_dims=True), y=bias)
+            x = self.ops.mul(x, np.ascontiguousarray(taps[..., 0].T)[None])
+            x = self.ops.add(self.ops.total(x, 1), bias)
         else:
-            x = mb.transpose(x=x, perm=[0, 2, 1])
-            x = mb.conv(x=x, weight=taps.transpose(0, 2, 1).copy(), bias=bias, groups=D, pad_type="valid")
-            x = mb.transpose(x=x, perm=[0, 2, 1])
-        return _silu(x), window
+            x = self.ops.transpose(x, [0, 2, 1])
+            x = self.ops.convolve(x, taps.transpose(0, 2, 1).copy(), bias)
+            x = self.ops.transpose(x, [0, 2, 1])
+        return self.ops.silu(x), window
 
     def _recurrence(self, x: Any, i: int, states: Any) -> tuple[Any, Any]:
         """hidden (1, T, D) and the last state (1, slots, D)."""
-        cell, H, T, D = self.cell, self.args.num_heads, self.T, self.args.hidden_size
+        ops, cell, H, T, D = self.ops, self.cell, self.args.num_heads, self.T, self.args.hidden_size
         w, dtype = D // H, self.form.recurrence_dtype
         u = self._input_projection(x, f"model.layers.{i}.mixer.cell")
-        gates = mb.split(x=u, num_splits=len(cell.gates), axis=-1) if len(cell.gates) > 1 else [u]
-        inputs = {g: Value(_cast(gate, dtype)) for g, gate in zip(cell.gates, gates, strict=True)}
+        gates = ops.split(u, len(cell.gates)) if len(cell.gates) > 1 else [u]
+        inputs = {g: Value(ops, ops.cast(gate, dtype)) for g, gate in zip(cell.gates, gates, strict=True)}
         rows = self._numbers(f"model.layers.{i}.mixer.cell.recurrent_weight").astype(dtype)
         params = {
-            name: Value(mb.const(val=row.reshape(1, H, 1, w)))
+            name: Value(ops, ops.constant(row.reshape(1, H, 1, w)))
             for name, row in zip(cell.params, rows, strict=True)
         }
         start = tuple(
-            mb.reshape(x=mb.slice_by_size(x=states, begin=[i, slot, 0], size=[1, 1, D]), shape=[1, H, 1, w])
+            ops.reshape(ops.slice(states, [i, slot, 0], [1, 1, D]), [1, H, 1, w])
             for slot in range(len(cell.slots))
         )
         initial = self._initial_state(i)
         if initial is not None:
-            start = tuple(mb.add(x=s, y=known) for s, known in zip(start, initial, strict=True))
-        solved = self._solve(params, inputs, tuple(map(Value, start)))
+            start = tuple(ops.add(s, known) for s, known in zip(start, initial, strict=True))
+        solved = self._solve(params, inputs, tuple(Value(ops, s) for s in start))
         hidden = solved[cell.output_slot].var
-        hidden = mb.reshape(x=mb.transpose(x=hidden, perm=[0, 2, 1, 3]), shape=[1, T, D])
+        hidden = ops.reshape(ops.transpose(hidden, [0, 2, 1, 3]), [1, T, D])
         last = [s.var if T == 1 else self._steps(s.var, T - 1, 1) for s in solved]
         if initial is not None:
-            last = [mb.sub(x=s, y=known) for s, known in zip(last, initial, strict=True)]
-        last = [mb.reshape(x=s, shape=[1, 1, D]) for s in last]
-        return _cast(hidden, np.float16), mb.concat(values=last, axis=1) if len(last) > 1 else last[0]
+            last = [ops.sub(s, known) for s, known in zip(last, initial, strict=True)]
+        last = [ops.reshape(s, [1, 1, D]) for s in last]
+        hidden = ops.cast(hidden, self.form.activations)
+        return hidden, ops.concat(last, 1) if len(last) > 1 else last[0]
 
     def _initial_state(self, i: int) -> list[Any] | None:
         """A learned state's slots (1, H, 1, w), None without one.
@@ -187,11 +191,11 @@ class _Builder:
         """(1, T, D) -> (1, H, T, gates * w)."""
         H, T, D = self.args.num_heads, self.T, self.args.hidden_size
         weight, bias = self._matrix(f"{path}.input_proj.weight"), self._numbers(f"{path}.bias")
-        x = mb.transpose(x=mb.reshape(x=x, shape=[1, T, H, D // H]), perm=[0, 2, 1, 3])
-        return mb.add(x=mb.matmul(x=x, y=weight, transpose_y=True), y=bias.reshape(1, H, 1, -1))
+        x = self.ops.transpose(self.ops.reshape(x, [1, T, H, D // H]), [0, 2, 1, 3])
+        return self.ops.add(self.ops.linear_by_head(x, weight), bias.reshape(1, H, 1, -1))
 
     def _solve(self, params: dict[str, Value], inputs: dict[str, Value], start: State) -> State:
-        with explained(self.cell):
+        with explained(self.cell, self.ops.title):
             if self.T == 1:
                 new = self.cell.step(start, inputs, params, self.F)
                 return tuple(self._full(s) if isinstance(s, float) else s for s in new)
@@ -207,84 +211,85 @@ class _Builder:
             x = self._full(x)
         kept = self._steps(x.var, 0, self.T - k)
         pad = [0, 0, 0, 0, k, 0, 0, 0]
-        return Value(mb.pad(x=kept, pad=pad, mode="constant", constant_val=x.dtype.type(fill)))
+        return Value(self.ops, self.ops.pad(kept, pad, fill))
 
     def _after(self, start: Value, x: Value) -> Value:
-        return Value(mb.concat(values=[start.var, self._steps(x.var, 0, self.T - 1)], axis=2))
+        return Value(self.ops, self.ops.concat([start.var, self._steps(x.var, 0, self.T - 1)], 2))
 
     def _full(self, number: float) -> Value:
         H, w = self.args.num_heads, self.args.hidden_size // self.args.num_heads
-        return Value(mb.const(val=np.full((1, H, self.T, w), number, self.form.recurrence_dtype)))
+        values = np.full((1, H, self.T, w), number, self.form.recurrence_dtype)
+        return Value(self.ops, self.ops.constant(values))
 
     def _steps(self, x: Any, begin: int, count: int) -> Any:
-        return mb.slice_by_size(x=x, begin=[0, 0, begin, 0], size=[1, x.shape[1], count, x.shape[3]])
+        _, heads, _, width = self.ops.shape(x)
+        return self.ops.slice(x, [0, 0, begin, 0], [1, heads, count, width])
 
     def _write(self, new: Mapping[str, list[Any]]) -> list[Any]:
-        """Give the new states back: into Core ML's states, or as the list of outputs."""
+        """Give the new states back: into the program's own, or as the list of outputs."""
         outputs = []
         for name, shape in state_shapes(self.args).items():
-            rows = new[name]
-            padding = shape[2] - self.args.hidden_size
-            # an output's name belongs to the last operation
-            names = [{}, {"name": f"{name}_out"}] if padding else [{"name": f"{name}_out"}, {}]
-            x = mb.concat(values=rows, axis=0, **names[0])
-            if padding:
-                zero = np.dtype(state_dtypes(self.form)[name]).type(0)
-                pad = [0, 0, 0, 0, 0, padding]
-                x = mb.pad(x=x, pad=pad, mode="constant", constant_val=zero, **names[1])
+            x = self.ops.concat(new[name], 0)
+            if padding := shape[2] - self.args.hidden_size:
+                x = self.ops.pad(x, [0, 0, 0, 0, 0, padding], 0)
             if self.form.graph_state:
-                mb.coreml_update_state(state=self.inputs[name], value=x)
+                self.ops.write_state(name, self.inputs[name], x)
             else:
-                outputs.append(x)
+                outputs.append(self.ops.named(x, f"{name}_out"))
         return outputs
 
     def _mlp(self, x: Any, path: str) -> Any:
         up = self._linear(x, f"{path}.up_proj")
         if self.args.mlp == "swiglu":
-            y = mb.mul(x=_silu(self._linear(x, f"{path}.gate_proj")), y=up)
+            y = self.ops.mul(self.ops.silu(self._linear(x, f"{path}.gate_proj")), up)
         else:
-            y = mb.gelu(x=up, mode="EXACT")
+            y = self.ops.gelu(up, exact=True)
         return self._linear(y, f"{path}.down_proj")
 
     def _norm(self, x: Any, path: str, centred: bool | None = None) -> Any:
-        """RMSNorm or LayerNorm, its mean square taken of the row divided by its largest number m.
+        """RMSNorm or LayerNorm."""
+        if centred is None:
+            centred = self.args.norm == "layer"
+        scaled = self._scaled_norm if self.form.activations == np.float16 else self._plain_norm
+        x = self.ops.mul(scaled(x, centred), self._numbers(f"{path}.weight"))
+        return self.ops.add(x, self._numbers(f"{path}.bias")) if f"{path}.bias" in self.weights else x
 
-        In float16 the squares of numbers above 255 overflow, and eps is below the normal numbers. With
+    def _plain_norm(self, x: Any, centred: bool) -> Any:
+        ops = self.ops
+        if centred:
+            x = ops.sub(x, ops.mean(x))
+        square = ops.add(ops.mean(ops.mul(x, x)), np.float32(self.args.norm_eps))
+        return ops.mul(x, ops.rsqrt(square))
+
+    def _scaled_norm(self, x: Any, centred: bool) -> Any:
+        """For float16: the mean square taken of the row divided by its largest number m.
+
+        The squares of numbers above 255 overflow there, and eps is below the normal numbers. With
         eps = a b, m = max(|x|, a, b), y = x / m:
         x / sqrt(mean(x^2) + eps) = x * (1 / sqrt(mean(y^2) + (a / m)(b / m)) / m), a factor of at most 1e4.
         """
-        if centred is None:
-            centred = self.args.norm == "layer"
+        ops = self.ops
         a, b = _factors(self.args.norm_eps)
-        m = mb.maximum(x=mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True), y=max(a, b))
-        y = mb.real_div(x=x, y=m)
+        m = ops.maximum(ops.largest(ops.abs(x)), max(a, b))
+        y = ops.divide(x, m)
         if centred:
-            mean = mb.reduce_mean(x=y, axes=[-1], keep_dims=True)
-            x, y = mb.sub(x=x, y=mb.mul(x=mean, y=m)), mb.sub(x=y, y=mean)
-        square = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True)
-        small = mb.mul(x=mb.real_div(x=a, y=m), y=mb.real_div(x=b, y=m))
-        square = mb.add(x=square, y=small)
-        factor = mb.real_div(x=mb.rsqrt(x=square, epsilon=np.float16(0)), y=m)
-        x = mb.mul(x=x, y=factor)
-        x = mb.mul(x=x, y=self._vector(f"{path}.weight"))
-        return mb.add(x=x, y=self._vector(f"{path}.bias")) if f"{path}.bias" in self.weights else x
+            mean = ops.mean(y)
+            x, y = ops.sub(x, ops.mul(mean, m)), ops.sub(y, mean)
+        square = ops.mean(ops.mul(y, y))
+        square = ops.add(square, ops.mul(ops.divide(a, m), ops.divide(b, m)))
+        return ops.mul(x, ops.divide(ops.rsqrt(square), m))
 
     def _linear(self, x: Any, path: str) -> Any:
-        weight = self._matrix(f"{path}.weight")
-        if f"{path}.bias" in self.weights:
-            return mb.linear(x=x, weight=weight, bias=self._numbers(f"{path}.bias"))
-        return mb.linear(x=x, weight=weight)
+        bias = self._numbers(f"{path}.bias") if f"{path}.bias" in self.weights else None
+        return self.ops.linear(x, self._matrix(f"{path}.weight"), bias)
 
     def _matrix(self, name: str) -> Any:
         if name not in self.emitted:
-            self.emitted[name] = self.weights[name].emit()
+            self.emitted[name] = self.ops.matrix(self.weights[name])
         return self.emitted[name]
 
     def _numbers(self, name: str) -> Any:
-        return self.weights[name].values().astype(np.float16)
-
-    def _vector(self, name: str) -> Any:
-        return self._numbers(name)
+        return self.weights[name].values().astype(self.form.activations)
 
 
 def _factors(eps: float) -> tuple[Any, Any]:
@@ -294,12 +299,3 @@ def _factors(eps: float) -> tuple[Any, Any]:
     products = near[:, None].astype(np.float64) * near
     i, j = np.unravel_index(np.abs(products - max(eps, SMALLEST_ROOT**2)).argmin(), products.shape)
     return near[i], near[j]
-
-
-def _silu(x: Any) -> Any:
-    return mb.silu(x=x)
-
-
-def _cast(x: Any, dtype: Any) -> Any:
-    wanted = types.numpy_type_to_builtin_type(np.dtype(dtype))
-    return x if x.dtype == wanted else mb.cast(x=x, dtype=types.builtin_to_string(wanted))

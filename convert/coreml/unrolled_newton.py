@@ -8,8 +8,8 @@ by a parallel scan (Hillis and Steele) over time, J_t being the Jacobian of step
 3; `mlx_pararnn.compute.newton` with chunk=1). Correcting instead of solving for the states anew keeps float16
 exact where it matters: d is small when the iteration ends.
 
-The text runs on NumPy arrays, to learn how many iterations a checkpoint needs, and on MIL variables, to put
-them into a package. Arrays are (1, heads, T, D / heads); an entry of J that is a number is not computed.
+The text runs on NumPy arrays, to learn how many iterations a checkpoint needs, and on a program's variables,
+to put them into a package. Arrays are (1, heads, T, D / heads); an entry of J that is a number costs nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -42,15 +42,15 @@ class Library(NamedTuple):
 
 
 @contextmanager
-def explained(cell: Cell) -> Iterator[None]:
-    """Turn whatever somebody's step leads to into a PararnnError."""
+def explained(cell: Cell, title: str) -> Iterator[None]:
+    """Turn whatever somebody's step leads to into a PararnnError; `title` is what the program is for."""
     try:
         yield
     except PararnnError:
         raise
     except Exception as error:
         raise PararnnError(
-            f"cell {cell.name!r}: its step cannot become a Core ML program ({error}); write it with "
+            f"cell {cell.name!r}: its step cannot become a {title} program ({error}); write it with "
             "operators and the functions of F only"
         ) from error
 

@@ -10,7 +10,7 @@ from mlx_pararnn.hub import download, is_hub_name
 
 from .dcp import METADATA
 from .dtypes import FLOATS
-from .forms import COREML_FILE, COREML_PACKAGE, SUFFIXES, find_weights, read_json_object, read_weights
+from .forms import PACKAGE_FILE, PACKAGE_KINDS, SUFFIXES, find_weights, read_json_object, read_weights
 from .links import check_link
 from .tensors import Tensor
 from .wording import shown
@@ -60,11 +60,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     path = Path(source)
     if not path.exists():
         path = _from_hub(str(source))
-    if (path / COREML_PACKAGE).is_dir():
-        raise PararnnError(
-            f"{path}: a Core ML package, not a checkpoint; {COREML_FILE} in it says what it is, and "
-            "mlx-pararnn verify checks it"
-        )
+    for kind in PACKAGE_KINDS:
+        if (path / kind.name).is_dir():
+            raise PararnnError(
+                f"{path}: a {kind.title} package, not a checkpoint; {PACKAGE_FILE} in it says what it is, "
+                "and mlx-pararnn verify checks it"
+            )
     file = find_weights(path)
     weights = read_weights(file)
     tensors = _unwrapped(weights.tensors, file)

@@ -15,10 +15,9 @@ from .tensors import Tensor
 from .torch_file import read_torch_file
 from .wording import listed
 
-# What a folder holds that `convert --to coreml` wrote.
-COREML_PACKAGE = "model.mlpackage"
-COREML_FILE = "pararnn.json"
-COREML_REFERENCE = "reference.safetensors"
+# What a folder holds that `convert --to coreml` or `--to coreai` wrote, beside the package and a tokenizer.
+PACKAGE_FILE = "pararnn.json"
+PACKAGE_REFERENCE = "reference.safetensors"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _INDEX = ".index.json"
 _ACCELERATE = "pytorch_model_fsdp_0"  # where accelerate saves a sharded model, as a distributed checkpoint
@@ -28,6 +27,26 @@ _ZERO = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+.*states\.pt")
 _MAKE_WHOLE = (
     "make it whole first: python zero_to_fp32.py FOLDER OUT, where FOLDER holds `latest`; then pass OUT"
 )
+
+
+@dataclass(frozen=True)
+class PackageKind:
+    """A kind of package for apps.
+
+    Attributes:
+        title: its runtime's name.
+        format: what its `PACKAGE_FILE` says it is.
+        name: of the package in its folder.
+    """
+
+    title: str
+    format: str
+    name: str
+
+
+COREML = PackageKind("Core ML", "pararnn-coreml", "model.mlpackage")
+COREAI = PackageKind("Core AI", "pararnn-coreai", "model.aimodel")
+PACKAGE_KINDS = (COREML, COREAI)
 
 
 @dataclass
@@ -97,6 +116,16 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise PararnnError(f"{path}: a JSON object was expected")
     return value
+
+
+def package_kind(folder: Path) -> PackageKind | None:
+    """The kind of package that a folder says it holds; None for any other folder.
+
+    Raises:
+        PararnnError: its `PACKAGE_FILE` cannot be parsed.
+    """
+    settings = (read_json_object(folder / PACKAGE_FILE) if folder.is_dir() else None) or {}
+    return next((kind for kind in PACKAGE_KINDS if kind.format == settings.get("format")), None)
 
 
 def _in_folder(folder: Path) -> Path:

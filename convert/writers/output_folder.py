@@ -19,7 +19,13 @@ from typing import Any
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_files import TOKENIZER_FILES
 
-from ..readers.forms import COREML_FILE, COREML_PACKAGE, COREML_REFERENCE, read_json_object
+from ..readers.forms import (
+    PACKAGE_FILE,
+    PACKAGE_KINDS,
+    PACKAGE_REFERENCE,
+    package_kind,
+    read_json_object,
+)
 from ..readers.wording import shown
 from .exchange import exchange
 
@@ -35,9 +41,9 @@ _OURS = (
     MODEL_FILE,
     *TOKENIZER_FILES,
 )
-_OURS_IN_COREML = (COREML_PACKAGE, COREML_FILE, COREML_REFERENCE, *TOKENIZER_FILES)
+_OURS_BESIDE_A_PACKAGE = (PACKAGE_FILE, PACKAGE_REFERENCE, *TOKENIZER_FILES)
 _RUN = "run.json"  # what training/run.py writes before the folder has its name
-MLX_PART = "mlx"  # the MLX model that is made on the way to a Core ML package
+MLX_PART = "mlx"  # the MLX model that is made on the way to a package
 
 
 @contextmanager
@@ -83,11 +89,12 @@ def check_output(out: Path, force: bool, keep: Path) -> None:
             f"{shown(str(out))}: a folder in this path has a name that is not UTF-8, and MLX loads nothing "
             "from there; choose another output folder"
         ) from None
-    if out.suffix == ".mlpackage":
-        raise PararnnError(
-            f"{out}: OUT is a folder, which holds {COREML_PACKAGE} and what belongs to it for Core ML; give "
-            f"it a name without .mlpackage, such as {out.with_suffix('')}"
-        )
+    for kind in PACKAGE_KINDS:
+        if out.suffix == (suffix := Path(kind.name).suffix):
+            raise PararnnError(
+                f"{out}: OUT is a folder, which holds {kind.name} and what belongs to it for {kind.title}; "
+                f"give it a name without {suffix}, such as {out.with_suffix('')}"
+            )
     if keep.is_dir() and not _same(out, keep) and _inside(out, keep):
         raise PararnnError(
             f"{out}: lies inside the checkpoint's own folder {keep}; choose an output folder outside"
@@ -117,14 +124,15 @@ def check_output(out: Path, force: bool, keep: Path) -> None:
 def _foreign(out: Path) -> str | None:
     """The name of something in `out` that is not part of a converted model; None if there is nothing."""
     ours: tuple[str, ...] = _OURS
-    if (read_json_object(out / COREML_FILE) or {}).get("format") == "pararnn-coreml":
-        ours = _OURS_IN_COREML
+    kind = package_kind(out)
+    if kind:
+        ours = (kind.name, *_OURS_BESIDE_A_PACKAGE)
     else:
         config = read_json_object(out / "config.json") or {}
         if config.get("model_type") not in ("pararnn", "pararnn_cell"):
             return "config.json of another kind" if config else _visible(out)[0].name
     for entry in _visible(out):
-        is_folder = entry.is_dir() and entry.name != COREML_PACKAGE
+        is_folder = entry.is_dir() and not (kind and entry.name == kind.name)
         if is_folder or not any(fnmatch(entry.name, pattern) for pattern in ours):
             return entry.name
     return None
@@ -244,7 +252,9 @@ def _finish_killed_runs(out: Path) -> None:
 
 
 def _may_be_ours(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in (*_OURS, *_OURS_IN_COREML, MLX_PART, _RUN))
+    packages = (kind.name for kind in PACKAGE_KINDS)
+    ours = (*_OURS, *packages, *_OURS_BESIDE_A_PACKAGE, MLX_PART, _RUN)
+    return any(fnmatch(name, pattern) for pattern in ours)
 
 
 def _put_in_place(partial: Path, out: Path, force: bool) -> None:

@@ -28,12 +28,13 @@ from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cells.dual import Dual, DualFunctions
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.coreml import memory, package_check
-from mlx_pararnn.convert.coreml.constants import Half, Linear, Palette, stored
+from mlx_pararnn.convert.coreml.constants import Linear, Palette, Plain, stored
 from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
 from mlx_pararnn.convert.coreml.package_digest import stored_digest
 from mlx_pararnn.convert.coreml.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
+from tests.support.coreml.exporting import formula
 from tests.support.coreml.interpreter import Package
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import apple_gru, babylm
@@ -241,7 +242,7 @@ def test_integers_and_palettes_are_the_nearest_there_are():
     assert np.linalg.norm(palette.values() - matrix) < 0.12 * np.linalg.norm(matrix)
     zeros = stored(np.zeros((2, 32), np.float32), "int4")
     assert not zeros.values().any()
-    assert isinstance(stored(matrix[:, :31], "int4"), Half)
+    assert isinstance(stored(matrix[:, :31], "int4"), Plain)
 
 
 # --- the op namespace ---------------------------------------------------------------------------------------
@@ -254,23 +255,15 @@ def test_the_op_namespace_is_that_of_numpy(name):
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function
 
+    from mlx_pararnn.convert.coreml.mil import MIL
     from mlx_pararnn.convert.coreml.values import Value, ValueFunctions
 
-    def formula(F, x):
-        if name == "maximum":
-            return F.maximum(x, 0.25 - x)
-        if name == "where":
-            return F.where((x > 0.5) | ~(x <= 0.5) & (x >= -9), x * x, F.where(x < -1, 2.0, -x))
-        if name == "equal":
-            return F.where(x == 0, 5 * x + 1, F.where((x != 1) & (x != 0.5), x * x, -x))
-        if name == "arithmetic":
-            return (1 - x) / (2 + x * x) - 3 / (x + 9) + (-x) ** 2 * 1 + 0 * x
-        return getattr(F, name)(x)
-
     x = np.linspace(-3, 3, 37, dtype=np.float32)
-    expected = formula(DualFunctions(Functions(np)), Dual(x, (1.0,)))
+    expected = formula(name, DualFunctions(Functions(np)), Dual(x, (1.0,)))
     with Function({"unused": mb.placeholder((1,))}, ct.target.iOS18):
-        made = formula(DualFunctions(ValueFunctions(np.float32)), Dual(Value(mb.const(val=x)), (1.0,)))
+        made = formula(
+            name, DualFunctions(ValueFunctions(np.float32)), Dual(Value(MIL(), mb.const(val=x)), (1.0,))
+        )
         got = [v.var.val if isinstance(v, Value) else v for v in (made.value, *made.tangents)]
     for ours, theirs in zip(got, (expected.value, *expected.tangents), strict=True):
         np.testing.assert_allclose(
@@ -467,8 +460,8 @@ def test_verify_without_a_mac_says_what_it_did_not_do(packages, monkeypatch):
 
 
 def test_a_digest_is_of_what_is_stored():
-    half = Half(np.arange(6, dtype=np.float16).reshape(2, 3))
-    other = Half(np.arange(1, 7, dtype=np.float16).reshape(2, 3))
+    half = Plain(np.arange(6, dtype=np.float16).reshape(2, 3))
+    other = Plain(np.arange(1, 7, dtype=np.float16).reshape(2, 3))
     digest = stored_digest({"a": half, "b": other})
     assert stored_digest({"b": other, "a": half}) == digest
     assert len({digest, stored_digest({"a": other, "b": half}), stored_digest({"a": half, "c": other})}) == 3
@@ -565,7 +558,7 @@ def test_verify_of_a_package_that_is_not_whole(packages, tmp_path, monkeypatch):
 
 @pytest.mark.large
 def test_a_checkpoint_is_opened_once(model, tmp_path, monkeypatch):
-    from mlx_pararnn.convert import to_coreml, to_mlx
+    from mlx_pararnn.convert import exporting, to_mlx
 
     opened = []
 
@@ -573,7 +566,7 @@ def test_a_checkpoint_is_opened_once(model, tmp_path, monkeypatch):
         opened.append(source)
         return open_checkpoint(source)
 
-    for module in (to_coreml, to_mlx):
+    for module in (exporting, to_mlx):
         monkeypatch.setattr(module, "open_checkpoint", spy)
     options = ("--to", "coreml", "--tokenizer", "none", "--chunk", 4)
     assert convert(model, "-o", tmp_path / "once", *options).exit_code == 0

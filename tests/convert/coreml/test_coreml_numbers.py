@@ -15,18 +15,22 @@ import mlx.core as mx  # noqa: E402
 from coremltools.proto import Model_pb2  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlx_pararnn import Cell, load_model, register_cell  # noqa: E402
+from mlx_pararnn import load_model, register_cell  # noqa: E402
 from tests.support.coreml.exporting import (  # noqa: E402
+    GOLDEN,
     KINDS,
     QUANTIZED,
     TRAINED,
+    Damped,
     export,
     golden,
+    greedy,
     held_out,
     rounded,
     rounded_model,
     small_model,
     some_ids,
+    until_a_tie,
 )
 from tests.support.coreml.interpreter import Package  # noqa: E402
 from tests.support.coreml.runner import Runner  # noqa: E402
@@ -71,23 +75,6 @@ def check(folder, model, ids, modes=tuple(TOLERANCE)):
                 assert difference(runner.state[name], states) < tolerance, f"{mode}: {name} after prefill"
 
 
-GOLDEN = [
-    ("lm/paragru_s64/state_dict.pt", "lm/paragru_s64", "T50."),
-    ("lm/paralstm_s96/state_dict.pt", "lm/paralstm_s96", "T50."),
-    *(
-        (f"pararnn_torch/{name}", f"pararnn_torch/{name}", "")
-        for name in (
-            "paraslstm_causal_lm_0",
-            "paraslstm_causal_lm_1",
-            "babylm_paragru",
-            "babylm_paralstm",
-            "babylm_paraslstm",
-            "babylm_paranlru",
-        )
-    ),
-]
-
-
 @pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     ("source", "folder", "prefix", "state"),
@@ -120,19 +107,6 @@ def test_every_kind_of_layer(exports, kind, state):
     check(out, exports.model(source), some_ids(50, 2 * chunk + 3), modes)
 
 
-class Damped(Cell):
-    """Two slots, a comparison, a division: what the built-in cells do not use."""
-
-    name, gates, slots, output, params = "damped", ("n", "g"), ("h", "top"), "h", ("a",)
-
-    def step(self, state, u, params, F):
-        h, top = state
-        g = F.sigmoid(u["g"] - params["a"] * h)
-        n = F.where(u["n"] > 0, F.tanh(u["n"]), F.exp(u["n"] - 1) / (2 + h * h))
-        top = F.maximum(0.5 * top, n)
-        return g * h + (1 - g) * n + 0.125 * top, top
-
-
 @pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("state", ["graph", "io"])
 def test_a_cell_of_ones_own(exports, tmp_path, state):
@@ -147,24 +121,6 @@ def trained(exports):
     """Path and model of the really trained one."""
     source = exports.source(TRAINED)
     return source, exports.model(source)
-
-
-def greedy(model, prompt, count):
-    """The greedy continuation, and the logits (count, V) it was chosen by."""
-    cache = model.make_cache()
-    logits, tokens, seen = model(mx.array([prompt]), cache=cache), [], []
-    for _ in range(count):
-        seen.append(np.array(logits[0, -1]))
-        tokens.append(int(seen[-1].argmax()))
-        logits = model(mx.array([tokens[-1:]]), cache=cache)
-    return tokens, np.stack(seen)
-
-
-def until_a_tie(tokens, logits):
-    """The tokens up to the first whose lead over the next likeliest float16 cannot hold, at that size."""
-    best = np.sort(logits, axis=1)[:, -2:]
-    ties = best[:, 1] - best[:, 0] < np.spacing(best[:, 1].astype(np.float16))
-    return tokens[: int(ties.argmax()) if ties.any() else len(tokens)]
 
 
 # One export serves several tests: graph is the default.

@@ -11,6 +11,7 @@ ct = pytest.importorskip("coremltools", reason="coremltools has no wheel for thi
 from coremltools.proto import FeatureTypes_pb2, MIL_pb2  # noqa: E402
 
 from tests.support.coreml.exporting import KINDS, ONE, QUANTIZED, TRAINED, some_ids  # noqa: E402
+from tests.support.coreml.interpreter import shape_of  # noqa: E402
 from tests.support.coreml.record_transcript import main as record  # noqa: E402
 from tests.support.coreml.runner import Runner  # noqa: E402
 
@@ -202,3 +203,20 @@ def test_a_transcript_says_all_that_a_runner_needs(exports, tmp_path, state):
     assert chosen[-12:] == recorded["tokens"]
     states = {f"{s['name']}_out" for s in recorded["settings"]["states"]} if state == "io" else set()
     assert all(set(p["outputs"]) == {"logits", *states} for p in predictions)
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])
+def test_coremltools_reads_the_program_back(small):
+    """Its own reader builds every operation anew and infers the types: they are the saved ones."""
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    spec = small.package.spec
+    program = load(spec, spec.specificationVersion, str(small.package.weights_folder))
+    assert set(program.functions) == set(small.package.functions)
+    for name, function in program.functions.items():
+        saved = [op for op in small.package.block(name).operations if op.type != "const"]
+        read = [op for op in function.operations if op.op_type != "const"]
+        assert [shape_of(o.type.tensorType) for op in saved for o in op.outputs] == [
+            tuple(o.shape) for op in read for o in op.outputs if op.op_type != "coreml_update_state"
+        ]
+        assert [o.name for o in function.outputs] == list(small.package.block(name).outputs)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from typer.testing import CliRunner, Result
 
 import mlx_pararnn
-from mlx_pararnn import Model, ModelArgs
+from mlx_pararnn import Cell, Model, ModelArgs
 from mlx_pararnn.cli.app import app
 from tests.support.golden import DATA, arrays_in
 
@@ -55,6 +55,21 @@ KINDS = {
     },
     "lstm_constants": {"cell": "lstm", "activations": {"o": "leaky_relu", "state": "selu"}, **ONE},
 }
+GOLDEN = [
+    ("lm/paragru_s64/state_dict.pt", "lm/paragru_s64", "T50."),
+    ("lm/paralstm_s96/state_dict.pt", "lm/paralstm_s96", "T50."),
+    *(
+        (f"pararnn_torch/{name}", f"pararnn_torch/{name}", "")
+        for name in (
+            "paraslstm_causal_lm_0",
+            "paraslstm_causal_lm_1",
+            "babylm_paragru",
+            "babylm_paralstm",
+            "babylm_paraslstm",
+            "babylm_paranlru",
+        )
+    ),
+]
 QUANTIZED = {
     "int8": ("-q", "--q-bits", 8),
     "int4": ("-q", "--q-bits", 4),
@@ -96,19 +111,19 @@ def rounded(model: Model) -> Model:
     return model
 
 
-def export(source: Path | str, out: Path, *options: object):
-    """`mlx-pararnn convert SOURCE --to coreml -o OUT OPTIONS`, in this process."""
-    arguments = ["convert", source, "--to", "coreml", "-o", out, *options]
+def export(source: Path | str, out: Path, *options: object, to: str = "coreml"):
+    """`mlx-pararnn convert SOURCE --to TO -o OUT OPTIONS`, in this process."""
+    arguments = ["convert", source, "--to", to, "-o", out, *options]
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 class Exports:
     """Models and what was exported from them, each made once a session."""
 
-    def __init__(self, root: Path, converted: Callable) -> None:
-        self._root, self._converted = root, converted
+    def __init__(self, root: Path, converted: Callable, to: str = "coreml") -> None:
+        self._root, self._converted, self._to = root, converted, to
         self._made: dict[tuple, Path] = {}
-        self._models: dict[Path, Model] = {}
+        self._models: dict[Path | tuple[str, Path], Model] = {}
 
     def source(self, name: str) -> Path:
         """A golden checkpoint's MLX folder, by its path in tests/data."""
@@ -125,6 +140,14 @@ class Exports:
             self._models[folder] = rounded_model(folder)
         return self._models[folder]
 
+    def exact(self, folder: Path) -> Model:
+        """The MLX model as it is, computing in float32."""
+        if ("exact", folder) not in self._models:
+            model = mlx_pararnn.load_model(folder)[0]
+            model.set_dtype(mx.float32)
+            self._models["exact", folder] = model
+        return self._models["exact", folder]
+
     def __call__(self, source: Path, *options: object) -> Path:
         key = (source, *map(str, options))
         if key not in self._made:
@@ -135,7 +158,7 @@ class Exports:
         """What the command printed, and the folder it made."""
         out = self._root / f"export{len(list(self._root.iterdir()))}"
         tokenizer = () if "--tokenizer" in options else ("--tokenizer", "none")
-        result = export(source, out, *options, *tokenizer)
+        result = export(source, out, *options, *tokenizer, to=self._to)
         assert result.exit_code == 0, result.output + repr(result.exception)
         return result, out
 
@@ -150,3 +173,47 @@ def held_out(count):
 
 def some_ids(vocab, count, seed=0):
     return np.random.default_rng(seed).integers(0, vocab, count)
+
+
+class Damped(Cell):
+    """Two slots, a comparison, a division: what the built-in cells do not use."""
+
+    name, gates, slots, output, params = "damped", ("n", "g"), ("h", "top"), "h", ("a",)
+
+    def step(self, state, u, params, F):
+        h, top = state
+        g = F.sigmoid(u["g"] - params["a"] * h)
+        n = F.where(u["n"] > 0, F.tanh(u["n"]), F.exp(u["n"] - 1) / (2 + h * h))
+        top = F.maximum(0.5 * top, n)
+        return g * h + (1 - g) * n + 0.125 * top, top
+
+
+def greedy(model, prompt, count):
+    """The greedy continuation, and the logits (count, V) it was chosen by."""
+    cache = model.make_cache()
+    logits, tokens, seen = model(mx.array([prompt]), cache=cache), [], []
+    for _ in range(count):
+        seen.append(np.array(logits[0, -1]))
+        tokens.append(int(seen[-1].argmax()))
+        logits = model(mx.array([tokens[-1:]]), cache=cache)
+    return tokens, np.stack(seen)
+
+
+def until_a_tie(tokens, logits):
+    """The tokens up to the first whose lead over the next likeliest float16 cannot hold, at that size."""
+    best = np.sort(logits, axis=1)[:, -2:]
+    ties = best[:, 1] - best[:, 0] < np.spacing(best[:, 1].astype(np.float16))
+    return tokens[: int(ties.argmax()) if ties.any() else len(tokens)]
+
+
+def formula(name, F, x):
+    """An expression that uses one function of F, or what `name` says."""
+    if name == "maximum":
+        return F.maximum(x, 0.25 - x)
+    if name == "where":
+        return F.where((x > 0.5) | ~(x <= 0.5) & (x >= -9), x * x, F.where(x < -1, 2.0, -x))
+    if name == "equal":
+        return F.where(x == 0, 5 * x + 1, F.where((x != 1) & (x != 0.5), x * x, -x))
+    if name == "arithmetic":
+        return (1 - x) / (2 + x * x) - 3 / (x + 9) + (-x) ** 2 * 1 + 0 * x
+    return getattr(F, name)(x)
