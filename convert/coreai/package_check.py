@@ -19,6 +19,7 @@ from .tools import require_coreai
 
 # ||logits - MLX's|| / ||MLX's|| of a package that computes in float32.
 TOLERANCE = 2e-4
+_ELEMENTWISE = 32  # about so many operations on single numbers, one after the other, in a layer
 
 
 def verify_package(folder: Path) -> Iterator[Check]:
@@ -46,11 +47,15 @@ def verify_package(folder: Path) -> Iterator[Check]:
 def float16_bound(settings: Mapping[str, Any]) -> float:
     """How far logits may be from float32's where float16 is computed in: ||difference|| / ||logits||.
 
-    The runtime adds a product's n terms one after the other in float16, and each sum is off by up to half a
-    unit of its last place, 2^-11 of it. Such errors have either sign: together about sqrt(n) times one.
+    The runtime adds the terms of a product one by one in float16, and each sum is off by up to half a unit
+    of its last place, 2^-11 of it, to either side: n of them by about sqrt(n) times that. n counts what a
+    number goes through in a layer. Layers that add to their input average their errors as they do their
+    numbers; those that replace it (mlp_residual false) hand theirs on.
     """
-    longest = max(settings["hidden_size"], settings["intermediate_size"] or 0)
-    return float(2**-11 * math.sqrt(longest))
+    hidden = settings["hidden_size"]
+    layer = 4 * hidden + (settings["intermediate_size"] or 0) + _ELEMENTWISE
+    layers = 1 if settings["mlp_residual"] else settings["num_hidden_layers"]
+    return float(2**-11 * math.sqrt(layers * layer + hidden))
 
 
 def unseen() -> str:

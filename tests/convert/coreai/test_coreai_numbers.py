@@ -130,13 +130,13 @@ def test_a_cell_of_ones_own(exports):
 def test_trained_model(exports, form):
     """The original's own continuation: its likeliest two come as close as 0.0013, at logits of 10 to 20."""
     source = exports.source(TRAINED)
-    out = exports(source, *FORMS[form])
-    check(out, exports, source, held_out(150))
+    out = exports(source, "--chunk", 16, *FORMS[form])
+    check(out, exports, source, held_out(50))
     prompt = [int(i) for i in np.array(golden(TRAINED_FOLDER)["prompt_ids"]).ravel()]
     expected = [int(i) for i in np.array(golden(TRAINED_FOLDER)["greedy_ids"]).ravel()]
     tokens, logits = greedy(exports.exact(source), prompt, 96)
     assert tokens == expected
-    sure = tokens if form == "float32" else until_a_tie(tokens, logits)
+    sure = tokens if form == "float32" else until_a_tie(tokens, logits)[:24]
     assert len(sure) > 20
     with opened(out) as (runner, _):
         assert continued(runner, prompt, len(sure)) == sure
