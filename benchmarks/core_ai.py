@@ -7,6 +7,7 @@ It says nothing of a Mac or an iPhone, which have other runtimes and a GPU and a
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 os.environ["MLX_ENABLE_TF32"] = "0"
@@ -28,7 +29,12 @@ FORMS = {
     "float32, int8": {"weights": "int8"},
     "float32, palette4": {"weights": "palette4"},
 }
+COUNTS = {"decode": 1, "prefill": CHUNK}
 HEADER = ["model", "form", "MB", "decode, ms a token", "prefill, ms a token"]
+
+
+def read(runner, function, count):
+    runner.call(function, np.arange(count))
 
 
 def main():
@@ -39,10 +45,7 @@ def main():
                 out = Path(root) / str(len(rows))
                 done = convert_to_coreai(source, out, tokenizer="none", chunk=CHUNK, **options)
                 with Runner(out / "model.aimodel", done.settings) as runner:
-                    runs = {
-                        name: lambda name=name, count=count: runner.call(name, np.arange(count))
-                        for name, count in (("decode", 1), ("prefill", CHUNK))
-                    }
+                    runs = {name: partial(read, runner, name, n) for name, n in COUNTS.items()}
                     took = alternating(runs, 9, limit=3.0)
                 times = (f"{1e3 * took['decode']:.1f}", f"{1e3 * took['prefill'] / CHUNK:.1f}")
                 rows.append((model, form, f"{done.nbytes / 1e6:.1f}", *times))
