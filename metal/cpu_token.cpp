@@ -171,7 +171,7 @@ class Decoder {
   // Several products with the same B vectors of `width` numbers that are x_stride numbers apart.
   template <int N>
   void multiply(const float* from, int64_t x_stride, int64_t width, const Product (&products)[N]) {
-    int64_t bits = 0, group = 0;  // what x is arranged for
+    [[maybe_unused]] int64_t bits = 0, group = 0;  // what x is arranged for
     for (const Product& p : products) {
       if (!p.matrix->bits) {
         const T* rows = at(p.matrix->weight) + p.row * width;
