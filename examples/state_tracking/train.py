@@ -30,10 +30,10 @@ LENGTHS = (40, 100, 400, 2000)
 TRAINED = (5, 10, 20, 40)
 CELLS = {"gru": "gru", "nlru": "nlru", "linear": "nlru"}
 MEASURED = 10**6  # the seed of the sequences that are measured with
-RECURRENT = 1.0  # of initial recurrent weights: units that can flip, and units that keep
+RECURRENT = 3.0  # of initial recurrent weights: above 1 a unit can hold one of two values, or flip
 
 SETTINGS = Settings(
-    steps=1500,
+    steps=1000,
     batch_size=32,
     length=2 * TRAINED[-1],
     states="reset",
