@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.watchdog import watched
 
 from . import options, sampling
 from .chat_commands import HINTS, LEAVE, Session, say
@@ -64,7 +65,8 @@ def chat(
 
     echo "def f(" | mlx-pararnn chat --max-tokens 40
     """
-    loaded, tokenizer = options.load(model, modules, adapter_path, state)
+    with watched():
+        loaded, tokenizer = options.load(model, modules, adapter_path, state)
 
     from mlx_pararnn.chat.session import Chat
     from mlx_pararnn.pocket.loop import Limits

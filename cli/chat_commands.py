@@ -7,6 +7,7 @@ from signal import SIGINT, signal
 from typing import TYPE_CHECKING, Any
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.watchdog import Watchdog, watched
 
 from . import sampling
 from .answer_text import answer_writer
@@ -129,11 +130,22 @@ class Session:
         from .progress import PromptProgress
 
         writer = answer_writer(markup=self.chat.tokenizer.has_chat_template, plain=self.plain)
-        with ctrl_c() as pressed, PromptProgress() as progress, self.lines, writer as write:
+        with (
+            watched() as watchdog,
+            ctrl_c(watchdog) as pressed,
+            PromptProgress() as progress,
+            self.lines,
+            writer as write,
+        ):
+
+            def computing(done: int, total: int) -> None:
+                watchdog.computing()
+                progress(done, total)
+
             for response in answer(
                 *texts,
                 interrupted=lambda: bool(pressed),
-                prompt_progress_callback=progress,
+                prompt_progress_callback=computing,
                 **self._options,
             ):
                 self.last = response
@@ -201,13 +213,14 @@ class Session:
 
 
 @contextmanager
-def ctrl_c() -> Iterator[list[int]]:
+def ctrl_c(watchdog: Watchdog) -> Iterator[list[int]]:
     """Collect Ctrl-C while an answer is made, to stop between two tokens; a second one raises."""
     pressed: list[int] = []
 
     def note(number: int, frame: object) -> None:
         if pressed:
             raise KeyboardInterrupt
+        watchdog.heard()
         pressed.append(number)
 
     before = signal(SIGINT, note)

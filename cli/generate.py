@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.watchdog import watched
 
 from . import options, sampling
 from .report import Debug, reports_errors
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 @reports_errors
+@watched()
 def generate(
     model: options.ModelPath = None,
     prompt: Annotated[

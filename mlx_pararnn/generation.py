@@ -194,10 +194,12 @@ def render(tokenizer: TokenizerWrapper, messages: list[dict[str, str]], tokenize
     """Messages as the chat template writes them, up to where the model answers: token ids, or text.
 
     Raises:
-        PararnnError: the template is no valid one, or fails on these messages.
+        PararnnError: the template is no valid one, fails on these messages, or takes too much memory or time.
     """
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize)
+    except PararnnError:
+        raise
     except Exception as error:  # a template is a program, which raises what it likes
         said = " ".join(str(error).split())[:300].rstrip(" .") or type(error).__name__
         raise PararnnError(

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from .chat_template import ChatTemplate
 from .detokenizer import Detokenizer
 from .errors import PararnnError
 from .hub import find_model
-from .mlx_lm_internals import set_detokenizer
+from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenizer
 from .model import Model, RecurrentLayer
 from .model_config import ModelArgs, check_end_ids, check_layers, weight_bits
 from .model_files import (
@@ -245,6 +246,8 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     _check_templates(tokenizer.chat_template, path)
     # MLX-LM's own drops the first space of a byte-level tokenizer's text, and slows down along a line.
     set_detokenizer(tokenizer, Detokenizer(tokenizer))
+    if tokenizer.has_chat_template:
+        set_chat_template(tokenizer, ChatTemplate(plain_tokenizer(tokenizer)))
     return tokenizer
 
 

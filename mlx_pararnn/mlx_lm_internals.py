@@ -3,12 +3,20 @@
 The commands that `mlx-pararnn lm` runs are changed by names of their own, in cli/lm.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from mlx_lm.generate import BatchGenerator, TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-__all__ = ["BatchGenerator", "MessageStates", "calls_tools_in_json", "plain_tokenizer", "set_detokenizer"]
+__all__ = [
+    "BatchGenerator",
+    "MessageStates",
+    "calls_tools_in_json",
+    "plain_tokenizer",
+    "set_chat_template",
+    "set_detokenizer",
+]
 
 
 class MessageStates:
@@ -43,6 +51,12 @@ def plain_tokenizer(tokenizer: Any) -> Any:
 def set_detokenizer(tokenizer: Any, detokenizer: Any) -> None:
     """Have MLX-LM's wrapper hand out copies of this detokenizer."""
     vars(tokenizer)["_detokenizer"] = detokenizer
+
+
+def set_chat_template(tokenizer: Any, template: Callable[..., str]) -> None:
+    """Have MLX-LM's wrapper call `template`, unless it calls one of MLX-LM's own functions already."""
+    if vars(tokenizer)["_chat_template"] is None:
+        vars(tokenizer)["_chat_template"] = template
 
 
 def calls_tools_in_json(tokenizer: Any) -> bool:

@@ -89,6 +89,22 @@ def test_mlx_lm_quantized_multi_linear_has(name):
     ), f"mlx_lm's QuantizedMultiLinear.{name} is gone; see cli/lm.py"
 
 
+def test_mlx_lms_tokenizer_wrapper_calls_a_function_for_its_chat_template():
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    import mlx_pararnn
+    from mlx_pararnn.mlx_lm_internals import plain_tokenizer, set_chat_template
+
+    _, loaded = mlx_pararnn.load(DEMO)
+    tokenizer = TokenizerWrapper(plain_tokenizer(loaded))
+    set_chat_template(tokenizer, lambda messages, **options: messages[0]["content"])
+    said = [{"role": "user", "content": "abc"}]
+    assert tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True) == "abc", (
+        "mlx_lm's TokenizerWrapper no longer calls _chat_template; see mlx_lm_internals.py"
+    )
+    assert tokenizer.apply_chat_template(said) == tokenizer.encode("abc", add_special_tokens=False)
+
+
 def test_mlx_lms_tokenizer_wrapper_copies_its_detokenizer():
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -158,7 +174,7 @@ def test_no_other_file_names_private_parts_of_mlx_lm():
                 private += [part for part in (node.module or "").split(".") if part.startswith("_")]
                 assert not private, f"{path} imports {private}"
             if isinstance(node, ast.Constant):
-                assert node.value not in ("_tokenizer", "_detokenizer"), path
+                assert node.value not in ("_tokenizer", "_detokenizer", "_chat_template"), path
 
 
 def test_uvicorns_protocol_has_what_the_server_watches():

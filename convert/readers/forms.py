@@ -21,6 +21,10 @@ PACKAGE_REFERENCE = "reference.safetensors"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _INDEX = ".index.json"
 _ACCELERATE = "pytorch_model_fsdp_0"  # where accelerate saves a sharded model, as a distributed checkpoint
+# What trainers put beside the weights: of accelerate and of transformers' Trainer.
+_COMPANION = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|dl_state_dict|rng_state|training_args)(_\d+)?\.(bin|pt|pth)"
+)
 _SHARD = re.compile(r"(.+)-\d+-of-\d+(\.safetensors|\.bin)")
 # DeepSpeed: one rank's optimizer states, and with ZeRO-3 its part of the weights.
 _ZERO = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+.*states\.pt")
@@ -130,14 +134,15 @@ def package_kind(folder: Path) -> PackageKind | None:
 
 def _in_folder(folder: Path) -> Path:
     for name in ("model.safetensors", "pytorch_model.bin"):
-        for found in (folder / name, folder / f"{name}{_INDEX}"):
-            if found.is_file():
-                return found
+        for file in (folder / name, folder / f"{name}{_INDEX}"):
+            if file.is_file():
+                return file
     if (folder / METADATA).is_file():
         return folder / METADATA
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))  # Finder's files
-    files = [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
+    found = [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
     _check_other_trainers(folder, entries)
+    files = [file for file in found if not _COMPANION.fullmatch(file.name)]
     names = listed([file.name for file in files])
     for file in files:
         if match := _SHARD.fullmatch(file.name):
@@ -155,6 +160,11 @@ def _in_folder(folder: Path) -> Path:
     advice = (
         f"; {listed(nested)} in it {'has' if len(nested) == 1 else 'have'} such files, pass the folder meant"
     )
+    if found and not nested:
+        raise PararnnError(
+            f"{folder}: no weights inside, only what a trainer saves beside them "
+            f"({listed([file.name for file in found])}); pass the folder with the model"
+        )
     raise PararnnError(
         f"{folder}: no checkpoint inside (a file ending in {', '.join(SUFFIXES)})"
         + (advice if nested else "")

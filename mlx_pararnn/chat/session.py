@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -179,7 +180,14 @@ class Chat:
         twin = Chat(self.model, self.tokenizer, self.system, self.functions)
         twin._go_to(self._point())
         twin._turns = list(self._turns)
+        if "_weights" in vars(self):
+            twin._weights = self._weights
         return twin
+
+    @cached_property
+    def _weights(self) -> str:
+        """All of the model's weights are read for it, so once is enough."""
+        return fingerprint(self.model)
 
     @property
     def undoable(self) -> int:
@@ -304,7 +312,7 @@ class Chat:
         metadata = {
             "model": str(self.tokenizer.name_or_path),  # this and the next for MLX-LM
             "tokenizer_config": "{}",
-            "weights": fingerprint(self.model),
+            "weights": self._weights,
             "messages": json.dumps(self.messages),
             "last_token": json.dumps(self._last_token),
             "turns": json.dumps([_described(turn) for turn in turns]),
@@ -339,7 +347,7 @@ class Chat:
             last_token = json.loads(metadata.get("last_token", "null"))
             turns = _saved_turns(path, metadata, messages, len(cache))
             if "weights" in metadata:
-                fits = metadata["weights"] == fingerprint(self.model)
+                fits = metadata["weights"] == self._weights
             else:  # by cache_prompt, which notes the model's name
                 fits = _same_model(metadata["model"], str(self.tokenizer.name_or_path))
         except Exception as error:  # whatever a file that is something else leads the reader to

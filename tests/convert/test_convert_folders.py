@@ -49,6 +49,17 @@ def test_accelerates_parent_folder(data, tmp_path):
     source = data / "lm" / "two_ranks" / "dcp"
     shutil.copytree(source, tmp_path / "pytorch_model_fsdp_0")
     assert find_weights(tmp_path) == tmp_path / "pytorch_model_fsdp_0" / ".metadata"
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        write_pt(tmp_path / name, WEIGHTS)
+    assert find_weights(tmp_path) == tmp_path / "pytorch_model_fsdp_0" / ".metadata"
+
+
+def test_what_a_trainer_saves_beside_the_weights(tmp_path):
+    for name in ("optimizer.pt", "rng_state_0.pth", "scaler.pt", "training_args.bin"):
+        write_pt(tmp_path / name, WEIGHTS)
+    assert "no weights inside, only what a trainer saves beside them (optimizer.pt," in refused(tmp_path)
+    write_pt(tmp_path / "pytorch_model_fsdp.bin", WEIGHTS)
+    assert find_weights(tmp_path) == tmp_path / "pytorch_model_fsdp.bin"
 
 
 @pytest.mark.parametrize("left", ["latest", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])

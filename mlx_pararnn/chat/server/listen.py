@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...errors import PararnnError
+from ...watchdog import watched
 from ..prompt_cache import PromptCache
 from ..saved_prompts import SavedPromptCache
 from .app import make_app
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 512
 TIMEOUT = 60  # seconds for a request's headers to arrive, and for a client to take what is sent
 DRAIN = 3  # seconds that answers may go on after SIGTERM
-LAST_WORDS = 5  # seconds from a signal to the end of the process, whatever hangs
 
 
 def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = lambda url: None) -> None:
@@ -54,7 +53,7 @@ def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = l
     sizes = {"max_size": 256, "max_bytes": settings.prompt_cache_bytes}
     folder = settings.prompt_cache_folder
     prompts = PromptCache(**sizes) if folder is None else SavedPromptCache(folder, **sizes)
-    with _watched():
+    with watched():
         engine = Engine(path, prompts, metrics, settings.adapter_path, settings.initial_state)
         try:
             with _interrupting():
@@ -203,41 +202,6 @@ class Protocol(H11Protocol):
         self._deadline = None
         if self.idle:
             self.transport.close()
-
-
-# What a helper process runs. Python's own handlers wait for the interpreter, which native code can hold for
-# ever; the byte that a signal writes into this pipe does not.
-WATCHDOG = """
-import os, select, signal, sys
-process, seconds = int(sys.argv[1]), float(sys.argv[2])
-byte = b"x"
-while byte and byte[0] not in (signal.SIGINT, signal.SIGTERM):
-    byte = os.read(0, 1)
-while byte and select.select([0], [], [], seconds)[0]:
-    byte, seconds = os.read(0, 1), 0.5
-if byte:
-    os.kill(process, signal.SIGKILL)
-"""
-
-
-@contextlib.contextmanager
-def _watched() -> Iterator[None]:
-    """A signal ends the process in time, whatever it is doing."""
-    if sys.platform == "win32":
-        yield
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    command = [sys.executable, "-I", "-S", "-c", WATCHDOG, str(os.getpid()), str(LAST_WORDS - 1)]
-    helper = subprocess.Popen(command, stdin=reader, stderr=subprocess.DEVNULL, start_new_session=True)
-    os.close(reader)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(writer)
-        helper.wait()
 
 
 @contextlib.contextmanager

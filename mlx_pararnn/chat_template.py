@@ -1,0 +1,186 @@
+"""A tokenizer's chat template, rendered in a process of its own with limits of memory and time."""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import time
+from inspect import signature
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+from transformers import PreTrainedTokenizerBase
+
+from .errors import PararnnError
+
+SECONDS = 5
+STARTING = 60  # of them until its process has imported Jinja
+MEMORY = 1 << 30  # bytes
+SPARE = 1 << 20  # characters that a template may write besides what it is given, eight times over
+IDLE = 2  # processes that are kept for the next template
+
+# What transformers hands to a template, as JSON: it drops and renames fields of messages, and makes JSON
+# schemas of functions.
+_GIVEN = "{{ {'messages': messages, 'tools': tools, 'documents': documents}|tojson }}"
+# Options of transformers that change more than what the template is given.
+_OTHERS = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "self", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "return_dict", "kwargs",
+}  # fmt: skip
+
+
+class ChatTemplate:
+    """Messages as a tokenizer's chat template writes them; what MLX-LM's wrapper calls for them.
+
+    The text is the one that `tokenizer.apply_chat_template` gives. With an option of that function that
+    changes more than what the template is given (`continue_final_message`, `padding`, ...) it is called
+    itself, in this process and without limits; no command does so.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(
+        self,
+        conversation: list[Any],
+        tools: list[Any] | None = None,
+        documents: list[Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        return_dict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The text.
+
+        Raises:
+            PararnnError: the template takes too much memory or time.
+            jinja2.TemplateError: it fails.
+        """
+        given: dict[str, Any] = {"tools": tools, "documents": documents, "tokenize": False}
+        if _OTHERS & kwargs.keys() or (conversation and isinstance(conversation[0], list | tuple)):
+            given |= {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
+            return self._tokenizer.apply_chat_template(conversation, **given, **kwargs)
+        template = self._tokenizer.get_chat_template(chat_template, tools)
+        text = self._tokenizer.apply_chat_template(conversation, chat_template=_GIVEN, **given)
+        names = json.loads(str(text))
+        names |= {"add_generation_prompt": add_generation_prompt} | self._tokenizer.special_tokens_map
+        return _render(template, names | kwargs)
+
+
+class _Process:
+    def __init__(self) -> None:
+        folders = {str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe)}
+        script = str(Path(__file__).with_name("template_process.py"))
+        self._socket, theirs = Pipe()
+        limits = (str(theirs.fileno()), str(MEMORY), str(SECONDS))
+        try:
+            # A session of its own: Ctrl-C is for this process, which ends that one.
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", script, *limits, *folders],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise PararnnError(
+                f"no process can be started to render the chat template ({error.strerror}: {sys.executable})"
+            ) from error
+        finally:
+            theirs.close()
+        try:
+            if not self._socket.poll(STARTING):
+                raise EOFError
+            self._socket.recv_bytes()
+        except (EOFError, OSError):
+            self.end()
+            raise PararnnError(
+                f"the process that renders the chat template does not start ({sys.executable} {script})"
+            ) from None
+
+    def ask(self, request: bytes) -> dict[str, str]:
+        """Its answer; {"exceeded": what} where it takes too much."""
+        self._socket.send_bytes(request)
+        deadline = time.monotonic() + SECONDS
+        while not self._socket.poll(0.2):
+            if time.monotonic() > deadline:
+                return {"exceeded": "time"}
+            if sys.platform == "darwin" and self._resident() > MEMORY:  # which does not keep such limits
+                return {"exceeded": "memory"}
+        answer: dict[str, str] = json.loads(self._socket.recv_bytes())
+        return answer
+
+    def lives(self) -> bool:
+        """Whether nobody has ended it meanwhile."""
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """At once, whatever it does."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _resident(self) -> int:
+        command = ["ps", "-o", "rss=", "-p", str(self._process.pid)]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return int(said) << 10 if said.isdigit() else 0
+
+
+_idle: list[_Process] = []
+
+
+def _render(template: str, names: dict[str, Any]) -> str:
+    given = json.dumps(names)
+    longest = SPARE + 8 * len(given)
+    request = json.dumps({"template": template, "names": names, "longest": longest}).encode()
+    process = _idle_process() or _Process()
+    keep = False
+    try:
+        answer = process.ask(request)
+        keep = "exceeded" not in answer
+    except (EOFError, OSError):  # the system ended it
+        answer = {"exceeded": "memory"}
+    finally:  # after Ctrl-C too
+        if keep and len(_idle) < IDLE:
+            _idle.append(process)
+        else:
+            process.end()
+    if "exceeded" in answer:
+        what = {
+            "time": f"takes more than {SECONDS} seconds",
+            "memory": f"takes more than {MEMORY >> 30} GB of memory",
+            "text": f"writes more than {longest:,} characters",
+        }[answer["exceeded"]]
+        raise PararnnError(
+            f"the chat template {what} for these messages; put the model's own chat_template.jinja into its "
+            "folder"
+        )
+    if "error" in answer:
+        raise jinja2.TemplateError(answer["error"])
+    return answer["text"]
+
+
+def _idle_process() -> _Process | None:
+    while True:
+        try:
+            process = _idle.pop()
+        except IndexError:
+            return None
+        if process.lives():
+            return process
+        process.end()
+
+
+@atexit.register
+def _end_all() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # they answer the other process
