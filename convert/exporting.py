@@ -27,6 +27,7 @@ from mlx_pararnn.model import Model
 from mlx_pararnn.model_config import ModelArgs
 from mlx_pararnn.model_files import TOKENIZER_FILES
 
+from .coreml.chat_format import add_chat_format
 from .coreml.constants import Plain, Stored, stored, total_bytes
 from .coreml.form import Form, state_dtypes, state_shapes
 from .coreml.iterations import iterations_needed
@@ -180,6 +181,7 @@ def export(
         functions = {"decode": 1} | ({"prefill": length} if iterations else {})
         described = _settings(args, model_config, kind, form, functions, iterations, weights, parameters)
         described |= {"weights_digest": stored_digest(store), **settings}
+        add_chat_format(described, folder, model_config)
         write_json(folder / PACKAGE_FILE, described)
         built = Functions(args, store, form, functions, iterations or 0)
         write(folder / kind.name, built, described, shown(checkpoint.title), say)

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.sample_utils as sampling
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 DATA = Path(__file__).parent / "ParaRNNTests" / "Data"
 
@@ -174,7 +174,56 @@ VARIANTS: dict[str, dict[str, Any]] = {
         ],
     },
     "whole texts": {"pre_tokenizer": BYTES_ONLY},
+    "roberta": {
+        "pre_tokenizer": GPT2,
+        "post_processor": {
+            "type": "RobertaProcessing",
+            "sep": ["<|end|>", SIZE + 1],
+            "cls": ["<|begin|>", SIZE],
+            "trim_offsets": True,
+            "add_prefix_space": False,
+        },
+        "added_tokens": SPECIALS,
+    },
 }
+
+# Vocabularies of characters, as SentencePiece's are converted; the parts that models in use have.
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+SPACES_AGAIN = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+FIRST_SPACE = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+def decoder(*steps: Any) -> dict[str, Any]:
+    return {
+        "type": "Sequence",
+        "decoders": [SPACES_AGAIN, {"type": "ByteFallback"}, {"type": "Fuse"}, *steps],
+    }
+
+
+def metaspace(scheme: str, split: bool) -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": split}
+
+
+CHARACTER_VARIANTS: dict[str, dict[str, Any]] = {
+    "llama2": {
+        "normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]},
+        "decoder": decoder(FIRST_SPACE),
+    },
+    "mistral": {"pre_tokenizer": metaspace("first", False), "decoder": decoder(FIRST_SPACE)},
+    "gemma": {
+        "normalizer": REPLACE,
+        "pre_tokenizer": {
+            "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+        },
+        "decoder": decoder(),
+    },
+    "words": {"pre_tokenizer": metaspace("always", True), "decoder": metaspace("always", True)},
+    "unknown": {
+        "pre_tokenizer": metaspace("never", True), "decoder": metaspace("never", True),
+        "byte_fallback": False,
+    },
+}  # fmt: skip
 
 # First and last code points of blocks of many scripts, letters and marks, digits, signs, spaces, emoji.
 RANGES = [
@@ -285,6 +334,61 @@ def tokenizer_cases() -> dict[str, Any]:
     }
 
 
+def character_vocabulary(texts: list[str]) -> dict[str, Any]:
+    """A tokenizer.json whose merges are between characters; those that it lacks are written in bytes."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        special_tokens=["<unk>", "<s>", "</s>", *names],
+        limit_alphabet=300,
+        show_progress=False,
+    )
+    english = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").splitlines()
+    # Characters that are canonically equivalent, and have tokens of their own.
+    tokenizer.train_from_iterator([*english * 3, "\u212b \u00c5 " * 200, *texts[::5]], trainer)
+    whole = json.loads(tokenizer.to_str())
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in names]
+    whole["added_tokens"][2]["rstrip"] = True
+    whole["post_processor"] = template("<s>") | {
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    }
+    return whole
+
+
+def character_cases() -> dict[str, Any]:
+    """On the texts of tokenizers.json."""
+    texts = strings(2500)
+    base = character_vocabulary(texts)
+    variants = []
+    for name, parts in CHARACTER_VARIANTS.items():
+        parts = {"normalizer": None, "pre_tokenizer": None} | parts
+        whole = json.loads(json.dumps(base))
+        whole["model"]["byte_fallback"] = parts.pop("byte_fallback", True)
+        whole |= parts
+        tokenizer = Tokenizer.from_str(json.dumps(whole))
+        ids = [tokenizer.encode(text).ids for text in texts]
+        rng = random.Random(5)
+        drawn = [[rng.randrange(len(base["model"]["vocab"])) for _ in range(8)] for _ in range(100)]
+        drawn += [[3 + byte for byte in b"\xe2\x82\xacx\xe2\x82"], *ids[: len(BY_HAND)]]
+        variants.append(
+            {
+                "name": name,
+                "parts": parts,
+                "byte_fallback": whole["model"]["byte_fallback"],
+                "fingerprints": "".join(map(fingerprint, ids)),
+                "by_hand": ids[: len(BY_HAND)],
+                "decoding": [
+                    {"ids": some, "text": tokenizer.decode(some, skip_special_tokens=False)} for some in drawn
+                ],
+            }
+        )
+    return {"tokenizer": base, "variants": variants}
+
+
 def write(name: str, content: Any) -> None:
     text = json.dumps(content, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     (DATA / name).write_text(text + "\n", encoding="ascii")
@@ -296,3 +400,4 @@ if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
     write("sampling.json", sampling_cases())
     write("tokenizers.json", tokenizer_cases())
+    write("characters.json", character_cases())

@@ -273,6 +273,8 @@ open class MLModel: NSObject {
     }
   }
   @TaskLocal public static var behaviour: Behaviour?
+  /// STAND-IN ONLY: waits and throws as loading for these units, of this function, is to.
+  @TaskLocal public static var whileLoading: (@Sendable (MLComputeUnits, String?) async throws -> Void)?
 
   public let modelDescription: MLModelDescription
   public let configuration: MLModelConfiguration
@@ -289,7 +291,10 @@ open class MLModel: NSObject {
   }
   public class func load(
     contentsOf url: URL, configuration: MLModelConfiguration = MLModelConfiguration()
-  ) async throws -> MLModel { try MLModel(contentsOf: url, configuration: configuration) }
+  ) async throws -> MLModel {
+    try await whileLoading?(configuration.computeUnits, configuration.functionName)
+    return try MLModel(contentsOf: url, configuration: configuration)
+  }
 
   /// STAND-IN ONLY: a copy of the package, as if it were compiled.
   public class func compileModel(at url: URL) async throws -> URL {

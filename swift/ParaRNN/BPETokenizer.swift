@@ -1,9 +1,10 @@
 import Foundation
 
-/// Byte-level BPE as Hugging Face's `tokenizers` writes it to tokenizer.json (GPT-2, Llama 3, Qwen, ...).
+/// BPE as Hugging Face's `tokenizers` writes it to tokenizer.json: byte-level (GPT-2, Llama 3, Qwen, ...), or of
+/// characters with SentencePiece's vocabularies (Llama 2, Mistral, Gemma, ...).
 ///
 /// The same ids as theirs, with the rules of the Unicode version that this system's Foundation knows. Kinds of
-/// normalizers, pre-tokenizers, post-processors and decoders that byte-level tokenizers do not use are refused.
+/// normalizers, pre-tokenizers, post-processors and decoders that these do not use are refused.
 public struct BPETokenizer: ParaRNNTokenizer {
   private struct Merge {
     let rank: Int
@@ -11,16 +12,28 @@ public struct BPETokenizer: ParaRNNTokenizer {
   }
   private struct Added {
     let id: Int
+    let name: String
+    /// What is looked for in a text.
     let bytes: [UInt8]
     let stripsLeft: Bool
     let stripsRight: Bool
     let normalized: Bool
   }
 
+  /// BPE of characters.
+  private struct Characters {
+    let unknown: Int?
+    let fusesUnknown: Bool
+    let decoder: TokenDecoder
+  }
+
   public let vocabularySize: Int?
   private let bytesOfToken: [Int: [UInt8]]
   private let tokenOfBytes: [[UInt8]: Int]
+  /// For byte-level BPE, the tokens from which merging begins; else those of bytes for which there is no character.
   private let tokenOfByte: [Int?]
+  /// nil for byte-level BPE.
+  private let characters: Characters?
   private let merges: [UInt64: Merge]
   private let takesWholePieces: Bool
   private let added: [Added]
@@ -61,27 +74,38 @@ public struct BPETokenizer: ParaRNNTokenizer {
     let prefixed = ["continuing_subword_prefix", "end_of_word_suffix"].contains {
       !(model[$0] as? String ?? "").isEmpty
     }
-    if prefixed || model["byte_fallback"] as? Bool == true
-      || !Self.isByteLevel(decoder: file.object("decoder"))
-    {
-      throw Refused("its BPE is not a byte-level one")
-    }
+    if prefixed { throw Refused("its BPE marks the inside or the end of words, which is not supported") }
+    let unknown = (model["unk_token"] as? String).flatMap { vocabulary[$0] }
+    let hasFallback = model["byte_fallback"] as? Bool ?? false
+    let isByteLevel = Self.isByteLevel(decoder: file.object("decoder"))
+    if isByteLevel && hasFallback { throw Refused("its BPE is both byte-level and with byte fallback") }
+    characters =
+      try isByteLevel
+      ? nil
+      : Characters(
+        unknown: unknown, fusesUnknown: model["fuse_unk"] as? Bool ?? false,
+        decoder: TokenDecoder(file.object("decoder")))
+    func written(_ text: String) -> [UInt8]? { isByteLevel ? ByteAlphabet.bytes(text) : Array(text.utf8) }
     takesWholePieces = model["ignore_merges"] as? Bool ?? false
 
     var bytesOfToken: [Int: [UInt8]] = [:]
     var tokenOfBytes: [[UInt8]: Int] = [:]
-    for (text, id) in vocabulary {
+    for (text, id) in isByteLevel ? vocabulary.map({ ($0, $1) }) : Self.entries(vocabulary, data) {
       guard Self.ids.contains(id) else { throw Refused("it has the token id \(id)") }
-      let bytes = ByteAlphabet.bytes(text)
+      let bytes = written(text)
       bytesOfToken[id] = bytes ?? Array(text.utf8)
       if let bytes { tokenOfBytes[bytes] = id }
     }
-    merges = try Self.readMerges(mergeList, tokenOfBytes)
-    tokenOfByte = (0...255).map { tokenOfBytes[[UInt8($0)]] }
-    if model["unk_token"] is String, tokenOfByte.contains(nil) {
+    merges = try Self.readMerges(mergeList, tokenOfBytes, written)
+    tokenOfByte = (UInt8.min...UInt8.max).map { byte in
+      if isByteLevel { return tokenOfBytes[[byte]] }
+      return hasFallback ? vocabulary[TokenDecoder.name(byte)] : nil
+    }
+    if isByteLevel, model["unk_token"] is String, tokenOfByte.contains(nil) {
       throw Refused("it has an unknown token for the bytes that its vocabulary lacks, which is not supported")
     }
 
+    normalizers = try Normalizer.read(file.object("normalizer"))
     var added: [Added] = []
     for item in file["added_tokens"] as? [JSON] ?? [] {
       guard let id = item["id"] as? Int, let text = item["content"] as? String, Self.ids.contains(id),
@@ -90,17 +114,23 @@ public struct BPETokenizer: ParaRNNTokenizer {
       if item["single_word"] as? Bool == true {
         throw Refused("its added token \(text) is only for single words, which is not supported")
       }
+      let normalized = item["normalized"] as? Bool ?? true
+      let sought = normalized ? normalizers.reduce(text) { $1.apply($0) } : text
       added.append(
         Added(
-          id: vocabulary[text] ?? id, bytes: Array(text.utf8), stripsLeft: item["lstrip"] as? Bool ?? false,
-          stripsRight: item["rstrip"] as? Bool ?? false, normalized: item["normalized"] as? Bool ?? true))
-      bytesOfToken[vocabulary[text] ?? id] = ByteAlphabet.bytes(text) ?? Array(text.utf8)
+          id: vocabulary[text] ?? id, name: text, bytes: Array(sought.utf8),
+          stripsLeft: item["lstrip"] as? Bool ?? false, stripsRight: item["rstrip"] as? Bool ?? false,
+          normalized: normalized))
+      bytesOfToken[vocabulary[text] ?? id] = written(text) ?? Array(text.utf8)
     }
     self.added = added
     self.bytesOfToken = bytesOfToken
     self.tokenOfBytes = tokenOfBytes
     vocabularySize = (bytesOfToken.keys.max() ?? -1) + 1
-    normalizers = try Normalizer.read(file.object("normalizer"))
+    let cuts = Splitter.kinds(file.object("pre_tokenizer"))
+    if cuts.contains(isByteLevel ? "Metaspace" : "ByteLevel") {
+      throw Refused("its decoder does not undo its pre-tokenizer")
+    }
     splitters = try Splitter.read(file.object("pre_tokenizer"))
     (before, after) = try Self.readTemplate(file.object("post_processor"))
   }
@@ -108,7 +138,7 @@ public struct BPETokenizer: ParaRNNTokenizer {
   public func encode(_ text: String, addingSpecialTokens: Bool) -> [Int] {
     var tokens: [Int] = addingSpecialTokens ? before : []
     // Added tokens that stand in the text as it is, then, in what lies between, those in the normalized text.
-    for part in split(Array(text.utf8), normalized: false) {
+    for (i, part) in split(Array(text.utf8), normalized: false).enumerated() {
       guard case .text(let raw) = part else {
         tokens.append(part.token)
         continue
@@ -116,12 +146,14 @@ public struct BPETokenizer: ParaRNNTokenizer {
       let normal =
         normalizers.isEmpty
         ? raw : Array(normalizers.reduce(String(decoding: raw, as: UTF8.self)) { $1.apply($0) }.utf8)
-      for part in split(normal, normalized: true) {
+      for (j, part) in split(normal, normalized: true).enumerated() {
         guard case .text(let bytes) = part else {
           tokens.append(part.token)
           continue
         }
-        let pieces = splitters.reduce([String(decoding: bytes, as: UTF8.self)]) { $1.apply($0) }
+        let pieces = splitters.reduce([String(decoding: bytes, as: UTF8.self)]) {
+          $1.apply($0, isFirst: i == 0 && j == 0)
+        }
         for piece in pieces { appendTokens(of: Array(piece.utf8), to: &tokens) }
       }
     }
@@ -129,12 +161,16 @@ public struct BPETokenizer: ParaRNNTokenizer {
   }
 
   public func token(named name: String) -> Int? {
-    let bytes = Array(name.utf8)
-    return added.first { $0.bytes == bytes }?.id ?? ByteAlphabet.bytes(name).flatMap { tokenOfBytes[$0] }
+    let bytes = characters == nil ? ByteAlphabet.bytes(name) : Array(name.utf8)
+    return added.first { Array($0.name.utf8) == Array(name.utf8) }?.id ?? bytes.flatMap { tokenOfBytes[$0] }
   }
 
   public func decode(_ tokens: [Int]) -> String {
-    String(decoding: tokens.flatMap { bytesOfToken[$0] ?? [] }, as: UTF8.self)
+    guard let characters else {
+      return String(decoding: tokens.flatMap { bytesOfToken[$0] ?? [] }, as: UTF8.self)
+    }
+    return characters.decoder.text(
+      tokens.compactMap { bytesOfToken[$0] }.map { String(decoding: $0, as: UTF8.self) })
   }
 
   /// What a token id can be: Core ML takes int32.
@@ -182,7 +218,7 @@ public struct BPETokenizer: ParaRNNTokenizer {
       tokens.append(token)
       return
     }
-    var symbols = piece.compactMap { tokenOfByte[Int($0)] }
+    var symbols = symbols(of: piece)
     guard symbols.count > 1, !merges.isEmpty else {
       tokens.append(contentsOf: symbols)
       return
@@ -214,16 +250,53 @@ public struct BPETokenizer: ParaRNNTokenizer {
     for i in symbols.indices where alive[i] { tokens.append(symbols[i]) }
   }
 
+  /// The tokens from which merging begins.
+  private func symbols(of piece: [UInt8]) -> [Int] {
+    guard let characters else { return piece.compactMap { tokenOfByte[Int($0)] } }
+    var symbols: [Int] = []
+    var wasUnknown = false
+    for scalar in String(decoding: piece, as: UTF8.self).unicodeScalars {
+      let bytes = Array(String(scalar).utf8)
+      let fallback = bytes.compactMap { tokenOfByte[Int($0)] }
+      var isUnknown = false
+      if let token = tokenOfBytes[bytes] {
+        symbols.append(token)
+      } else if fallback.count == bytes.count {
+        symbols += fallback
+      } else if let unknown = characters.unknown {
+        isUnknown = true
+        if !wasUnknown || !characters.fusesUnknown { symbols.append(unknown) }
+      }
+      wasUnknown = isUnknown
+    }
+    return symbols
+  }
+
   private static func pair(_ left: Int, _ right: Int) -> UInt64 {
     UInt64(UInt32(truncatingIfNeeded: left)) << 32 | UInt64(UInt32(truncatingIfNeeded: right))
   }
 
-  private static func readMerges(_ list: [Any], _ tokens: [[UInt8]: Int]) throws -> [UInt64: Merge] {
+  /// Token texts and their ids. A dictionary takes texts that are canonically equivalent for one, and a vocabulary of
+  /// characters can have both: where ids are missing, the members of the file are read one by one.
+  private static func entries(_ vocabulary: [String: Int], _ file: Data) -> [(String, Int)] {
+    let ids = Set(vocabulary.values)
+    guard ids.count <= ids.max() ?? 0,
+      case .object(let members)? = (try? JSONText(String(decoding: file, as: UTF8.self)))?["model"]?["vocab"]
+    else { return vocabulary.map { ($0, $1) } }
+    return members.compactMap { member in
+      guard case .number(let digits) = member.value, let id = Int(digits) else { return nil }
+      return (member.name, id)
+    }
+  }
+
+  private static func readMerges(
+    _ list: [Any], _ tokens: [[UInt8]: Int], _ bytes: (String) -> [UInt8]?
+  ) throws -> [UInt64: Merge] {
     var merges: [UInt64: Merge] = [:]
     for (rank, item) in list.enumerated() {
       // "a b", or ["a", "b"] since tokenizers 0.20
       let halves = (item as? [String]) ?? (item as? String)?.split(separator: " ").map(String.init) ?? []
-      guard halves.count == 2, let a = ByteAlphabet.bytes(halves[0]), let b = ByteAlphabet.bytes(halves[1]),
+      guard halves.count == 2, let a = bytes(halves[0]), let b = bytes(halves[1]),
         let left = tokens[a], let right = tokens[b], let both = tokens[a + b]
       else { throw Refused("its merge number \(rank) is damaged") }
       merges[pair(left, right)] = Merge(rank: rank, token: both)
@@ -252,6 +325,11 @@ public struct BPETokenizer: ParaRNNTokenizer {
         let (before, after) = try readTemplate(next)
         return (before + around.0, around.1 + after)
       }
+    case "RobertaProcessing":
+      guard let first = (processor["cls"] as? [Any])?.last as? Int,
+        let last = (processor["sep"] as? [Any])?.last as? Int
+      else { throw Refused("its post-processor is damaged") }
+      return ([first], [last])
     case "TemplateProcessing":
       var sides: [[Int]] = [[], []]
       var side = 0

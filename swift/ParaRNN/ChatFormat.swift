@@ -11,14 +11,19 @@ public struct ChatFormat: Sendable, Equatable {
   public var beforeUser: String
   /// Ends with what makes the model answer.
   public var afterUser: String
+  /// Between that and an earlier answer, where the model begins answers with a space, for instance.
+  public var beforeAnswer: String
   /// After each answer, before what the user says next.
   public var afterAnswer: String
   /// True to let the tokenizer put its own special tokens (a beginning of text) before the first turn.
   public var addsSpecialTokens: Bool
+  /// Whose messages are read without the white space around them.
+  public var trimmed: Set<ChatMessage.Role>
 
   public init(
     beforeSystem: String, afterSystem: String, beforeUser: String, afterUser: String, afterAnswer: String,
-    addsSpecialTokens: Bool = false, beginning: String = "", takesSystemPrompt: Bool = true
+    addsSpecialTokens: Bool = false, beginning: String = "", takesSystemPrompt: Bool = true,
+    beforeAnswer: String = "", trimmed: Set<ChatMessage.Role> = []
   ) {
     self.beginning = beginning
     self.takesSystemPrompt = takesSystemPrompt
@@ -26,7 +31,9 @@ public struct ChatFormat: Sendable, Equatable {
     self.afterSystem = afterSystem
     self.beforeUser = beforeUser
     self.afterUser = afterUser
+    self.beforeAnswer = beforeAnswer
     self.afterAnswer = afterAnswer
+    self.trimmed = trimmed
     self.addsSpecialTokens = addsSpecialTokens
   }
 
@@ -39,6 +46,28 @@ public struct ChatFormat: Sendable, Equatable {
   public static let chatML = ChatFormat(
     beforeSystem: "<|im_start|>system\n", afterSystem: "<|im_end|>\n", beforeUser: "<|im_start|>user\n",
     afterUser: "<|im_end|>\n<|im_start|>assistant\n", afterAnswer: "<|im_end|>\n")
+
+  /// The messages of a conversation from its beginning, the last of them a question.
+  ///
+  /// - Throws: ``ParaRNNError/wrongMessages(reason:)`` for a system prompt that the model does not take.
+  func text(of messages: [ChatMessage]) throws -> String {
+    let hasSystemPrompt = messages.first?.role == .system
+    if hasSystemPrompt && !takesSystemPrompt {
+      throw ParaRNNError.wrongMessages(reason: "the model's chat template takes no system prompt")
+    }
+    return (hasSystemPrompt ? "" : beginning) + messages.map { text(of: $0) }.joined()
+  }
+
+  /// One message with what stands around it.
+  func text(of message: ChatMessage) -> String {
+    let isTrimmed = trimmed.contains(message.role)
+    let said = isTrimmed ? message.text.trimmingCharacters(in: .whitespacesAndNewlines) : message.text
+    return switch message.role {
+    case .system: beforeSystem + said + afterSystem
+    case .user: beforeUser + said + afterUser
+    case .assistant: beforeAnswer + said + afterAnswer
+    }
+  }
 
   /// The format of a model folder: ``plain`` without a chat template, ``chatML`` for such a one, else nil.
   static func found(in folder: URL) -> ChatFormat? {

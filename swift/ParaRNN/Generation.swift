@@ -107,7 +107,7 @@
     private func read() async throws {
       while !unread.isEmpty {
         try Task.checkCancellation()
-        let chunk = model.settings.chunk.flatMap { unread.count >= $0 ? $0 : nil } ?? 1
+        let chunk = await model.chunk.flatMap { unread.count >= $0 ? $0 : nil } ?? 1
         try await predict(Array(unread.prefix(chunk)))
         unread = unread.dropFirst(chunk)
         if hasEnded { throw CancellationError() }

@@ -113,18 +113,21 @@ public struct PackageSettings: Sendable, Equatable {
     let chat_format: ChatTexts?
   }
 
-  private struct ChatTexts: Decodable {
+  /// pararnn.json's `chat_format`.
+  struct ChatTexts: Decodable {
     let beginning: String
     let before_system: String?
     let after_system: String?
     let after_user: String
+    let before_answer: String
     let after_answer: String
+    let trimmed: [ChatMessage.Role]
 
     var format: ChatFormat {
       ChatFormat(
         beforeSystem: before_system ?? "", afterSystem: after_system ?? "", beforeUser: "",
         afterUser: after_user, afterAnswer: after_answer, beginning: beginning,
-        takesSystemPrompt: before_system != nil)
+        takesSystemPrompt: before_system != nil, beforeAnswer: before_answer, trimmed: Set(trimmed))
     }
   }
 }

@@ -188,23 +188,13 @@
     private func tokens(of text: String, _ memory: ParaRNNModel.Memory) throws -> [Int] {
       guard let format else { throw ParaRNNError.unknownChatTemplate }
       let tokenizer = model.tokenizer
-      let turn = format.beforeUser + text + format.afterUser
+      let question = ChatMessage(.user, text)
       guard memory.position > 0 else {
-        let hasSystemPrompt = settled.first?.role == .system
-        if hasSystemPrompt && !format.takesSystemPrompt {
-          throw ParaRNNError.wrongMessages(reason: "the model's chat template takes no system prompt")
-        }
-        let earlier = settled.map { message in
-          switch message.role {
-          case .system: format.beforeSystem + message.text + format.afterSystem
-          case .user: format.beforeUser + message.text + format.afterUser
-          case .assistant: message.text + format.afterAnswer
-          }
-        }
-        let text = (hasSystemPrompt ? "" : format.beginning) + earlier.joined() + turn
+        let text = try format.text(of: settled + [question])
         return tokenizer.encode(text, addingSpecialTokens: format.addsSpecialTokens)
       }
-      var tokens = tokenizer.encode(format.afterAnswer + turn, addingSpecialTokens: false)
+      let next = format.afterAnswer + format.text(of: question)
+      var tokens = tokenizer.encode(next, addingSpecialTokens: false)
       // The model ended its answer itself, with the token that the format puts there.
       if let pending = memory.pending, model.settings.endTokens.contains(pending), tokens.first == pending {
         tokens.removeFirst()

@@ -22,41 +22,67 @@
     nonisolated let tools: ToolProtocol?
     /// True if the model was trained to call functions: its chats do, and take ``ToolFunctions``.
     public nonisolated var usesTools: Bool { tools != nil }
+    /// Where Core ML runs the model: what was asked for, or what took the model where that did not.
+    public nonisolated let computeUnits: MLComputeUnits
     /// Tells this model from others.
     nonisolated let fingerprint: String
     private let decode: MLModel
-    private let prefill: MLModel?
+    /// nil until it is loaded, and for good where it cannot be: prompts are read token by token then.
+    private var prefill: MLModel?
+    private var loadingPrefill: Task<Void, Never>?
 
-    /// Load a model; an .mlpackage is compiled at its first use, and the result is kept in the caches folder.
+    /// Load a model; an .mlpackage is compiled at its first use, and the result is kept.
+    ///
+    /// Where Core ML cannot load it for `computeUnits`, it is loaded for the GPU and the CPU, and then for the CPU;
+    /// ``computeUnits`` says which. The function that reads prompts in chunks is loaded in the background: prompts are
+    /// read token by token until it is there, and when it cannot be loaded.
     ///
     /// - Parameters:
     ///   - url: the .mlpackage or .mlmodelc, or the folder that `mlx-pararnn convert --to coreml` wrote.
     ///   - tokenizer: nil to read tokenizer.json beside the model.
     ///   - computeUnits: where Core ML may run the model.
+    ///   - timeout: how long each attempt to load it may take.
     /// - Throws: ``ParaRNNError``
     public init(
-      contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil, computeUnits: MLComputeUnits = .all
+      contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil,
+      computeUnits: MLComputeUnits = .cpuAndGPU,
+      timeout: Duration = .seconds(120)
     ) async throws {
       try await self.init(
-        contentsOf: url, tokenizer: tokenizer, computeUnits: computeUnits, cache: CompiledModel.defaultCache()
-      )
+        contentsOf: url, tokenizer: tokenizer, computeUnits: computeUnits, timeout: timeout,
+        cache: CompiledModel.defaultCache())
+    }
+
+    /// Load a model with a configuration of Core ML's, whose `computeUnits` are those asked for.
+    public init(
+      contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil,
+      configuration: sending MLModelConfiguration, timeout: Duration = .seconds(120)
+    ) async throws {
+      try await self.init(
+        url, tokenizer, ModelLoader(configuration, timeout: timeout), cache: CompiledModel.defaultCache())
     }
 
     init(
-      contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil, computeUnits: MLComputeUnits = .all,
-      cache: URL
+      contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil,
+      computeUnits: MLComputeUnits = .cpuAndGPU,
+      timeout: Duration = .seconds(120), cache: URL
+    ) async throws {
+      let configuration = MLModelConfiguration()
+      configuration.computeUnits = computeUnits
+      try await self.init(url, tokenizer, ModelLoader(configuration, timeout: timeout), cache: cache)
+    }
+
+    private init(
+      _ url: URL, _ tokenizer: (any ParaRNNTokenizer)?, _ loader: ModelLoader, cache: URL
     ) async throws {
       let url = try CompiledModel.find(url)
       let compiled = try await CompiledModel(url, cache: cache)
-      decode = try await Self.loadDecode(url, compiled, computeUnits)
-      guard let text = Self.text(of: decode) else { throw ParaRNNError.notAParaRNNPackage(url) }
+      let loaded = try await Self.load(url, compiled, loader)
+      decode = loaded.model
+      computeUnits = loaded.units
+      guard let text = Self.text(of: loaded.model) else { throw ParaRNNError.notAParaRNNPackage(url) }
       let settings = try PackageSettings(json: text)
       self.settings = settings
-      do {
-        prefill = settings.chunk == nil ? nil : try await Self.load(compiled.url, "prefill", computeUnits)
-      } catch {
-        throw ParaRNNError.cannotLoad(url, reason: error.localizedDescription)
-      }
       fingerprint = CompiledModel.fingerprint(of: compiled.url, settings: text)
       let folder = CompiledModel.folder(of: url)
       self.tokenizer = try tokenizer ?? Self.tokenizer(in: folder)
@@ -65,34 +91,46 @@
       if let size = self.tokenizer.vocabularySize, size > settings.vocabularySize {
         throw ParaRNNError.wrongVocabulary(tokenizer: size, model: settings.vocabularySize)
       }
-    }
-
-    private static func load(_ url: URL, _ function: String?, _ units: MLComputeUnits) async throws -> sending
-      MLModel
-    {
-      let configuration = MLModelConfiguration()
-      configuration.computeUnits = units
-      configuration.functionName = function
-      return try await MLModel.load(contentsOf: url, configuration: configuration)
-    }
-
-    private static func loadDecode(
-      _ url: URL, _ compiled: CompiledModel, _ units: MLComputeUnits
-    ) async throws -> sending MLModel {
-      do {
-        return try await load(compiled.url, "decode", units)
-      } catch {
-        // What was kept may have been cut off.
-        if try await compiled.recompile(), let decode = try? await load(compiled.url, "decode", units) {
-          return decode
+      if settings.chunk != nil {
+        loadingPrefill = Task { [weak self] in
+          let prefill = try? await loader.load(compiled.url, "prefill", loaded.units)
+          await self?.take(prefill)
         }
+      }
+    }
+
+    private func take(_ prefill: ModelLoader.Loaded?) { self.prefill = prefill?.model }
+
+    private static func load(
+      _ url: URL, _ compiled: CompiledModel, _ loader: ModelLoader
+    ) async throws -> ModelLoader.Loaded {
+      do {
+        return try await loader.decode(compiled)
+      } catch let error as ParaRNNError {
+        throw error
+      } catch {
         // Core ML does not say that a model lacks the function; a model of another kind loads without its name.
-        if let other = try? await load(compiled.url, nil, units), text(of: other) == nil {
+        if let other = try? await loader.load(compiled.url, nil), text(of: other.model) == nil {
           throw ParaRNNError.notAParaRNNPackage(url)
         }
         throw ParaRNNError.cannotLoad(url, reason: error.localizedDescription)
       }
     }
+
+    /// Wait until prompts can be read in chunks, or it is known that they cannot.
+    func prefillLoaded() async { await loadingPrefill?.value }
+
+    /// Load all that is loaded in the background, and make a prediction with each function: Core ML takes longer for its
+    /// first ones. To be called when a question is likely soon; nothing has to wait for it.
+    public func prewarm() async {
+      await prefillLoaded()
+      for count in [1, chunk].compactMap({ $0 }) where count <= settings.positions ?? .max {
+        _ = try? predict([Int](repeating: 0, count: count), at: 0, emptyMemory().state)
+      }
+    }
+
+    /// How many tokens of a prompt can be read at once now; nil for one.
+    var chunk: Int? { prefill == nil ? nil : settings.chunk }
 
     /// The JSON text in a model's metadata.
     private static func text(of model: MLModel) -> String? {

@@ -50,30 +50,44 @@ enum Whitespace {
   }
 }
 
-/// One of Unicode's normalization forms.
-enum Normalizer: String {
-  case nfc = "NFC"
-  case nfd = "NFD"
-  case nfkc = "NFKC"
-  case nfkd = "NFKD"
+/// What is done to a text before it is cut.
+enum Normalizer: Sendable {
+  case form(Form)
+  case prepend(String)
+  case replace(String, with: String)
+
+  /// One of Unicode's normalization forms.
+  enum Form: String {
+    case nfc = "NFC"
+    case nfd = "NFD"
+    case nfkc = "NFKC"
+    case nfkd = "NFKD"
+  }
 
   static func read(_ json: JSON?) throws -> [Normalizer] {
     guard let json else { return [] }
     let kind = json["type"] as? String ?? "unknown"
     if kind == "Sequence" { return try (json["normalizers"] as? [JSON] ?? []).flatMap(read) }
-    guard let one = Normalizer(rawValue: kind) else {
-      throw BPETokenizer.Refused("its normalizer is \(kind), which is not supported")
+    if let form = Form(rawValue: kind) { return [.form(form)] }
+    if kind == "Prepend", let text = json["prepend"] as? String { return [.prepend(text)] }
+    if kind == "Replace", let pattern = json.object("pattern")?["String"] as? String, !pattern.isEmpty,
+      let content = json["content"] as? String
+    {
+      return [.replace(pattern, with: content)]
     }
-    return [one]
+    throw BPETokenizer.Refused("its normalizer is \(kind), which is not supported")
   }
 
   func apply(_ text: String) -> String {
     switch self {
-    case .nfc: text.precomposedStringWithCanonicalMapping
-    case .nfd: text.decomposedStringWithCanonicalMapping
+    case .form(.nfc): text.precomposedStringWithCanonicalMapping
+    case .form(.nfd): text.decomposedStringWithCanonicalMapping
     // In two steps: Foundation on Linux leaves some Hangul decomposed in one.
-    case .nfkc: text.decomposedStringWithCompatibilityMapping.precomposedStringWithCanonicalMapping
-    case .nfkd: text.decomposedStringWithCompatibilityMapping
+    case .form(.nfkc): text.decomposedStringWithCompatibilityMapping.precomposedStringWithCanonicalMapping
+    case .form(.nfkd): text.decomposedStringWithCompatibilityMapping
+    case .prepend(let before): text.isEmpty ? text : before + text
+    case .replace(let pattern, let content):
+      text.replacingOccurrences(of: pattern, with: content, options: .literal)
     }
   }
 }
@@ -86,9 +100,18 @@ enum Splitter: Sendable {
   case digits(single: Bool)
   /// A space goes before each piece that does not begin with one.
   case prefixSpace
+  /// Each match ends a piece.
+  case endings(Pattern)
+  case metaspace(Metaspace)
 
   /// GPT-2's, which the ByteLevel pre-tokenizer applies by itself.
   static let gpt2 = #"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"#
+
+  /// The names of all that `json` is made of.
+  static func kinds(_ json: JSON?) -> [String] {
+    guard let json else { return [] }
+    return [json["type"] as? String ?? ""] + (json["pretokenizers"] as? [JSON] ?? []).flatMap(kinds)
+  }
 
   static func read(_ json: JSON?) throws -> [Splitter] {
     guard let json else { return [] }
@@ -109,19 +132,29 @@ enum Splitter: Sendable {
         ?? (pattern?["String"] as? String).map(NSRegularExpression.escapedPattern(for:))
       switch (regex, json["behavior"] as? String, inverted) {
       case (let regex?, "Isolated", _): return [.pattern(try Pattern(regex), keepsRest: true)]
+      case (let regex?, "MergedWithPrevious", false): return [.endings(try Pattern(regex))]
       case (let regex?, "Removed", true): return [.pattern(try Pattern(regex), keepsRest: false)]
       default: throw BPETokenizer.Refused("it splits texts in a way that is not supported")
       }
+    case "Metaspace":
+      guard let metaspace = Metaspace(json) else {
+        throw BPETokenizer.Refused("its pre-tokenizer is damaged")
+      }
+      return [.metaspace(metaspace)]
     case let kind:
       throw BPETokenizer.Refused("its pre-tokenizer is \(kind ?? "unknown"), which is not supported")
     }
   }
 
-  func apply(_ pieces: [String]) -> [String] {
+  /// - Parameter isFirst: whether the whole text begins with the first of `pieces`.
+  func apply(_ pieces: [String], isFirst: Bool) -> [String] {
     switch self {
     case .pattern(let pattern, let keepsRest): pieces.flatMap { pattern.split($0, keepsRest: keepsRest) }
     case .digits(let single): pieces.flatMap { Self.splitDigits($0, single: single) }
     case .prefixSpace: pieces.map { $0.unicodeScalars.first == " " ? $0 : " " + $0 }
+    case .endings(let pattern): pieces.flatMap(pattern.splitAfterMatches)
+    case .metaspace(let metaspace):
+      pieces.enumerated().flatMap { metaspace.apply($1, isFirst: isFirst && $0 == 0) }
     }
   }
 
@@ -168,18 +201,38 @@ struct Pattern: Sendable {
   }
 
   func split(_ text: String, keepsRest: Bool) -> [String] {
-    let units = text as NSString
+    parts(text).compactMap { keepsRest || $0.isMatch ? $0.text : nil }
+  }
+
+  /// Each match goes with what stands before it; of several in a row the first alone.
+  func splitAfterMatches(_ text: String) -> [String] {
     var pieces: [String] = []
+    var wasMatch = false
+    for part in parts(text) {
+      if part.isMatch && !wasMatch && !pieces.isEmpty {
+        pieces[pieces.count - 1] += part.text
+      } else {
+        pieces.append(part.text)
+      }
+      wasMatch = part.isMatch
+    }
+    return pieces
+  }
+
+  /// The matches and what lies between them.
+  private func parts(_ text: String) -> [(text: String, isMatch: Bool)] {
+    let units = text as NSString
+    var parts: [(text: String, isMatch: Bool)] = []
     var end = 0
-    func add(_ range: NSRange) {
-      if range.length > 0 { pieces.append(units.substring(with: range)) }
+    func add(_ range: NSRange, _ isMatch: Bool) {
+      if range.length > 0 { parts.append((units.substring(with: range), isMatch)) }
     }
     for match in expression.matches(in: text, range: NSRange(location: 0, length: units.length)) {
-      if keepsRest { add(NSRange(location: end, length: match.range.location - end)) }
-      add(match.range)
+      add(NSRange(location: end, length: match.range.location - end), false)
+      add(match.range, true)
       end = match.range.location + match.range.length
     }
-    if keepsRest { add(NSRange(location: end, length: units.length - end)) }
-    return pieces
+    add(NSRange(location: end, length: units.length - end), false)
+    return parts
   }
 }

@@ -185,6 +185,105 @@ import Testing
       }
     }
 
+    /// What was loaded, and what fails or waits.
+    final class Loads: @unchecked Sendable {
+      private let lock = NSLock()
+      private var list: [String] = []
+      private var isOpen = false
+      func add(_ units: MLComputeUnits, _ function: String?) {
+        lock.withLock { list.append("\(units.rawValue) \(function ?? "")") }
+      }
+      var all: [String] { lock.withLock { list } }
+      func open() { lock.withLock { isOpen = true } }
+      func wait() async throws {
+        while !lock.withLock({ isOpen }) { try await Task.sleep(for: .milliseconds(2)) }
+      }
+    }
+
+    func load(
+      _ fake: FakeFolder, _ model: HashModel = .init(), units: MLComputeUnits? = nil,
+      timeout: Duration = .seconds(600),
+      while loading: @escaping @Sendable (MLComputeUnits, String?) async throws -> Void
+    ) async throws -> ParaRNNModel {
+      try await MLModel.$behaviour.withValue(model.behaviour) {
+        try await MLModel.$whileLoading.withValue(loading) {
+          guard let units else {
+            return try await ParaRNNModel(
+              contentsOf: fake.package, tokenizer: ByteTokenizer(), timeout: timeout, cache: fake.cache)
+          }
+          return try await ParaRNNModel(
+            contentsOf: fake.package, tokenizer: ByteTokenizer(), computeUnits: units, timeout: timeout,
+            cache: fake.cache)
+        }
+      }
+    }
+
+    @Test func whichProcessorsAreTried() async throws {
+      let fake = try FakeFolder()
+      for (asked, failing, tried) in [
+        (nil, [], [.cpuAndGPU]), (.all, [], [.all]), (.all, [.all], [.all, .cpuAndGPU]),
+        (
+          .cpuAndNeuralEngine, [.cpuAndNeuralEngine, .cpuAndGPU], [.cpuAndNeuralEngine, .cpuAndGPU, .cpuOnly]
+        ),
+        (nil, [.cpuAndGPU], [.cpuAndGPU, .cpuOnly]), (.cpuOnly, [], [.cpuOnly]),
+      ] as [(MLComputeUnits?, [MLComputeUnits], [MLComputeUnits])] {
+        let loads = Loads()
+        let model = try await load(fake, units: asked) { units, function in
+          loads.add(units, function)
+          if failing.contains(units) { throw MLModelError(.generic, "not here") }
+        }
+        #expect(model.computeUnits == tried.last)
+        await model.prefillLoaded()
+        let expected = tried.map { "\($0.rawValue) decode" } + ["\(tried.last!.rawValue) prefill"]
+        #expect(loads.all == expected)
+      }
+      let error = await failure {
+        _ = try await load(fake, units: .all) { units, _ in
+          throw MLModelError(.generic, "not \(units.rawValue)")
+        }
+      }
+      #expect(error == .cannotLoad(fake.package.standardizedFileURL, reason: "not 2"))
+    }
+
+    @Test(.timeLimit(.minutes(5))) func loadingThatHangs() async throws {
+      let loads = Loads()
+      let model = try await load(try FakeFolder(), units: .all, timeout: .seconds(3)) { units, _ in
+        if units == .all { try await loads.wait() }
+      }
+      #expect(model.computeUnits != .all)
+      loads.open()
+    }
+
+    @Test func prefillComesWhenItIsThere() async throws {
+      let (folder, fake, loads) = (try FakeFolder(), HashModel(chunk: 4), Loads())
+      defer { withExtendedLifetime(folder) {} }
+      let model = try await load(folder, fake) { _, function in
+        if function == "prefill" { try await loads.wait() }
+      }
+      let prompt = [1, 2, 3, 4, 5]
+      func ours() async throws -> [Int] {
+        try await tokens(model.generate(tokens: prompt, options: .init(maxTokens: 1)))
+      }
+      #expect(try await ours() == fake.continuation(of: prompt, count: 1))
+      #expect(fake.calls.all == [1, 1, 1, 1, 1])
+      loads.open()
+      await model.prewarm()
+      #expect(fake.calls.all.dropFirst(5) == [1, 4])
+      #expect(try await ours() == fake.continuation(of: prompt, count: 1))
+      #expect(fake.calls.all.dropFirst(7) == [4, 1])
+    }
+
+    @Test func prefillThatCannotBeLoaded() async throws {
+      let fake = HashModel(chunk: 4)
+      let model = try await load(try FakeFolder(), fake) { _, function in
+        if function == "prefill" { throw MLModelError(.generic, "too large") }
+      }
+      await model.prewarm()
+      let ours = try await tokens(model.generate(tokens: [1, 2, 3, 4, 5], options: .init(maxTokens: 1)))
+      #expect(ours == fake.continuation(of: [1, 2, 3, 4, 5], count: 1))
+      #expect(fake.calls.all == [1, 1, 1, 1, 1, 1])
+    }
+
     @Test func aCompiledModelIsLoadedAsItIs() async throws {
       let fake = try FakeFolder(tokenizer: Self.byteTokenizer)
       let compiled = try fake.folder.write("[]", to: "model.mlmodelc/metadata.json")

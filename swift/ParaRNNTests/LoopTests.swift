@@ -27,8 +27,10 @@
     func loadASCII(_ body: @Sendable (ParaRNNModel) async throws -> Void) async throws {
       let fake = try FakeFolder()
       try await MLModel.$behaviour.withValue(ascii(self).behaviour) {
-        try await body(
-          try await ParaRNNModel(contentsOf: fake.package, tokenizer: ASCII(), cache: fake.cache))
+        let model = try await ParaRNNModel(contentsOf: fake.package, tokenizer: ASCII(), cache: fake.cache)
+        await model.prefillLoaded()
+        withExtendedLifetime(fake) {}
+        try await body(model)
       }
     }
   }
@@ -360,7 +362,7 @@
           $0["chat_format"] = [
             "beginning": "^[", "before_system": beforeSystem as Any? ?? NSNull(),
             "after_system": beforeSystem.map { _ in "}[" } as Any? ?? NSNull(), "after_user": "]",
-            "after_answer": ";[",
+            "before_answer": "", "after_answer": ";[", "trimmed": ["user"],
           ]
         }
         return model
@@ -369,9 +371,9 @@
       try await fake.loadASCII { (model) async throws in
         for (system, start) in [(nil, "^["), ("S", "^{S}[")] as [(String?, String)] {
           let chat = model.chat(system: system)
-          let first = try await said(chat, "A")
+          let first = try await said(chat, " A\n")
           #expect(ids(first) == fake.continuation(of: ids(start + "A]"), count: 5))
-          let second = try await said(chat, "B")
+          let second = try await said(chat, "B ")
           #expect(ids(second) == fake.continuation(of: ids(start + "A]" + first + ";[B]"), count: 5))
         }
       }

@@ -22,6 +22,8 @@
         try await MLModel.$behaviour.withValue(Replay(json).behaviour) {
           let model = try await ParaRNNModel(
             contentsOf: fake.package, tokenizer: ByteTokenizer(), cache: fake.cache)
+          await model.prefillLoaded()
+          withExtendedLifetime(fake) {}
           try await body(model, try Transcript(url))
         }
       }
@@ -36,8 +38,11 @@
       {
         let folder = try #require(folder).appendingPathComponent(state)
         let cache = try TemporaryFolder()
+        // A virtual machine has no Neural Engine, and not a real GPU.
         let model = try await ParaRNNModel(
-          contentsOf: folder.appendingPathComponent("model.mlpackage"), cache: cache.url)
+          contentsOf: folder.appendingPathComponent("model.mlpackage"), computeUnits: .cpuOnly,
+          cache: cache.url)
+        await model.prefillLoaded()
         try await body(model, try Transcript(folder.appendingPathComponent("transcript.json")))
       }
     #endif

@@ -158,8 +158,11 @@
     func load(_ body: @Sendable (ParaRNNModel) async throws -> Void) async throws {
       let fake = try FakeFolder()
       try await MLModel.$behaviour.withValue(behaviour) {
-        try await body(
-          try await ParaRNNModel(contentsOf: fake.package, tokenizer: ByteTokenizer(), cache: fake.cache))
+        let model = try await ParaRNNModel(
+          contentsOf: fake.package, tokenizer: ByteTokenizer(), cache: fake.cache)
+        await model.prefillLoaded()
+        withExtendedLifetime(fake) {}
+        try await body(model)
       }
     }
   }

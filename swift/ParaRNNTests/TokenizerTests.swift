@@ -62,6 +62,55 @@ import Testing
     }
   }
 
+  /// Vocabularies of characters, as SentencePiece's are converted.
+  @Test func charactersAsHuggingFaceHasThem() throws {
+    let vectors = try Vectors()
+    let data = try Data(contentsOf: TestData.url("characters.json"))
+    let all = try #require(JSONSerialization.jsonObject(with: data) as? JSON)
+    // As text: a dictionary would take canonically equivalent tokens for one.
+    let base = try #require(JSONText(String(decoding: data, as: UTF8.self))["tokenizer"])
+    let variants = try #require(all["variants"] as? [JSON])
+    #expect(variants.count >= 5)
+    for variant in variants {
+      let name = try #require(variant["name"] as? String)
+      var parts = try #require(variant.object("parts"))
+      parts["added_tokens"] = all.object("tokenizer")?["added_tokens"]
+      let tokenizer = try BPETokenizer(
+        json: Self.changed(base, parts, byteFallback: variant["byte_fallback"] as? Bool ?? true))
+      for (text, ids) in zip(vectors.texts, try #require(variant["by_hand"] as? [[Int]])) {
+        #expect(tokenizer.encode(text, addingSpecialTokens: true) == ids, "\(name): \(text.debugDescription)")
+      }
+      for item in try #require(variant["decoding"] as? [JSON]) {
+        let ids = try #require(item["ids"] as? [Int])
+        let text = try #require(item["text"] as? String)
+        #expect(Array(tokenizer.decode(ids).unicodeScalars) == Array(text.unicodeScalars), "\(name): \(ids)")
+      }
+      let fingerprints = Array(try #require(variant["fingerprints"] as? String))
+      var wrong: [String] = []
+      for (i, text) in vectors.texts.enumerated() {
+        let ours = Self.fingerprint(tokenizer.encode(text, addingSpecialTokens: true))
+        if ours != String(fingerprints[8 * i..<8 * i + 8]) { wrong.append(text.debugDescription) }
+      }
+      #expect(wrong.isEmpty, "\(name): \(wrong.count) texts, \(wrong.prefix(5))")
+    }
+  }
+
+  /// A tokenizer.json with other parts, its members as they are written.
+  static func changed(_ base: JSONText, _ parts: JSON, byteFallback: Bool) throws -> Data {
+    guard case .object(let members) = base else { return Data() }
+    let changed = try members.map { member -> JSONText.Member in
+      if let part = parts[member.name] {
+        let data = try JSONSerialization.data(withJSONObject: part, options: .fragmentsAllowed)
+        return JSONText.Member(name: member.name, value: try JSONText(String(decoding: data, as: UTF8.self)))
+      }
+      guard member.name == "model", case .object(let inner) = member.value else { return member }
+      let fallback = JSONText.Member(name: "byte_fallback", value: .bool(byteFallback))
+      let model = inner.map { $0.name == fallback.name ? fallback : $0 }
+      return .init(name: "model", value: .object(model))
+    }
+    return Data(JSONText.object(changed).text.utf8)
+  }
+
   @Test func sameTextAsHuggingFace() throws {
     let vectors = try Vectors()
     let tokenizer = try vectors.tokenizer()
@@ -94,25 +143,37 @@ import Testing
     #expect(tokenizer.vocabularySize == 902)
   }
 
+  /// The cases of Python's, which says at export what is refused here.
+  @Test func refusedAsTheExportSays() throws {
+    let data = try Data(contentsOf: Records.url("tokenizer_parts.json"))
+    let cases = try #require(JSONSerialization.jsonObject(with: data) as? [JSON])
+    #expect(cases.count > 15)
+    let plain = try JSONSerialization.jsonObject(with: Data(contentsOf: Records.url("tokenizer.json")))
+    for one in cases {
+      var file = try #require(plain as? JSON).merging(one.object("parts") ?? [:]) { $1 }
+      file["model"] = (file.object("model") ?? [:]).merging(one.object("model") ?? [:]) { $1 }
+      var reason: String?
+      do {
+        _ = try BPETokenizer(json: JSONSerialization.data(withJSONObject: file))
+      } catch let refused as BPETokenizer.Refused {
+        reason = refused.reason
+      }
+      #expect(reason == one["reason"] as? String, "\(one)")
+    }
+  }
+
   @Test func otherTokenizersAreRefused() throws {
     let vectors = try Vectors()
     let changes: [(parts: JSON, model: JSON)] = [
-      ([:], ["type": "Unigram"]),
-      ([:], ["byte_fallback": true]),
-      ([:], ["end_of_word_suffix": "</w>"]),
-      ([:], ["unk_token": "a", "vocab": ["a": 0, "b": 1], "merges": [String]()]),
       ([:], ["vocab": ["a": Int.max], "merges": [String]()]),
       (["added_tokens": [["id": Int.max, "content": "x"]]], [:]),
       ([:], ["merges": ["a b c"]]),
       ([:], ["merges": [["a", "\u{4E00}"]]]),
       (["decoder": ["type": "Metaspace"]], [:]),
-      (["decoder": NSNull()], [:]),
-      (["normalizer": ["type": "Lowercase"]], [:]),
-      (["pre_tokenizer": ["type": "Metaspace"]], [:]),
+      (["decoder": ["type": "Strip", "content": "ab", "start": 1, "stop": 0]], [:]),
+      (["pre_tokenizer": ["type": "Metaspace", "prepend_scheme": "often"]], [:]),
       (["pre_tokenizer": ["type": "Split", "pattern": ["Regex": "("], "behavior": "Isolated"]], [:]),
-      (["pre_tokenizer": ["type": "Split", "pattern": ["Regex": "a"], "behavior": "MergedWithNext"]], [:]),
-      (["post_processor": ["type": "BertProcessing"]], [:]),
-      (["added_tokens": [["id": 900, "content": "x", "single_word": true]]], [:]),
+      (["post_processor": ["type": "RobertaProcessing"]], [:]),
       (["added_tokens": [["id": -1, "content": "x"]]], [:]),
     ]
     for (parts, model) in changes {
@@ -145,6 +206,33 @@ import Testing
     }
     #expect(throws: ParaRNNError.self) {
       try BPETokenizer(contentsOf: folder.url.appendingPathComponent("none"))
+    }
+  }
+}
+
+@Suite struct ChatFormatTests {
+  struct Recorded: Decodable {
+    struct Conversation: Decodable {
+      let messages: [ChatMessage]
+      let text: String
+    }
+    let name: String
+    let chat_format: PackageSettings.ChatTexts
+    let conversations: [Conversation]
+  }
+
+  /// What chat templates of many forms render, without a renderer.
+  @Test func textsAreThoseOfTemplates() throws {
+    let recorded = try Records.decode([Recorded].self, "chat_formats.json")
+    #expect(recorded.count >= 7)
+    for one in recorded {
+      let format = one.chat_format.format
+      for conversation in one.conversations {
+        #expect(try format.text(of: conversation.messages) == conversation.text, "\(one.name)")
+      }
+      if !format.takesSystemPrompt {
+        #expect(throws: ParaRNNError.self) { try format.text(of: [.init(.system, "S"), .init(.user, "A")]) }
+      }
     }
   }
 }

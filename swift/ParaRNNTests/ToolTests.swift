@@ -494,7 +494,10 @@ extension ToolTurn {
     ) async throws {
       let fake = try FakeFolder(tokenizer: String(contentsOf: Records.url("tokenizer.json"), encoding: .utf8))
       try await MLModel.$behaviour.withValue(model.behaviour) {
-        try await body(try await ParaRNNModel(contentsOf: fake.package, cache: fake.cache))
+        let model = try await ParaRNNModel(contentsOf: fake.package, cache: fake.cache)
+        await model.prefillLoaded()
+        withExtendedLifetime(fake) {}
+        try await body(model)
       }
     }
 

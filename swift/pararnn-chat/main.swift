@@ -13,7 +13,7 @@ let usage = """
     --temp T --top-k N --top-p P --min-p P --repetition-penalty R --seed N
     --system TEXT              what stands before the first turn
     --show-tools               show everything that a model with tools thinks, reads and calls
-    --units all|cpu|gpu|ne     where Core ML may run the model (all); gpu and ne each with the CPU
+    --units all|cpu|gpu|ne     where Core ML may run the model (gpu); gpu and ne each with the CPU
     -h, --help
 
   In a chat: /undo, /save FILE, /load FILE, /stats, /quit; Ctrl-C stops an answer.
@@ -26,7 +26,7 @@ struct Arguments {
   var system: String?
   var limits = ToolLimits()
   var showsTools = false
-  var units = "all"
+  var units = "gpu"
   var options = GenerationOptions()
 
   init(_ words: [String]) throws {

@@ -22,6 +22,7 @@
         chat = model.chat(format: model.chatFormat ?? .plain, functions: try .standard())
         messages = []
         toolLines = [:]
+        Task { await model.prewarm() }
         status = "\(model.settings.parameters) parameters, state \(model.settings.stateBytes) bytes"
       } catch {
         status = error.localizedDescription

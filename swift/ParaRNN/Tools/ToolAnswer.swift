@@ -133,7 +133,7 @@
       while !unread.isEmpty {
         try Task.checkCancellation()
         if isStopped { throw CancellationError() }
-        let chunk = model.settings.chunk.flatMap { unread.count >= $0 ? $0 : nil } ?? 1
+        let chunk = await model.chunk.flatMap { unread.count >= $0 ? $0 : nil } ?? 1
         let piece = Array(unread.prefix(chunk))
         let (output, next) = try await model.predict(piece, at: state.position, state.state)
         self.output = output
