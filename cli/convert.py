@@ -197,7 +197,7 @@ def convert(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Convert a checkpoint to MLX, Core ML or Core AI, or back to PyTorch.
+    """Convert a checkpoint to MLX, Core ML, Core AI or PyTorch.
 
     Nothing in the checkpoint is executed, and PyTorch is not needed.
 

@@ -33,7 +33,7 @@ def inspect(
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint or model is; its weights are not read.
+    """Show what a checkpoint or model is, without its weights.
 
     Example: mlx-pararnn inspect final.pt
     """
