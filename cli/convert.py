@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from mlx_pararnn.errors import PararnnError
 
 from . import options
 from .progress import progress_bar
-from .report import Debug, expand_home, reports_errors, size
+from .report import Debug, expand_home, reports_errors, size, usage_error
 
 
 class Dtype(StrEnum):
@@ -219,11 +219,11 @@ def convert(
     )
     if to in packages:
         if quantize and palettize:
-            _usage_error("--quantize and --palettize are two ways to store the matrices; choose one")
+            usage_error("--quantize and --palettize are two ways to store the matrices; choose one")
         if q_bits not in (None, Bits.four, Bits.eight):
-            _usage_error(f"--q-bits {q_bits.value}: packages have 8 or 4")
+            usage_error(f"--q-bits {q_bits.value}: packages have 8 or 4")
     if not quantize and (q_bits or q_group_size or q_mode):
-        _usage_error("--q-bits, --q-group-size and --q-mode need --quantize")
+        usage_error("--q-bits, --q-group-size and --q-mode need --quantize")
     options.import_modules(modules)
     if to in packages:
         of_target: dict[str, Any] = {"state": (state or State.graph).value, "argmax": argmax}
@@ -306,7 +306,7 @@ def _check_target(to: Target, options: list[tuple[tuple[Target, ...], dict[str, 
             if value not in (None, False) and to not in targets:
                 *others, last = [target.value for target in targets]
                 needed = f"{', '.join(others)} or {last}" if others else last
-                _usage_error(f"{name} needs --to {needed}")
+                usage_error(f"{name} needs --to {needed}")
 
 
 def _weights(to: Target, quantize: bool, q_bits: Bits | None, palettize: Palette | None) -> str | None:
@@ -389,11 +389,6 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
         )
     where = "on a Mac" if to == Target.coreml else "here or on a Mac"
     typer.echo(f"Check it {where}: mlx-pararnn verify {shlex.quote(str(done.path))}", err=True)
-
-
-def _usage_error(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
 
 
 @contextmanager

@@ -5,12 +5,12 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
-from .report import Debug, expand_home, reports_errors, size
+from .report import Debug, expand_home, reports_errors, size, usage_error
 
 if TYPE_CHECKING:
     from mlx_pararnn.training.run import Run
@@ -170,16 +170,16 @@ def train(
     from mlx_pararnn.training.settings import read_plan
 
     if out is None:
-        _usage_error("give the run's folder: -o OUT")
+        usage_error("give the run's folder: -o OUT")
     if data is None and config is None and not resume:
-        _usage_error("give DATA: a text file, a folder of them, or .jsonl")
+        usage_error("give DATA: a text file, a folder of them, or .jsonl")
     changes = {name: value for name, value in given.items() if value is not None}
     others = {name: value for name, value in beside.items() if value is not None}
     lines = _Lines()
     if resume:
         fixed = sorted({*others} - {"data"}) + (["config"] if config else [])
         if fixed:
-            _usage_error(f"--resume takes the run's own {fixed[0].replace('_', '-')}; leave it out")
+            usage_error(f"--resume takes the run's own {fixed[0].replace('_', '-')}; leave it out")
         run = runs.resume(out, changes, lines, at=data)
     else:
         plan = read_plan(config, others, changes)
@@ -193,11 +193,6 @@ def train(
         )
         raise typer.Exit(130)
     typer.echo(f"done; try it with: mlx-pararnn generate {out}", err=True)
-
-
-def _usage_error(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
 
 
 def stop_on_signals(run: "Run") -> None:

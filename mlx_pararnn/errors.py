@@ -1,4 +1,4 @@
-"""The one exception whose message is written for the person who gave the input."""
+"""The one exception whose message is written for the person who gave the input, and what others say."""
 
 
 class PararnnError(ValueError):
@@ -6,3 +6,8 @@ class PararnnError(ValueError):
 
     The command line prints it as one sentence and exits with code 1.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, in at most 300 characters; else its type's name."""
+    return " ".join(str(error).split())[:300].rstrip(" .:") or type(error).__name__

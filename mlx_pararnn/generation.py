@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import RECENT_STEPS
 from .detokenizer import Detokenizer, StopMatcher
-from .errors import PararnnError
+from .errors import PararnnError, one_line
 from .model import Model
 
 logger = logging.getLogger(__name__)
@@ -201,10 +201,9 @@ def render(tokenizer: TokenizerWrapper, messages: list[dict[str, str]], tokenize
     except PararnnError:
         raise
     except Exception as error:  # a template is a program, which raises what it likes
-        said = " ".join(str(error).split())[:300].rstrip(" .") or type(error).__name__
         raise PararnnError(
-            f"the chat template in {tokenizer.name_or_path} fails ({said}); correct chat_template.jinja or "
-            "tokenizer_config.json, or remove the template"
+            f"the chat template in {tokenizer.name_or_path} fails ({one_line(error)}); correct "
+            "chat_template.jinja or tokenizer_config.json, or remove the template"
         ) from error
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from .chat_template import ChatTemplate
 from .detokenizer import Detokenizer
-from .errors import PararnnError
+from .errors import PararnnError, one_line
 from .hub import find_model
 from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenizer
 from .model import Model, RecurrentLayer
@@ -134,7 +134,7 @@ def load_adapters(model: Model, folder: Path) -> None:
         mlx_lm.tuner.utils.load_adapters(model, str(folder))
     except _MISFITS as error:
         raise PararnnError(
-            f"{folder}: its adapters do not fit this model ({_in_one_line(error)}); give the model that they "
+            f"{folder}: its adapters do not fit this model ({one_line(error)}); give the model that they "
             "were trained with"
         ) from error
     model.eval()
@@ -158,7 +158,7 @@ def load_states(model: Model, file: Path) -> None:
     except FileNotFoundError:
         raise PararnnError(f"{file}: no such file; --state takes what train --tune state wrote") from None
     except (RuntimeError, OSError) as error:
-        raise PararnnError(f"{file} cannot be read ({_in_one_line(error)})") from error
+        raise PararnnError(f"{file} cannot be read ({one_line(error)})") from error
     wanted = {}
     for number, layer in enumerate(model.layers):
         cell = layer.mixer.cell
@@ -240,7 +240,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     try:
         tokenizer = mlx_lm.tokenizer_utils.load(path, options, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises whatever the broken file leads it to
-        raise PararnnError(f"the tokenizer in {path} cannot be read ({_in_one_line(error)})") from error
+        raise PararnnError(f"the tokenizer in {path} cannot be read ({one_line(error)})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     _check_templates(tokenizer.chat_template, path)
@@ -321,10 +321,5 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _misfit(path: Path, error: Exception) -> PararnnError:
     return PararnnError(
-        f"the weights in {path} do not fit its config.json ({_in_one_line(error)}); convert the checkpoint "
-        "again"
+        f"the weights in {path} do not fit its config.json ({one_line(error)}); convert the checkpoint again"
     )
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(" .:") or type(error).__name__

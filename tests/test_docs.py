@@ -20,6 +20,8 @@ PAGES = sorted(
         "metal/*.md",
         "benchmarks/*.md",
         "tests/data/*.md",
+        "examples/*/README.md",
+        "mlx_pararnn/pocket-model/README.md",
         ".github/**/*.md",
     )
     for path in ROOT.glob(pattern)

@@ -24,14 +24,14 @@ from mlx_pararnn.images.use import GUIDANCE, STEPS, draw, see
 from .batches import pictures
 from .judge import Judge, load_judge, right
 from .scenes import KINDS, Scene, questions
-from .stages import Workshop
+from .stages import Project
 
 
-def answers(model: ImageModel, tokenizer: Any, shop: Workshop, scenes: int, seed: int) -> dict[str, Any]:
+def answers(model: ImageModel, tokenizer: Any, project: Project, scenes: int, seed: int) -> dict[str, Any]:
     """Of questions of each kind the share that is answered right, word by word, and their number."""
     rng = random.Random(seed)
     counts = {kind: [0, 0] for kind in KINDS}
-    shown, images = pictures(scenes, shop.sprites, rng, held_out=True)
+    shown, images = pictures(scenes, project.sprites, rng, held_out=True)
     for one, image in zip(shown, images, strict=True):
         for kind, question, answer in questions(one, rng):
             said = see(model, tokenizer, Image.fromarray(image), question, 24)
@@ -44,7 +44,7 @@ def drawings(
     model: ImageModel,
     tokenizer: Any,
     judge: Judge,
-    shop: Workshop,
+    project: Project,
     scenes: int,
     seed: int,
     steps: int = STEPS,
@@ -54,7 +54,7 @@ def drawings(
     Also the share of the pictures themselves that the judge tells right, which bounds what it can say.
     """
     rng = random.Random(seed)
-    shown, images = pictures(scenes, shop.sprites, rng, held_out=True)
+    shown, images = pictures(scenes, project.sprites, rng, held_out=True)
     drawn = np.array(
         [
             np.array(draw(model, tokenizer, one.caption(), seed=seed + number, steps=steps))
@@ -102,9 +102,9 @@ if __name__ == "__main__":
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1_000_000)
     given = parser.parse_args()
-    shop = Workshop(given.out, given.icons)
-    model, tokenizer = load_image_model(shop.model_folder)
-    print(json.dumps({"answers": answers(model, tokenizer, shop, given.scenes, given.seed)}))
-    made, judged = drawings(model, tokenizer, load_judge(shop), shop, given.scenes, given.seed)
+    project = Project(given.out, given.icons)
+    model, tokenizer = load_image_model(project.model_folder)
+    print(json.dumps({"answers": answers(model, tokenizer, project, given.scenes, given.seed)}))
+    made, judged = drawings(model, tokenizer, load_judge(project), project, given.scenes, given.seed)
     print(json.dumps(made))
     contact_sheet(judged[:32]).save(given.out / "sheet.png")

@@ -18,7 +18,7 @@ from mlx_pararnn.training.trainer import Batch
 from .batches import Scenes, pictures
 from .pictures import SIZE, Sprites
 from .scenes import GROUNDS, ICONS, Group, Scene
-from .stages import Workshop
+from .stages import Project
 
 NOTHING = ("", "")
 THINGS = [NOTHING, *((noun, colour) for noun, colours in ICONS.items() for colour in colours)]
@@ -112,20 +112,20 @@ def judge_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[mx.ar
     return sum((cross_entropy(found[n], arrays[n]).sum() for n in HEADS), mx.array(0.0)), []
 
 
-def train_judge(shop: Workshop) -> None:
+def train_judge(project: Project) -> None:
     """Leaves judge.safetensors."""
-    seed = shop.seeded("judge")
+    seed = project.seeded("judge")
     judge = Judge()
-    made = partial(judged, shop.recipe.rows, shop.sprites)
-    if shop.train("judge", judge, Scenes(seed, made), judge_losses, 1e-3):
-        partial_file = shop.out / ".judge.partial.safetensors"
+    made = partial(judged, project.recipe.rows, project.sprites)
+    if project.train("judge", judge, Scenes(seed, made), judge_losses, 1e-3):
+        partial_file = project.out / ".judge.partial.safetensors"
         judge.save_weights(str(partial_file))
-        partial_file.replace(shop.out / "judge.safetensors")
+        partial_file.replace(project.out / "judge.safetensors")
 
 
-def load_judge(shop: Workshop) -> Judge:
+def load_judge(project: Project) -> Judge:
     """As `train_judge` left it."""
-    file = shop.out / "judge.safetensors"
+    file = project.out / "judge.safetensors"
     if not file.is_file():
         raise PararnnError(f"{file}: is not there; train it first")
     judge = Judge()

@@ -64,7 +64,7 @@ RECIPE = Recipe(
 )
 
 
-class Workshop:
+class Project:
     """What the trainings share.
 
     Args:
@@ -211,24 +211,24 @@ def alignment_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[m
     return _language_losses(model.reader, arrays, embeddings), []
 
 
-def train_tokenizer(shop: Workshop) -> None:
+def train_tokenizer(project: Project) -> None:
     """Contrast images with captions, then answer questions through a small language model."""
-    words, args, recipe = shop.words, shop.args, shop.recipe
-    seed = shop.seeded("contrastive")
+    words, args, recipe = project.words, project.args, project.recipe
+    seed = project.seeded("contrastive")
     tokenizer = HybridTokenizer(args, recipe.language[0])
     features = args.encoder.hidden_size * args.stride**2
-    contrast = Contrast(tokenizer, shop.language_model(recipe.small, words.count), features)
-    made = partial(captioned, recipe.rows, words, shop.sprites)
-    if not shop.train("contrastive", contrast, Scenes(seed, made), contrastive_losses, 1e-3):
+    contrast = Contrast(tokenizer, project.language_model(recipe.small, words.count), features)
+    made = partial(captioned, recipe.rows, words, project.sprites)
+    if not project.train("contrastive", contrast, Scenes(seed, made), contrastive_losses, 1e-3):
         return
     tokenizer.unfreeze()
-    seed = shop.seeded("alignment")
-    alignment = Alignment(tokenizer, shop.language_model(recipe.small, words.count))
-    made = partial(understanding, recipe.rows, words, args, shop.sprites)
-    if shop.train("alignment", alignment, Scenes(seed, made), alignment_losses, 1e-3):
-        partial_file = shop.tokenizer_file.with_name(".tokenizer.partial.safetensors")
+    seed = project.seeded("alignment")
+    alignment = Alignment(tokenizer, project.language_model(recipe.small, words.count))
+    made = partial(understanding, recipe.rows, words, args, project.sprites)
+    if project.train("alignment", alignment, Scenes(seed, made), alignment_losses, 1e-3):
+        partial_file = project.tokenizer_file.with_name(".tokenizer.partial.safetensors")
         tokenizer.save_weights(str(partial_file))
-        partial_file.replace(shop.tokenizer_file)
+        partial_file.replace(project.tokenizer_file)
 
 
 # 2. The language model
@@ -249,19 +249,19 @@ def _language_losses(model: Model, arrays: dict[str, mx.array], embeddings: mx.a
     return (cross_entropy(logits, tokens[:, 1:]) * arrays["mask"]).sum()
 
 
-def train_language_model(shop: Workshop) -> None:
+def train_language_model(project: Project) -> None:
     """Understanding, generation and text together; encoder and discrete adapter stay as they are."""
-    words, recipe = shop.words, shop.recipe
-    args = ImageArgs.from_dict({**shop.args.to_dict(), "decoder": None})
-    seed = shop.seeded("language")
-    language = shop.language_model(recipe.language, args.first_token + args.codes)
+    words, recipe = project.words, project.recipe
+    args = ImageArgs.from_dict({**project.args.to_dict(), "decoder": None})
+    seed = project.seeded("language")
+    language = project.language_model(recipe.language, args.first_token + args.codes)
     model = ImageModel(args, language)
-    model.image_tokenizer = tokenizer = shop.tokenizer()
+    model.image_tokenizer = tokenizer = project.tokenizer()
     tokenizer.freeze()
     tokenizer.continuous.unfreeze()
-    made = partial(mixture, recipe.rows, words, args, tokenizer, shop.sprites)
-    if shop.train("language", model, Scenes(seed, made), unified_losses, 2e-3):
-        save_image_model(model, words.folder, shop.model_folder, force=True)
+    made = partial(mixture, recipe.rows, words, args, tokenizer, project.sprites)
+    if project.train("language", model, Scenes(seed, made), unified_losses, 2e-3):
+        save_image_model(model, words.folder, project.model_folder, force=True)
 
 
 # 3. The image decoder
@@ -274,16 +274,16 @@ def decoder_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[mx.
     ).sum(), []
 
 
-def train_decoder(shop: Workshop) -> None:
+def train_decoder(project: Project) -> None:
     """From the discrete tokens of pictures to their pixels; then model/ draws too."""
-    words, args, recipe = shop.words, shop.args, shop.recipe
-    seed = shop.seeded("decoder")
+    words, args, recipe = project.words, project.args, project.recipe
+    seed = project.seeded("decoder")
     decoder = ImageDecoder(args, recipe.language[0])
-    tokenizer = shop.tokenizer()
-    made = partial(flows, recipe.rows, args, tokenizer, shop.sprites)
-    if not shop.train("decoder", decoder, Scenes(seed, made), decoder_losses, 1e-3):
+    tokenizer = project.tokenizer()
+    made = partial(flows, recipe.rows, args, tokenizer, project.sprites)
+    if not project.train("decoder", decoder, Scenes(seed, made), decoder_losses, 1e-3):
         return
-    sees, _ = load_image_model(shop.model_folder)
+    sees, _ = load_image_model(project.model_folder)
     model = ImageModel(args, sees.language_model)
     model.image_tokenizer, model.image_decoder = sees.image_tokenizer, decoder
-    save_image_model(model, words.folder, shop.model_folder, force=True)
+    save_image_model(model, words.folder, project.model_folder, force=True)

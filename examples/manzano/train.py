@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from .judge import train_judge
-from .stages import Workshop, train_decoder, train_language_model, train_tokenizer
+from .stages import Project, train_decoder, train_language_model, train_tokenizer
 
 PARTS = {
     "tokenizer": train_tokenizer,
@@ -19,12 +19,12 @@ PARTS = {
 }
 
 
-def stop_on_signals(shop: Workshop) -> None:
+def stop_on_signals(project: Project) -> None:
     """The first Ctrl-C or SIGTERM ends after the step, with a checkpoint; the second at once."""
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        shop.stop()
+        project.stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -37,6 +37,6 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--out", type=Path, required=True, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    workshop = Workshop(given.out, given.icons, seed=given.seed)
-    stop_on_signals(workshop)
-    PARTS[given.part](workshop)
+    project = Project(given.out, given.icons, seed=given.seed)
+    stop_on_signals(project)
+    PARTS[given.part](project)

@@ -12,7 +12,7 @@ known for longer is noted down, and read again.
        beginning to the last digit of the first.
     3. The task's own loop, which thinks one digit at a time.
     4. A pointer goes back over the thoughts, and the digits of the answer are written out. Where they lie
-       further apart it is another one; where the answer may begin with zeros, it already stands behind them.
+       further apart it is another one; where the answer may begin with zeros, it already stands after them.
 """
 
 import re

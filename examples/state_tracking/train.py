@@ -47,7 +47,7 @@ SETTINGS = Settings(
 )
 
 
-class Blindfolded(nn.Module):
+class AnswersHidden(nn.Module):
     """A model that is shown a question mark for each answer, so that it must keep the state itself."""
 
     def __init__(self, model: Model) -> None:
@@ -61,7 +61,7 @@ class Blindfolded(nn.Module):
         return self.model(mx.where(tokens >= FIRST_ANSWER, QUESTION, tokens), cache=cache, **options)
 
 
-def make_model(kind: str, seed: int) -> Blindfolded:
+def make_model(kind: str, seed: int) -> AnswersHidden:
     """A model of two layers, its recurrent weights spread over both signs, or held at 0 for "linear"."""
     mx.random.seed(seed)
     model = Model(
@@ -81,7 +81,7 @@ def make_model(kind: str, seed: int) -> Blindfolded:
             cell.freeze(keys=["recurrent_weight"], recurse=False)
         else:
             cell.recurrent_weight = mx.random.uniform(-RECURRENT, RECURRENT, weight.shape)
-    return Blindfolded(model)
+    return AnswersHidden(model)
 
 
 def train(
@@ -90,7 +90,7 @@ def train(
     folder: Path | None = None,
     settings: Settings = SETTINGS,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
-) -> Blindfolded:
+) -> AnswersHidden:
     """Train a model on a task, or go on with training where `folder` has checkpoints of it."""
     model = make_model(kind, settings.seed)
     growing = settings.steps // 2
@@ -101,7 +101,7 @@ def train(
     return model
 
 
-def measure(model: Blindfolded, task: str, length: int, count: int = 100) -> dict[str, float]:
+def measure(model: AnswersHidden, task: str, length: int, count: int = 100) -> dict[str, float]:
     """The share of new sequences whose last answer is right, and of all their answers."""
     tokens = sequences(TASKS[task], np.random.default_rng(MEASURED), count, length)
     cache, right = model.make_cache(count), []

@@ -1,4 +1,4 @@
-"""A language model with eyes and, where it has a decoder, a hand; its folder.
+"""A language model with an image encoder and, where it draws, an image decoder; its folder.
 
 The folder is a language model's, which every command reads, with the field `images` in config.json and the
 weights of tokenizer and decoder in images.safetensors. The language model's last tokens are image tokens.
@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 
-from ..errors import PararnnError
+from ..errors import PararnnError, one_line
 from ..hub import find_model
 from ..loading import check_dtypes, load_model, load_tokenizer
 from ..model import Model
@@ -179,5 +179,4 @@ def _check_weights(model: ImageModel, shapes: dict[str, tuple[int, ...]], file: 
 
 
 def _unreadable(file: Path, error: Exception) -> PararnnError:
-    said = " ".join(str(error).split())[:200].rstrip(" .")
-    return PararnnError(f"{file} cannot be read ({said}); copy or train the model again")
+    return PararnnError(f"{file} cannot be read ({one_line(error)}); copy or train the model again")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import PararnnError
+from ..errors import PararnnError, one_line
 from ..model_files import open_regular
 
 if TYPE_CHECKING:
@@ -197,5 +197,4 @@ def _too_large(name: str, what: str = "it has ") -> PararnnError:
 
 
 def _broken(name: str, error: Exception) -> PararnnError:
-    said = " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
-    return PararnnError(f"{name}: cannot be read as an image ({said}); save it again")
+    return PararnnError(f"{name}: cannot be read as an image ({one_line(error)}); save it again")

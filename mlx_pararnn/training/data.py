@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
 
-from ..errors import PararnnError
+from ..errors import PararnnError, one_line
 from .trainer import Batch
 
 # Characters of a text that are given to the tokenizer at once.
@@ -332,8 +332,9 @@ def _from_json_lines(path: Path, tokenizer: TokenizerWrapper) -> Documents:
         try:
             ids, begin = data.process(row)
         except Exception as error:  # a chat template refuses what it refuses
-            reason = " ".join(str(error).split())
-            raise PararnnError(f"{path}, line {number}: the tokenizer cannot encode it ({reason})") from error
+            raise PararnnError(
+                f"{path}, line {number}: the tokenizer cannot encode it ({one_line(error)})"
+            ) from error
         # MLX-LM ends a text with the end token, None where the tokenizer has none
         found.append(np.array([token for token in ids if token is not None], np.uint32))
         begins.append(begin)

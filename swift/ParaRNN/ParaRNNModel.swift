@@ -179,7 +179,7 @@
 
     /// A conversation that goes on after messages from elsewhere; they are read before the first answer.
     ///
-    /// - Parameter messages: user and assistant by turns, a system prompt first if there is one.
+    /// - Parameter messages: user and assistant alternately, a system prompt first if there is one.
     /// - Throws: ``ParaRNNError/toolsMismatch(reason:)``, ``ParaRNNError/wrongMessages(reason:)``
     public nonisolated func chat(messages: [ChatMessage], format: ChatFormat? = nil) throws -> ParaRNNChat {
       if usesTools && !messages.isEmpty {

@@ -120,14 +120,14 @@ def record():
     for name, template in TEMPLATES.items():
         reads = tokenizer(template)
         found = chat_format(reads)
-        talks = [
+        held = [
             {
                 "messages": [{"role": m["role"], "text": m["content"]} for m in messages],
                 "text": render(reads, messages, tokenize=False),
             }
             for messages in conversations(found["before_system"] is not None)
         ]
-        cases.append({"name": name, "chat_format": found, "conversations": talks})
+        cases.append({"name": name, "chat_format": found, "conversations": held})
     return cases
 
 

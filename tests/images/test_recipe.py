@@ -15,7 +15,7 @@ from PIL import Image
 
 from examples.manzano import batches, evaluate, judge, pictures, stages
 from examples.manzano.scenes import GROUNDS, ICONS, KINDS, Group, Scene, questions, scene
-from examples.manzano.stages import Recipe, Workshop
+from examples.manzano.stages import Project, Recipe
 from mlx_pararnn import PararnnError, draw, load_image_model, see
 from mlx_pararnn.training.settings import Settings
 from mlx_pararnn.training.trainer import Trainer
@@ -51,15 +51,15 @@ def icons(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def first_shop(icons, tmp_path_factory):
+def first_project(icons, tmp_path_factory):
     pytest.importorskip("resvg_py")
-    return Workshop(tmp_path_factory.mktemp("first"), icons, SMALL)
+    return Project(tmp_path_factory.mktemp("first"), icons, SMALL)
 
 
 @pytest.fixture
-def shop(first_shop, tmp_path):
+def project(first_project, tmp_path):
     """A folder of its own; the icons and the tokenizer of words are there already."""
-    mine = copy.copy(first_shop)
+    mine = copy.copy(first_project)
     mine.out, mine.report = tmp_path, lambda line: None
     return mine
 
@@ -102,9 +102,9 @@ def test_what_is_held_out_is_never_trained_on():
     assert {ground for *_, ground in kept} == set(GROUNDS)
 
 
-def test_pictures_are_of_their_seed_and_ground(shop):
-    shown, images = batches.pictures(20, shop.sprites, random.Random(1))
-    again = batches.pictures(20, shop.sprites, random.Random(1))
+def test_pictures_are_of_their_seed_and_ground(project):
+    shown, images = batches.pictures(20, project.sprites, random.Random(1))
+    again = batches.pictures(20, project.sprites, random.Random(1))
     assert (shown, images.tolist()) == (again[0], again[1].tolist())
     assert images.shape == (20, 32, 32, 3)
     for one, image in zip(shown, images, strict=True):
@@ -113,19 +113,19 @@ def test_pictures_are_of_their_seed_and_ground(shop):
 
 
 @pytest.mark.parametrize(("relation", "axis"), [("left of", 1), ("right of", 1), ("above", 0), ("below", 0)])
-def test_groups_stand_as_the_scene_says(shop, relation, axis):
+def test_groups_stand_as_the_scene_says(project, relation, axis):
     shown = Scene((Group("dog", "", 1), Group("key", "", 2)), relation, "white")
-    image = pictures.draw(shown, shop.sprites, random.Random(0)).astype(int)
-    alone = pictures.draw(Scene((Group("dog", "", 1),), "", "white"), shop.sprites, random.Random(0))
+    image = pictures.draw(shown, project.sprites, random.Random(0)).astype(int)
+    alone = pictures.draw(Scene((Group("dog", "", 1),), "", "white"), project.sprites, random.Random(0))
     colour = alone[16, 16] if (alone[16, 16] != 245).any() else alone[alone.sum(axis=-1) != 735][0]
     rows = np.argwhere(np.abs(image - colour).sum(axis=-1) < 60)[:, axis]
     others = np.argwhere((image != 245).any(axis=-1))[:, axis]
     assert (rows.mean() < others.mean()) == (relation in ("left of", "above"))
 
 
-def test_a_row_is_image_question_answer(shop):
-    words, args = shop.words, shop.args
-    batch = batches.understanding(6, words, args, shop.sprites, random.Random(0))
+def test_a_row_is_image_question_answer(project):
+    words, args = project.words, project.args
+    batch = batches.understanding(6, words, args, project.sprites, random.Random(0))
     for tokens, mask in zip(batch.tokens, batch.mask, strict=True):
         assert tokens[: 2 + args.tokens].tolist() == [words.begin_image] * (1 + args.tokens) + [
             words.end_image
@@ -139,13 +139,13 @@ def test_a_row_is_image_question_answer(shop):
         assert rest.startswith(words._tokenizer.decode(answer[:-1]))
 
 
-def test_a_batch_is_mixed_by_the_papers_shares(shop):
-    words, args = shop.words, shop.args
+def test_a_batch_is_mixed_by_the_papers_shares(project):
+    words, args = project.words, project.args
     mx.random.seed(0)
     tokenizer = stages.HybridTokenizer(args, 16)
-    batch = batches.mixture(20, words, args, tokenizer, shop.sprites, random.Random(0))
+    batch = batches.mixture(20, words, args, tokenizer, project.sprites, random.Random(0))
     assert batch.others["sees"].tolist() == [True] * 8 + [False] * 12
-    _, images = batches.pictures(20, shop.sprites, random.Random(0))
+    _, images = batches.pictures(20, project.sprites, random.Random(0))
     wanted = np.array(tokenizer.tokens(mx.array(batches.to_pixels(images[8:16])))) + args.first_token
     for tokens, mask, ids in zip(batch.tokens[8:16], batch.mask[8:16], wanted, strict=True):
         learned = tokens[1:][mask > 0].tolist()
@@ -166,7 +166,7 @@ def test_the_judge_reads_its_own_labels():
     assert found == {"object": True, "count": False, "colour": False, "position": False}
 
 
-def run(shop, parts=("tokenizer", "language", "decoder", "judge")):
+def run(project, parts=("tokenizer", "language", "decoder", "judge")):
     trainings = {
         "tokenizer": stages.train_tokenizer,
         "language": stages.train_language_model,
@@ -174,24 +174,24 @@ def run(shop, parts=("tokenizer", "language", "decoder", "judge")):
         "judge": judge.train_judge,
     }
     for part in parts:
-        trainings[part](shop)
+        trainings[part](project)
 
 
-def test_every_training_ends_in_a_model_that_sees_and_draws(shop):
+def test_every_training_ends_in_a_model_that_sees_and_draws(project):
     lines = []
-    shop.report = lines.append
-    run(shop)
+    project.report = lines.append
+    run(project)
     assert {line["training"] for line in lines} == set(SMALL.steps)
-    model, tokenizer = load_image_model(shop.model_folder)
-    assert model.args == shop.args
-    first = stages.HybridTokenizer(shop.args, 16)
-    first.load_weights(str(shop.tokenizer_file))
+    model, tokenizer = load_image_model(project.model_folder)
+    assert model.args == project.args
+    first = stages.HybridTokenizer(project.args, 16)
+    first.load_weights(str(project.tokenizer_file))
     for name in ("encoder", "discrete", "code_proj"):  # frozen after the first training
         for a, b in zip(leaves(first[name]), leaves(model.image_tokenizer[name]), strict=True):
             assert mx.array_equal(a, b)
-    asked = evaluate.answers(model, tokenizer, shop, 2, 0)
+    asked = evaluate.answers(model, tokenizer, project, 2, 0)
     assert set(asked) == set(KINDS)
-    found, judged = evaluate.drawings(model, tokenizer, judge.load_judge(shop), shop, 2, 0, steps=1)
+    found, judged = evaluate.drawings(model, tokenizer, judge.load_judge(project), project, 2, 0, steps=1)
     assert {name: set(kinds) for name, kinds in found.items() if isinstance(kinds, dict)} == {
         name: set(KINDS) for name in ("pictures", "reconstructed", "drawn")
     }
@@ -204,62 +204,62 @@ def leaves(module):
     return [array for _, array in tree_flatten(module.parameters())]
 
 
-def test_a_training_needs_those_before_it(shop):
+def test_a_training_needs_those_before_it(project):
     for part in ("language", "decoder"):
         with pytest.raises(PararnnError, match=r"tokenizer\.safetensors: is not there; train it first"):
-            run(shop, [part])
+            run(project, [part])
     with pytest.raises(PararnnError, match=r"judge\.safetensors: is not there; train it first"):
-        judge.load_judge(shop)
+        judge.load_judge(project)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("part", ["contrastive", "alignment", "decoder"])
-def test_a_training_that_was_stopped_goes_on_to_the_bit(shop, part):
+def test_a_training_that_was_stopped_goes_on_to_the_bit(project, part):
     """With batches and losses of each kind."""
-    args, words = shop.args, shop.words
+    args, words = project.args, project.words
 
     def made(folder, steps):
         mx.random.seed(0)
         tokenizer = stages.HybridTokenizer(args, 16)
         if part == "contrastive":
-            model = stages.Contrast(tokenizer, shop.language_model(SMALL.small, words.count), 16 * 4)
-            make, losses = partial(batches.captioned, 4, words, shop.sprites), stages.contrastive_losses
+            model = stages.Contrast(tokenizer, project.language_model(SMALL.small, words.count), 16 * 4)
+            make, losses = partial(batches.captioned, 4, words, project.sprites), stages.contrastive_losses
         elif part == "alignment":
-            model = stages.Alignment(tokenizer, shop.language_model(SMALL.small, words.count))
-            make = partial(batches.understanding, 4, words, args, shop.sprites)
+            model = stages.Alignment(tokenizer, project.language_model(SMALL.small, words.count))
+            make = partial(batches.understanding, 4, words, args, project.sprites)
             losses = stages.alignment_losses
         else:
             model, losses = stages.ImageDecoder(args, 16), stages.decoder_losses
-            make = partial(batches.flows, 4, args, tokenizer, shop.sprites)
+            make = partial(batches.flows, 4, args, tokenizer, project.sprites)
         settings = Settings(steps=steps, warmup=1, schedule="constant", eval_every=0, save_every=2)
         trainer = Trainer(model, batches.Scenes(0, make), settings, folder=folder, losses=losses)
         trainer.resume()
         trainer.run()
         return trainer.weights
 
-    whole = made(shop.out / "whole", 4)
-    made(shop.out / "parts", 2)
-    parts = made(shop.out / "parts", 4)
+    whole = made(project.out / "whole", 4)
+    made(project.out / "parts", 2)
+    parts = made(project.out / "parts", 4)
     assert all(mx.array_equal(whole[name], parts[name]) for name in whole)
 
 
 @pytest.mark.large
-def test_the_losses_fall(shop):
+def test_the_losses_fall(project):
     """Over a few steps on one batch, of every kind."""
-    args, words = shop.args, shop.words
+    args, words = project.args, project.words
     mx.random.seed(0)
     tokenizer = stages.HybridTokenizer(args, 16)
-    contrast = stages.Contrast(tokenizer, shop.language_model(SMALL.small, words.count), 16 * 4)
+    contrast = stages.Contrast(tokenizer, project.language_model(SMALL.small, words.count), 16 * 4)
     kinds = [
-        (contrast, partial(batches.captioned, 8, words, shop.sprites), stages.contrastive_losses),
+        (contrast, partial(batches.captioned, 8, words, project.sprites), stages.contrastive_losses),
         (
             stages.ImageDecoder(args, 16),
-            partial(batches.flows, 8, args, tokenizer, shop.sprites),
+            partial(batches.flows, 8, args, tokenizer, project.sprites),
             stages.decoder_losses,
         ),
         (
             judge.Judge(replace(judge.ENCODER, layers=1)),
-            partial(judge.judged, 8, shop.sprites),
+            partial(judge.judged, 8, project.sprites),
             judge.judge_losses,
         ),
     ]
