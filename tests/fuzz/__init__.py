@@ -1,0 +1,7 @@
+"""Fuzzing: whatever bytes a stranger gives, what reads them says no in one sentence or does its work.
+
+    python -m tests.fuzz pickle --runs 100000
+    python -m tests.fuzz --list
+
+targets.py has what is tried, __main__.py tries it. With atheris installed the changes are guided by coverage.
+"""
