@@ -5,6 +5,7 @@ state_dict_metadata maps a name to the tensor's size and chunks, storage_data ma
 to (file, first byte, length), and what stands there is a small file as torch.save writes it.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def _check_extent(
     """Each part has bytes of its own: one that many names share could be opened without end."""
     named = [parts[chunk] for chunk in chunks if chunk in parts]
     files = {file: folder / file for file, _, _ in named if file == Path(file).name}
-    sizes = {file: path.stat().st_size for file, path in files.items() if path.is_file()}
+    # Not Path.is_file, which raises where a name is too long for any file.
+    sizes = {file: path.stat().st_size for file, path in files.items() if os.path.isfile(path)}
     # A file that is not there or is too short is named where its part is opened.
     inside = [length for file, start, length in named if start + length <= sizes.get(file, -1)]
     if sum(inside) > sum(sizes.values()):
@@ -127,7 +129,7 @@ def _model_names(keys: list[str]) -> dict[str, str]:
 
 def _slice(folder: Path, key: str, file: str, start: int, length: int) -> Tensor:
     path = folder / file
-    if file != Path(file).name or not path.is_file():
+    if file != Path(file).name or not os.path.isfile(path):
         raise PararnnError(
             f"{folder}: {shown(file)}, which holds a part of {shown(key)}, is not there; copy the files of "
             "all ranks into one folder"

@@ -1,5 +1,6 @@
 """The forms that weights come in: one file, several with an index, a distributed checkpoint's folder."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,7 +197,8 @@ def _read_sharded(index: Path) -> Weights:
             f"{index}: it does not say which file holds which tensor (weight_map); download it again"
         )
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
+    # Not Path.is_file, which raises where a name is too long for any file.
+    missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing:
         raise PararnnError(
             f"{index}: {len(missing)} of the {len(names)} files it names are not there: {listed(missing)}; "

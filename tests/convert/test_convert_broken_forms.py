@@ -79,6 +79,7 @@ def test_an_index_of_another_model(refused, sharded):
         ('{"weight_map": {"a": "../secret.safetensors"}}', "which file holds which tensor"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "which file holds which tensor"),
         ('{"weight_map": {}}', "it does not name model-00001-of-00003.safetensors"),
+        (f'{{"weight_map": {{"a": "{"x" * 300}"}}}}', "1 of the 1 files it names are not there: xxx"),
     ],
 )
 def test_a_broken_index(text, expected, refused, sharded):
@@ -178,6 +179,10 @@ def leave_folder(tensors, storage):
     storage[first_of(storage, NAME)].state["relative_path"] = "../ranks/__0_0.distcp"
 
 
+def name_too_long(tensors, storage):
+    storage[first_of(storage, NAME)].state["relative_path"] = "x" * 300
+
+
 def negative(tensors, storage):
     storage[first_of(storage, NAME)].state["offset"] = -1
 
@@ -196,6 +201,7 @@ def nothing(tensors, storage):
         (enlarge, "do not make up its shape (6, 4)"),
         (flatten, "do not make up its shape (20)"),
         (leave_folder, "../ranks/__0_0.distcp, which holds a part of model.embedding.weight, is not there"),
+        (name_too_long, "xxx..., which holds a part of model.embedding.weight, is not there"),
         (negative, ".metadata is damaged or of an unknown version"),
         (nothing, ".metadata is damaged or of an unknown version"),
     ],

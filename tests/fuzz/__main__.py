@@ -1,37 +1,36 @@
-"""python -m tests.fuzz TARGET: tries inputs until one is a finding; `all` takes every target in turn.
+"""python -m tests.fuzz TARGET: tries changed inputs; `all` takes every target in turn.
 
 A finding is kept as a file in the working folder, and --input tries it again; in tests/fuzz/found it is among
 the first inputs from then on. Changes are drawn from a seed; with --atheris they are guided by coverage
-(pip install atheris), which is one target at a time.
+(pip install atheris), which is one target at a time and ends at the first finding.
 """
 
 import argparse
-import copy
 import hashlib
-import json
+import os
 import random
 import resource
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .changes import changed
+
 FOUND = Path(__file__).with_name("found")
-SECONDS = 5  # that one input may take
+SECONDS = 5  # of the processor that one input may take
+WAITING = 60  # that it may take by the clock, on a machine with other work
 MEMORY = 1 << 30  # bytes that all of them together may add
-VALUES = [None, True, -1, 0, 1, 2, 2**31, 2**70, 1e308, "", "x", [], {}, [1], {"a": 1}, [[[[]]]], "\ud800"]
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Events of Python's own that no input may cause.
 FORBIDDEN = {
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "socket.connect",
-    "pty.spawn",
-    "os.remove",
-    "shutil.rmtree",
+    *("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.kill", "pty.spawn", "pickle.find_class"),
+    *("os.remove", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"),
+    *("shutil.rmtree", "socket.connect", "socket.bind"),
 }
 
 
@@ -42,129 +41,107 @@ class Finding(BaseException):
 class Watch:
     """Raises where an input makes the process do what it may not."""
 
-    def __init__(self, folder: Path, processes: bool) -> None:
+    def __init__(self, folder: Path, processes: bool, last: Path) -> None:
         self.folder, self.processes, self.active = str(folder.resolve()), processes, False
+        # What native code hangs or fails in is there afterwards.
+        self.last = last
+        self._file = os.open(last, os.O_WRONLY | os.O_CREAT, 0o600)
         sys.addaudithook(self._see)
+        signal.signal(signal.SIGPROF, self._too_long)
         signal.signal(signal.SIGALRM, self._too_long)
 
     def run(self, target: Any, data: bytes) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS if self.processes else SECONDS)
+        os.pwrite(self._file, data, 0)
+        os.ftruncate(self._file, len(data))
+        self._limit(SECONDS, WAITING)
         self.active = True
         try:
             target.run(data)
         finally:
             self.active = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._limit(0, 0)
+
+    def _limit(self, seconds: int, waiting: int) -> None:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, waiting)
+        # Native code keeps Python's handlers waiting: this one has none, and ends the process.
+        signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)
 
     def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.active:
             return
         if event == "open":
-            name, mode, _ = arguments
-            written = isinstance(mode, str) and set(mode) & set("wax+")
-            if written and isinstance(name, str) and not name.startswith((self.folder, "/dev/null")):
-                raise Finding(f"{name} is opened for writing")
+            name, _, flags = arguments
+            if flags & WRITING and isinstance(name, str | bytes):
+                path = os.path.realpath(os.fsdecode(name))
+                if not path.startswith((self.folder + os.sep, "/dev/null")):
+                    raise Finding(f"{path} is opened for writing")
         elif event in FORBIDDEN or (event == "subprocess.Popen" and not self.processes):
             raise Finding(f"{event} {arguments!r:.200}")
 
     def _too_long(self, number: int, frame: FrameType | None) -> None:
-        raise Finding(f"more than {SECONDS} seconds")
+        raise Finding("takes too long")
 
 
-def changed(seeds: list[bytes], words: tuple[bytes, ...], rng: random.Random) -> bytes:
-    """One of the inputs with a few changes: of a JSON value, of bytes, or with a piece of another input."""
-    content = rng.choice(seeds)
-    if content[:1] in (b"{", b"[") and rng.random() < 0.6:
-        return _changed_json(content, rng)
-    data = bytearray(content)
-    for _ in range(rng.randint(1, 5)):
-        # Half of the changes fall into the first or last kilobyte, where headers and directories stand.
-        near = rng.choice([0, max(0, len(data) - 1000)])
-        at = (
-            rng.randrange(len(data) + 1)
-            if rng.random() < 0.5
-            else near + rng.randrange(min(len(data), 1000) + 1)
-        )
-        kind = rng.randrange(6)
-        if kind == 0:
-            data[at : at + 1] = bytes([rng.randrange(256)])
-        elif kind == 1:
-            del data[at : at + rng.choice([1, 2, 4, 8, 100])]
-        elif kind == 2 and words:
-            data[at : at + rng.choice([0, 0, 1, 4])] = rng.choice(words)
-        elif kind == 3:
-            begin = rng.randrange(len(data) + 1)
-            data[at:at] = data[begin : begin + rng.choice([1, 4, 16, 64])]
-        elif kind == 4:
-            other = rng.choice(seeds)
-            begin = rng.randrange(len(other) + 1)
-            data[at:] = other[begin:] if rng.random() < 0.3 else other[begin : begin + 40] + data[at:]
-        else:
-            data[at : at + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\1\0\0\0"])
-    return bytes(data if rng.random() < 0.9 else data[: rng.randrange(len(data) + 1)])
+class Findings:
+    """One file of each kind: inputs that end in the same line of code are of one kind."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.kinds: set[tuple[str, ...]] = set()
+
+    def add(self, error: BaseException, data: bytes) -> None:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next((f for f in reversed(frames) if "mlx_pararnn" in f.filename), frames[-1])
+        kind = (type(error).__name__, place.filename, str(place.lineno))
+        if kind in self.kinds:
+            return
+        self.kinds.add(kind)
+        path = Path(f"{self.target}-{hashlib.sha256(data).hexdigest()[:12]}")
+        path.write_bytes(data)
+        said = f"{type(error).__name__}: {error!s:.300} ({Path(place.filename).name}:{place.lineno})"
+        print(f"{self.target}: {path}: {said}", file=sys.stderr, flush=True)
 
 
-def _changed_json(content: bytes, rng: random.Random) -> bytes:
-    value = json.loads(content)
-    for _ in range(rng.randint(1, 3)):
-        places = list(_places(value))
-        if not places:
-            break
-        inside, key = rng.choice(places)
-        if rng.random() < 0.2 and isinstance(inside, dict):
-            del inside[key]
-        else:
-            inside[key] = copy.deepcopy(rng.choice(VALUES))
-    return json.dumps(value).encode()
+def fuzz(name: str, runs: int, seconds: float, seed: int = 0) -> tuple[int, int]:
+    """How many inputs were tried and how many kinds of findings there were, each written to a file."""
+    from .targets import TARGETS
 
-
-def _places(value: Any) -> Any:
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield value, key
-            yield from _places(value[key])
-
-
-def fuzz(name: str, runs: int, seconds: float, seed: int = 0) -> int:
-    """How many inputs were tried; raises on a finding, which it has written to a file."""
-    from tests.fuzz.targets import TARGETS
-
+    last = Path(tempfile.gettempdir()) / f"fuzz-{name}-{os.getpid()}"
+    findings = Findings(name)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
         target = TARGETS[name](Path(work))
-        watch = Watch(Path(work), target.processes)
-        for data in (*target.seeds, *(path.read_bytes() for path in sorted(FOUND.glob(f"{name}-*")))):
-            watch.run(target, data)
+        watch = Watch(Path(work), target.processes, last)
         rng = random.Random(f"{name} {seed}")
-        begun, memory = time.monotonic(), _peak()
-        done = 0
-        while done < runs and time.monotonic() - begun < seconds:
-            data = changed(target.seeds, target.words, rng)
+        first = [*target.seeds, *(path.read_bytes() for path in sorted(FOUND.glob(f"{name}-*")))]
+        begun, memory, done = time.monotonic(), _peak(), 0
+        while done < len(first) or (done < runs and time.monotonic() - begun < seconds):
+            data = (
+                first[done] if done < len(first) else changed(target.seeds, target.words, rng, target.inside)
+            )
             try:
                 watch.run(target, data)
-                assert _peak() - memory < MEMORY, "more than 1 GB of memory"
-            except BaseException as error:
-                if not isinstance(error, KeyboardInterrupt):
-                    print(f"{name}: {_kept(name, data)}: {type(error).__name__}: {error}", file=sys.stderr)
+                if _peak() - memory > MEMORY:
+                    memory = _peak()
+                    raise Finding("more than 1 GB of memory")
+            except KeyboardInterrupt:
                 raise
+            except BaseException as error:
+                findings.add(error, data)
             done += 1
-        return done
+    last.unlink()
+    return done, len(findings.kinds)
 
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
 
 
-def _kept(name: str, data: bytes) -> Path:
-    path = Path(f"{name}-{hashlib.sha256(data).hexdigest()[:12]}")
-    path.write_bytes(data)
-    return path
-
-
 def _by_coverage(name: str, runs: int, seconds: float, seed: int) -> None:
     import atheris  # type: ignore[import-not-found]
 
     with atheris.instrument_imports(include=["mlx_pararnn"]):
-        from tests.fuzz.targets import TARGETS
+        from .targets import TARGETS
     work = Path(tempfile.mkdtemp())
     for folder in ("work", "corpus"):
         (work / folder).mkdir()
@@ -172,12 +149,12 @@ def _by_coverage(name: str, runs: int, seconds: float, seed: int) -> None:
     for n, data in enumerate(target.seeds):
         (work / "corpus" / str(n)).write_bytes(data)
     longest = max(4096, 2 * max(map(len, target.seeds)))
-    watch = Watch(work / "work", target.processes)
+    watch = Watch(work / "work", target.processes, work / "last")
     options = [
         f"-runs={runs}",
         f"-max_total_time={int(seconds)}",
         f"-seed={seed + 1}",
-        f"-timeout={4 * SECONDS}",
+        f"-timeout={WAITING}",
     ]
     atheris.Setup(
         [sys.argv[0], *options, f"-max_len={longest}", "-rss_limit_mb=4096", str(work / "corpus")],
@@ -187,34 +164,43 @@ def _by_coverage(name: str, runs: int, seconds: float, seed: int) -> None:
     atheris.Fuzz()
 
 
-def main() -> None:
-    """The command line."""
+def main() -> int:
+    """The command line; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("target", nargs="?")
+    parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--list", action="store_true", help="list the targets")
     parser.add_argument("--runs", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seconds", type=float, default=3600, help="for each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--input", type=Path, help="try this file alone")
     parser.add_argument("--atheris", action="store_true", help="guided by coverage")
     args = parser.parse_args()
-    if args.atheris and args.target:
-        _by_coverage(args.target, args.runs, args.seconds, args.seed)
-        return
-    from tests.fuzz.targets import TARGETS
+    sys.dont_write_bytecode = True  # nothing that is watched imports for the first time and writes
+    if args.atheris and args.targets:
+        _by_coverage(args.targets[0], args.runs, args.seconds, args.seed)
+        return 0
+    from .targets import TARGETS
 
-    if args.list or args.target not in (*TARGETS, "all"):
+    chosen = list(TARGETS) if args.targets == ["all"] else args.targets
+    if args.list or not chosen or not set(chosen) <= TARGETS.keys():
         print("\n".join(TARGETS))
-    elif args.input is not None:
+        return 0 if args.list else 2
+    if args.input is not None:
         with tempfile.TemporaryDirectory() as work:
-            target = TARGETS[args.target](Path(work))
-            Watch(Path(work), target.processes).run(target, args.input.read_bytes())
-    else:
-        for name in TARGETS if args.target == "all" else [args.target]:
-            begun = time.monotonic()
-            done = fuzz(name, args.runs, args.seconds, args.seed)
-            print(f"{name}: {done:,} runs in {time.monotonic() - begun:.0f} s, no finding", flush=True)
+            target = TARGETS[chosen[0]](Path(work))
+            watch = Watch(Path(work), target.processes, Path(work).with_suffix(".last"))
+            watch.run(target, args.input.read_bytes())
+            watch.last.unlink()
+        return 0
+    total = 0
+    for name in chosen:
+        begun, used = time.monotonic(), time.process_time()
+        done, found = fuzz(name, args.runs, args.seconds, args.seed)
+        took = f"{time.monotonic() - begun:.0f} s ({time.process_time() - used:.0f} s of the processor)"
+        print(f"{name}: {done:,} runs in {took}, {found or 'no'} kinds of findings", flush=True)
+        total += found
+    return 1 if total else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import jinja2
 from mlx_lm.utils import save_config, save_model
@@ -39,9 +40,10 @@ from mlx_pararnn.detokenizer import BYTES, Detokenizer, StopMatcher
 from mlx_pararnn.loading import load_model, load_tokenizer
 from mlx_pararnn.model_config import ModelArgs
 from mlx_pararnn.pocket.answers import assistant_functions
-from mlx_pararnn.pocket.protocol import find_protocol
+from mlx_pararnn.pocket.protocol import Command, find_protocol
 from mlx_pararnn.training.data import read_documents
 from mlx_pararnn.watchdog import Watchdog
+from tests.fuzz.changes import Inside
 from tests.support.golden import DATA
 from tests.support.pt_writer import Call, Named, write_pt
 from tests.support.small_models import apple_gru, torch_lm
@@ -50,6 +52,18 @@ SMALL = 1 << 20  # bytes of tensors that are read
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] | trim }}~{% endfor %}"
     "{% if add_generation_prompt %}[a]{% endif %}{% set a = namespace(b=1) %}{{ a.b + 1 }}"
+)
+
+# In the ways of templates in use.
+TEMPLATES = (
+    """{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}
+{% set messages = messages[1:] %}{% endif %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}
+{{ '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m['content'] + '[/INST]' }}
+{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}""",
+    """{%- macro say(m) -%}<|{{ m.role }}|>{{ m['content'] | trim }}{%- endmacro -%}
+{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{% for m in messages %}{{ say(m) }}
+{% if not loop.last %}{{ strftime_now('%d %b %Y') }}{% else %}{% break %}{% endif %}{% endfor %}
+{% if x is defined and x is mapping %}{{ raise_exception('no') }}{% endif %}""",
 )
 
 
@@ -61,22 +75,20 @@ class Target(NamedTuple):
         seeds: inputs to begin with.
         words: what changes put in.
         processes: whether it may start processes.
+        inside: what takes the header out of a container, for changes that leave the rest whole.
     """
 
     run: Callable[[bytes], None]
     seeds: list[bytes]
     words: tuple[bytes, ...] = ()
     processes: bool = False
+    inside: Inside | None = None
 
 
 def pickle(folder: Path) -> Target:
     """The reader of pickles."""
-    from zipfile import ZipFile
-
-    seeds = []
-    for n, value in enumerate(_checkpoints()):
-        with ZipFile(write_pt(folder / f"{n}.pt", value)) as archive:
-            seeds.append(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl"))))
+    seeds = [_pickle_in(file)[0] for file in _torch_files(folder)]
+    seeds.append((DATA / "lm" / "two_ranks" / "dcp" / ".metadata").read_bytes())
 
     def run(data: bytes) -> None:
         with contextlib.suppress(PararnnError):
@@ -87,15 +99,19 @@ def pickle(folder: Path) -> Target:
 
 def torch_file(folder: Path) -> Target:
     """Files of torch.save: a zip archive with a pickle in it."""
-    seeds = [write_pt(folder / f"{n}.pt", value).read_bytes() for n, value in enumerate(_checkpoints())]
-    return Target(_reading(folder, "m.pt"), seeds, (*ZIP_WORDS, *PICKLE_WORDS))
+    return Target(
+        _reading(folder, "m.pt"), _torch_files(folder), (*ZIP_WORDS, *PICKLE_WORDS), inside=_pickle_in
+    )
 
 
 def safetensors(folder: Path) -> Target:
     """Files of safetensors."""
     file = folder / "m.safetensors"
     save_file(torch_lm(vocab=3), file, {"lm_head.weight": "embed.weight"})
-    return Target(_reading(folder, file.name), [file.read_bytes()], JSON_WORDS)
+    model = _small_model(folder / "model") / "model.safetensors"
+    published = DATA / "pararnn_torch" / "babylm_paranlru" / "model.safetensors"
+    seeds = [path.read_bytes() for path in (file, model, published)]
+    return Target(_reading(folder, file.name), seeds, JSON_WORDS, inside=_header_in)
 
 
 def index(folder: Path) -> Target:
@@ -126,7 +142,11 @@ def config(folder: Path) -> Target:
         with contextlib.suppress(PararnnError):
             load_model(folder)
 
-    return Target(run, [(folder / "config.json").read_bytes()], JSON_WORDS)
+    pocket = Path(mlx_pararnn.__file__).parent / "pocket-model" / "config.json"
+    small = json.loads((folder / "config.json").read_text())
+    seeds = [{**small, "cell": cell} for cell in ("gru", "lstm", "slstm", "nlru")]
+    seeds.append({**small, "quantization": {"group_size": 16, "bits": 4}, "activations": {"state": "tanh"}})
+    return Target(run, [pocket.read_bytes(), *(json.dumps(seed).encode() for seed in seeds)], JSON_WORDS)
 
 
 def state(folder: Path) -> Target:
@@ -146,7 +166,7 @@ def state(folder: Path) -> Target:
         except PararnnError:
             assert (chat.tokens, chat.messages) == before
 
-    return Target(run, seeds, JSON_WORDS)
+    return Target(run, seeds, JSON_WORDS, inside=_header_in)
 
 
 def tokenizer(folder: Path) -> Target:
@@ -158,7 +178,8 @@ def tokenizer(folder: Path) -> Target:
         with contextlib.suppress(PararnnError):
             load_tokenizer(folder, {"eos_token_id": 0})
 
-    return Target(run, [(folder / "tokenizer.json").read_bytes()], JSON_WORDS)
+    seeds = [(folder / "tokenizer.json").read_bytes(), (DATA / "tools" / "tokenizer.json").read_bytes()]
+    return Target(run, seeds, JSON_WORDS)
 
 
 def template(folder: Path) -> Target:
@@ -172,7 +193,7 @@ def template(folder: Path) -> Target:
                 said, chat_template=data.decode(errors="replace"), add_generation_prompt=True
             )
 
-    return Target(run, [TEMPLATE.encode()], JINJA_WORDS, processes=True)
+    return Target(run, [TEMPLATE.encode(), *map(str.encode, TEMPLATES)], JINJA_WORDS, processes=True)
 
 
 def calls(_: Path) -> Target:
@@ -181,14 +202,26 @@ def calls(_: Path) -> Target:
     protocol = find_protocol(tokenizer)
     assert protocol is not None
     functions = assistant_functions()
+    called = protocol.render_call("add", {"a": 1})
+    turns = [
+        protocol.render_message("add 1 and 2"),
+        [
+            *protocol.render_message("add 1"),
+            *called,
+            *protocol.render_result("3"),
+            *protocol.render_answer("3"),
+        ],
+        [*called[:9], protocol.command_ids[Command("read", 1)], *called[9:]],
+    ]
     seeds = [
-        bytes(protocol.render_message("add 1 and 2")),
+        *(bytes(t if t < 256 else t - 256 + 0xF5 for t in turn) for turn in turns),
         b'{"name": "x", "arguments": {}}',
         *(json.dumps({"name": f.name, "arguments": {"text": "1", "n": 1}}).encode() for f in functions),
     ]
 
     def run(data: bytes) -> None:
-        tokens = list(data)
+        # Bytes that stand in no UTF-8 are the special tokens.
+        tokens = [byte if byte < 0xF5 else byte - 0xF5 + 256 for byte in data]
         with contextlib.suppress(PararnnError):
             parts = protocol.split(tokens)
             assert [token for part in parts for token in part.tokens] == tokens
@@ -200,7 +233,8 @@ def calls(_: Path) -> Target:
             name, arguments = next(iter(functions)).name, data.decode(errors="replace")
         assert isinstance(functions.call(name, arguments).text, str)
 
-    return Target(run, seeds, JSON_WORDS)
+    marks = tuple(bytes([byte]) for byte in range(0xF5, 0x100))
+    return Target(run, seeds, (*JSON_WORDS, *marks))
 
 
 def detokenizer(_: Path) -> Target:
@@ -252,7 +286,8 @@ def commands(folder: Path) -> Target:
                 else:
                     session.stream(session.chat.respond, line)
 
-    return Target(run, [*lines, b"ab\n/undo\n/undo", b"a\n/branch x\n/goto x\n/regenerate"], (*lines, b"\n"))
+    several = [b"ab\n/undo\n/undo", b"a\n/branch x\n/goto x\n/regenerate", b"/system x\nab\n/stats\n/reset"]
+    return Target(run, [*lines, *several], (*lines, b"\n"), processes=True)
 
 
 def bodies(folder: Path) -> Target:
@@ -347,6 +382,44 @@ JSON_WORDS = (b"null", b"true", b"-1", b"0", b"2147483648", b"118059162071741130
 JINJA_WORDS = (b"{%", b"%}", b"{{", b"}}", b"|", b"(", b")", b"'", b"[0]", b".x", b"0", b"/", b"~", b"for ",
                b" in ", b"*9999999", b"**99", b"| center(99999999)", b"range(99999)", b"| tojson",
                b"{% endfor %}", b"{% set a.b = a.b ~ a.b %}", b"| list", b"__class__")  # fmt: skip
+
+
+def _torch_files(folder: Path) -> list[bytes]:
+    """As PyTorch wrote them, and of our own making."""
+    made = [write_pt(folder / f"{n}.pt", value) for n, value in enumerate(_checkpoints())]
+    published = DATA / "pararnn_torch"
+    files = [
+        *made,
+        DATA / "lm" / "two_ranks" / "dtensor.pt",
+        published / "babylm_paranlru" / "pytorch_model.bin",
+        published / "paraslstm_causal_lm_1" / "pytorch_model.bin",
+    ]
+    contents = [file.read_bytes() for file in files]
+    for file in made:
+        file.unlink()
+    return contents
+
+
+def _pickle_in(content: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """Of a file of torch.save: its pickle, and the file with another one."""
+    with ZipFile(io.BytesIO(content)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    place = next(name for name in records if name.endswith("/data.pkl"))
+
+    def put_back(pickle: bytes) -> bytes:
+        file = io.BytesIO()
+        with ZipFile(file, "w") as archive:
+            for name, record in (records | {place: pickle}).items():
+                archive.writestr(name, record)
+        return file.getvalue()
+
+    return records[place], put_back
+
+
+def _header_in(content: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """Of a file of safetensors: its header, and the file with another one."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return content[8:end], lambda header: len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def _checkpoints() -> list[Any]:

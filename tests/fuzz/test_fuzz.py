@@ -1,5 +1,7 @@
-"""Every target of tests/fuzz for three seconds; longer runs by hand, docs in tests/fuzz."""
+"""Changed inputs of every kind: a few of the readers', and with --all two seconds of each target."""
 
+import os
+import random
 import re
 import subprocess
 import sys
@@ -7,14 +9,91 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz.__main__ import FOUND
+from tests.fuzz.changes import changed
+from tests.fuzz.targets import TARGETS
+
 ROOT = Path(__file__).parents[2]
+
+
+def run(folder, *command):
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=folder, env=variables
+    )
+
+
+@pytest.mark.parametrize("name", ["pickle", "torch-file", "safetensors", "index", "distributed"])
+def test_changed_checkpoints_are_read_or_refused(name, tmp_path):
+    target = TARGETS[name](tmp_path)
+    rng = random.Random(0)
+    for data in target.seeds + [path.read_bytes() for path in FOUND.glob(f"{name}-*")]:
+        target.run(data)
+    for _ in range(50):
+        target.run(changed(target.seeds, target.words, rng, target.inside))
+
+
+def test_what_was_found_belongs_to_a_target():
+    kept = [path.name for path in FOUND.iterdir()]
+    assert kept
+    assert all(name.startswith(tuple(f"{target}-" for target in TARGETS)) for name in kept)
+
+
+# Readers with a fault, and one that is as it should be; the limits are made small.
+FAULTS = """
+import os, subprocess, sys, types
+from pathlib import Path
+import tests.fuzz.__main__ as runner
+from mlx_pararnn.errors import PararnnError
+
+def foreign(data): {}["x"]
+def writes(data): open("elsewhere", "w")
+def writes_by_descriptor(data): os.open("elsewhere", os.O_CREAT | os.O_WRONLY)
+def runs(data):
+    try:
+        os.system("true")
+    except Exception:
+        pass
+def starts(data): subprocess.run(["true"])
+def deletes(data): os.remove("kept")
+def hangs(data):
+    while True: pass
+def grows(data): b"x" * (200 << 20)
+def sound(data): Path(FOLDER, "x").write_bytes(data)
+
+def target(run):
+    def make(folder):
+        global FOLDER
+        FOLDER = folder
+        return types.SimpleNamespace(run=run, seeds=[b"x"], words=(), processes=False, inside=None)
+    return make
+
+faults = (foreign, writes, writes_by_descriptor, runs, starts, deletes, hangs, grows, sound)
+TARGETS = {fault.__name__: target(fault) for fault in faults}
+sys.modules["tests.fuzz.targets"] = types.SimpleNamespace(TARGETS=TARGETS)
+runner.SECONDS, runner.MEMORY = 0.2, 100 << 20
+Path("kept").touch()
+for name in TARGETS:
+    print(name, *runner.fuzz(name, 1, 60))
+"""
+
+
+def test_each_kind_of_fault_is_found(tmp_path):
+    done = run(tmp_path, "-c", FAULTS)
+    assert done.returncode == 0, done.stderr
+    counts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert counts.pop("sound") == "1 0"
+    assert set(counts.values()) == {"1 1"}, counts
+    assert not (tmp_path / "elsewhere").exists()
+    assert len(list(tmp_path.iterdir())) == len(counts) + 1  # each input is kept
+    for said in ("KeyError", "elsewhere is opened for writing", "os.system", "too long", "1 GB of memory"):
+        assert said in done.stderr
 
 
 @pytest.mark.large
 def test_no_input_is_a_finding(tmp_path):
-    command = [sys.executable, "-m", "tests.fuzz", "all", "--seconds", "3", "--runs", "5000"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = run(tmp_path, "-m", "tests.fuzz", "all", "--seconds", "2", "--runs", "5000")
     assert done.returncode == 0, done.stderr[-4000:]
     counts = dict(re.findall(r"^([a-z-]+): ([0-9,]+) runs", done.stdout, re.M))
-    assert len(counts) == 14
-    assert all(int(count.replace(",", "")) for count in counts.values()), counts
+    assert counts.keys() == TARGETS.keys()
+    assert all(int(count.replace(",", "")) > 20 for count in counts.values()), counts
