@@ -162,7 +162,15 @@ def _render(template: str, names: dict[str, Any]) -> str:
         )
     if "error" in answer:
         raise jinja2.TemplateError(answer["error"])
-    return answer["text"]
+    text = answer["text"]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PararnnError(
+            "what the chat template writes for these messages is not UTF-8 (it has lone surrogates); convert "
+            "the messages first, for instance with iconv"
+        ) from None
+    return text
 
 
 def _idle_process() -> _Process | None:

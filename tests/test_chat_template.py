@@ -117,3 +117,13 @@ def test_none_takes_the_machine(name, tokenizer, monkeypatch):
     if not isinstance(error.value, jinja2.TemplateError):
         assert "the chat template" in str(error.value)
     assert tokenizer.apply_chat_template(message, chat_template="x", tokenize=False) == "x"
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [("{{ messages[0]['role'] }}", "\ud800"), (r"{{ '\ud800' }}", "user")],
+    ids=["from a message", "from the template"],
+)
+def test_a_text_that_is_not_utf_8_is_refused(template, role, tokenizer):
+    with pytest.raises(PararnnError, match="is not UTF-8"):
+        tokenizer.apply_chat_template([{"role": role, "content": "x"}], chat_template=template)

@@ -5,13 +5,17 @@ import io
 import json
 import math
 import os
+import pickle as pickles
 import shutil
+from argparse import Namespace
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import ZipFile
 
 import jinja2
+import numpy as np
 from mlx_lm.utils import save_config, save_model
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models
@@ -45,10 +49,14 @@ from mlx_pararnn.training.data import read_documents
 from mlx_pararnn.watchdog import Watchdog
 from tests.fuzz.changes import Inside
 from tests.support.golden import DATA
-from tests.support.pt_writer import Call, Named, write_pt
+from tests.support.pt_writer import Call, Made, Named, View, write_pt
 from tests.support.small_models import apple_gru, torch_lm
 
 SMALL = 1 << 20  # bytes of tensors that are read
+PLAIN = {
+    **{"a": [1, 2.5, None, True, "x", b"y", (1, (2,)), {3}, 1 << 40], "b": OrderedDict(c=-1)},
+    **{"d": Namespace(lr=0.1), ("e", 2): defaultdict(list, f=[]), "g": Path("h")},
+}
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] | trim }}~{% endfor %}"
     "{% if add_generation_prompt %}[a]{% endif %}{% set a = namespace(b=1) %}{{ a.b + 1 }}"
@@ -89,6 +97,10 @@ def pickle(folder: Path) -> Target:
     """The reader of pickles."""
     seeds = [_pickle_in(file)[0] for file in _torch_files(folder)]
     seeds.append((DATA / "lm" / "two_ranks" / "dcp" / ".metadata").read_bytes())
+    # Small ones more often: they take a twentieth of the time, and a change in them meets more of its kind.
+    seeds += 4 * [_pickle_in(write_pt(folder / "x.pt", part).read_bytes())[0] for part in _parts()]
+    seeds += 4 * [pickles.dumps(PLAIN, protocol) for protocol in range(6)]
+    seeds.append(pickles.dumps([frozenset({1}), bytearray(b"x")], 5))
 
     def run(data: bytes) -> None:
         with contextlib.suppress(PararnnError):
@@ -382,6 +394,31 @@ JSON_WORDS = (b"null", b"true", b"-1", b"0", b"2147483648", b"118059162071741130
 JINJA_WORDS = (b"{%", b"%}", b"{{", b"}}", b"|", b"(", b")", b"'", b"[0]", b".x", b"0", b"/", b"~", b"for ",
                b" in ", b"*9999999", b"**99", b"| center(99999999)", b"range(99999)", b"| tojson",
                b"{% endfor %}", b"{% set a.b = a.b ~ a.b %}", b"| list", b"__class__")  # fmt: skip
+
+
+def _parts() -> list[Any]:
+    numbers = np.arange(6, dtype=np.float32)
+    mesh = Made("torch.distributed.device_mesh", "DeviceMesh", {"mesh": np.arange(1)})
+    home = "torch.distributed.tensor"
+    spec = Made("torch.distributed.tensor._dtensor_spec", "DTensorSpec", {"mesh": mesh})
+    kind = Named(home, "DTensor")
+    wrapped = (kind, Named("torch", "float32"), (6,), (1,), 0, None, "cpu", False)
+    state = (None, {"_local_tensor": numbers, "_spec": spec})
+    function = Named("torch._utils", "_rebuild_wrapper_subclass")
+    return [
+        {"w": numbers.reshape(2, 3), "t": View(numbers, 0, (3, 2), (1, 3)), "h": numbers.astype(np.float16)},
+        {"d": Call("torch._tensor", "_rebuild_from_type_v2", (function, kind, wrapped, state))},
+        {
+            "p": Call(
+                "torch._utils", "_rebuild_parameter", (numbers, True, Call("collections", "OrderedDict", ()))
+            )
+        },
+        {
+            "s": Call("torch", "Size", ([2, 3],)),
+            "o": Call("mine", "State", ()),
+            "v": Call("torch", "device", ("cpu",)),
+        },
+    ]
 
 
 def _torch_files(folder: Path) -> list[bytes]:
