@@ -5,24 +5,18 @@ import io
 import json
 import math
 import os
-import pickle as pickles
 import shutil
-from argparse import Namespace
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import ZipFile
 
 import jinja2
-import numpy as np
-from mlx_lm.utils import save_config, save_model
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import mlx_pararnn
-from mlx_pararnn import Model, PararnnError
+from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.server.messages import read_messages
 from mlx_pararnn.chat.server.prompts import Prompts
 from mlx_pararnn.chat.server.responses import StoredResponses, read_responses
@@ -39,40 +33,30 @@ from mlx_pararnn.cli.sampling import LIKELIEST
 from mlx_pararnn.cli.tool_lines import ToolLines
 from mlx_pararnn.convert.readers.forms import read_weights
 from mlx_pararnn.convert.readers.pickles import load_pickle
-from mlx_pararnn.convert.writers.byte_tokenizer import byte_tokenizer_files
 from mlx_pararnn.detokenizer import BYTES, Detokenizer, StopMatcher
 from mlx_pararnn.loading import load_model, load_tokenizer
-from mlx_pararnn.model_config import ModelArgs
 from mlx_pararnn.pocket.answers import assistant_functions
 from mlx_pararnn.pocket.protocol import Command, find_protocol
 from mlx_pararnn.training.data import read_documents
 from mlx_pararnn.watchdog import Watchdog
 from tests.fuzz.changes import Inside
+from tests.fuzz.inputs import (
+    JINJA_WORDS,
+    JSON_WORDS,
+    PICKLE_WORDS,
+    TEMPLATE,
+    TEMPLATES,
+    ZIP_WORDS,
+    header_in,
+    pickle_in,
+    pickles,
+    small_model,
+    torch_files,
+)
 from tests.support.golden import DATA
-from tests.support.pt_writer import Call, Made, Named, View, write_pt
-from tests.support.small_models import apple_gru, torch_lm
+from tests.support.small_models import torch_lm
 
 SMALL = 1 << 20  # bytes of tensors that are read
-PLAIN = {
-    **{"a": [1, 2.5, None, True, "x", b"y", (1, (2,)), {3}, 1 << 40], "b": OrderedDict(c=-1)},
-    **{"d": Namespace(lr=0.1), ("e", 2): defaultdict(list, f=[]), "g": Path("h")},
-}
-TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] | trim }}~{% endfor %}"
-    "{% if add_generation_prompt %}[a]{% endif %}{% set a = namespace(b=1) %}{{ a.b + 1 }}"
-)
-
-# In the ways of templates in use.
-TEMPLATES = (
-    """{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}
-{% set messages = messages[1:] %}{% endif %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}
-{{ '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m['content'] + '[/INST]' }}
-{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}""",
-    """{%- macro say(m) -%}<|{{ m.role }}|>{{ m['content'] | trim }}{%- endmacro -%}
-{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{% for m in messages %}{{ say(m) }}
-{% if not loop.last %}{{ strftime_now('%d %b %Y') }}{% else %}{% break %}{% endif %}{% endfor %}
-{% if x is defined and x is mapping %}{{ raise_exception('no') }}{% endif %}""",
-)
 
 
 class Target(NamedTuple):
@@ -95,24 +79,18 @@ class Target(NamedTuple):
 
 def pickle(folder: Path) -> Target:
     """The reader of pickles."""
-    seeds = [_pickle_in(file)[0] for file in _torch_files(folder)]
-    seeds.append((DATA / "lm" / "two_ranks" / "dcp" / ".metadata").read_bytes())
-    # Small ones more often: they take a twentieth of the time, and a change in them meets more of its kind.
-    seeds += 4 * [_pickle_in(write_pt(folder / "x.pt", part).read_bytes())[0] for part in _parts()]
-    seeds += 4 * [pickles.dumps(PLAIN, protocol) for protocol in range(6)]
-    seeds.append(pickles.dumps([frozenset({1}), bytearray(b"x")], 5))
 
     def run(data: bytes) -> None:
         with contextlib.suppress(PararnnError):
             load_pickle(data, "x")
 
-    return Target(run, seeds, PICKLE_WORDS)
+    return Target(run, pickles(folder), PICKLE_WORDS)
 
 
 def torch_file(folder: Path) -> Target:
     """Files of torch.save: a zip archive with a pickle in it."""
     return Target(
-        _reading(folder, "m.pt"), _torch_files(folder), (*ZIP_WORDS, *PICKLE_WORDS), inside=_pickle_in
+        _reading(folder, "m.pt"), torch_files(folder), (*ZIP_WORDS, *PICKLE_WORDS), inside=pickle_in
     )
 
 
@@ -120,10 +98,10 @@ def safetensors(folder: Path) -> Target:
     """Files of safetensors."""
     file = folder / "m.safetensors"
     save_file(torch_lm(vocab=3), file, {"lm_head.weight": "embed.weight"})
-    model = _small_model(folder / "model") / "model.safetensors"
+    model = small_model(folder / "model") / "model.safetensors"
     published = DATA / "pararnn_torch" / "babylm_paranlru" / "model.safetensors"
     seeds = [path.read_bytes() for path in (file, model, published)]
-    return Target(_reading(folder, file.name), seeds, JSON_WORDS, inside=_header_in)
+    return Target(_reading(folder, file.name), seeds, JSON_WORDS, inside=header_in)
 
 
 def index(folder: Path) -> Target:
@@ -147,7 +125,7 @@ def distributed(folder: Path) -> Target:
 
 def config(folder: Path) -> Target:
     """config.json, into a model."""
-    _small_model(folder)
+    small_model(folder)
 
     def run(data: bytes) -> None:
         (folder / "config.json").write_bytes(data)
@@ -163,7 +141,7 @@ def config(folder: Path) -> Target:
 
 def state(folder: Path) -> Target:
     """Saved conversations."""
-    chat = Chat(*mlx_pararnn.load(_small_model(folder / "model")))
+    chat = Chat(*mlx_pararnn.load(small_model(folder / "model")))
     seeds = []
     for text in ("", "ab", "c"):
         if text:
@@ -178,12 +156,12 @@ def state(folder: Path) -> Target:
         except PararnnError:
             assert (chat.tokens, chat.messages) == before
 
-    return Target(run, seeds, JSON_WORDS, inside=_header_in)
+    return Target(run, seeds, JSON_WORDS, inside=header_in)
 
 
 def tokenizer(folder: Path) -> Target:
     """tokenizer.json."""
-    _small_model(folder)
+    small_model(folder)
 
     def run(data: bytes) -> None:
         (folder / "tokenizer.json").write_bytes(data)
@@ -196,7 +174,7 @@ def tokenizer(folder: Path) -> Target:
 
 def template(folder: Path) -> Target:
     """Chat templates."""
-    _, tokenizer = mlx_pararnn.load(_small_model(folder))
+    _, tokenizer = mlx_pararnn.load(small_model(folder))
     said = [{"role": "user", "content": "x"}]
 
     def run(data: bytes) -> None:
@@ -276,7 +254,7 @@ def detokenizer(_: Path) -> Target:
 
 def commands(folder: Path) -> Target:
     """Lines that are typed in `chat`."""
-    chat = Chat(*mlx_pararnn.load(_small_model(folder)))
+    chat = Chat(*mlx_pararnn.load(small_model(folder)))
     # A process for each message would take longer than the rest.
     chat_commands.watched = lambda: contextlib.nullcontext(Watchdog(None))
     lines = [b"/help", b"/undo", b"/regenerate", b"/branch a", b"/goto a", b"/reset", b"/set temp 0.5", b"/x",
@@ -304,7 +282,7 @@ def commands(folder: Path) -> Target:
 
 def bodies(folder: Path) -> Target:
     """Bodies of requests to the server."""
-    model, tokenizer = mlx_pararnn.load(_small_model(folder))
+    model, tokenizer = mlx_pararnn.load(small_model(folder))
     prompts = Prompts(model, tokenizer)
     message = {"role": "user", "content": [{"type": "text", "text": "x"}]}
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -351,7 +329,7 @@ def bodies(folder: Path) -> Target:
 
 def training(folder: Path) -> Target:
     """Files of texts and examples."""
-    _, tokenizer = mlx_pararnn.load(_small_model(folder / "model"))
+    _, tokenizer = mlx_pararnn.load(small_model(folder / "model"))
     rows = [
         {"text": "abc"},
         {"prompt": "a", "completion": "b"},
@@ -373,102 +351,6 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
                  calls, detokenizer, commands, bodies, training)
 }  # fmt: skip
 
-NAMES = ("torch Size", "torch FloatStorage", "collections OrderedDict", "torch._utils _rebuild_tensor_v2",
-         "torch._utils _rebuild_wrapper_subclass", "torch._tensor _rebuild_from_type_v2", "os system",
-         "torch.distributed.checkpoint.metadata Metadata", "builtins eval", "_codecs encode")  # fmt: skip
-PICKLE_WORDS = (
-    *(
-        bytes([byte])
-        for byte in b"(.012FGIJKLMNQRTUVX]abcdeghijlopqrstu})\x80\x81\x85\x86\x87\x88\x89\x8a\x8c"
-    ),
-    *(f"c{name.replace(' ', chr(10))}\n".encode() for name in NAMES),
-    b"\x8a\xff" + b"\x7f" * 255,
-    b"X\xff\xff\xff\x7f",
-    b"K\x01",
-    b"q\x00",
-    b"h\x00",
-)
-ZIP_WORDS = (b"PK\3\4", b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7", b"\xff\xff\xff\xff", b"../", b"\0" * 8)
-JSON_WORDS = (b"null", b"true", b"-1", b"0", b"2147483648", b"1180591620717411303424", b"1e308", b"NaN",
-              b'""', b"[]", b"{}", b"[[[[]]]]", b'"\\ud800"', b"[" * 3000, b',"a":1', b"\n")  # fmt: skip
-JINJA_WORDS = (b"{%", b"%}", b"{{", b"}}", b"|", b"(", b")", b"'", b"[0]", b".x", b"0", b"/", b"~", b"for ",
-               b" in ", b"*9999999", b"**99", b"| center(99999999)", b"range(99999)", b"| tojson",
-               b"{% endfor %}", b"{% set a.b = a.b ~ a.b %}", b"| list", b"__class__")  # fmt: skip
-
-
-def _parts() -> list[Any]:
-    numbers = np.arange(6, dtype=np.float32)
-    mesh = Made("torch.distributed.device_mesh", "DeviceMesh", {"mesh": np.arange(1)})
-    home = "torch.distributed.tensor"
-    spec = Made("torch.distributed.tensor._dtensor_spec", "DTensorSpec", {"mesh": mesh})
-    kind = Named(home, "DTensor")
-    wrapped = (kind, Named("torch", "float32"), (6,), (1,), 0, None, "cpu", False)
-    state = (None, {"_local_tensor": numbers, "_spec": spec})
-    function = Named("torch._utils", "_rebuild_wrapper_subclass")
-    return [
-        {"w": numbers.reshape(2, 3), "t": View(numbers, 0, (3, 2), (1, 3)), "h": numbers.astype(np.float16)},
-        {"d": Call("torch._tensor", "_rebuild_from_type_v2", (function, kind, wrapped, state))},
-        {
-            "p": Call(
-                "torch._utils", "_rebuild_parameter", (numbers, True, Call("collections", "OrderedDict", ()))
-            )
-        },
-        {
-            "s": Call("torch", "Size", ([2, 3],)),
-            "o": Call("mine", "State", ()),
-            "v": Call("torch", "device", ("cpu",)),
-        },
-    ]
-
-
-def _torch_files(folder: Path) -> list[bytes]:
-    """As PyTorch wrote them, and of our own making."""
-    made = [write_pt(folder / f"{n}.pt", value) for n, value in enumerate(_checkpoints())]
-    published = DATA / "pararnn_torch"
-    files = [
-        *made,
-        DATA / "lm" / "two_ranks" / "dtensor.pt",
-        published / "babylm_paranlru" / "pytorch_model.bin",
-        published / "paraslstm_causal_lm_1" / "pytorch_model.bin",
-    ]
-    contents = [file.read_bytes() for file in files]
-    for file in made:
-        file.unlink()
-    return contents
-
-
-def _pickle_in(content: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
-    """Of a file of torch.save: its pickle, and the file with another one."""
-    with ZipFile(io.BytesIO(content)) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    place = next(name for name in records if name.endswith("/data.pkl"))
-
-    def put_back(pickle: bytes) -> bytes:
-        file = io.BytesIO()
-        with ZipFile(file, "w") as archive:
-            for name, record in (records | {place: pickle}).items():
-                archive.writestr(name, record)
-        return file.getvalue()
-
-    return records[place], put_back
-
-
-def _header_in(content: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
-    """Of a file of safetensors: its header, and the file with another one."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    return content[8:end], lambda header: len(header).to_bytes(8, "little") + header + content[end:]
-
-
-def _checkpoints() -> list[Any]:
-    return [
-        {"model": apple_gru(vocab=3), "cfg": {"lr": 0.1, "names": ["a"]}, "step": 2},
-        {
-            "state": Call("collections", "OrderedDict", ()),
-            "kind": Named("torch", "float32"),
-            "t": (1, 2.5, None),
-        },
-    ]
-
 
 def _reading(folder: Path, name: str) -> Callable[[bytes], None]:
     """Weights from a file of that name, and what they say they hold."""
@@ -486,16 +368,3 @@ def _reading(folder: Path, name: str) -> Callable[[bytes], None]:
         assert set(os.listdir(folder)) == before
 
     return run
-
-
-def _small_model(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    args = ModelArgs(
-        hidden_size=16, num_hidden_layers=1, num_heads=2, vocab_size=256, intermediate_size=16, norm_eps=1e-6
-    )
-    save_model(folder, Model(args))
-    save_config({**vars(args), "eos_token_id": 0, "bos_token_id": 1}, folder / "config.json")
-    for name, text in byte_tokenizer_files().items():
-        (folder / name).write_text(text)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
