@@ -255,6 +255,9 @@ def detokenizer(_: Path) -> Target:
 def commands(folder: Path) -> Target:
     """Lines that are typed in `chat`."""
     chat = Chat(*mlx_pararnn.load(small_model(folder)))
+    # Loads the CPU backend's library, which is no input's doing.
+    list(chat.respond("a", max_tokens=1))
+    chat.reset()
     # A process for each message would take longer than the rest.
     chat_commands.watched = lambda: contextlib.nullcontext(Watchdog(None))
     lines = [b"/help", b"/undo", b"/regenerate", b"/branch a", b"/goto a", b"/reset", b"/set temp 0.5", b"/x",
