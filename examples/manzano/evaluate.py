@@ -23,6 +23,7 @@ from mlx_pararnn.images.use import GUIDANCE, STEPS, draw, see
 
 from .batches import pictures
 from .judge import Judge, load_judge, right
+from .pictures import enlarged_rows
 from .scenes import KINDS, Scene, questions
 from .stages import Project
 
@@ -91,8 +92,7 @@ def contact_sheet(judged: np.ndarray, across: int = 8, enlarged: int = 3) -> Ima
     """Triples (scenes, 3, S, S, 3) as rows of `across` triples one under the other."""
     columns = [np.vstack(list(triple)) for triple in judged]
     rows = [np.hstack(columns[k : k + across]) for k in range(0, len(columns) - across + 1, across)]
-    picture = Image.fromarray(np.vstack(rows))
-    return picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.NEAREST)
+    return enlarged_rows(rows, enlarged)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,11 @@ def sheet(folder: Path, seed: int, across: int = 8, enlarged: int = 3) -> Image.
         np.hstack([draw(scene(rng, held_out=False), sprites, rng) for _ in range(across)])
         for _ in range(across)
     ]
+    return enlarged_rows(rows, enlarged)
+
+
+def enlarged_rows(rows: list[np.ndarray], enlarged: int) -> Image.Image:
+    """Rows of pixels (h, w, 3) under each other, each pixel `enlarged` times as wide and high."""
     picture = Image.fromarray(np.vstack(rows))
     return picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.NEAREST)
 

@@ -23,7 +23,7 @@ from mlx_pararnn.cells.dual import Dual, DualFunctions
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.coreai import tools
 from tests.support.converting import convert
-from tests.support.coreml.exporting import formula, small_model
+from tests.support.coreml.exporting import failing_export, formula, small_model
 
 needs_coreai = pytest.mark.skipif(
     not tools.is_installed(), reason="coreai-core is not installed, or has no wheel for this Python"
@@ -58,20 +58,7 @@ def package(model, tmp_path_factory):
 
 @pytest.fixture
 def no_export(tmp_path):
-    """A function that runs an export that must fail and leave nothing; it gives the sentence."""
-
-    def run(source, *options, out=None, code=1):
-        before = sorted(tmp_path.rglob("*"))
-        result = export(source, out or tmp_path / "out", *(options or ("--tokenizer", "none")))
-        assert result.exit_code == code, result.output
-        assert result.stdout == ""
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1, result.stderr
-        assert "--debug" not in result.stderr, "an error that nobody foresaw"
-        assert sorted(tmp_path.rglob("*")) == before, "something was left"
-        return result.stderr.removeprefix("error: ").strip()
-
-    return run
+    return failing_export(export, tmp_path)
 
 
 # --- what OUT holds -----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from mlx_pararnn.convert.coreml.package_digest import stored_digest
 from mlx_pararnn.convert.coreml.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
-from tests.support.coreml.exporting import formula
+from tests.support.coreml.exporting import failing_export, formula
 from tests.support.coreml.interpreter import Package
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import apple_gru, babylm
@@ -76,20 +76,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def no_export(tmp_path):
-    """A function that runs an export that must fail and leave nothing; it gives the sentence."""
-
-    def run(source, *options, out=None, code=1):
-        before = sorted(tmp_path.rglob("*"))
-        result = export(source, out or tmp_path / "out", *(options or ("--tokenizer", "none")))
-        assert result.exit_code == code, result.output
-        assert result.stdout == ""
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1, result.stderr
-        assert "--debug" not in result.stderr, "an error that nobody foresaw"
-        assert sorted(tmp_path.rglob("*")) == before, "something was left"
-        return result.stderr.removeprefix("error: ").strip()
-
-    return run
+    return failing_export(export, tmp_path)
 
 
 # --- what OUT holds -----------------------------------------------------------------------------------------

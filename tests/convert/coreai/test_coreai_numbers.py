@@ -24,9 +24,12 @@ from tests.support.coreml.exporting import (
     QUANTIZED,
     TRAINED,
     Damped,
+    difference,
     golden,
     greedy,
     held_out,
+    prefilled,
+    reference_logits,
     some_ids,
     until_a_tie,
 )
@@ -48,30 +51,9 @@ def opened(folder):
         yield runner, settings
 
 
-def difference(ours, reference):
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    assert ours.shape == reference.shape
-    assert np.isfinite(ours).all()
-    return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
-
-
-def reference_logits(model, ids):
-    return np.array(model(mx.array([[int(i) for i in ids]]), method="sequential")[0])
-
-
 def decoded(runner, ids):
     """All logits (T, V), token by token."""
     return np.stack([runner.call("decode", [token]) for token in ids])
-
-
-def prefilled(runner, ids, chunk):
-    """What each call gives, prefill as far as it goes; and which of the logits that are."""
-    whole = len(ids) - len(ids) % chunk
-    assert whole, "too few tokens for a prefill"
-    starts = range(0, whole, chunk)
-    read = [runner.call("prefill", ids[start : start + chunk]) for start in starts]
-    read += [runner.call("decode", [token]) for token in ids[whole:]]
-    return np.stack(read), [start + chunk - 1 for start in starts] + list(range(whole, len(ids)))
 
 
 def check(folder, exports, source, ids):

@@ -22,10 +22,13 @@ from tests.support.coreml.exporting import (  # noqa: E402
     QUANTIZED,
     TRAINED,
     Damped,
+    difference,
     export,
     golden,
     greedy,
     held_out,
+    prefilled,
+    reference_logits,
     rounded,
     rounded_model,
     small_model,
@@ -36,17 +39,6 @@ from tests.support.coreml.interpreter import Package  # noqa: E402
 from tests.support.coreml.runner import Runner  # noqa: E402
 
 TOLERANCE = {"float64": 2e-5, "float16": 5e-3}
-
-
-def difference(ours, reference):
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    assert ours.shape == reference.shape
-    assert np.isfinite(ours).all()
-    return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
-
-
-def reference_logits(model, ids):
-    return np.array(model(mx.array([[int(i) for i in ids]]), method="sequential")[0])
 
 
 def check(folder, model, ids, modes=tuple(TOLERANCE)):
@@ -63,13 +55,8 @@ def check(folder, model, ids, modes=tuple(TOLERANCE)):
         if chunk is None:
             continue
         runner.reset()
-        whole = len(ids) - len(ids) % chunk
-        assert whole, "too few tokens for a prefill"
-        starts = range(0, whole, chunk)
-        read = [runner.call("prefill", ids[start : start + chunk]) for start in starts]
-        read += [runner.call("decode", [token]) for token in ids[whole:]]
-        ends = [start + chunk - 1 for start in starts] + list(range(whole, len(ids)))
-        assert difference(np.stack(read), expected[ends]) < tolerance, f"{mode}: prefill, then decode"
+        read, ends = prefilled(runner, ids, chunk)
+        assert difference(read, expected[ends]) < tolerance, f"{mode}: prefill, then decode"
         for name, states in by_decode.items():
             if np.any(states):
                 assert difference(runner.state[name], states) < tolerance, f"{mode}: {name} after prefill"

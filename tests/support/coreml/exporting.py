@@ -1,4 +1,4 @@
-"""Models to export, and the command that exports them."""
+"""Models to export, the command that exports them, and how what a package computes is read and compared."""
 
 import json
 from collections.abc import Callable
@@ -217,3 +217,41 @@ def formula(name, F, x):
     if name == "arithmetic":
         return (1 - x) / (2 + x * x) - 3 / (x + 9) + (-x) ** 2 * 1 + 0 * x
     return getattr(F, name)(x)
+
+
+def failing_export(export: Callable[..., Result], tmp_path: Path) -> Callable[..., str]:
+    """A function that runs an export that must fail and leave nothing; it gives the sentence."""
+
+    def run(source, *options, out=None, code=1):
+        before = sorted(tmp_path.rglob("*"))
+        result = export(source, out or tmp_path / "out", *(options or ("--tokenizer", "none")))
+        assert result.exit_code == code, result.output
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert "--debug" not in result.stderr, "an error that nobody foresaw"
+        assert sorted(tmp_path.rglob("*")) == before, "something was left"
+        return result.stderr.removeprefix("error: ").strip()
+
+    return run
+
+
+def difference(ours, reference):
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    assert np.isfinite(ours).all()
+    return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+
+
+def reference_logits(model, ids):
+    return np.array(model(mx.array([[int(i) for i in ids]]), method="sequential")[0])
+
+
+def prefilled(runner, ids, chunk):
+    """What each call gives, prefill as far as it goes; and which of the logits that are."""
+    whole = len(ids) - len(ids) % chunk
+    assert whole, "too few tokens for a prefill"
+    starts = range(0, whole, chunk)
+    read = [runner.call("prefill", ids[start : start + chunk]) for start in starts]
+    read += [runner.call("decode", [token]) for token in ids[whole:]]
+    return np.stack(read), [start + chunk - 1 for start in starts] + list(range(whole, len(ids)))
