@@ -35,6 +35,8 @@ using OutT = float;
 constant constexpr int CW = 32;
 constant constexpr int C = 16;
 constant constexpr int S = 8;
+// sequential.metal
+constant constexpr int RING = 6;
 // conv.metal
 constant constexpr int K = 4;
 constant constexpr int STEPS = 16;

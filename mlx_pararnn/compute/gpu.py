@@ -47,6 +47,9 @@ INSTANTIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "conv": {"taps": (2, 4, 7)},
 }
 _SEQUENTIAL_THREADS = 64
+# Steps whose gates the sequential kernel has under way: more than a load takes steps, few enough for
+# the steps, which are all written out, to stay in an instruction cache of 12 KB.
+_RING = 6
 # Threads that share the norm of a row when decoding: half of what a threadgroup may have, for the registers.
 _NORM_THREADS = 512
 # Steps a thread of the convolution makes: each input is read (STEPS + K - 1) / STEPS times.
@@ -163,7 +166,7 @@ def sequential_launch(
         "sequential",
         ("u", "params", "initial"),
         _outputs(cell, shape, dtype, every),
-        {"InT": dtype, "OutT": dtype},
+        {"InT": dtype, "OutT": dtype, "RING": _RING},
         masked,
         every,
         grid=(blocks * _SEQUENTIAL_THREADS, B, 1),

@@ -130,7 +130,10 @@ def newton_cases(cell: str) -> list[Case]:
 def sequential_cases(cell: str) -> list[Case]:
     plain = instance(cell, "float32", None, shape=(2, 2, 20, 40))
     rich = instance(cell, "float16", None, masked=True, every=3, shape=(2, 1, 20, 9))
-    return [Case(plain, None), Case(rich, None, every=3)]
+    short = instance(
+        cell, "bfloat16", None, masked=True, shape=(1, 1, 3, 9)
+    )  # fewer steps than are read ahead
+    return [Case(plain, None), Case(rich, None, every=3), Case(short, None)]
 
 
 def objection(cases: list[Case], change: Change) -> Objection | None:

@@ -29,9 +29,10 @@ FORBIDDEN = {
     r"\[[=&\w, ]*\]\s*\([^)]*\)\s*(->\s*\w+\s*)?\{": "lambdas need Metal 3.2",
     r"#\s*include": "headers of the system are not there when MLX compiles",
     # `#define NAME 1`, `#if NAME`, `#else` and `#endif` are the preprocessor the kernels use
-    r"#(?!\s*(define [A-Z_]+ -?\d+|if [A-Z_]+( > 0)?|else|endif|pragma METAL fp contract\(off\))\s*$)": (
-        "hides text from this lint"
-    ),
+    (
+        r"#(?!\s*(define [A-Z_]+ -?\d+|if [A-Z_]+( > 0)?|else|endif|pragma METAL fp contract\(off\)"
+        r"|pragma unroll( 1)?)\s*$)"
+    ): "hides text from this lint",
     r"\b(printf|malloc|free|memcpy|memset)\s*\(": "no C library in Metal",
     r"\bfast\s*::": "fast:: is neither accurate nor safe for large arguments",
     r"\b(long|unsigned)\s+(long|double)\b": "not in Metal",
@@ -208,6 +209,15 @@ def _offsets(wrapped: Wrapped) -> Iterator[str]:
         if expression.narrow_product and m[1] in WIDE:
             yield f"body: a product of 32 bits, widened too late: {m[0]}"
     buffers = [p.name for p in wrapped.parameters if not p.fact and not p.declaration.endswith("&")]
+    walking = re.findall(r"\bauto (\w+) = &\w+\[", body)  # pointers into them
+    moved = re.compile(rf"\b({'|'.join(walking) or '$'})\s*[-+]=\s*([^;]+);")
+    for m in moved.finditer(body):
+        expression = _Expression(m[2], wide_names)
+        expression.is_wide()
+        if expression.narrow_product:
+            yield f"body: a product of 32 bits moves a pointer: {m[0]}"
+    body = re.sub(r"\bauto \w+ = &", "", moved.sub("", body))
+    buffers += walking
     for m in re.finditer(rf"(?<![.\w])({'|'.join(buffers)})\b", body):
         if body[m.end() : m.end() + 1] != "[":
             yield f"body: `{m[1]}` without an index: write {m[1]}[...]"

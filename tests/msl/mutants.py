@@ -11,6 +11,8 @@ CARRY_BARRIER = f"    {BARRIER}\n    for (int s = 0; s < SLOTS; ++s) {{\n      c
 TILE_BARRIER = f"    {BARRIER}  // before the next tile"
 GRU, LSTM, NLRU, SLSTM = (f"cells/{cell}.h" for cell in ("gru", "lstm", "nlru", "slstm"))
 NEWTON, STRAIGHT, DUAL, ACTIVATIONS = "recurrence.metal", "sequential.metal", "dual.h", "activations.h"
+FROM_RING = "        x[g] = float(ring[i * Cell::GATES + g]);"
+INTO_RING = "        ring[i * Cell::GATES + g] = next[g * gate_stride];"
 CONV, DECODE = "conv.metal", "decode.metal"
 
 MUTANTS = [
@@ -407,7 +409,46 @@ MUTANTS = [
         "",
         "semantics",
     ),
-    Mutant("straight: one step too many", STRAIGHT, "t < T; ++t", "t <= T; ++t", "semantics"),
+    Mutant("straight: one step too many", STRAIGHT, "if (t0 + i >= T) {", "if (t0 + i > T) {", "semantics"),
+    Mutant(
+        "straight: one step too few", STRAIGHT, "if (t0 + i >= T) {", "if (t0 + i + 1 >= T) {", "semantics"
+    ),
+    Mutant(
+        "straight: the ring is not refilled",
+        STRAIGHT,
+        f"{INTO_RING}\n      }}\n#if MASKED\n      const",
+        "      }\n#if MASKED\n      const",
+        "convergence",
+    ),
+    Mutant(
+        "straight: the ring is refilled before it is read",
+        STRAIGHT,
+        f"{FROM_RING}\n{INTO_RING}",
+        f"{INTO_RING}\n{FROM_RING}",
+        "convergence",
+    ),
+    Mutant(
+        "straight: the mask of RING steps later",
+        STRAIGHT,
+        "const bool keep = kept[i];\n      kept[i] = mask[size_t(b) * T + read];",
+        "kept[i] = mask[size_t(b) * T + read];\n      const bool keep = kept[i];",
+        "convergence",
+    ),
+    Mutant(
+        "straight: read past the last step",
+        STRAIGHT,
+        "      next += read < T - 1 ? step_stride : 0;\n      read",
+        "      next += read < T ? step_stride : 0;\n      read",
+        "semantics",
+    ),
+    Mutant(
+        "straight: read past the last step at once",
+        STRAIGHT,
+        "    next += read < T - 1 ? step_stride : 0;\n    read",
+        "    next += step_stride;\n    read",
+        "semantics",
+    ),
+    Mutant("straight: states not counted anew", STRAIGHT, "until = interval;\n      }", "}", "semantics"),
     Mutant(
         "straight: last state not written",
         STRAIGHT,
@@ -418,8 +459,8 @@ MUTANTS = [
     Mutant(
         "straight: masked steps change the state",
         STRAIGHT,
-        "    if (keep) {",
-        "    if (keep || t >= 0) {",
+        "      if (keep) {",
+        "      if (keep || t0 >= 0) {",
         "convergence",
     ),
     Mutant(
@@ -432,12 +473,18 @@ MUTANTS = [
     Mutant(
         "straight: hidden by 32 bits",
         STRAIGHT,
-        "hidden[(size_t(b) * T",
-        "hidden[(b * T",
+        "hidden[size_t(b) * T",
+        "hidden[b * T",
         "language",
     ),
     Mutant("straight: last by 32 bits", STRAIGHT, "    last[(size_t(b)", "    last[(b", "language"),
-    Mutant("straight: states by 32 bits", STRAIGHT, "states[((size_t(b)", "states[((b", "language"),
+    Mutant(
+        "straight: states by 32 bits",
+        STRAIGHT,
+        "size_t kept_states = size_t(b)",
+        "int kept_states = b",
+        "language",
+    ),
     Mutant("straight: u by 32 bits", STRAIGHT, "const int64_t base", "const int base", "language"),
     # the convolution and decoding
     Mutant(

@@ -37,12 +37,13 @@ def test_cuda_twin_compiles(made):  # (activations are plain functions: all of t
 
 def test_a_constant_input_needs_no_other_text():
     """Arrays of fewer than 8 elements are in constant memory: the kernels must not call them `device`."""
-    made = instance("gru", shape=(1, 1, 2, 1))
-    wrapped = wrap(made.launch, made.inputs)
-    assert "const constant float* u " in wrapped.text
-    assert lint(wrapped, made.launch.header) == []
-    if language.clang():
-        assert language.address_spaces(made.launch, wrapped) == []
+    for tiling in ("narrow", None):
+        made = instance("gru", tiling=tiling, shape=(1, 1, 2, 1))
+        wrapped = wrap(made.launch, made.inputs)
+        assert "const constant float* u " in wrapped.text
+        assert lint(wrapped, made.launch.header) == []
+        if language.clang():
+            assert language.address_spaces(made.launch, wrapped) == []
 
 
 # What each objects to: (in the header, at the top of the body), part of the message, who says it.
@@ -123,6 +124,21 @@ FORBIDDEN = {
     "product of 32 bits, widened too late": ("", "const int q = 1; const size_t r = q * q;", "lint"),
     "product of 32 bits in a cast": ("", "const int q = 1; float r = params[size_t(q * q)];", "lint"),
     "64 bits kept in 32": ("", "const int q = 2 * u_strides[2];", "lint"),
+    "product of 32 bits moves a pointer": (
+        "",
+        "const int q = 1; auto p = &params[0]; p += q * q; float r = p[0];",
+        "lint",
+    ),
+    "product of 32 bits in the offset of a pointer": (
+        "",
+        "const int q = 1; auto p = &params[q * q]; float r = p[0];",
+        "lint",
+    ),
+    "product of 32 bits from a pointer": (
+        "",
+        "const int q = 1; auto p = &params[q]; float r = p[q * q];",
+        "lint",
+    ),
     "pointer arithmetic": ("", "float q = *(params + u_shape[2] * u_shape[2]);", "lint"),
     "an offset too complicated to read": ("", "float q = params[u_shape[2] << 3];", "lint"),
     "fast math": ("", "float q = metal::fast::exp(1.0f);", "lint"),
@@ -168,6 +184,12 @@ CONTROLS = {
         "const int one = int(u_shape[2]); const int64_t two = one * u_strides[2];\n"
         " const float r = params[size_t(one) * one] + float(u[two + (one > 1 ? one - 1 : 0)]);",
     ),
+    "a pointer that moves": (
+        "",
+        "const int q = 1; auto at = &params[0];\n"
+        " at += q > 0 ? u_strides[2] : 0; float r = at[q * u_strides[3]];",
+    ),
+    "unrolled": ("", "float q[2];\n#pragma unroll\n for (int i = 0; i < 2; ++i) { q[i] = 1.0f; }"),
     "contraction": ("#pragma METAL fp contract(off)\n", ""),
     "flags": ("#define FLAG 1\n", "\n#if FLAG\n const int q = 1;\n#endif\n"),
 }
