@@ -1,13 +1,16 @@
 """`mlx-pararnn draw`: a picture of what a text says."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mlx_pararnn.errors import PararnnError
 
 from . import options
+from .preview import previewing
 from .progress import progress_bar
 from .report import Debug, expand_home, reports_errors
 
@@ -45,6 +48,10 @@ def draw(
             "--temp", min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest tokens."
         ),
     ] = 1.0,
+    preview: Annotated[
+        bool,
+        typer.Option("--preview/--no-preview", help="Show the picture in the terminal as it is made."),
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
     modules: options.Import = None,
     debug: Debug = False,
@@ -61,18 +68,33 @@ def draw(
     loaded, tokenizer = options.load_image_model(model, modules)
     from mlx_pararnn.images.use import draw as draw_picture
 
-    with progress_bar(
-        lambda p: (p.TextColumn("drawing"), p.BarColumn(), p.TaskProgressColumn(), p.TimeRemainingColumn())
-    ) as update:
+    with drawing_shown(preview) as shown:
         picture = draw_picture(
-            loaded,
-            tokenizer,
-            text,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            temp=temp,
-            progress=lambda done, total: update(completed=done, total=total),
+            loaded, tokenizer, text, seed=seed, steps=steps, guidance=guidance, temp=temp, **shown
         )
-    write_picture(picture, out)
+        write_picture(picture, out)
     print(out)
+
+
+@contextmanager
+def drawing_shown(wanted: bool = True) -> Iterator[dict[str, Any]]:
+    """What `images.use.draw` is told, so that a bar and, where `wanted`, the picture show how far it has got.
+
+    The picture stays on the terminal once it is drawn.
+    """
+    with previewing(wanted) as preview:
+        with progress_bar(
+            lambda p: (
+                p.TextColumn("drawing"),
+                p.BarColumn(),
+                p.TaskProgressColumn(),
+                p.TimeRemainingColumn(),
+            ),
+            above=preview,
+        ) as update:
+            shown: dict[str, Any] = {"progress": lambda done, total: update(completed=done, total=total)}
+            if preview is not None:
+                shown["preview"] = lambda picture: setattr(preview, "picture", picture)
+            yield shown
+        if preview is not None:
+            preview.leave()

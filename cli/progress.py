@@ -16,21 +16,29 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(
-    columns: Callable[[Any], Iterable[Any]], *, description: str = "", total: float | None = None
+    columns: Callable[[Any], Iterable[Any]],
+    *,
+    description: str = "",
+    total: float | None = None,
+    above: Any = None,
 ) -> Iterator[Callable[..., None]]:
     """A bar while the block runs, if stderr is a terminal; gives the function that updates it.
 
     Args:
         columns: what the bar shows, out of the module `rich.progress`, which it is called with.
         description, total: of its one task; the function takes them too, and `completed`.
+        above: what else is shown, drawn again with the bar; None for nothing.
     """
     from rich import progress
     from rich.console import Console
 
+    class Bar(progress.Progress):
+        def get_renderables(self) -> Iterable[Any]:
+            yield from [] if above is None else [above]
+            yield from super().get_renderables()
+
     console = Console(stderr=True)
-    with progress.Progress(
-        *columns(progress), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Bar(*columns(progress), console=console, transient=True, disable=not console.is_terminal) as bar:
         yield partial(bar.update, bar.add_task(description, total=total))
 
 

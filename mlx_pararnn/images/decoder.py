@@ -8,7 +8,7 @@ Letters in shapes: B images, S pixels on a side, M tokens of the condition, N pa
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -109,7 +109,7 @@ class ImageDecoder(nn.Module):
         noise: mx.array,
         steps: int,
         guidance: float = 1.0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[int, int, mx.array], None] = lambda done, total, pixels: None,
     ) -> mx.array:
         """Pixels (B, S, S, 3) from noise of that shape, by Euler's method with steps of one length.
 
@@ -119,8 +119,17 @@ class ImageDecoder(nn.Module):
             steps: how many.
             guidance: the velocity is that without a condition plus `guidance` times what the condition adds
                 (arXiv 2207.12598); 1 is the model's own, and takes half the time.
-            progress: called after each step with the steps done and their number.
+            progress: called after each step with the steps done, their number and the pixels so far.
         """
+        pixels = noise
+        for done, pixels in enumerate(self.sampled(condition, noise, steps, guidance), 1):
+            progress(done, steps, pixels)
+        return pixels
+
+    def sampled(
+        self, condition: mx.array, noise: mx.array, steps: int, guidance: float = 1.0
+    ) -> Iterator[mx.array]:
+        """`sample`, step by step: the pixels after each."""
         B = condition.shape[0]
         x, guided = noise, guidance != 1
         kept = mx.arange(2 * B) < B
@@ -134,8 +143,7 @@ class ImageDecoder(nn.Module):
                 velocity = self(x, time, condition)
             x = x + velocity / steps
             mx.eval(x)
-            progress(step + 1, steps)
-        return x
+            yield x
 
 
 def flow_losses(

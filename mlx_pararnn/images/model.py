@@ -2,98 +2,45 @@
 
 The folder is a language model's, which every command reads, with the field `images` in config.json and the
 weights of tokenizer and decoder in images.safetensors. The language model's last tokens are image tokens.
-
-Letters in shapes: B images, S pixels on a side, N tokens of an image, T tokens, D the language model's width.
 """
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 
 from ..errors import PararnnError, one_line
 from ..hub import find_model
 from ..loading import check_dtypes, load_model, load_tokenizer
-from ..model import Model
-from ..model_config import BITS
 from ..model_files import open_regular
-from ..module_arrays import named_arrays
 from .config import RECIPE, ImageArgs
-from .decoder import ImageDecoder
-from .tokenizer import HybridTokenizer
+from .modules import ImageModules
+from .use import draw, see
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 WEIGHTS = "images.safetensors"
-_GROUP_SIZES = (32, 64, 128)  # of MLX's affine mode
 
 
-class ImageModel(nn.Module):
+class ImageModel(ImageModules):
     """The language model, the image tokenizer, and the image decoder where there is one."""
 
-    def __init__(self, args: ImageArgs, language_model: Model) -> None:
-        super().__init__()
-        width, vocabulary = language_model.args.hidden_size, language_model.args.vocab_size
-        if args.first_token + args.codes > vocabulary:
-            raise PararnnError(
-                f"config.json: images.first_token {args.first_token} and {args.codes:,} image tokens go "
-                f"beyond the vocabulary of {vocabulary:,}; both must be those that the model was trained with"
-            )
-        if max(args.begin_token, args.end_token) >= args.first_token:
-            raise PararnnError(
-                "config.json: images.begin_token and end_token must be below first_token, an image's"
-            )
-        self.args = args
-        self.language_model = language_model
-        self.image_tokenizer = HybridTokenizer(args, width)
-        self.image_decoder = None if args.decoder is None else ImageDecoder(args, width)
+    def draw(self, tokenizer: TokenizerWrapper, text: str, **options: Any) -> "Image":
+        """A picture of what `text` says; `options` and errors are those of `mlx_pararnn.draw`."""
+        return draw(self, tokenizer, text, **options)
 
-    def embeddings(self, tokens: mx.array, features: mx.array, places: mx.array) -> mx.array:
-        """What the language model reads: tokens' own embeddings, and an image's where it stands.
-
-        Args:
-            tokens: (B, T).
-            features: (B, N, F), `HybridTokenizer.features`.
-            places: (B, N), where in its row each token of the image stands; the ids there do not matter.
-
-        Returns:
-            (B, T, D).
-        """
-        own = self.language_model.model.embed_tokens(tokens)
-        image = self.image_tokenizer.read(features).astype(own.dtype)
-        return mx.put_along_axis(own, places[..., None], image, axis=1)
-
-    def image_parts(self) -> dict[str, nn.Module]:
-        """All but the language model: what images.safetensors holds."""
-        parts: dict[str, nn.Module] = {"image_tokenizer": self.image_tokenizer}
-        return parts if self.image_decoder is None else {**parts, "image_decoder": self.image_decoder}
-
-    def image_weights(self) -> dict[str, mx.array]:
-        """By the names that images.safetensors has for them."""
-        return {
-            f"{name}.{path}": weight
-            for name, part in self.image_parts().items()
-            for path, weight in named_arrays(part.parameters())
-        }
-
-    def quantize(self, bits: int, group_size: int = 64) -> None:
-        """Pack the matrices of tokenizer and decoder, but for those whose rows no group divides.
-
-        The language model is quantized as any other (`mlx_lm.utils.quantize_model`).
-
-        Raises:
-            PararnnError: MLX has no such bits or groups.
-        """
-        if bits not in BITS or group_size not in _GROUP_SIZES:
-            raise PararnnError(
-                f"{bits} bits in groups of {group_size}: MLX has {', '.join(map(str, BITS))} bits and groups "
-                f"of {', '.join(map(str, _GROUP_SIZES))}"
-            )
-        for part in self.image_parts().values():
-            nn.quantize(part, group_size, bits, class_predicate=_quantizable(group_size))
-        self.args = replace(self.args, quantization={"group_size": group_size, "bits": bits})
+    def see(
+        self,
+        tokenizer: TokenizerWrapper,
+        image: "Path | str | bytes | Image",
+        question: str,
+        **options: Any,
+    ) -> str:
+        """What the model answers to a question about an image; as `mlx_pararnn.see`."""
+        return see(self, tokenizer, image, question, **options)
 
 
 def load_image_model(
@@ -132,10 +79,6 @@ def _quantization(values: dict[str, int]) -> dict[str, int]:
     if not isinstance(values, dict) or values.keys() != {"bits", "group_size"}:
         raise PararnnError(f"config.json: images.quantization is {values!r}; it must say bits and group_size")
     return values
-
-
-def _quantizable(group_size: int) -> Any:
-    return lambda _, module: isinstance(module, nn.Linear) and module.weight.shape[-1] % group_size == 0
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -1,19 +1,18 @@
 """A picture from words, and words about a picture."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import GenerationResponse, generate_step
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import PararnnError
 from ..generation import check_text, check_tokens, encode, find_room, stream_generate
 from .config import RECIPE
-from .model import ImageModel
+from .modules import ImageModules
 from .picture import pillow, read_picture, to_picture, to_pixels
 
 if TYPE_CHECKING:
@@ -21,10 +20,11 @@ if TYPE_CHECKING:
 
 STEPS = 25
 GUIDANCE = 2.0
+_READ_STEP = 512  # tokens of a text that are read at a time
 
 
 def draw(
-    model: ImageModel,
+    model: ImageModules,
     tokenizer: TokenizerWrapper,
     text: str,
     *,
@@ -33,6 +33,7 @@ def draw(
     guidance: float = GUIDANCE,
     temp: float = 1.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    preview: Callable[["Image"], None] | None = None,
 ) -> "Image":
     """A picture of what `text` says: image tokens from the language model, then pixels from the decoder.
 
@@ -42,27 +43,55 @@ def draw(
         guidance: how much the decoder follows the tokens; 1 is as it was trained.
         temp: of sampling the tokens; 0 takes the likeliest.
         progress: called with what is done and how much there is: each token and each step counts one.
+        preview: called with the picture as it is after each step of the decoder.
 
     Raises:
         PararnnError: the model has no image decoder, the text is empty or too long, or a number is no use.
     """
+    pixels = None
+    drawn = drawing(model, tokenizer, text, seed=seed, steps=steps, guidance=guidance, temp=temp)
+    for done, pixels in enumerate(drawn, 1):
+        progress(done, model.args.tokens + steps)
+        if pixels is not None and preview is not None:
+            preview(to_picture(pixels))
+    assert pixels is not None
+    return to_picture(pixels)
+
+
+def drawing(
+    model: ImageModules,
+    tokenizer: TokenizerWrapper,
+    text: str,
+    *,
+    seed: int | None = None,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    temp: float = 1.0,
+) -> Iterator[np.ndarray | None]:
+    """`draw`, step by step: None for each image token, then for each step of the decoder its pixels.
+
+    Between two steps others may compute: the random numbers of a seed are this drawing's own.
+
+    Yields:
+        None, or (S, S, 3) from -1 to 1, still noisy but for the last.
+    """
     check_can_draw(model)
     check_drawing(text, steps, guidance, temp)
-    if seed is not None:
-        mx.random.seed(seed)
-    total = model.args.tokens + steps
-    tokens = _image_tokens(model, tokenizer, text, temp, lambda done: progress(done, total))
+    keys = _Keys(seed)
+    tokens: list[int] = []
+    for token in _image_tokens(model, tokenizer, text, temp, keys):
+        tokens.append(token)
+        yield None
     condition = model.image_tokenizer.embed(mx.array(tokens)[None])
-    noise = mx.random.normal((1, model.args.size, model.args.size, 3))
+    noise = mx.random.normal((1, model.args.size, model.args.size, 3), key=keys.next())
     decoder = model.image_decoder
     assert decoder is not None
-    done = model.args.tokens
-    pixels = decoder.sample(condition, noise, steps, guidance, lambda step, _: progress(done + step, total))
-    return to_picture(np.array(pixels[0].astype(mx.float32)))
+    for pixels in decoder.sampled(condition, noise, steps, guidance):
+        yield np.array(pixels[0].astype(mx.float32))
 
 
 def see(
-    model: ImageModel,
+    model: ImageModules,
     tokenizer: TokenizerWrapper,
     image: "Path | str | bytes | Image",
     question: str,
@@ -83,7 +112,7 @@ def see(
 
 
 def stream_see(
-    model: ImageModel,
+    model: ImageModules,
     tokenizer: TokenizerWrapper,
     image: "Path | str | bytes | Image",
     question: str,
@@ -97,7 +126,7 @@ def stream_see(
 
 
 def image_prompt(
-    model: ImageModel, tokenizer: TokenizerWrapper, image: "Path | str | bytes | Image", question: str
+    model: ImageModules, tokenizer: TokenizerWrapper, image: "Path | str | bytes | Image", question: str
 ) -> tuple[list[int], mx.array]:
     """Token ids (T) and embeddings (T, D) of an image and a question about it.
 
@@ -116,7 +145,7 @@ def question_text(question: str) -> str:
     return f"{question.strip()}\n"
 
 
-def check_can_draw(model: ImageModel) -> None:
+def check_can_draw(model: ImageModules) -> None:
     """Raise PararnnError for a model without an image decoder."""
     if model.image_decoder is None:
         raise PararnnError(f"this model sees images and has no image decoder to draw them; {RECIPE}")
@@ -135,13 +164,22 @@ def check_drawing(text: str, steps: int, guidance: float, temp: float) -> None:
             raise PararnnError(f"{name} is {value!r}; it must be a number from 0 to 100")
 
 
+class _Keys:
+    """Keys of random numbers, those that MLX itself takes one after the other from a seed; None without."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._key = None if seed is None else mx.random.key(seed)
+
+    def next(self) -> mx.array | None:
+        if self._key is None:
+            return None
+        self._key, key = mx.random.split(self._key)
+        return key
+
+
 def _image_tokens(
-    model: ImageModel,
-    tokenizer: TokenizerWrapper,
-    text: str,
-    temp: float,
-    progress: Callable[[int], None],
-) -> list[int]:
+    model: ImageModules, tokenizer: TokenizerWrapper, text: str, temp: float, keys: _Keys
+) -> Iterator[int]:
     """Discrete tokens (N), from 0 on, that the language model writes after a text."""
     args, language = model.args, model.language_model
     prompt = [*encode(tokenizer, text.strip()), args.begin_token]
@@ -149,21 +187,15 @@ def _image_tokens(
     room = find_room(language, len(prompt))
     if room is not None and room < args.tokens:
         raise PararnnError(f"the text leaves {room} of {args.tokens} positions for the image; shorten it")
-    ids = mx.arange(language.args.vocab_size)
-    is_image = (ids >= args.first_token) & (ids < args.first_token + args.codes)
-
-    def images_only(_: mx.array, logits: mx.array) -> mx.array:
-        return mx.where(is_image, logits, -mx.inf)
-
-    tokens: list[int] = []
-    steps = generate_step(
-        mx.array(prompt),
-        language,
-        max_tokens=args.tokens,
-        sampler=make_sampler(temp),
-        logits_processors=[images_only],
-    )
-    for token, _ in steps:
-        tokens.append(int(token) - args.first_token)
-        progress(len(tokens))
-    return tokens
+    cache, unread = language.make_cache(), prompt
+    while len(unread) > _READ_STEP:
+        language(mx.array([unread[:_READ_STEP]]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+        unread = unread[_READ_STEP:]
+    for _ in range(args.tokens):
+        logits = language(mx.array([unread]), cache=cache)[0, -1]
+        choices = logits[args.first_token : args.first_token + args.codes].astype(mx.float32)
+        chosen = mx.random.categorical(choices / temp, key=keys.next()) if temp else mx.argmax(choices)
+        token = cast(int, chosen.item())
+        yield token
+        unread = [args.first_token + token]

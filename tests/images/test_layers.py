@@ -150,16 +150,20 @@ def test_the_loss_of_the_flow():
 def test_sampling_is_eulers_method(guidance):
     decoder, weights = random_decoder()
     noise, condition = numbers(1, 8, 8, 3), numbers(1, 4, 16, seed=2)
-    said = []
-    found = decoder.sample(
-        mx.array(condition), mx.array(noise), 3, guidance, lambda done, total: said.append((done, total))
-    )
+    said, steps = [], []
+
+    def progress(done, total, pixels):
+        said.append((done, total))
+        steps.append(np.array(pixels[0]))
+
+    found = decoder.sample(mx.array(condition), mx.array(noise), 3, guidance, progress)
     x = noise[0].astype(np.float64)
     for step in range(3):
         told, untold = (
             oracle.velocity(weights, x, step / 3, c, **SIZES, tokens=4) for c in (condition[0], None)
         )
         x = x + (untold + guidance * (told - untold)) / 3
+        close(steps[step], x)
     close(found[0], x)
     assert said == [(1, 3), (2, 3), (3, 3)]
 

@@ -103,6 +103,7 @@ def test_the_answer_is_the_likeliest_after_image_and_question(pair):
         own = model.language_model.model.embed_tokens(mx.array(found[-1:]))
         embeddings = mx.concatenate([embeddings, own])
     assert answer == tokenizer.decode(found)
+    assert model.see(tokenizer, PICTURE, "what is it?", max_tokens=5) == answer
 
 
 def test_gradients_reach_both_adapters_and_the_language_model(pair):
@@ -136,7 +137,20 @@ def test_a_picture_is_of_its_seed(pair):
     assert first.shape == (8, 8, 3)
     assert (first == again).all()
     assert (first != other).any()
+    assert (np.array(model.draw(tokenizer, "a dog", seed=1, steps=3)) == first).all()
     assert said[:7] == [(k, 7) for k in range(1, 8)]
+
+
+def test_steps_are_previewed_and_the_last_is_the_picture(pair):
+    shown = []
+    mx.random.seed(5)
+    before = mx.array(mx.random.normal((3,)))
+    mx.random.seed(5)
+    made = mlx_pararnn.draw(*pair, "a dog", seed=1, steps=3, preview=shown.append)
+    assert len(shown) == 3
+    assert (np.array(shown[0]) != np.array(shown[1])).any()
+    assert (np.array(shown[-1]) == np.array(made)).all()
+    assert (np.array(before) == np.array(mx.random.normal((3,)))).all()  # a seed is the picture's alone
 
 
 def test_drawing_decodes_the_tokens_that_the_language_model_writes(pair):
