@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, NaiveStreamingDetoke
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mlx_pararnn.detokenizer import BYTES, Detokenizer
+from mlx_pararnn.text.detokenizer import BYTES, Detokenizer
 
 LENGTHS = (0, 1000, 4000, 16000)  # characters of the line at which a section starts
 

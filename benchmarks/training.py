@@ -31,7 +31,7 @@ from timing import PAUSE
 
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.compute import layer_ops, matrix_products
-from mlx_pararnn.compute.memory import keep_freed_memory
+from mlx_pararnn.compute.freed_memory import keep_freed_memory
 from mlx_pararnn.compute.recurrence import recurrence
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_pararnn.model_files import disk_bytes
+from mlx_pararnn.files.model_files import disk_bytes
 
 from .message_editor import history_file
 from .report import Debug, reports_errors, size

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.watchdog import watched
+from mlx_pararnn.process.watchdog import watched
 
 from . import options, sampling
 from .chat_commands import HINTS, LEAVE, Session, say

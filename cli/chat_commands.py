@@ -7,7 +7,7 @@ from signal import SIGINT, signal
 from typing import TYPE_CHECKING, Any
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.watchdog import Watchdog, watched
+from mlx_pararnn.process.watchdog import Watchdog, watched
 
 from . import sampling
 from .answer_text import answer_writer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.watchdog import watched
+from mlx_pararnn.process.watchdog import watched
 
 from . import options, sampling
 from .report import Debug, reports_errors
@@ -19,7 +19,7 @@ from .tool_lines import ShowTools, ToolLines, say_why
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_pararnn.images.model import ImageModel
+    from mlx_pararnn.images.image_model import ImageModel
     from mlx_pararnn.model import Model
 
 

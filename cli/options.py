@@ -16,7 +16,7 @@ from .report import expand_home
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_pararnn.images.model import ImageModel
+    from mlx_pararnn.images.image_model import ImageModel
     from mlx_pararnn.model import Model
 
 
@@ -186,7 +186,7 @@ def load_image_model(
         raise PararnnError(NONE_BUNDLED)
     path = find(model, modules)
     with loading(model):
-        from mlx_pararnn.images.model import load_image_model as load_pair
+        from mlx_pararnn.images.image_model import load_image_model as load_pair
 
         pair = load_pair(path, adapter_path=adapters, state=state)
         _compile(pair[0].language_model)
@@ -217,7 +217,7 @@ def _compile(model: "Model") -> None:
 
 def find(model: str | None, modules: list[str] | None) -> Path:
     """The folder of the model that a command names; --import's modules are imported once it is known."""
-    from mlx_pararnn.hub import find_model
+    from mlx_pararnn.files.hub import find_model
 
     path = None if model is None else find_model(model)  # a wrong name is told before seconds of importing
     import_modules(modules)

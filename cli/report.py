@@ -9,8 +9,8 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from mlx_pararnn.address_space import too_small
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.process.address_space import too_small
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -115,7 +115,7 @@ def tool_sampler(sampling: Sampling, stop: list[str] | None, vocab_size: int) ->
 
 def generation_config(folder: Path) -> dict[str, Any]:
     """What a model folder's generation_config.json says; nothing where there is none."""
-    from mlx_pararnn.model_files import read_json
+    from mlx_pararnn.files.model_files import read_json
 
     try:
         found = read_json(folder / "generation_config.json")

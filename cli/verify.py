@@ -58,7 +58,7 @@ def verify(
     options.import_modules(modules)
     from mlx_pararnn.convert.inspection import held_package
     from mlx_pararnn.errors import PararnnError
-    from mlx_pararnn.hub import find_model
+    from mlx_pararnn.files.hub import find_model
     from mlx_pararnn.loading import BUNDLED, load_model
     from mlx_pararnn.tools.quantization_cost import noted_cost, sample_tokens
     from mlx_pararnn.tools.verification import (
@@ -106,11 +106,11 @@ def verify(
 
 def _verify_package(path: Path, title: str, as_json: bool) -> None:
     if title == "Core AI":
-        from mlx_pararnn.convert.coreai import package_check as coreai
+        from mlx_pararnn.convert.coreai import aimodel_check as coreai
 
         _report(list(coreai.verify_package(path)), as_json, f"Same numbers. {coreai.unseen()}")
     else:
-        from mlx_pararnn.convert.coreml import package_check as coreml
+        from mlx_pararnn.convert.coreml import mlpackage_check as coreml
 
         _report(list(coreml.verify_package(path)), as_json)
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.model_files import TOKENIZER_FILES, VOCABULARY_FILES
+from mlx_pararnn.files.model_files import TOKENIZER_FILES, VOCABULARY_FILES
 
 from .readers.forms import read_json_object
 from .writers.output_folder import write_json

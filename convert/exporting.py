@@ -22,20 +22,20 @@ from mlx.utils import tree_flatten
 
 from mlx_pararnn import __version__
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.model_files import TOKENIZER_FILES
 from mlx_pararnn.loading import load_model, load_tokenizer
 from mlx_pararnn.model import Model
 from mlx_pararnn.model_config import ModelArgs
-from mlx_pararnn.model_files import TOKENIZER_FILES
 
-from .coreml.chat_format import add_chat_format
-from .coreml.constants import Plain, Stored, stored, total_bytes
-from .coreml.form import Form, state_dtypes, state_shapes
-from .coreml.iterations import iterations_needed
-from .coreml.memory import check_memory
-from .coreml.package_digest import stored_digest
-from .coreml.program import EXPORTED
-from .coreml.reference import write_reference
 from .inspection import inspect_checkpoint
+from .package.chat_format import add_chat_format
+from .package.constants import Plain, Stored, stored, total_bytes
+from .package.export_memory import check_memory
+from .package.form import Form, state_dtypes, state_shapes
+from .package.iterations import iterations_needed
+from .package.package_digest import stored_digest
+from .package.program import EXPORTED
+from .package.reference import write_reference
 from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.forms import PACKAGE_FILE, PackageKind
 from .readers.wording import listed, shown

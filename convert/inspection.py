@@ -8,8 +8,8 @@ from typing import Any
 
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.model_files import disk_bytes, read_json
 from mlx_pararnn.model_config import ModelArgs, check_end_ids, check_layers, weight_bits
-from mlx_pararnn.model_files import disk_bytes, read_json
 
 from .families import find_family
 from .readers.checkpoint import Checkpoint, open_checkpoint

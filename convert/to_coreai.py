@@ -9,10 +9,10 @@ import numpy as np
 
 from mlx_pararnn.errors import PararnnError
 
-from .coreai.tools import require_coreai
-from .coreml.form import Form
+from .coreai.require_coreai import require_coreai
 from .exporting import Exported, Functions, Progress, check_options, export
 from .inspection import disk_bytes
+from .package.form import Form
 from .readers.forms import COREAI
 
 PRECISIONS = ("float32", "float16")
@@ -79,7 +79,7 @@ def convert_to_coreai(
 def _write(
     path: Path, functions: Functions, settings: dict[str, Any], title: str, progress: Progress
 ) -> None:
-    from .coreai.package import write_package
+    from .coreai.aimodel import write_package
 
     metadata = {
         "custom": {"pararnn": json.dumps(settings)},

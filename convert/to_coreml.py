@@ -6,9 +6,9 @@ from typing import Any
 
 from mlx_pararnn.errors import PararnnError
 
-from .coreml.form import Form
-from .coreml.tools import require_coremltools
+from .coreml.require_coremltools import require_coremltools
 from .exporting import Exported, Functions, Progress, check_options, export
+from .package.form import Form
 from .readers.forms import COREML
 
 
@@ -73,7 +73,7 @@ def convert_to_coreml(
 def _write(
     path: Path, functions: Functions, settings: dict[str, Any], title: str, progress: Progress
 ) -> None:
-    from .coreml.package import build_function, write_package
+    from .coreml.mlpackage import build_function, write_package
 
     built = {}
     for done, (name, count) in enumerate(functions.tokens.items()):

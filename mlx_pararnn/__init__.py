@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .cells import Cell, get_cell, register_cell
     from .errors import PararnnError
     from .generation import generate, stream_generate
-    from .images.model import load_image_model
+    from .images.image_model import load_image_model
     from .images.use import draw, see
     from .loading import load, load_cell, load_model
     from .model import Model
@@ -38,7 +38,7 @@ _HOME = {
     "get_cell": "cells",
     "load": "loading",
     "load_cell": "loading",
-    "load_image_model": "images.model",
+    "load_image_model": "images.image_model",
     "load_model": "loading",
     "register_cell": "cells",
     "see": "images.use",

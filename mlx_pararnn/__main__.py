@@ -11,7 +11,7 @@ def main() -> None:
     try:
         from .cli.app import main as run
     except (ImportError, MemoryError, OSError):
-        from .address_space import too_small
+        from .process.address_space import too_small
 
         said = too_small()
         if said is None:

@@ -12,9 +12,9 @@ from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import RECENT_STEPS
-from .detokenizer import Detokenizer, StopMatcher
 from .errors import PararnnError, one_line
 from .model import Model
+from .text.detokenizer import Detokenizer, StopMatcher
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _grammar_of(
     schema: dict[str, Any], tokenizer: TokenizerWrapper, vocab_size: int, prompt_length: int
 ) -> tuple[Any, Any]:
     """A matcher of a schema's JSON, and the logits processor that lets only such through."""
-    from .grammars import GrammarProcessor, Grammars
+    from .text.grammars import GrammarProcessor, Grammars
 
     grammars = Grammars(tokenizer, vocab_size)
     matcher = grammars.compile(grammars.json(schema))

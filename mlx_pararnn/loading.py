@@ -15,14 +15,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from .chat_template import ChatTemplate
-from .detokenizer import Detokenizer
+from .compute.module_arrays import named_arrays
 from .errors import PararnnError, one_line
-from .hub import find_model
-from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenizer
-from .model import Model, RecurrentLayer
-from .model_config import ModelArgs, check_end_ids, check_layers, weight_bits
-from .model_files import (
+from .files.hub import find_model
+from .files.model_files import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
     check_files,
@@ -30,7 +26,11 @@ from .model_files import (
     open_regular,
     read_json,
 )
-from .module_arrays import named_arrays
+from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenizer
+from .model import Model, RecurrentLayer
+from .model_config import ModelArgs, check_end_ids, check_layers, weight_bits
+from .text.chat_template import ChatTemplate
+from .text.detokenizer import Detokenizer
 
 STATES = "initial_state.safetensors"
 BUNDLED = Path(__file__).parent / "pocket-model"  # what every command uses without a MODEL

@@ -20,10 +20,17 @@ from .cache import RecurrentCache
 from .cells import Cell, get_cell
 from .compute import cpu_token, layer_ops, matrix_products
 from .compute.choice import PLAIN, Choice
+from .compute.module_arrays import (
+    Changed,
+    handed_arrays,
+    head_arrays,
+    norm_arrays,
+    plain_arrays,
+    table_arrays,
+)
 from .compute.recurrence import choice_for, recurrence, solve
 from .errors import PararnnError
 from .model_config import ModelArgs
-from .module_arrays import Changed, handed_arrays, head_arrays, norm_arrays, plain_arrays, table_arrays
 
 
 class RecurrentLayer(nn.Module):

@@ -60,8 +60,8 @@ class _Watcher:
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name == "mlx.core":
-            from .address_space import check_address_space
             from .compute.openblas import load_openblas
+            from .process.address_space import check_address_space
 
             check_address_space()
             load_openblas()

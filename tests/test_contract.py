@@ -109,7 +109,7 @@ def test_mlx_lms_tokenizer_wrapper_copies_its_detokenizer():
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     import mlx_pararnn
-    from mlx_pararnn.detokenizer import Detokenizer
+    from mlx_pararnn.text.detokenizer import Detokenizer
 
     _, tokenizer = mlx_pararnn.load(DEMO)
     assert isinstance(tokenizer, TokenizerWrapper)
@@ -262,9 +262,9 @@ def test_coreai_core_takes_a_marked_argument_for_a_state(tmp_path):
     from coreai._compiler.ir import ArrayAttr, DictAttr, StringAttr
     from coreai.runtime import NDArray
 
-    from mlx_pararnn.convert.coreai.package import STATE_ATTRIBUTE
+    from mlx_pararnn.convert.coreai.aimodel import STATE_ATTRIBUTE
 
-    see = "see convert/coreai/package.py"
+    see = "see convert/coreai/aimodel.py"
     kinds = {name: core.TensorType((2,), np.float32, name=name) for name in ("x", "s", "s_out")}
 
     def add(x, s):
@@ -296,7 +296,7 @@ def test_coreai_core_takes_a_marked_argument_for_a_state(tmp_path):
 
 
 def test_coreai_core_writes_and_reads_integers_of_four_bits_differently(tmp_path):
-    """So matrices in 4 bits are stored as pairs; see convert/coreai/operations.py."""
+    """So matrices in 4 bits are stored as pairs; see convert/coreai/graph_operations.py."""
     import numpy as np
 
     core = pytest.importorskip("coreai.authoring", reason="coreai-core is not installed")

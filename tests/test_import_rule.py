@@ -9,14 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # room: the rooms whose files its own may import, and with them all that those lead to
 ARROWS = {
-    "__main__": "cli address_space",
+    "__main__": "cli process",
     "cli": "chat images tools training convert.to_mlx convert.to_coreml convert.to_coreai convert.to_torch "
     "convert.inspection "
     "convert.comparison convert.original convert.add_tokenizer",
-    "convert.to_coreml": "convert.exporting",
+    "convert.to_coreml": "convert.exporting convert.coreml",
     "convert.to_coreai": "convert.exporting convert.coreai",
-    "convert.exporting": "convert.to_mlx convert.coreml convert.inspection",
-    "convert.coreai": "convert.coreml",
+    "convert.exporting": "convert.to_mlx convert.package convert.inspection",
+    "convert.coreai": "convert.package tools",
     "convert.to_torch": "convert.writers model_config",
     "convert.to_mlx": "convert.overrides convert.writers",
     "convert.comparison": "convert.writers tools",
@@ -24,37 +24,30 @@ ARROWS = {
     "convert.add_tokenizer": "convert.to_mlx",
     "convert.inspection": "convert.writers model_config",
     "convert.overrides": "convert.writers cells",
-    "convert.coreml": "convert.families tools",
-    "convert.writers": "convert.families images weights_digest",
+    "convert.coreml": "convert.package tools",
+    "convert.package": "convert.families loading generation",
+    "convert.writers": "convert.families images files",
     "convert.families": "convert.readers model",
-    "convert.readers": "hub model_files",
-    "chat": "pocket package watchdog",
+    "convert.readers": "files",
+    "chat": "pocket package process",
     "images": "loading generation",
-    "pocket": "loading generation grammars interrupt",
-    "tools": "package weights_digest",
+    "pocket": "loading generation text process",
+    "tools": "package files",
     "training": "package convert.writers tools",
     "package": "loading generation images registration pocket",
-    "registration": "compute adapters address_space",
+    "registration": "compute adapters process",
     "adapters": "errors",
-    "loading": "model hub model_files chat_template detokenizer mlx_lm_internals",
-    "generation": "model detokenizer grammars",
-    "model": "compute cache model_config module_arrays",
+    "loading": "model files text mlx_lm_internals",
+    "generation": "model text",
+    "model": "compute cache model_config",
     "model_config": "cells",
-    "module_arrays": "",
-    "compute": "cells address_space",
-    "address_space": "errors",
+    "compute": "cells process",
+    "process": "errors",
     "cells": "errors",
     "cache": "errors",
-    "chat_template": "errors",
-    "template_process": "",
-    "detokenizer": "",
-    "grammars": "errors mlx_lm_internals",
+    "text": "errors mlx_lm_internals",
     "mlx_lm_internals": "",
-    "interrupt": "",
-    "watchdog": "",
-    "hub": "errors",
-    "model_files": "errors",
-    "weights_digest": "model_files",
+    "files": "errors",
     "errors": "",
     "convert": "",
     "metal": "",
@@ -153,12 +146,12 @@ def test_no_two_files_import_each_other():
             "imports convert.families.base",
         ),
         ("convert.writers.quantize", "from mlx_pararnn.convert import to_mlx", "imports convert.to_mlx"),
-        ("convert.coreml.program", "from ..writers import quantize", "imports convert.writers.quantize"),
+        ("convert.package.program", "from ..writers import quantize", "imports convert.writers.quantize"),
         ("chat.session", "from ..cli.app import main", "chat.session imports cli.app"),
         ("tools.doctor", "from ..convert import to_mlx", "tools.doctor imports convert.to_mlx"),
         ("model", "from mlx_pararnn import load", "model imports package"),
         ("pocket.loop", "from ..chat.session import Chat", "pocket.loop imports chat.session"),
-        ("images.model", "from ..chat.session import Chat", "images.model imports chat.session"),
+        ("images.image_model", "from ..chat.session import Chat", "images.image_model imports chat.session"),
         ("errors", "from .cells import Cell", "errors imports cells"),
     ],
 )
@@ -167,7 +160,14 @@ def test_an_import_against_the_arrows_is_seen(module, statement, offence):
     assert offence in seen
 
 
-def test_no_test_module_imports_another():
+def test_no_two_files_have_one_name():
+    """But for a command and what it calls, which differ in their folder."""
+    names = [path.name for module, path in MODULES.items() if room(module) != "cli"]
+    assert {name for name in names if names.count(name) > 1} == {"__init__.py"}
+
+
+def test_tests_import_what_is_their_rooms_or_support():
+    """No test module, and nothing of another room's tests."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
         names = []
         for node in ast.walk(ast.parse(path.read_text())):
@@ -177,3 +177,6 @@ def test_no_test_module_imports_another():
                 names.append(node.module or "")
         parts = [part for name in names for part in name.split(".")]
         assert not [part for part in parts if part.startswith(("test_", "conftest"))], path
+        shared = ("tests.support", f"tests.{path.relative_to(ROOT / 'tests').parts[0]}")
+        foreign = [name for name in names if name.startswith("tests.") and not name.startswith(shared)]
+        assert foreign == [], path

@@ -260,7 +260,7 @@ def test_a_hub_that_never_answers_is_given_up(tmp_path):
     """A server that takes the connection and stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = (
-            "import logging, mlx_pararnn.hub as hub; logging.basicConfig(level=logging.INFO)\n"
+            "import logging, mlx_pararnn.files.hub as hub; logging.basicConfig(level=logging.INFO)\n"
             "hub.SECONDS, hub.SILENT_SECONDS = 1.0, 0.1\n"
             "try: hub.find_model('someone/model')\n"
             "except hub.PararnnError as error: print(error)"

@@ -1,6 +1,5 @@
-"""What a Core AI package is built from and run by; the model's program is convert/coreml/program.py's.
+"""Core AI packages: graph_operations.py has the program's operations in Core AI's language.
 
-operations.py is the program's operations in Core AI's language; package.py writes the .aimodel, runtime.py
-runs one and package_check.py verifies one; tools.py looks for coreai-core, which is imported in these only,
-when a package is made or run.
+aimodel.py writes the .aimodel, runtime.py runs one and aimodel_check.py verifies one; require_coreai.py looks
+for coreai-core, which is imported in these only, when a package is made or run.
 """

@@ -1,4 +1,4 @@
-"""The operations of `operations.py` in MIL, Core ML's language."""
+"""The operations of `package/operations.py` in MIL, Core ML's language."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
-from .constants import Array, Linear, Palette, Plain, Stored
-from .operations import Operations
+from ..package.constants import Array, Linear, Palette, Plain, Stored
+from ..package.operations import Operations
 
 _NAMES = {"float16": "fp16", "float32": "fp32"}
 

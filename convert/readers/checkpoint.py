@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.hub import download, is_hub_name
+from mlx_pararnn.files.hub import download, is_hub_name
 
 from .dcp import METADATA
 from .dtypes import FLOATS

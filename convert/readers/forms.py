@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.model_files import read_json
+from mlx_pararnn.files.model_files import read_json
 
 from .dcp import METADATA, read_dcp
 from .links import check_link

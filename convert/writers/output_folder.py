@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.model_files import TOKENIZER_FILES
+from mlx_pararnn.files.model_files import TOKENIZER_FILES
 
 from ..readers.forms import (
     PACKAGE_FILE,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_pararnn import weights_digest
+from mlx_pararnn.files import weights_digest
 
 from ..readers.dtypes import STORED_AS, Array
 

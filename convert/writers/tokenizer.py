@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.hub import download, is_hub_name
-from mlx_pararnn.model_files import TOKENIZER_FILES, VOCABULARY_FILES
+from mlx_pararnn.files.hub import download, is_hub_name
+from mlx_pararnn.files.model_files import TOKENIZER_FILES, VOCABULARY_FILES
 
 from ..readers.forms import read_json_object
 from ..readers.links import check_link

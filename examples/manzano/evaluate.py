@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_pararnn import load_image_model
-from mlx_pararnn.images.model import ImageModel
+from mlx_pararnn.images.image_model import ImageModel
 from mlx_pararnn.images.picture import to_picture, to_pixels
 from mlx_pararnn.images.use import GUIDANCE, STEPS, draw, see
 

@@ -11,8 +11,8 @@ import numpy as np
 from mlx_pararnn.compute.layer_ops import cross_entropy
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.images.config import TransformerArgs
+from mlx_pararnn.images.image_tokenizer import VisionEncoder
 from mlx_pararnn.images.picture import to_pixels
-from mlx_pararnn.images.tokenizer import VisionEncoder
 from mlx_pararnn.training.trainer import Batch
 
 from .batches import Scenes, pictures

@@ -16,12 +16,12 @@ import mlx.nn as nn
 
 from mlx_pararnn import load_image_model
 from mlx_pararnn.compute.layer_ops import cross_entropy
-from mlx_pararnn.convert.writers.image_model import save_image_model
+from mlx_pararnn.convert.writers.image_folder import save_image_model
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.images.config import ImageArgs
 from mlx_pararnn.images.decoder import ImageDecoder, flow_losses
-from mlx_pararnn.images.model import ImageModel
-from mlx_pararnn.images.tokenizer import HybridTokenizer
+from mlx_pararnn.images.image_model import ImageModel
+from mlx_pararnn.images.image_tokenizer import HybridTokenizer
 from mlx_pararnn.model import Model, ModelArgs
 from mlx_pararnn.training.run import initialize
 from mlx_pararnn.training.settings import Settings

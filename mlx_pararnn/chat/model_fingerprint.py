@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..module_arrays import named_arrays
+from ..compute.module_arrays import named_arrays
 
 FORMAT = "1"  # changes with what a state's arrays mean
 

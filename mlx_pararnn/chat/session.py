@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..cache import RecurrentCache
 from ..errors import PararnnError
+from ..files.model_files import open_regular
 from ..generation import check_text, encode, render, stream_generate
 from ..model import Model
-from ..model_files import open_regular
 from ..pocket.answers import assistant_functions, stream_answer
 from ..pocket.events import Event, Finish, Text
 from ..pocket.functions import Functions

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .cpu import DTYPES, address, in_float32, in_lines, in_rows, room, run, view
 from .cpu_build import build
-from .memory import keep_freed_memory
+from .freed_memory import keep_freed_memory
 from .texts import cpu_gradients_text
 
 

@@ -9,7 +9,7 @@ import mmap
 import os
 import sys
 
-from ..address_space import limit
+from ..process.address_space import limit
 
 
 def load_openblas() -> str | None:

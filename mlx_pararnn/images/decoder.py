@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 
 from ..compute import layer_ops
 from ..compute.matrix_products import linear
-from ..module_arrays import named_arrays
+from ..compute.module_arrays import named_arrays
 from .config import ImageArgs, TransformerArgs
 from .layers import EPS, MLP, Attention, patches, pixels_of
 

@@ -9,13 +9,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..compute.module_arrays import named_arrays
 from ..errors import PararnnError
 from ..model import Model
 from ..model_config import BITS
-from ..module_arrays import named_arrays
 from .config import ImageArgs
 from .decoder import ImageDecoder
-from .tokenizer import HybridTokenizer
+from .image_tokenizer import HybridTokenizer
 
 _GROUP_SIZES = (32, 64, 128)  # of MLX's affine mode
 

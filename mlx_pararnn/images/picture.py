@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import PararnnError, one_line
-from ..model_files import open_regular
+from ..files.model_files import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image

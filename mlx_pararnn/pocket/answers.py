@@ -11,8 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..cache import RecurrentCache
 from ..errors import PararnnError
 from ..generation import find_room
-from ..grammars import Grammars
 from ..model import Model
+from ..text.grammars import Grammars
 from .assistant import Assistant
 from .events import Event, Text
 from .functions import Functions

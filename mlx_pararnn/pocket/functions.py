@@ -17,7 +17,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined, to_json
 
 from ..errors import PararnnError
-from ..interrupt import interrupt
+from ..process.interrupt import interrupt
 
 logger = logging.getLogger(__name__)
 

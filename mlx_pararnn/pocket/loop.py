@@ -15,7 +15,7 @@ from typing import Protocol as Interface
 import numpy as np
 
 from ..errors import PararnnError
-from ..grammars import Grammars, allowed_tokens
+from ..text.grammars import Grammars, allowed_tokens
 from .events import (
     Call,
     CommandGiven,

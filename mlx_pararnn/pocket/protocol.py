@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from ..detokenizer import BYTES
 from ..errors import PararnnError
+from ..text.detokenizer import BYTES
 from .pointer import POINTERS
 
 MARKS = ("user", "end", "answer", "call", "result", "edge")

@@ -8,10 +8,10 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..compute.module_arrays import named_arrays
 from ..errors import PararnnError
+from ..files.weights_digest import is_as_written
 from ..model import Model
-from ..module_arrays import named_arrays
-from ..weights_digest import is_as_written
 from .quantization_cost import divergence
 
 # float32 implementations of one model agree to about 2e-5 in their logits.

@@ -21,15 +21,15 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..compute.module_arrays import named_arrays
 from ..convert.writers.output_folder import whole_or_nothing
 from ..convert.writers.tokenizer import prepare_tokenizer
 from ..errors import PararnnError
+from ..files.model_files import read_json
 from ..generation import generate
 from ..loading import find_model, load_model, load_tokenizer
 from ..model import Model
 from ..model_config import ModelArgs
-from ..model_files import read_json
-from ..module_arrays import named_arrays
 from . import checkpoints, data, tuning
 from .card import training_card
 from .reporting import Log, Reporters, check_reporters, draw_losses

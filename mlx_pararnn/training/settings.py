@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PararnnError
+from ..files.model_files import open_regular
 from ..model_config import PRESETS, ModelArgs
-from ..model_files import open_regular
 
 # name -> hidden_size, num_hidden_layers, num_heads, intermediate_size; the name is about the number of
 # parameters without the embedding, which is tied to the head.

@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from ..compute.module_arrays import named_arrays
 from ..loading import STATES
 from ..model import Model
-from ..module_arrays import named_arrays
 from . import checkpoints
 from .settings import Plan
 

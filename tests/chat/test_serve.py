@@ -535,7 +535,7 @@ def test_it_stops_while_it_reads_a_prompt_that_is_answered_by_itself():
 BROKEN = """
 from mlx_pararnn import Model
 from mlx_pararnn.chat.server import prompts
-from mlx_pararnn.detokenizer import Detokenizer
+from mlx_pararnn.text.detokenizer import Detokenizer
 
 class Panic(BaseException):
     pass  # as Rust's libraries raise them

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.server import Settings, serve
-from mlx_pararnn.chat.server.answers import TokenTexts, chat_logprobs, completion_logprobs
+from mlx_pararnn.chat.server.choices import TokenTexts, chat_logprobs, completion_logprobs
 from mlx_pararnn.chat.server.jobs import TokenInfo
 from tests.support.demo import DEMO
 from tests.support.serving import PAGE_ORIGIN, TEMPLATE, client_of, folder_of, running

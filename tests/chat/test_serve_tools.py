@@ -10,8 +10,8 @@ from mlx_pararnn.chat.prompt_cache import PromptCache
 from mlx_pararnn.chat.server.app import make_app
 from mlx_pararnn.chat.server.engine import Engine
 from mlx_pararnn.chat.server.metrics import Metrics
+from mlx_pararnn.chat.server.server_settings import Settings
 from mlx_pararnn.chat.server.service import Service
-from mlx_pararnn.chat.server.settings import Settings
 from tests.support.scripted import Script, tokens_of, tools_folder, tools_protocol
 
 LAMP = {

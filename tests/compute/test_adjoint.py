@@ -12,11 +12,11 @@ import pytest
 from mlx_pararnn import Cell, get_cell, register_cell
 from mlx_pararnn.compute import adjoint, cpu, cpu_adjoint, cpu_build, texts
 from mlx_pararnn.compute.recurrence import recurrence
-from tests.msl.instances import DTYPES
 from tests.support import oracle
 from tests.support.fresh_cache import fresh_cache
 from tests.support.golden import DATA
 from tests.support.gradients import Slopes, masks
+from tests.support.msl.instances import DTYPES
 from tests.support.problems import loss_of, problem
 
 CELLS = ("gru", "lstm", "slstm", "nlru")

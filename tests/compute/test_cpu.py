@@ -14,10 +14,10 @@ from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, layer_ops, texts
 from mlx_pararnn.compute.choice import evaluation
 from mlx_pararnn.compute.recurrence import recurrence
-from tests.msl.instances import DTYPES
-from tests.msl.problem import Problem, assert_close
 from tests.support.fresh_cache import fresh_cache
 from tests.support.golden import allowed, cell_cases, read
+from tests.support.msl.instances import DTYPES
+from tests.support.msl.problem import Problem, assert_close
 from tests.support.problems import loss_of, problem
 
 CELLS = ("gru", "lstm", "slstm", "nlru")

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_pararnn.compute import cpu, texts
 from mlx_pararnn.compute.recurrence import recurrence
-from tests.msl.instances import DTYPES
+from tests.support.msl.instances import DTYPES
 from tests.support.problems import problem
 from tests.support.random_models import TOKENS, make
 from tests.support.token_replay import recorded, replay_text, replayed

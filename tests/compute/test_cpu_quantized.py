@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
-from tests.msl.instances import DTYPES
+from tests.support.msl.instances import DTYPES
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

@@ -18,9 +18,9 @@ from mlx_lm.generate import BatchGenerator, generate_step
 
 from mlx_pararnn import PararnnError, load_model
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, layer_ops, texts
-from tests.msl.instances import DTYPES
 from tests.support.fresh_cache import fresh_cache
 from tests.support.golden import GOLDEN, gap, golden_of
+from tests.support.msl.instances import DTYPES
 from tests.support.random_models import (
     KINDS,
     TOKENS,

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_pararnn import load_model
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
-from tests.msl.instances import DTYPES
 from tests.support.golden import golden_of
+from tests.support.msl.instances import DTYPES
 from tests.support.random_models import (
     TOKENS,
     arrays_of,

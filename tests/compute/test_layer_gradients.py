@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 
 from mlx_pararnn import PararnnError
 from mlx_pararnn.compute import cpu, cpu_build, cpu_gradients, layer_ops, texts
-from tests.msl.instances import DTYPES
 from tests.support.gradient_replay import Recorder, replay_text, replayed
+from tests.support.msl.instances import DTYPES
 from tests.support.random_models import distance, make, numbers
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")

@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.mla import MultiLinear
 
 from mlx_pararnn.compute import cpu, layer_ops, matrix_products
-from tests.msl.instances import DTYPES
 from tests.support.demo import DEMO
+from tests.support.msl.instances import DTYPES
 from tests.support.random_models import TOKENS, by_token, distance, exact, make, numbers
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")

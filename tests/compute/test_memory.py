@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mlx_pararnn.compute import memory
+from mlx_pararnn.compute import freed_memory as memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 
@@ -13,7 +13,7 @@ ARRAYS = """
 import resource, sys
 import mlx_pararnn
 import mlx.core as mx
-from mlx_pararnn.compute.memory import keep_freed_memory
+from mlx_pararnn.compute.freed_memory import keep_freed_memory
 
 mx.set_default_device(mx.cpu)
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None

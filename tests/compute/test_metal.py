@@ -11,11 +11,11 @@ import pytest
 from mlx_pararnn import get_cell
 from mlx_pararnn.compute import gpu, layer_ops
 from mlx_pararnn.compute.recurrence import recurrence
-from tests.msl.adjoint_kernel import adjoint, all_adjoints
-from tests.msl.instances import CELLS, DTYPES
-from tests.msl.layer_kernels import all_calls, conv, decode
-from tests.msl.problem import Problem, assert_close
 from tests.support.golden import allowed, cell_cases, read
+from tests.support.msl.adjoint_kernel import adjoint, all_adjoints
+from tests.support.msl.instances import CELLS, DTYPES
+from tests.support.msl.layer_kernels import all_calls, conv, decode
+from tests.support.msl.problem import Problem, assert_close
 from tests.support.problems import loss_of, problem
 
 BACKEND = gpu.available_backend()

@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mlx_pararnn.convert.coreml.chat_format import chat_format, end_of_answer, written
+from mlx_pararnn.convert.package.chat_format import chat_format, end_of_answer, written
 from mlx_pararnn.generation import render
 from mlx_pararnn.pocket.protocol import tokenizer_files
 

@@ -21,7 +21,7 @@ from mlx_pararnn import Cell, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cells.dual import Dual, DualFunctions
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.convert.coreai import tools
+from mlx_pararnn.convert.coreai import require_coreai as tools
 from tests.support.converting import convert
 from tests.support.coreml.exporting import failing_export, formula, small_model
 
@@ -155,7 +155,7 @@ def test_verify_sees_other_numbers(package, tmp_path):
 @needs_coreai
 def test_the_op_namespace_is_that_of_numpy(tmp_path):
     """Values and derivatives of every function of F, as Core AI's runtime computes them."""
-    from mlx_pararnn.convert.coreml.values import Value, ValueFunctions
+    from mlx_pararnn.convert.package.values import Value, ValueFunctions
     from tests.support.coreai import executed
 
     x = np.linspace(-3, 3, 37, dtype=np.float32)

@@ -27,11 +27,12 @@ from mlx_pararnn import Cell, Model, ModelArgs, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cells.dual import Dual, DualFunctions
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.convert.coreml import memory, package_check
-from mlx_pararnn.convert.coreml.constants import Linear, Palette, Plain, stored
-from mlx_pararnn.convert.coreml.iterations import LIMIT, iterations_needed
-from mlx_pararnn.convert.coreml.package_digest import stored_digest
-from mlx_pararnn.convert.coreml.program import EXPORTED
+from mlx_pararnn.convert.coreml import mlpackage_check as package_check
+from mlx_pararnn.convert.package import export_memory as memory
+from mlx_pararnn.convert.package.constants import Linear, Palette, Plain, stored
+from mlx_pararnn.convert.package.iterations import LIMIT, iterations_needed
+from mlx_pararnn.convert.package.package_digest import stored_digest
+from mlx_pararnn.convert.package.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
 from tests.support.coreml.exporting import failing_export, formula
@@ -243,7 +244,7 @@ def test_the_op_namespace_is_that_of_numpy(name):
     from coremltools.converters.mil.mil import Function
 
     from mlx_pararnn.convert.coreml.mil import MIL
-    from mlx_pararnn.convert.coreml.values import Value, ValueFunctions
+    from mlx_pararnn.convert.package.values import Value, ValueFunctions
 
     x = np.linspace(-3, 3, 37, dtype=np.float32)
     expected = formula(name, DualFunctions(Functions(np)), Dual(x, (1.0,)))

@@ -14,7 +14,7 @@ from mlx_pararnn.convert.readers.dtypes import all_finite, cast, transposed
 from mlx_pararnn.convert.readers.tensors import boxes
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers import safetensors_writer
-from mlx_pararnn.weights_digest import is_as_written
+from mlx_pararnn.files.weights_digest import is_as_written
 from tests.support.golden import golden_file
 
 SOURCE = "lm/paragru_s64/state_dict.pt"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pararnn.convert.coreml.swift_tokenizer import problem, why_unreadable
+from mlx_pararnn.convert.package.swift_tokenizer import problem, why_unreadable
 from mlx_pararnn.pocket.protocol import tokenizer_files
 
 CASES = json.loads(

@@ -33,12 +33,12 @@ from mlx_pararnn.cli.sampling import LIKELIEST
 from mlx_pararnn.cli.tool_lines import ToolLines
 from mlx_pararnn.convert.readers.forms import read_weights
 from mlx_pararnn.convert.readers.pickles import load_pickle
-from mlx_pararnn.detokenizer import BYTES, Detokenizer, StopMatcher
 from mlx_pararnn.loading import load_model, load_tokenizer
 from mlx_pararnn.pocket.answers import assistant_functions
 from mlx_pararnn.pocket.protocol import Command, find_protocol
+from mlx_pararnn.process.watchdog import Watchdog
+from mlx_pararnn.text.detokenizer import BYTES, Detokenizer, StopMatcher
 from mlx_pararnn.training.data import read_documents
-from mlx_pararnn.watchdog import Watchdog
 from tests.fuzz.changes import Inside
 from tests.fuzz.inputs import (
     JINJA_WORDS,

@@ -10,8 +10,8 @@ from mlx_pararnn import Model, ModelArgs, PararnnError
 from mlx_pararnn.images import layers
 from mlx_pararnn.images.config import PRESETS, ImageArgs
 from mlx_pararnn.images.decoder import ImageDecoder, flow_losses
-from mlx_pararnn.images.model import ImageModel
-from mlx_pararnn.images.tokenizer import FiniteScalarQuantizer, HybridTokenizer
+from mlx_pararnn.images.image_model import ImageModel
+from mlx_pararnn.images.image_tokenizer import FiniteScalarQuantizer, HybridTokenizer
 from tests.support import image_oracle as oracle
 from tests.support.image_models import TRANSFORMER, image_args, random_weights, weights_of
 

@@ -16,7 +16,7 @@ import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.images.config import ImageArgs
-from mlx_pararnn.images.model import WEIGHTS
+from mlx_pararnn.images.image_model import WEIGHTS
 from mlx_pararnn.images.use import image_prompt, question_text
 from mlx_pararnn.loading import BUNDLED
 from tests.support import image_oracle as oracle

@@ -21,12 +21,12 @@ import numpy as np
 from mlx_pararnn.compute.gpu import SHAPES, Launch
 from tests.support import oracle
 
+from ..support.msl.build import CompileError
+from ..support.msl.harness import KernelError, run
+from ..support.msl.instances import DTYPES, Instance, instance
+from ..support.msl.wrap import wrap
 from . import language
-from .build import CompileError
-from .harness import KernelError, run
-from .instances import DTYPES, Instance, instance
 from .lint import lint
-from .wrap import wrap
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # of hidden; states are float32 always
 FORGET = {"gru": (0, -2.0), "lstm": (0, 2.0), "nlru": (0, 2.0), "slstm": (1, 2.0)}  # gate, bias: long memory

@@ -7,7 +7,7 @@ import pytest
 from mlx_pararnn.compute import adjoint, gpu, layer_ops
 from mlx_pararnn.compute.recurrence import kernel_works
 
-from . import harness
+from ..support.msl import harness
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .build import MARK, THREADS, clang, without_instantiation
-from .wrap import METAL_TYPES, KernelCall, Wrapped, dtype_name, template_of
+from ..support.msl.build import MARK, THREADS, clang, without_instantiation
+from ..support.msl.wrap import METAL_TYPES, KernelCall, Wrapped, dtype_name, template_of
 
 # OpenCL's generic address space stays on: without it no struct can be copied. So clang takes a pointer that
 # names no space, which Metal does not; lint.py objects to those.

@@ -9,8 +9,8 @@ objection too), and knows only what is written here.
 import re
 from collections.abc import Iterator
 
+from ..support.msl.wrap import Wrapped, used_attributes
 from . import preamble
-from .wrap import Wrapped, used_attributes
 
 SPACES = ("device", "threadgroup", "constant", "thread", "threadgroup_imageblock")
 

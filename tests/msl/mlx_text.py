@@ -4,7 +4,7 @@ import re
 
 import mlx.core as mx
 
-from .wrap import Input, KernelCall, template_of, wrap
+from ..support.msl.wrap import Input, KernelCall, template_of, wrap
 
 PRINTED = re.compile(r"Generated source code for `.*?`:\n```\n(.*)\n```\n", re.DOTALL)
 

@@ -7,14 +7,15 @@ import pytest
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.compute import gpu
 
-from . import cuda, language
-from .adjoint_kernel import adjoint, adjoint_cases, all_adjoints
-from .build import CLANG, clang
-from .harness import missing
-from .instances import CELLS, DTYPES
+from ..support.msl import cuda
+from ..support.msl.adjoint_kernel import adjoint, adjoint_cases, all_adjoints
+from ..support.msl.build import CLANG, clang
+from ..support.msl.harness import missing
+from ..support.msl.instances import CELLS, DTYPES
+from ..support.msl.wrap import wrap
+from . import language
 from .lint import lint
 from .mlx_text import assert_same
-from .wrap import wrap
 
 needs_harness = pytest.mark.skipif(bool(missing()), reason=missing())
 needs_nvcc = pytest.mark.skipif(not cuda.nvcc(), reason="no nvcc")

@@ -14,7 +14,7 @@ from mlx_pararnn.compute.recurrence import recurrence
 from tests.support.demo import DEMO
 from tests.support.problems import loss_of, problem, solve
 
-from . import harness
+from ..support.msl import harness
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=str(harness.missing()))
 

@@ -14,12 +14,13 @@ from mlx_pararnn.compute.gpu import newton_launch, sequential_launch
 from mlx_pararnn.compute.texts import cell_header
 from tests.support import oracle
 
-from . import harness, language
-from .adjoint_kernel import AdjointCall
-from .instances import ACTIVATIONS
+from ..support.msl import harness
+from ..support.msl.adjoint_kernel import AdjointCall
+from ..support.msl.instances import ACTIVATIONS
+from ..support.msl.wrap import wrap
+from . import language
 from .lint import lint
 from .sample import Sample
-from .wrap import wrap
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=str(harness.missing()))
 

@@ -10,14 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from . import harness
-from .adjoint_kernel import adjoint
+from ..support.msl import harness
+from ..support.msl.adjoint_kernel import adjoint
+from ..support.msl.build import CompileError
+from ..support.msl.cuda import COMPAT
+from ..support.msl.harness import KernelError, run
+from ..support.msl.instances import instance
+from ..support.msl.layer_kernels import conv, decode
 from .battery import Case, newton_cases, sequential_cases
-from .build import CompileError
-from .cuda import COMPAT
-from .harness import KernelError, run
-from .instances import instance
-from .layer_kernels import conv, decode
 from .sample import Sample
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing())

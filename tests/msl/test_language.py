@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from . import cuda, language, preamble
-from .instances import all_instances, few_instances, instance
+from ..support.msl import cuda
+from ..support.msl.instances import all_instances, few_instances, instance
+from ..support.msl.wrap import wrap
+from . import language, preamble
 from .lint import lint
-from .wrap import wrap
 
 NO_CLANG = f"no clang of at least 19 ({language.APT})"
 needs_clang = pytest.mark.skipif(not language.clang(), reason=NO_CLANG)

@@ -13,7 +13,7 @@ from mlx_pararnn import get_cell
 from mlx_pararnn.compute import gpu, gpu_adjoint, recurrence
 from tests.support.problems import problem
 
-from . import harness
+from ..support.msl import harness
 
 pytestmark = [
     pytest.mark.harness,

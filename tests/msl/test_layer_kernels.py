@@ -7,13 +7,14 @@ import pytest
 from mlx_pararnn import Model, ModelArgs, get_cell
 from mlx_pararnn.compute import gpu, layer_ops
 
-from . import cuda, language
-from .harness import missing
-from .instances import CELLS, DTYPES
-from .layer_kernels import all_calls, conv, decode
+from ..support.msl import cuda
+from ..support.msl.harness import missing
+from ..support.msl.instances import CELLS, DTYPES
+from ..support.msl.layer_kernels import all_calls, conv, decode
+from ..support.msl.wrap import wrap
+from . import language
 from .lint import lint
 from .mlx_text import assert_same
-from .wrap import wrap
 
 needs_harness = pytest.mark.skipif(bool(missing()), reason=missing())
 calls = pytest.mark.parametrize("call", list(all_calls()), ids=str)

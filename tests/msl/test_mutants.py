@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from ..support.msl.adjoint_kernel import adjoint_cases
+from ..support.msl.harness import missing
+from ..support.msl.instances import CELLS
+from ..support.msl.layer_kernels import conv_cases, decode_cases
 from . import language
-from .adjoint_kernel import adjoint_cases
 from .battery import newton_cases, objection, sequential_cases
-from .harness import missing
-from .instances import CELLS
-from .layer_kernels import conv_cases, decode_cases
 from .mutants import ADJOINT, CONV, DECODE, INPUTS, MUTANTS, NEWTON, STRAIGHT, Mutant
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())

@@ -14,10 +14,10 @@ from mlx_pararnn import get_cell
 from mlx_pararnn.compute.gpu import SHAPES, newton_launch, sequential_launch
 from tests.support.golden import DATA, cell_cases, shown
 
-from . import harness, problem
-from .build import CLANG, NO_CONTRACTION, clang
-from .instances import DTYPES
-from .problem import Problem, assert_close
+from ..support.msl import harness, problem
+from ..support.msl.build import CLANG, NO_CONTRACTION, clang
+from ..support.msl.instances import DTYPES
+from ..support.msl.problem import Problem, assert_close
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=str(harness.missing()))
 

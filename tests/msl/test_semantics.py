@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from .build import CompileError
-from .harness import KernelError, missing, run
+from ..support.msl.build import CompileError
+from ..support.msl.harness import KernelError, missing, run
 from .sample import Sample
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())

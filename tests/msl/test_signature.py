@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from ..support.msl.adjoint_kernel import all_adjoints
+from ..support.msl.instances import all_instances
+from ..support.msl.layer_kernels import all_calls
+from ..support.msl.wrap import METAL_TYPES, dtype_name, wrap
 from . import language
-from .adjoint_kernel import all_adjoints
-from .instances import all_instances
 from .language import METAL
-from .layer_kernels import all_calls
-from .wrap import METAL_TYPES, dtype_name, wrap
 
 FILES = sorted(METAL.glob("*.metal"), key=lambda path: path.stem)
 FLAG = re.compile(r"#define (MASKED|STATES|INFO|GATED) (\d)")

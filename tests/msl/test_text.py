@@ -14,11 +14,11 @@ import pytest
 
 from mlx_pararnn.compute import gpu
 
+from ..support.msl.instances import all_instances
+from ..support.msl.wrap import METAL_TYPES, Input, wrap
 from . import write_texts
-from .instances import all_instances
 from .mlx_text import assert_same, mlx_text
 from .sample import Sample
-from .wrap import METAL_TYPES, Input, wrap
 
 BODY = "  uint i = thread_position_in_grid.x;\n  y[i] = x[i];"
 

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..support.msl.adjoint_kernel import all_adjoints
+from ..support.msl.instances import all_instances
+from ..support.msl.layer_kernels import all_calls
+from ..support.msl.wrap import wrap
 from . import preamble
-from .adjoint_kernel import all_adjoints
-from .instances import all_instances
-from .layer_kernels import all_calls
-from .wrap import wrap
 
 
 def texts() -> Iterator[tuple[str, str]]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from mlx_pararnn import PararnnError
-from mlx_pararnn.grammars import Grammars
 from mlx_pararnn.pocket.events import (
     Call,
     CommandGiven,
@@ -19,6 +18,7 @@ from mlx_pararnn.pocket.events import (
 )
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import External, Limits, run_turn
+from mlx_pararnn.text.grammars import Grammars
 from tests.support.scripted import Script, tokens_of, tools_protocol, tools_tokenizer
 
 

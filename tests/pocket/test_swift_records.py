@@ -11,12 +11,12 @@ from typing import Literal
 import pytest
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.grammars import Grammars, allowed_tokens
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits, run_turn
 from mlx_pararnn.pocket.protocol import tokenizer_files
 from mlx_pararnn.pocket.standard import calculate
+from mlx_pararnn.text.grammars import Grammars, allowed_tokens
 from tests.support.scripted import Script, as_recorded, tokens_of, tools_protocol, tools_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "data/tools"

@@ -14,7 +14,7 @@ def executed(body: Callable, x: np.ndarray, names: list[str], path: Path) -> dic
     import coreai.authoring as core
     from coreai.runtime import NDArray
 
-    from mlx_pararnn.convert.coreai.operations import CoreAI
+    from mlx_pararnn.convert.coreai.graph_operations import CoreAI
 
     def graph(variable: Any) -> tuple:
         outputs = body(CoreAI(x.dtype), variable)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pararnn.compute import cpu, cpu_gradients, texts
-from tests.msl.instances import DTYPES
+from tests.support.msl.instances import DTYPES
 
 NAMES = (
     *("swiglu_gradient", "rms_norm_gradient", "gated_norm_gradient"),

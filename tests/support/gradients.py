@@ -5,9 +5,9 @@ import numpy as np
 
 from mlx_pararnn.compute.adjoint import adjoint, tile_of
 from mlx_pararnn.compute.recurrence import recurrence
-from tests.msl.instances import DTYPES
-from tests.msl.problem import Problem, assert_close, rounded
 from tests.support import oracle
+from tests.support.msl.instances import DTYPES
+from tests.support.msl.problem import Problem, assert_close, rounded
 
 NAMES = ("params", "u", "state")
 

@@ -9,11 +9,11 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_pararnn import Model, ModelArgs
+from mlx_pararnn.compute.module_arrays import named_arrays
 from mlx_pararnn.convert.writers.byte_tokenizer import byte_tokenizer_files
-from mlx_pararnn.convert.writers.image_model import save_image_model
+from mlx_pararnn.convert.writers.image_folder import save_image_model
 from mlx_pararnn.images.config import ImageArgs
-from mlx_pararnn.images.model import ImageModel
-from mlx_pararnn.module_arrays import named_arrays
+from mlx_pararnn.images.image_model import ImageModel
 
 TRANSFORMER = {"patch": 2, "hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 24}
 VOCABULARY, LEVELS = 258, (4, 3, 2)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_pararnn.grammars import allowed_tokens
+from mlx_pararnn.text.grammars import allowed_tokens
 
 CLOSING = [ord(letter) for letter in '"}]']
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pararnn.compute import cpu_token, texts
-from mlx_pararnn.module_arrays import head_arrays
+from mlx_pararnn.compute.module_arrays import head_arrays
 from tests.support.random_models import TOKENS, by_token, cell_of, numbers
 
 # The recorded call of one token, again and without Python: what the compilers' sanitizers look at.

@@ -1,12 +1,12 @@
 """`mlx-pararnn serve`: one model, with OpenAI's protocol, and a chat page.
 
 `listen` takes connections, `access` turns away who may not ask, `app` has the paths, `schema` reads requests,
-`prompts` makes tokens of them. `service` and `answers` bring what `engine`, the model's one thread, generates
+`prompts` makes tokens of them. `service` and `choices` bring what `engine`, the model's one thread, generates
 into OpenAI's form, `responses` and `messages` into those of /v1/responses and of Anthropic. For the engine a
 sequence is a job (`jobs`); `reading` reads its prompt, and in the `batch` it generates.
 """
 
 from .listen import serve
-from .settings import Settings
+from .server_settings import Settings
 
 __all__ = ["Settings", "serve"]

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
 from .schema import Refused
-from .settings import Settings
+from .server_settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from .page import chat_page
 from .prompts import run_apart
 from .responses import StoredResponses, read_responses, response, response_events
 from .schema import ChatRequest, CompletionRequest, Refused, TokenizeRequest, read_request
+from .server_settings import Settings
 from .service import Service
-from .settings import Settings
 
 SECONDS_TO_ARRIVE = 60  # for a request's body
 PING = 15  # seconds without a piece, after which a comment keeps the connection open

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...cache import RecurrentCache
-from ...grammars import GrammarProcessor
 from ...pocket.events import Call, Event, Finish, Text
+from ...text.grammars import GrammarProcessor
 from .text import AnswerText
 
 MOST_UNSENT, FEW_UNSENT = 256, 64  # pieces that wait for a slow client: above it is parked, below it goes on

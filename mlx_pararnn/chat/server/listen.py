@@ -18,14 +18,14 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...errors import PararnnError
-from ...watchdog import watched
+from ...process.watchdog import watched
 from ..prompt_cache import PromptCache
 from ..saved_prompts import SavedPromptCache
 from .app import make_app
 from .engine import Engine
 from .metrics import Metrics
+from .server_settings import Settings
 from .service import Service
-from .settings import Settings
 
 logger = logging.getLogger(__name__)
 

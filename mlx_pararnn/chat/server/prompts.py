@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ...errors import PararnnError
 from ...generation import check_text, check_tokens, encode, find_room
-from ...interrupt import Interrupted, interrupt
+from ...process.interrupt import Interrupted, interrupt
 from .schema import ChatRequest, Refused
 
 SECONDS = 5  # for a chat template and a tokenizer

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from .answers import chat_logprobs
+from .choices import chat_logprobs
 from .schema import ChatRequest, Refused, Request, ResponsesRequest, read_request
 from .service import Conversation, Event, Service
 

@@ -11,20 +11,20 @@ from typing import Any
 
 from mlx_lm.sample_utils import make_logits_processors
 
-from ...detokenizer import Detokenizer
 from ...errors import PararnnError
-from ...grammars import GrammarProcessor, Grammars
 from ...mlx_lm_internals import calls_tools_in_json
 from ...pocket.events import Call
 from ...pocket.protocol import find_protocol
-from .answers import MessageParser, Part, TokenTexts, chat_logprobs, completion_logprobs, usage_of
+from ...text.detokenizer import Detokenizer
+from ...text.grammars import GrammarProcessor, Grammars
+from .choices import MessageParser, Part, TokenTexts, chat_logprobs, completion_logprobs, usage_of
 from .engine import Engine
 from .jobs import Job, Piece, TokenInfo
 from .metrics import Metrics
 from .prompts import Prompt, Prompts, run_apart
 from .sampling import SeededSampler, shared_sampler
 from .schema import ChatRequest, CompletionRequest, Refused, Request
-from .settings import Settings
+from .server_settings import Settings
 from .text import AnswerText
 from .turns import Turns, call_of
 

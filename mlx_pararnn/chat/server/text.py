@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...detokenizer import StopMatcher
+from ...text.detokenizer import StopMatcher
 
 
 class AnswerText:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...generation import find_room
-from ...grammars import Grammars
 from ...pocket.answers import ModelTokens, assistant_functions
 from ...pocket.events import Call, Event
 from ...pocket.functions import Functions
 from ...pocket.loop import External, Limits, run_turn
 from ...pocket.protocol import Protocol
+from ...text.grammars import Grammars
 from .engine import Engine
 from .prompts import Prompt, plain
 from .reading import READ_STEP

@@ -15,7 +15,7 @@ pytest.importorskip("coreai", reason="coreai-core is not installed, or has no wh
 import mlx.core as mx
 
 from mlx_pararnn import load_model, register_cell
-from mlx_pararnn.convert.coreai.package_check import float16_bound
+from mlx_pararnn.convert.coreai.aimodel_check import float16_bound
 from mlx_pararnn.convert.coreai.runtime import Runner
 from mlx_pararnn.loading import BUNDLED
 from tests.support.coreml.exporting import (

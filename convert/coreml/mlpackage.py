@@ -17,11 +17,11 @@ from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_config import ModelArgs
 
-from .constants import Stored
-from .form import Form, state_dtypes, state_shapes
+from ..package.constants import Stored
+from ..package.form import Form, state_dtypes, state_shapes
+from ..package.program import emit, input_shapes
 from .mil import MIL
-from .program import emit, input_shapes
-from .tools import quiet
+from .require_coremltools import quiet
 
 # Of coremltools' hundred passes those that a program built as it is meant to be needs: the others look for
 # what frameworks write clumsily, and take minutes over the operations of a deep model's prefill.

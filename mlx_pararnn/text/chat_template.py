@@ -15,7 +15,7 @@ import jinja2
 import markupsafe
 from transformers import PreTrainedTokenizerBase
 
-from .errors import PararnnError
+from ..errors import PararnnError
 
 SECONDS = 5
 STARTING = 60  # of them until its process has imported Jinja

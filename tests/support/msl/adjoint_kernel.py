@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -189,7 +190,7 @@ def all_adjoints() -> Iterator[AdjointCall]:
 
 def adjoint_cases(cell: str) -> list[AdjointCall]:
     """Three tiles, two groups of channels, several rows, long memory; then with all options, each shape."""
-    options = {"masked": True, "memory": 2.0}
+    options: dict[str, Any] = {"masked": True, "memory": 2.0}
     return [
         adjoint(cell, 2, 300, 40, 2, memory=2.0),
         adjoint(cell, 1, 530, 9, 1, "bfloat16", "narrow", every=3, **options),

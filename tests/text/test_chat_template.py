@@ -6,8 +6,9 @@ import jinja2
 import pytest
 
 import mlx_pararnn
-from mlx_pararnn import PararnnError, chat_template
+from mlx_pararnn import PararnnError
 from mlx_pararnn.mlx_lm_internals import plain_tokenizer
+from mlx_pararnn.text import chat_template
 from tests.support.demo import DEMO
 
 MESSAGES = [

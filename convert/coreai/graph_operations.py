@@ -1,4 +1,4 @@
-"""The operations of `coreml/operations.py` in Core AI's language."""
+"""The operations of `package/operations.py` in Core AI's language."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import coreai.authoring as core
 import numpy as np
 
-from ..coreml.constants import Array, Linear, Palette, Plain, Stored
-from ..coreml.operations import Operations
+from ..package.constants import Array, Linear, Palette, Plain, Stored
+from ..package.operations import Operations
 
 _TYPES = {"float16": core.float16, "float32": core.float32, "int32": core.int32}
 

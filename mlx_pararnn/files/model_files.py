@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import PararnnError
+from ..errors import PararnnError
 
 # What a tokenizer is made of; of a model folder's other text files none is copied or fetched for it.
 TOKENIZER_FILES = (

@@ -12,9 +12,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 
 from ..errors import PararnnError, one_line
-from ..hub import find_model
+from ..files.hub import find_model
+from ..files.model_files import open_regular
 from ..loading import check_dtypes, load_model, load_tokenizer
-from ..model_files import open_regular
 from .config import RECIPE, ImageArgs
 from .modules import ImageModules
 from .use import draw, see

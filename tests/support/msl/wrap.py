@@ -57,16 +57,26 @@ SMALL = 8  # inputs of fewer elements live in constant memory
 class KernelCall(Protocol):
     """The fields of mlx_pararnn.compute.gpu.Launch; `template`, MLX's template arguments, may be there."""
 
-    name: str
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...]
-    source: str
-    header: str
-    grid: tuple[int, int, int]
-    threadgroup: tuple[int, int, int]
-    output_shapes: tuple[tuple[int, ...], ...]
-    output_dtypes: tuple[mx.Dtype, ...]
-    contiguous: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def input_names(self) -> tuple[str, ...]: ...
+    @property
+    def output_names(self) -> tuple[str, ...]: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def header(self) -> str: ...
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+    @property
+    def threadgroup(self) -> tuple[int, int, int]: ...
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def output_dtypes(self) -> tuple[mx.Dtype, ...]: ...
+    @property
+    def contiguous(self) -> bool: ...
 
 
 @dataclass(frozen=True)

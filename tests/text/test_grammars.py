@@ -11,11 +11,11 @@ import pytest
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
-from mlx_pararnn.grammars import GrammarProcessor, Grammars
+from mlx_pararnn.text.grammars import GrammarProcessor, Grammars
 from tests.support.demo import DEMO
 from tests.support.schemas import is_valid, published, random_text
 
-DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 NODE = {
     "type": "object",
     "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}},
@@ -84,7 +84,9 @@ def is_plain_node(node):
 def test_where_nothing_can_follow_the_answer_fails(grammars, monkeypatch):
     matcher = grammars.compile(grammars.json({"const": "x"}))
     processor = GrammarProcessor(matcher, 1)
-    monkeypatch.setattr("mlx_pararnn.grammars.allowed_tokens", lambda matcher, size: np.zeros(size, bool))
+    monkeypatch.setattr(
+        "mlx_pararnn.text.grammars.allowed_tokens", lambda matcher, size: np.zeros(size, bool)
+    )
     with pytest.raises(PararnnError, match="no token of this model can follow"):
         processor(mx.array([1]), mx.zeros((1, 256)))
 

@@ -13,10 +13,10 @@ from coreai.runtime import AIModelAssetMetadata
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_config import ModelArgs
 
-from ..coreml.constants import Stored
-from ..coreml.form import Form, state_dtypes, state_shapes
-from ..coreml.program import emit, input_shapes
-from .operations import CoreAI
+from ..package.constants import Stored
+from ..package.form import Form, state_dtypes, state_shapes
+from ..package.program import emit, input_shapes
+from .graph_operations import CoreAI
 
 # Says of a graph's argument that it is a state, and which output becomes its next value. coreai-core has no
 # public name for it; tests/test_contract.py holds it to what it does.

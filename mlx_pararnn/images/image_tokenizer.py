@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ..compute import layer_ops
 from ..compute.matrix_products import linear
-from ..module_arrays import named_arrays
+from ..compute.module_arrays import named_arrays
 from .config import ImageArgs, TransformerArgs
 from .layers import EPS, Attention, EncoderLayer, adapter, patches, space_to_channel
 

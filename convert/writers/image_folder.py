@@ -8,9 +8,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx_lm.utils
 
-from mlx_pararnn.images.model import WEIGHTS, ImageModel
+from mlx_pararnn.compute.module_arrays import named_arrays
+from mlx_pararnn.images.image_model import WEIGHTS, ImageModel
 from mlx_pararnn.model import Model
-from mlx_pararnn.module_arrays import named_arrays
 
 from .output_folder import whole_or_nothing
 from .tokenizer import prepare_tokenizer

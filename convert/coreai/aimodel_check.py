@@ -12,10 +12,10 @@ import numpy as np
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.tools.verification import Check
 
-from ..coreml.reference import checked_reference
+from ..package.reference import checked_reference
 from ..readers.forms import COREAI, PACKAGE_FILE, read_json_object
+from .require_coreai import require_coreai
 from .runtime import Runner
-from .tools import require_coreai
 
 # ||logits - MLX's|| / ||MLX's|| of a package that computes in float32.
 TOLERANCE = 2e-4

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mlx_pararnn.detokenizer import BYTES, Detokenizer, StopMatcher, Tokens
+from mlx_pararnn.text.detokenizer import BYTES, Detokenizer, StopMatcher, Tokens
 
 WORDS = ["Hello", "world", "x", "größe", "日本", " ", "  ", "🙂", ".", "'s", "\n", "\x00"]
 MARK = "\u2581"

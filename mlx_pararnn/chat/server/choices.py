@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...detokenizer import Tokens
 from ...mlx_lm_internals import MessageStates
+from ...text.detokenizer import Tokens
 from .jobs import Job, TokenInfo
 
 logger = logging.getLogger(__name__)

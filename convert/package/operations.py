@@ -1,7 +1,7 @@
 """The operations that a program is written in: one text of the model, emitted to MIL and to Core AI alike.
 
-mil.py has them for Core ML, convert/coreai/operations.py for Core AI. A variable is whatever the builder of
-such a program gives; where one is taken, a NumPy array or number of its type may stand instead.
+coreml/mil.py has them for Core ML, coreai/graph_operations.py for Core AI. A variable is whatever the builder
+of such a program gives; where one is taken, a NumPy array or number of its type may stand instead.
 """
 
 from collections.abc import Callable, Sequence

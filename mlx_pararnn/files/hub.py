@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import PararnnError
+from ..errors import PararnnError
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from mlx_pararnn.compute.texts import cuda_text
 from .build import ENTRY, THREADGROUP_ARRAY
 from .wrap import FACTS, METAL_TYPES, Input, KernelCall, Wrapped, dtype_name, template_of
 
-COMPAT = Path(__file__).parents[2] / "metal" / "cuda_compat.h"
+COMPAT = Path(__file__).parents[3] / "metal" / "cuda_compat.h"
 
 CUDA_TYPES = {**METAL_TYPES, "float16": "__half", "bfloat16": "__nv_bfloat16"}
 

@@ -9,8 +9,8 @@ import llguidance.hf
 import mlx.core as mx
 import numpy as np
 
-from .errors import PararnnError
-from .mlx_lm_internals import plain_tokenizer
+from ..errors import PararnnError
+from ..mlx_lm_internals import plain_tokenizer
 
 
 class Grammars:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.tools.verification import Check
 
+from ..package.reference import checked_reference
 from ..readers.forms import PACKAGE_FILE, read_json_object
-from .reference import checked_reference
-from .tools import quiet, require_coremltools
+from .require_coremltools import quiet, require_coremltools
 
 Array = npt.NDArray[Any]
 

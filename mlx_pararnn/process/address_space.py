@@ -6,7 +6,7 @@ MLX aborts; what Python loads fails with errors of its own. So the limit is look
 
 import sys
 
-from .errors import PararnnError
+from ..errors import PararnnError
 
 LEAST = 4 << 30  # bytes that MLX, OpenBLAS and what MLX-LM imports reserve at most, on two cores 2.2 GB
 

@@ -1,0 +1,1 @@
+"""This process: ended in time, and the room that it may use."""
