@@ -8,12 +8,12 @@ Letters in shapes: B sequences, T tokens, D channels (hidden_size), V vocabulary
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 
 from .cache import RecurrentCache
@@ -29,6 +29,7 @@ from .compute.module_arrays import (
     table_arrays,
 )
 from .compute.recurrence import choice_for, recurrence, solve
+from .compute.token_trial import compared_tokens
 from .errors import PararnnError
 from .model_config import ModelArgs
 
@@ -84,26 +85,26 @@ class RecurrentLayer(nn.Module):
         state: mx.array | None,
         mask: mx.array | None,
         every: int,
-        where: Choice,
+        choice: Choice,
         *gated_norm: Any,
         **options: Any,
     ) -> tuple[Any, ...]:
-        """`__call__` where it was decided, with the states after every n-th step if n = `every` > 0.
+        """`__call__` on the backends chosen, with the states after every n-th step if n = `every` > 0.
 
         Args:
             gated_norm: nothing, or the gate (B, T, D), weight and eps of `layer_ops.gated_norm`, which hidden
                 then goes through.
         """
-        if where.step:
+        if choice.step:
             if state is None:
                 state = mx.zeros((x.shape[0], len(self._cell.slots), self.recurrent_weight.shape[1]))
             exact = self.recurrent_weight, self._project(x), self.bias, state
-            return layer_ops.decode(self._cell, *exact, *gated_norm, backend=where.state)
+            return layer_ops.decode(self._cell, *exact, *gated_norm, backend=choice.state)
         u = self._project(x, self.bias[:, None])
         options |= {"mask": mask, "return_states": every}
-        hidden, *states = solve(where, self._cell, self.recurrent_weight, u, state, **options)
+        hidden, *states = solve(choice, self._cell, self.recurrent_weight, u, state, **options)
         if gated_norm:
-            hidden = layer_ops.gated_norm(hidden, *gated_norm, backend=where.output)
+            hidden = layer_ops.gated_norm(hidden, *gated_norm, backend=choice.output)
         return hidden, *states
 
     def add_initial_state(self, values: mx.array | None = None) -> None:
@@ -146,12 +147,12 @@ class CausalConv(nn.Module):
         x: mx.array,
         window: mx.array | None,
         spans: list[tuple[int, int]] | None,
-        where: Choice = PLAIN,
+        choice: Choice = PLAIN,
     ) -> tuple[mx.array, mx.array]:
         """`layer_ops.conv_silu` of x (B, T, D) after its last K - 1 inputs, `window`; None for zeros."""
         if window is None:
             window = mx.zeros((x.shape[0], self.weight.shape[1] - 1, x.shape[2]), x.dtype)
-        return layer_ops.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=where.state)
+        return layer_ops.conv_silu(x, window, self.weight.squeeze(-1), self.bias, spans, backend=choice.state)
 
     def token_arrays(self) -> dict[str, mx.array]:
         """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
@@ -171,14 +172,14 @@ class GatedConvMixer(nn.Module):
         self.out_proj = nn.Linear(D, D, bias=False)
 
     def __call__(
-        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice, **options: Any
+        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice, **options: Any
     ) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes the new state and window."""
         T, window = x.shape[1], cache[1]
         main, gate = mx.split(matrix_products.linear(self.in_proj, x), 2, axis=-1)
-        x, cache[1] = self.conv1d(main, window, cache.spans(T), where)
+        x, cache[1] = self.conv1d(main, window, cache.spans(T), choice)
         norm = gate, self.norm.weight, self.norm.eps
-        y, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), where, *norm, **options)
+        y, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, *norm, **options)
         cache.keep(states, T, window, main)
         return matrix_products.linear(self.out_proj, y)
 
@@ -203,11 +204,11 @@ class PlainMixer(nn.Module):
         )
 
     def __call__(
-        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice, **options: Any
+        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice, **options: Any
     ) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes the new state."""
         T = x.shape[1]
-        hidden, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), where, **options)
+        hidden, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, **options)
         cache.keep(states, T)
         return hidden
 
@@ -227,11 +228,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=args.mlp_bias)
         self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
 
-    def __call__(self, x: mx.array, where: Choice) -> mx.array:
+    def __call__(self, x: mx.array, choice: Choice) -> mx.array:
         """x (B, T, D) to (B, T, D)."""
         up = matrix_products.linear(self.up_proj, x)
         if "gate_proj" in self:
-            y = layer_ops.swiglu(matrix_products.linear(self.gate_proj, x), up, backend=where.output)
+            y = layer_ops.swiglu(matrix_products.linear(self.gate_proj, x), up, backend=choice.output)
         else:
             y = nn.gelu(up)
         return matrix_products.linear(self.down_proj, y)
@@ -257,12 +258,17 @@ class Layer(nn.Module):
         self._mlp_residual = args.mlp_residual
 
     def __call__(
-        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, where: Choice = PLAIN, **options: Any
+        self,
+        x: mx.array,
+        cache: RecurrentCache,
+        mask: mx.array | None,
+        choice: Choice = PLAIN,
+        **options: Any,
     ) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes what the mixer keeps."""
-        mixed = self.mixer(_normed(self.norm, x, where), cache, mask, where, **options)
+        mixed = self.mixer(_normed(self.norm, x, choice), cache, mask, choice, **options)
         x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
-        y = self.mlp(_normed(self.mlp_norm, x, where), where)
+        y = self.mlp(_normed(self.mlp_norm, x, choice), choice)
         return x + y if self._mlp_residual else y
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
@@ -282,9 +288,9 @@ class Layer(nn.Module):
         return cell._cell, cell.num_heads, self._mlp_residual
 
 
-def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, where: Choice) -> mx.array:
+def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, choice: Choice) -> mx.array:
     if isinstance(norm, nn.RMSNorm):
-        return layer_ops.rms_norm(x, norm.weight, norm.eps, backend=where.output)
+        return layer_ops.rms_norm(x, norm.weight, norm.eps, backend=choice.output)
     return norm(x)
 
 
@@ -321,7 +327,7 @@ class PararnnModel(nn.Module):
         head: nn.Module | None = None,
         **options: Any,
     ) -> tuple[mx.array, Choice, mx.array | None]:
-        """What `__call__` gives, where it was computed, and the logits if `head` was called at once with it.
+        """What `__call__` gives, the backends chosen, and the logits if `head` was called at once with it.
 
         Args:
             output_wanted: the caller reads for the output, not for the state alone (`Choice.deferred`).
@@ -340,24 +346,23 @@ class PararnnModel(nn.Module):
         if "embed_positions" in self:
             x = x + self._positions(cache[0], T)
         mask = cache[0].make_mask(T)
-        where = choice_for(
+        choice = choice_for(
             cell,
             lambda: [x, *_arrays(cache), *dict(tree_flatten(self.parameters())).values()],
             **{"rows": B, "tokens": T, "width": D, "padded": mask is not None, "backend": backend, **options},
         )
         decoded = None
-        if where.one_call:
+        if choice.one_call:
             plain = input_embeddings is None and "embed_positions" not in self
             decoded = self._in_one_call(x, inputs if plain else None, cache, head)
         if decoded is None:
-            final = where if output_wanted else where.deferred()
-            wheres = [where] * (len(cache) - 1) + [final]
-            for layer, c, here in zip(self.layers, cache, wheres, strict=True):
-                x = layer(x, c, mask, here, **options)
-            decoded = cpu_token.Decoded(_normed(self.norm, x, final), None)
+            last = choice if output_wanted else choice.deferred()
+            for layer, c in zip(self.layers, cache, strict=True):
+                x = layer(x, c, mask, last if layer is self.layers[-1] else choice, **options)
+            decoded = cpu_token.Decoded(_normed(self.norm, x, last), None)
         for c in cache:
             c.advance(T)
-        return decoded.y, where, decoded.logits
+        return decoded.y, choice, decoded.logits
 
     def _in_one_call(
         self, x: mx.array, ids: mx.array | None, cache: list[RecurrentCache], head: nn.Module | None
@@ -370,7 +375,7 @@ class PararnnModel(nn.Module):
             x, weights = ids, weights._replace(embedding=embedding)
         if head is not None:
             weights = weights._replace(head=head_arrays("head", head))
-        return cpu_token.decode(weights, x, cache, _token_trial)
+        return cpu_token.decode(weights, x, cache, _TOKEN_TRIAL)
 
     def token_weights(self) -> cpu_token.Weights | None:
         """What one call for a token of all layers reads; None where modules or settings do not allow it."""
@@ -438,8 +443,8 @@ class Model(nn.Module):
         options.setdefault("output_wanted", cache is None)
         cache = self.make_cache(inputs.shape[0]) if cache is None else cache
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
-        out, where, logits = self.model.read(inputs, cache, input_embeddings, head=head, **options)
-        return matrix_products.head(head, out, backend=where.head) if logits is None else logits
+        out, choice, logits = self.model.read(inputs, cache, input_embeddings, head=head, **options)
+        return matrix_products.head(head, out, backend=choice.head) if logits is None else logits
 
     @property
     def layers(self) -> list[Layer]:
@@ -478,41 +483,9 @@ def _arrays(cache: list[RecurrentCache]) -> list[mx.array]:
     return [array for c in cache for array in c.cache if array is not None]
 
 
-def _token_trial(cell: Cell, formats: cpu_token.Formats) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
-    """What the one call for a token gives, and what MLX's ops give, for small models with this cell.
-
-    The first is not quantized, each of the others in one of the formats.
-    """
-
-    def waves(shape: tuple[int, ...], size: float = 0.5) -> mx.array:
-        return size * mx.sin(mx.arange(math.prod(shape))).reshape(shape)
-
-    def weight(array: mx.array) -> mx.array:
-        # numbers of a usual size at any width: an exponential of large ones is not the same twice
-        return waves(array.shape, min(0.5, array.shape[-1] ** -0.5) if array.ndim > 1 else 0.5)
-
-    for packed in (None, *formats):
-        D, wide = (72, 80) if packed is None else (2 * packed[1], packed[1])
-        args = ModelArgs(D, 2, 8, wide, cell=cell.name, num_heads=2, activations=cell.activations)
-        high, low = cast(Any, mx.random.state)[0].tolist()
-        model, head = PararnnModel(args), nn.Linear(D, 80, bias=False)
-        for module in (model, head):
-            module.update(tree_map(weight, module.parameters()))
-            if packed is not None:
-                nn.quantize(module, packed[1], packed[0], class_predicate=_is_quantizable)
-        mx.random.seed(high << 32 | low)  # the user's numbers stay what they would have been
-        x, caches = waves((2, 1, D)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
-        for c in caches[0] + caches[1]:
-            c.cache = [0.5 + waves((2, len(cell.slots), D), 0.3), waves((2, 3, D))]
-        weights = cast(cpu_token.Weights, model.token_weights())._replace(head=head_arrays("head", head))
-        decoded = cpu_token.run(weights, x, caches[0], formats)
-        for layer, c in zip(model.layers, caches[1], strict=True):
-            x = layer(x, c, None, PLAIN)
-        y = model.norm(x)
-        given = decoded.y, cast(mx.array, decoded.logits)
-        yield [*given, *_arrays(caches[0])], [y, head(y), *_arrays(caches[1])]
-
-
 def _is_quantizable(path: str, module: nn.Module) -> bool:
     matrix = isinstance(module, (nn.Linear, nn.Embedding, MultiLinear))
     return matrix and not path.endswith("embed_positions")
+
+
+_TOKEN_TRIAL = partial(compared_tokens, PararnnModel, _is_quantizable)

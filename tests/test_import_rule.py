@@ -41,7 +41,7 @@ ARROWS = {
     "generation": "model text",
     "model": "compute cache model_config",
     "model_config": "cells",
-    "compute": "cells process",
+    "compute": "cells process cache model_config",
     "process": "errors",
     "cells": "errors",
     "cache": "errors",

@@ -131,9 +131,7 @@ def choose(
     Raises:
         PararnnError: a backend was asked for that is unknown, not on this machine, or unable to do this.
     """
-    asked = backend or os.environ.get("MLX_PARARNN_BACKEND") or None
-    if asked is not None and asked not in BACKENDS:
-        raise PararnnError(f"unknown backend {asked!r}; choose one of {', '.join(BACKENDS)}")
+    asked = _asked(backend)
     here = gpu.available_backend() or "cpu"
     if asked not in (None, "ops", here):
         raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
@@ -166,6 +164,30 @@ def choose(
         else:
             return PLAIN._replace(eager=False)
     return PLAIN._replace(eager=tokens == 1 or evaluation(reads()) > Evaluation.NEVER)
+
+
+def choose_elementwise(size: int, reads: Callable[[], Sequence[mx.array]], backend: str | None = None) -> str:
+    """The backend of elementwise work on `size` numbers that belongs to no recurrence: "cpu" or "ops".
+
+    Args:
+        reads: gives the arrays that the results depend on; asked only where it matters.
+        backend: what the caller asks for, whatever the size; None for the CPU backend where it is faster.
+
+    Raises:
+        PararnnError: MLX_PARARNN_BACKEND is unknown.
+    """
+    if _asked(backend) not in (None, "cpu"):
+        return "ops"
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return "cpu" if (backend or (on_cpu and cpu.is_large(size))) and evaluation(reads()) else "ops"
+
+
+def _asked(backend: str | None) -> str | None:
+    """The backend that the caller or the environment asks for."""
+    asked = backend or os.environ.get("MLX_PARARNN_BACKEND") or None
+    if asked is not None and asked not in BACKENDS:
+        raise PararnnError(f"unknown backend {asked!r}; choose one of {', '.join(BACKENDS)}")
+    return asked
 
 
 def works_here(

@@ -8,7 +8,6 @@ kernel saves launches (metal/conv.metal, metal/decode.metal), or a CPU's vector 
 Letters in shapes: B sequences, T steps, D channels, K taps of the convolution, N tokens, V vocabulary.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -20,7 +19,7 @@ from ..cells import Cell
 from ..errors import PararnnError
 from . import cpu, cpu_gradients, gpu
 from .adjoint import directional
-from .choice import Choice, evaluation, works_here
+from .choice import Choice, choose_elementwise, evaluation, works_here
 from .recurrence import solve
 
 GPU = ("metal", "cuda")
@@ -117,7 +116,8 @@ def cross_entropy(logits: mx.array, targets: mx.array, *, backend: str | None = 
             f"targets have shape {targets.shape}; with logits {logits.shape} it must be {logits.shape[:-1]}"
         )
     rows, places = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    if _cross_entropy_at_once(backend, rows, places):
+    backend = choose_elementwise(rows.size, lambda: [rows, places], backend)
+    if at_once(backend, rows) and _gradients_work():
         losses = _cross_entropy_cpu()(rows, places.astype(mx.int32))[0]
     else:
         losses = _cross_entropy_ops(rows, places)[0]
@@ -166,27 +166,6 @@ def decode(
 def at_once(backend: str, *arrays: mx.array) -> bool:
     """Whether the CPU backend takes these arrays: all of one dtype, and it is right on this machine."""
     return backend == "cpu" and _uniform(arrays) and _elementwise_works()
-
-
-def backend_of(x: mx.array, reads: Callable[[], Sequence[mx.array]]) -> str:
-    """The backend of elementwise work on arrays like x, for layers that are no recurrence's.
-
-    Args:
-        reads: gives all that the results depend on, for the question whether MLX allows evaluation.
-    """
-    backend = _backend_of_size(x.size)
-    return backend if backend == "cpu" and evaluation([x, *reads()]) else "ops"
-
-
-def _backend_of_size(size: int) -> str:
-    asked = os.environ.get("MLX_PARARNN_BACKEND") or "cpu"
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return asked if on_cpu and cpu.is_large(size) else "ops"
-
-
-def _cross_entropy_at_once(backend: str | None, logits: mx.array, targets: mx.array) -> bool:
-    backend = _backend_of_size(logits.size) if backend is None else backend
-    return bool(at_once(backend, logits) and evaluation([logits, targets]) and _gradients_work())
 
 
 def _uniform(arrays: Sequence[mx.array]) -> bool:

@@ -99,11 +99,11 @@ def recurrence(
     wanted: dict[str, Any] = {"method": method, "chunk": chunk, "max_iters": max_iters}
     inputs = [params, u, *(a for a in (state, mask) if a is not None)]
     B, heads, T, gates, width = u.shape
-    where = choice_for(
+    choice = choice_for(
         cell, lambda: inputs, rows=B, tokens=T, width=gates * heads * width, backend=backend, **wanted
     )
     options = {**wanted, "tol": tol, "return_info": return_info}
-    return solve(where, cell, params, u, state, mask=mask, return_states=return_states, **options)
+    return solve(choice, cell, params, u, state, mask=mask, return_states=return_states, **options)
 
 
 def choice_for(cell: Cell, reads: Callable[[], Sequence[mx.array]], **call: Any) -> Choice:
@@ -112,7 +112,7 @@ def choice_for(cell: Cell, reads: Callable[[], Sequence[mx.array]], **call: Any)
 
 
 def solve(
-    where: Choice,
+    choice: Choice,
     cell: Cell,
     params: mx.array,
     u: mx.array,
@@ -126,17 +126,17 @@ def solve(
     max_iters: int | None = None,
     return_info: bool = False,
 ) -> tuple[Any, ...]:
-    """`recurrence` on the backend `where.state`, which the caller chose; arguments and results as there."""
+    """`recurrence` on the backend `choice.state`, which the caller chose; arguments and results as there."""
     _check(cell, params, u, state, mask, method, chunk, max_iters, return_states)
     B, heads, T, _, width = u.shape
     slots = len(cell.slots)
     if state is None:
         state = mx.zeros((B, slots, heads * width))
-    backend = where.state
+    backend = choice.state
     if backend != "ops":
         if method == "auto":
             method = "newton" if T > 1 and slots < 4 and backend != "cpu" else "sequential"
-        plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None, where.asked)
+        plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None, choice.asked)
         arrays = (
             mx.contiguous(params.astype(mx.float32)),
             u if u.dtype in gpu.DTYPES else u.astype(mx.float32),
@@ -147,23 +147,23 @@ def solve(
             return _launch(plan, backend, return_states, *arrays, info=True)
         # where a gradient may follow, what it starts from is kept: the states at the boundaries of tiles
         tile = tile_of(backend)
-        every = return_states or (tile if where.gradient and tile <= T else 0)
+        every = return_states or (tile if choice.gradient and tile <= T else 0)
         returned = _differentiable_kernel(plan, backend, every)(*arrays)
         return tuple(returned[: 3 if return_states else 2])
 
     if method == "auto":
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        method = "newton" if where.eager and on_gpu and T > 1 and slots < 4 else "sequential"
+        method = "newton" if choice.eager and on_gpu and T > 1 and slots < 4 else "sequential"
     plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
     arrays = laid_out(params, u, state, mask)
     if return_info:
-        solution = _solve(plan, *arrays, eager=where.eager, want_residual=True)
+        solution = _solve(plan, *arrays, eager=choice.eager, want_residual=True)
         residual = mx.array(0.0) if solution.residual is None else solution.residual
         info: tuple[NewtonInfo, ...] = (NewtonInfo(solution.iterations, residual),)
         states = mx.stack([*solution.states])
     else:
         info = ()
-        states = _differentiable(plan, where.eager)(*arrays)
+        states = _differentiable(plan, choice.eager)(*arrays)
     return (*outputs(cell, states, mask, return_states, u.dtype), *info)
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..compute import layer_ops
+from ..compute.choice import choose_elementwise
 from ..compute.matrix_products import linear
 from ..compute.module_arrays import named_arrays
 from .config import ImageArgs, TransformerArgs
@@ -96,7 +96,9 @@ class ImageDecoder(nn.Module):
         x = x + self.positions
         at = nn.silu(linear(self.time_in, frequencies(time)))
         shared = linear(self.time_out, at).reshape(-1, 6, x.shape[-1])
-        backend = layer_ops.backend_of(x, lambda: [time, *(w for _, w in named_arrays(self.parameters()))])
+        backend = choose_elementwise(
+            x.size, lambda: [x, time, *(w for _, w in named_arrays(self.parameters()))]
+        )
         for layer in self.layers:
             x = layer(x, shared, self.get("attention"), backend)
         shift, scale = mx.split(linear(self.last_modulation, at)[:, None], 2, axis=-1)

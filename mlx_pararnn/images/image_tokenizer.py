@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..compute import layer_ops
+from ..compute.choice import choose_elementwise
 from ..compute.matrix_products import linear
 from ..compute.module_arrays import named_arrays
 from .config import ImageArgs, TransformerArgs
@@ -35,7 +36,7 @@ class VisionEncoder(nn.Module):
     def __call__(self, pixels: mx.array) -> mx.array:
         """Features of the patches, row by row."""
         x = linear(self.patch_proj, patches(pixels, self._patch)) + self.positions
-        backend = layer_ops.backend_of(x, lambda: [w for _, w in named_arrays(self.parameters())])
+        backend = choose_elementwise(x.size, lambda: [x, *(w for _, w in named_arrays(self.parameters()))])
         for layer in self.layers:
             x = layer(x, self.get("attention"), backend)
         return layer_ops.rms_norm(x, self.norm.weight, EPS, backend=backend)

@@ -64,7 +64,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array, backend: str) -> mx.array:
-        """`backend`: `layer_ops.backend_of`'s."""
+        """`backend`: `choose_elementwise`'s."""
         y = layer_ops.swiglu(linear(self.gate_proj, x), linear(self.up_proj, x), backend=backend)
         return linear(self.down_proj, y)
 

@@ -1,12 +1,15 @@
 """Which backend computes a call: decided once, right under transformations, no more than is asked for."""
 
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_pararnn import PararnnError, get_cell
-from mlx_pararnn.compute import choice, cpu, gpu, recurrence
+from mlx_pararnn.compute import choice, cpu, gpu
 from mlx_pararnn.compute.choice import Choice, Evaluation, evaluation
 from tests.support.random_models import make
 
@@ -17,10 +20,20 @@ TOKENS = mx.array(np.random.default_rng(5).integers(0, 37, (2, 9)))
 def asked(monkeypatch):
     """What was asked so far: "choice" for a backend, "evaluation" for what MLX allows."""
     made = []
-    for module, name, what in ((recurrence, "choose", "choice"), (choice, "evaluation", "evaluation")):
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, f=function, w=what, **k: made.append(w) or f(*a, **k))
+    places = [module for name, module in sys.modules.items() if name.startswith("mlx_pararnn.")]
+    for name, what in (("choose", "choice"), ("choose_elementwise", "choice"), ("evaluation", "evaluation")):
+        function = getattr(choice, name)
+        for module in places:
+            if getattr(module, name, None) is function:
+                spy = lambda *a, f=function, w=what, **k: made.append(w) or f(*a, **k)  # noqa: E731
+                monkeypatch.setattr(module, name, spy)
     return made
+
+
+def test_one_place_reads_what_the_environment_asks_for():
+    package = Path(choice.__file__).parents[1]
+    reads = [p.name for p in package.rglob("*.py") if 'get("MLX_PARARNN_BACKEND")' in p.read_text()]
+    assert sorted(reads) == ["choice.py", "doctor.py"]  # doctor only tells it
 
 
 def test_what_mlx_allows():

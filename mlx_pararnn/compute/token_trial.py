@@ -1,0 +1,61 @@
+"""The trial of the one call for a token: its numbers and those of MLX's ops, for small models."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..cache import RecurrentCache
+from ..cells import Cell
+from ..model_config import ModelArgs
+from .choice import PLAIN
+from .cpu_token import Formats, run
+from .module_arrays import head_arrays
+
+
+def compared_tokens(
+    model_type: type[Any], quantizable: Callable[[str, nn.Module], bool], cell: Cell, formats: Formats
+) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
+    """What the one call for a token gives, and what MLX's ops give, for small models with this cell.
+
+    The first is not quantized, each of the others in one of the formats.
+
+    Args:
+        model_type: `PararnnModel`, from which small ones are made.
+        quantizable: whether a module, by its path, is a matrix that may be quantized.
+    """
+
+    def waves(shape: tuple[int, ...], size: float = 0.5) -> mx.array:
+        return size * mx.sin(mx.arange(math.prod(shape))).reshape(shape)
+
+    def weight(array: mx.array) -> mx.array:
+        # numbers of a usual size at any width: an exponential of large ones is not the same twice
+        return waves(array.shape, min(0.5, array.shape[-1] ** -0.5) if array.ndim > 1 else 0.5)
+
+    for packed in (None, *formats):
+        D, wide = (72, 80) if packed is None else (2 * packed[1], packed[1])
+        args = ModelArgs(D, 2, 8, wide, cell=cell.name, num_heads=2, activations=cell.activations)
+        high, low = cast(Any, mx.random.state)[0].tolist()
+        model, head = model_type(args), nn.Linear(D, 80, bias=False)
+        for module in (model, head):
+            module.update(tree_map(weight, module.parameters()))
+            if packed is not None:
+                nn.quantize(module, packed[1], packed[0], class_predicate=quantizable)
+        mx.random.seed(high << 32 | low)  # the user's numbers stay what they would have been
+        x, caches = waves((2, 1, D)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
+        for c in caches[0] + caches[1]:
+            c.cache = [0.5 + waves((2, len(cell.slots), D), 0.3), waves((2, 3, D))]
+        weights = model.token_weights()._replace(head=head_arrays("head", head))
+        decoded = run(weights, x, caches[0], formats)
+        for layer, c in zip(model.layers, caches[1], strict=True):
+            x = layer(x, c, None, PLAIN)
+        y = model.norm(x)
+        given = decoded.y, cast(mx.array, decoded.logits)
+        yield [*given, *_states(caches[0])], [y, head(y), *_states(caches[1])]
+
+
+def _states(cache: list[RecurrentCache]) -> list[mx.array]:
+    return [array for c in cache for array in c.cache if array is not None]
