@@ -12,8 +12,9 @@ from mlx_pararnn.pocket.protocol import Protocol, find_protocol, tokenizer_files
 from mlx_pararnn.training.trainer import Batch
 
 from .call_traces import SCANNED, kind, trace
-from .calls import Example, examples, signs
+from .calls import Example, examples
 from .data import TASKS, ask, polite
+from .fillers import signs
 from .traces import NUMBERS, Trace, note_kind, solve
 
 # A turn: the token ids, and which of them the model makes itself.

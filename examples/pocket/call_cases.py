@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .calls import FOLDER, examples
+from .calls import examples
+from .fillers import FOLDER
 
 Model = Callable[[str], dict[str, Any] | None]
 

@@ -32,8 +32,8 @@ from mlx_pararnn.pocket.standard import calculate
 
 from .batches import Turn, encode
 from .call_cases import decline_rate, handwritten, held_out, measure, out_of_scope
-from .calls import signs
 from .data import TASKS, ask, polite
+from .fillers import signs
 from .traces import solve
 
 DIGITS = (5, 10, 50, 200, 1000)

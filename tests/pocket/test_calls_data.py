@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from examples.pocket import calls
 from examples.pocket.call_cases import Case, decline_rate, handwritten, held_out, measure, out_of_scope
 from examples.pocket.call_traces import KINDS, LOOK_AHEAD, call_of, trace
+from examples.pocket.fillers import FOLDER, in_words, sections
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.functions import Functions
 from tests.support.pocket_traces import follow
@@ -53,7 +54,7 @@ def test_calls_run_and_mean_what_the_generator_meant(seed, split):
 
 def test_functions_json_is_what_the_assistant_offers():
     schemas = [schema["function"] for schema in Functions(Assistant().functions()).schemas]
-    assert json.loads((calls.FOLDER / "functions.json").read_text()) == schemas
+    assert json.loads((FOLDER / "functions.json").read_text()) == schemas
 
 
 def test_every_function_has_phrasings_of_each_kind():
@@ -66,7 +67,7 @@ def test_every_function_has_phrasings_of_each_kind():
 
 
 def test_the_plainest_phrasings_are_learned_from():
-    plain, held = calls._sections("plain.txt"), calls.phrasings("held")
+    plain, held = sections("plain.txt"), calls.phrasings("held")
     assert set(plain) == set(held)
     for function, lines in plain.items():
         assert not set(lines) & set(held[function]), function
@@ -98,12 +99,13 @@ def test_declines_want_no_call():
 def test_numbers_in_words(n):
     from mlx_pararnn.pocket.number_words import number
 
-    assert number(calls.in_words(n)) == n
+    assert number(in_words(n)) == n
 
 
 def test_the_script_shows_examples():
-    script = [sys.executable, str(calls.FOLDER / "calls.py"), "--split", "held", "-n", "4"]
-    shown = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    script = [sys.executable, "-m", "examples.pocket.calls", "--split", "held", "-n", "4"]
+    root = FOLDER.parents[1]
+    shown = subprocess.run(script, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(shown) == 8
     assert [line.strip() for line in shown[1::2]] == [
         "-" if example.call is None else json.dumps(example.call, ensure_ascii=False)
@@ -184,9 +186,7 @@ def test_out_of_scope_messages_are_many_and_of_many_kinds():
     messages = out_of_scope()
     assert len(messages) >= 500
     assert len({message.lower() for message in messages}) == len(messages)
-    kinds = [
-        json.loads(line)["kind"] for line in (calls.FOLDER / "out_of_scope.jsonl").read_text().splitlines()
-    ]
+    kinds = [json.loads(line)["kind"] for line in (FOLDER / "out_of_scope.jsonl").read_text().splitlines()]
     assert len(set(kinds)) >= 8
     wanted = {case.message.lower() for case in handwritten()}
     assert not wanted & {message.lower() for message in messages}

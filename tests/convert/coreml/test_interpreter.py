@@ -8,7 +8,8 @@ ct = pytest.importorskip("coremltools", reason="coremltools has no wheel for thi
 from coremltools.converters.mil.mil import Builder as mb  # noqa: E402
 from coremltools.converters.mil.mil import Function, types  # noqa: E402
 
-from tests.support.coreml.interpreter import MODES, OPS, Package  # noqa: E402
+from tests.support.coreml.interpreter import MODES, Package  # noqa: E402
+from tests.support.coreml.mil_operations import OPS  # noqa: E402
 
 IOS18 = ct.target.iOS18
 random = np.random.default_rng(0)
