@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 PRESET = "400m"
 
 
-class Dtype(StrEnum):
-    """Number formats that are measured."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 class Section(StrEnum):
     """What is measured."""
 
@@ -66,7 +58,7 @@ def bench(
         str | None, typer.Option(metavar="NAME", help="A preset's cell (gru); alone it takes 400m.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="A preset's weights (float32); alone it takes 400m.")
+        options.Dtype | None, typer.Option(help="A preset's weights (float32); alone it takes 400m.")
     ] = None,
     only: Annotated[
         list[Section] | None, typer.Option("--only", help="Measure this alone; may be given several times.")

@@ -18,14 +18,6 @@ from .progress import progress_bar
 from .report import Debug, expand_home, reports_errors, size, usage_error
 
 
-class Dtype(StrEnum):
-    """What --dtype takes."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 class Bits(StrEnum):
     """What --q-bits takes."""
 
@@ -107,7 +99,7 @@ def convert(
         ),
     ] = Target.mlx,
     dtype: Annotated[
-        Dtype | None,
+        options.Dtype | None,
         typer.Option(
             help="Format of the weights; recurrent weights stay float32. Default: as in the checkpoint."
         ),

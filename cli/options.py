@@ -2,6 +2,7 @@
 
 import re
 import sys
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
     from mlx_pararnn.images.image_model import ImageModel
     from mlx_pararnn.model import Model
+
+
+class Dtype(StrEnum):
+    """Number formats of weights."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 def _above_zero(value: float | None) -> float | None:

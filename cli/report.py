@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.errors import PararnnError, first_line
 from mlx_pararnn.process.address_space import too_small
 
 P = ParamSpec("P")
@@ -59,7 +59,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             if _debug or type(error).__name__ != "PanicException":
                 raise
             # A panic of a library written in Rust (tokenizers, safetensors), which is no Exception.
-            typer.echo(f"error: a library failed on this input: {_first_line(error)}", err=True)
+            typer.echo(f"error: a library failed on this input: {first_line(error)}", err=True)
             raise typer.Exit(1) from None
 
     return wrapper
@@ -108,8 +108,4 @@ def _sentence(error: Exception) -> str:
             f"MLX cannot be loaded here ({error}); on Linux install it with pip install 'mlx-pararnn[cpu]' "
             "or, for an NVIDIA GPU, 'mlx-pararnn[cuda]'"
         )
-    return f"{type(error).__name__}: {_first_line(error)} (run again with --debug for the traceback)"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return f"{type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)"

@@ -199,6 +199,16 @@ def export(
     )
 
 
+def description(settings: Mapping[str, Any], title: str, page: str) -> dict[str, str]:
+    """What a package says of itself; `title` is the checkpoint's, `page` that of docs/ which explains it."""
+    return {
+        "author": f"converted from {title}",
+        "license": "that of the model it was converted from",
+        "description": f"ParaRNN language model ({settings['cell']}, {settings['parameters']:,} parameters); "
+        f"mlx-pararnn's docs/{page} says how to run it",
+    }
+
+
 def check_options(chunk: int | None, iterations: int | None, weights: str, plain: str) -> None:
     """Raise PararnnError for a value that no export takes; `plain` is how weights are that are not packed."""
     if weights not in (plain, *PACKED):

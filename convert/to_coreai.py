@@ -10,7 +10,7 @@ import numpy as np
 from mlx_pararnn.errors import PararnnError
 
 from .coreai.require_coreai import require_coreai
-from .exporting import Exported, Functions, Progress, check_options, export
+from .exporting import Exported, Functions, Progress, check_options, description, export
 from .inspection import disk_bytes
 from .package.form import Form
 from .readers.forms import COREAI
@@ -81,13 +81,7 @@ def _write(
 ) -> None:
     from .coreai.aimodel import write_package
 
-    metadata = {
-        "custom": {"pararnn": json.dumps(settings)},
-        "author": f"converted from {title}",
-        "license": "that of the model it was converted from",
-        "description": f"ParaRNN language model ({settings['cell']}, {settings['parameters']:,} parameters); "
-        "mlx-pararnn's docs/coreai.md says how to run it",
-    }
+    metadata = {"custom": {"pararnn": json.dumps(settings)}, **description(settings, title, "coreai.md")}
     write_package(
         path,
         functions.args,

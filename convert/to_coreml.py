@@ -7,7 +7,7 @@ from typing import Any
 from mlx_pararnn.errors import PararnnError
 
 from .coreml.require_coremltools import require_coremltools
-from .exporting import Exported, Functions, Progress, check_options, export
+from .exporting import Exported, Functions, Progress, check_options, description, export
 from .package.form import Form
 from .readers.forms import COREML
 
@@ -83,10 +83,7 @@ def _write(
         )
     metadata = {
         "user": {"pararnn": json.dumps(settings)},
-        "author": f"converted from {title}",
-        "license": "that of the model it was converted from",
-        "short_description": f"ParaRNN language model ({settings['cell']}, {settings['parameters']:,} "
-        "parameters); mlx-pararnn's docs/coreml.md says how to run it",
         "version": settings["version"],
+        **description(settings, title, "coreml.md"),
     }
     write_package(path, built, metadata, progress)

@@ -10,11 +10,7 @@ from mlx_lm.models.base import BaseModelArgs
 
 from .cells import get_cell
 from .errors import PararnnError
-
-# What MLX quantizes to.
-GROUP_SIZES = (16, 32, 64, 128)
-BITS = (2, 3, 4, 5, 6, 8)
-
+from .files.quantization_formats import BITS, GROUP_SIZES, MODES
 
 # name -> hidden_size, num_hidden_layers, num_heads, intermediate_size
 PRESETS = {
@@ -150,7 +146,10 @@ def weight_bits(config: dict[str, Any], file: Path) -> dict[str, int]:
     if isinstance(quantization, dict):
         settings |= {path: setting for path, setting in quantization.items() if isinstance(setting, dict)}
     for path, setting in settings.items():
-        for name, choices in (("group_size", GROUP_SIZES), ("bits", BITS)):
+        mode = setting.get("mode") if isinstance(setting, dict) else None
+        own = MODES.get(mode, MODES["affine"]) if isinstance(mode, str) else MODES["affine"]
+        sizes, bits = (GROUP_SIZES, BITS) if own == MODES["affine"] else ((own[0],), (own[1],))
+        for name, choices in (("group_size", sizes), ("bits", bits)):
             value = setting.get(name) if isinstance(setting, dict) else setting
             if value is None and (path or not needed):
                 continue

@@ -75,6 +75,8 @@ def test_what_would_take_the_machine_or_end_the_process(tmp_path):
     [
         ({"quantization": {"group_size": 0, "bits": 4}}, "quantization group_size is 0"),
         ({"quantization": {"group_size": 64, "bits": 0}}, "quantization bits is 0"),
+        ({"quantization": {"group_size": 16, "bits": 4}}, "quantization group_size is 16"),
+        ({"quantization": {"group_size": 64, "bits": 4, "mode": "nvfp4"}}, "quantization group_size is 64"),
         ({"quantization": {"group_size": 64, "bits": 4, "lm_head": {"group_size": -1}}}, "group_size is -1"),
         ({"quantization": 7}, "quantization group_size is 7"),
         ({"num_hidden_layers": 4}, "num_hidden_layers is 4, and they have 3 layers"),

@@ -40,7 +40,7 @@ ARROWS = {
     "loading": "model files text mlx_lm_internals",
     "generation": "model text",
     "model": "compute cache model_config",
-    "model_config": "cells",
+    "model_config": "cells files",
     "compute": "cells process cache model_config",
     "process": "errors",
     "cells": "errors",

@@ -61,7 +61,7 @@ def write_package(
     """Write MIL `functions` by name, the first of them the default, to the folder `path`.
 
     Args:
-        metadata: "user" (a dict of strings), and MLModel's author, license, short_description, version.
+        metadata: "user" (a dict of strings), "author", "license", "description", "version".
         progress: called with what is being done and the share of it that is.
 
     Raises:
@@ -92,8 +92,8 @@ def write_package(
             skip_model_load=True,
         )
         model.user_defined_metadata.update(metadata["user"])
-        for field in ("author", "license", "short_description", "version"):
-            setattr(model, field, metadata[field])
+        model.author, model.license = metadata["author"], metadata["license"]
+        model.short_description, model.version = metadata["description"], metadata["version"]
         model.save(str(path))
 
 

@@ -13,15 +13,11 @@ from typing import Any
 import numpy as np
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.quantization_formats import BITS, GROUP_SIZES, MODES
 
 from ..families.base import Output
 from ..readers.dtypes import Array
 from .safetensors_writer import Entry
-
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-# mode -> its default group size and bits; every mode but affine has these and no others.
-MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 
 # What `Model.quant_predicate` says yes to; a test holds the two against each other.
 _MATRICES = (

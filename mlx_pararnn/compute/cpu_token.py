@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..cells import Cell
+from ..files.quantization_formats import BITS, GROUP_SIZES
 from . import cpu
 from .choice import Evaluation, evaluation, works_here
 from .cpu_build import build, invoke
@@ -23,8 +24,6 @@ from .texts import cpu_token_text, plain_name
 # Weights fewer than this are read by one thread: starting another takes some 50 microseconds.
 _MANY = 1 << 19
 _BITS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
-# Of MLX's quantization, mode "affine"; mxfp4, nvfp4 and mxfp8 have no biases, and are left to MLX.
-PACKED_BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 # Memory is read no faster by more, and every token starts them anew. A bound by reasoning: two were measured.
 _MOST_THREADS = 16
 
@@ -206,14 +205,17 @@ def _have_shapes(
 
 
 def _is_packed(arrays: Mapping[str, mx.array], name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> bool:
-    """Whether it is a matrix of this shape, quantized in a way that there is code for."""
+    """Whether it is a matrix of this shape, quantized in a way that there is code for.
+
+    That is mode "affine"; mxfp4, nvfp4 and mxfp8 have no biases, and are left to MLX.
+    """
     weight, scales, biases = (arrays.get(f"{name}{part}") for part in ("", ".scales", ".biases"))
     if len(shape) < 2 or weight is None or scales is None or biases is None:
         return False
     bits, group = _format(weight, scales, shape[-1])
     return (
         weight.dtype == mx.uint32
-        and bits in PACKED_BITS
+        and bits in BITS
         and group in GROUP_SIZES
         and weight.shape == (*shape[:-1], shape[-1] // 32 * bits)
         and scales.shape == biases.shape == (*shape[:-1], shape[-1] // group)

@@ -11,13 +11,11 @@ import mlx.nn as nn
 
 from ..compute.module_arrays import named_arrays
 from ..errors import PararnnError
+from ..files.quantization_formats import BITS, GROUP_SIZES
 from ..model import Model
-from ..model_config import BITS
 from .config import ImageArgs
 from .decoder import ImageDecoder
 from .image_tokenizer import HybridTokenizer
-
-_GROUP_SIZES = (32, 64, 128)  # of MLX's affine mode
 
 
 class ImageModules(nn.Module):
@@ -76,10 +74,10 @@ class ImageModules(nn.Module):
         Raises:
             PararnnError: MLX has no such bits or groups.
         """
-        if bits not in BITS or group_size not in _GROUP_SIZES:
+        if bits not in BITS or group_size not in GROUP_SIZES:
             raise PararnnError(
                 f"{bits} bits in groups of {group_size}: MLX has {', '.join(map(str, BITS))} bits and groups "
-                f"of {', '.join(map(str, _GROUP_SIZES))}"
+                f"of {', '.join(map(str, GROUP_SIZES))}"
             )
         for part in self.image_parts().values():
             nn.quantize(part, group_size, bits, class_predicate=_quantizable(group_size))

@@ -16,7 +16,7 @@ from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined, to_json
 
-from ..errors import PararnnError
+from ..errors import PararnnError, first_line
 from ..process.interrupt import interrupt
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def describe(
         arguments = create_model(name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
         schema = arguments.model_json_schema(schema_generator=_Untitled)
     except (PydanticUserError, TypeError) as error:
-        raise PararnnError(f"function {name}: no JSON schema for its types ({_first_line(error)})") from error
+        raise PararnnError(f"function {name}: no JSON schema for its types ({first_line(error)})") from error
     schema.pop("title", None)
     description = " ".join(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].split())
     return Function(name, description, schema, function, arguments, seconds)
@@ -235,7 +235,3 @@ def _what_is_wrong(error: ValidationError) -> str:
 def _in_one_line(error: BaseException) -> str:
     said = " ".join(str(error).split())
     return (f"{type(error).__name__}: {said}" if said else type(error).__name__)[:_ERROR_CHARACTERS]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
+from mlx_pararnn.files.quantization_formats import BITS, GROUP_SIZES
 from tests.support.msl.instances import DTYPES
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -73,8 +74,8 @@ def multiply(library, arrays, bits, group, x, first, rows):
 
 
 @pytest.mark.sampled("large", by=lambda bits, group: [bits] if (bits, group) in ((4, 64), (3, 32)) else [])
-@pytest.mark.parametrize("group", cpu_token.GROUP_SIZES)
-@pytest.mark.parametrize("bits", cpu_token.PACKED_BITS)
+@pytest.mark.parametrize("group", GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
 def test_products(bits, group, monkeypatch):
     """Of every dtype, of widths that fill no block, of 1 to 16 rows."""
     library, rng = built(bits, group, monkeypatch), np.random.default_rng(bits)

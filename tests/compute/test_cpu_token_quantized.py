@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_pararnn import load_model
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
+from mlx_pararnn.files.quantization_formats import BITS, GROUP_SIZES
 from tests.support.golden import golden_of
 from tests.support.msl.instances import DTYPES
 from tests.support.random_models import (
@@ -233,7 +234,7 @@ def test_sanitizers(name, flag, bits, monkeypatch, tmp_path):
 def test_compilers_have_nothing_to_say(cxx, tmp_path):
     if not shutil.which(cxx):
         pytest.skip(f"no {cxx}")
-    formats = tuple((bits, group) for bits in cpu_token.PACKED_BITS for group in cpu_token.GROUP_SIZES)
+    formats = tuple((bits, group) for bits in BITS for group in GROUP_SIZES)
     (tmp_path / "text.cpp").write_text(texts.cpu_token_text(cell_of(make()), formats))
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fsyntax-only"]
     for lanes in ("-march=native", "-DLANES=4"):

@@ -14,8 +14,9 @@ import mlx_pararnn
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.readers import tensors
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
-from mlx_pararnn.convert.writers.quantize import MODES, Plan, quantization
+from mlx_pararnn.convert.writers.quantize import Plan, quantization
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.quantization_formats import MODES
 from tests.support.converting import config, convert
 from tests.support.golden import golden_file
 from tests.support.pt_writer import write_pt
