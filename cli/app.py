@@ -23,6 +23,7 @@ from .draw import draw
 from .generate import generate
 from .inspect import inspect
 from .lm import lm
+from .report import leave_the_word_to_rank_0
 from .serve import serve
 from .train import train
 from .verify import verify
@@ -105,6 +106,7 @@ def main_options(  # noqa: D103 - its docstring would be the help
 def main() -> None:
     """The command line; returns where a command does."""
     _open_streams()
+    leave_the_word_to_rank_0()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _leave)
     show_messages()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from mlx_pararnn.errors import PararnnError, first_line
+from mlx_pararnn.errors import LOST, PararnnError, first_line, is_lost
 from mlx_pararnn.process.address_space import too_small
 
 P = ParamSpec("P")
@@ -30,6 +30,24 @@ Debug = Annotated[
 ]
 
 
+def launched_rank() -> int:
+    """Which of the processes of mlx.launch this is; 0 for one that was started alone."""
+    rank = os.environ.get("MLX_RANK", "")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def leave_the_word_to_rank_0() -> None:
+    """Of several processes the others show their errors alone."""
+    if launched_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _say(text: str) -> None:
+    """A line on stderr; of several processes the others name themselves."""
+    rank = launched_rank()
+    typer.echo(f"rank {rank}: {text}" if rank else text, file=sys.__stderr__ if rank else None, err=True)
+
+
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turn what `command` raises into one sentence and an exit code: 1, or 130 for Ctrl-C.
 
@@ -45,7 +63,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             if _debug:
                 raise
-            typer.echo("interrupted", err=True)
+            _say("interrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader left, as `head` does: nothing to say, and to no one
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
@@ -53,13 +71,13 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             if _debug:
                 raise
-            typer.echo(f"error: {_sentence(error)}", err=True)
+            _say(f"error: {_sentence(error)}")
             raise typer.Exit(1) from None
         except BaseException as error:
             if _debug or type(error).__name__ != "PanicException":
                 raise
             # A panic of a library written in Rust (tokenizers, safetensors), which is no Exception.
-            typer.echo(f"error: a library failed on this input: {first_line(error)}", err=True)
+            _say(f"error: a library failed on this input: {first_line(error)}")
             raise typer.Exit(1) from None
 
     return wrapper
@@ -98,6 +116,8 @@ def _expanded(value: Any) -> Any:
 def _sentence(error: Exception) -> str:
     if isinstance(error, PararnnError):
         return str(error)
+    if is_lost(error):
+        return LOST
     if isinstance(error, MemoryError | ImportError | OSError) and (said := too_small()):
         return said
     if isinstance(error, OSError) and error.strerror:

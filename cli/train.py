@@ -14,6 +14,7 @@ from .report import Debug, expand_home, reports_errors, size, usage_error
 
 if TYPE_CHECKING:
     from mlx_pararnn.training.run import Run
+    from mlx_pararnn.training.trainer import Trainer
 
 
 def _option(name: str, text: str, **more: Any) -> Any:
@@ -166,6 +167,7 @@ def train(
         "report_to": tuple(report_to) if report_to else None,
     }
     options.import_modules(modules)
+    from mlx_pararnn.distributed import world
     from mlx_pararnn.training import run as runs
     from mlx_pararnn.training.settings import read_plan
 
@@ -173,6 +175,12 @@ def train(
         usage_error("give the run's folder: -o OUT")
     if data is None and config is None and not resume:
         usage_error("give DATA: a text file, a folder of them, or .jsonl")
+    group = world()
+    if group is not None and group.rank():
+        trainer = runs.follow(group)
+        stop_on_signals(trainer, "")
+        trainer.run()
+        return
     changes = {name: value for name, value in given.items() if value is not None}
     others = {name: value for name, value in beside.items() if value is not None}
     lines = _Lines()
@@ -180,12 +188,12 @@ def train(
         fixed = sorted({*others} - {"data"}) + (["config"] if config else [])
         if fixed:
             usage_error(f"--resume takes the run's own {fixed[0].replace('_', '-')}; leave it out")
-        run = runs.resume(out, changes, lines, at=data)
+        run = runs.resume(out, changes, lines, at=data, group=group)
     else:
         plan = read_plan(config, others, changes)
-        run = runs.start(out, plan, lines)
+        run = runs.start(out, plan, lines, group)
     lines.begin(run)
-    stop_on_signals(run)
+    stop_on_signals(run.trainer)
     outcome = run.run()
     if outcome.stopped:
         typer.echo(
@@ -195,15 +203,18 @@ def train(
     typer.echo(f"done; try it with: mlx-pararnn generate {out}", err=True)
 
 
-def stop_on_signals(run: "Run") -> None:
+def stop_on_signals(
+    trainer: "Trainer", says: str = "stopping after this step; once more to end at once"
+) -> None:
     """The first Ctrl-C or SIGTERM ends after the step, with a checkpoint; the second at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         if number in asked:
             os._exit(128 + number)  # as hard as kill -9, which checkpoints are made for
         asked.append(number)
-        run.trainer.stop()
-        os.write(2, b"\nstopping after this step; once more to end at once\n")
+        trainer.stop()
+        if says:
+            os.write(2, f"\n{says}\n".encode())
 
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,3 +16,14 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """What an exception of another library says, in at most 300 characters; else its type's name."""
     return " ".join(str(error).split())[:300].rstrip(" .:") or type(error).__name__
+
+
+LOST = (
+    "the connection to another process was lost: it has ended, or its machine cannot be reached; look at "
+    "what it said, and start all of them again (a training run goes on with --resume)"
+)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether MLX raised this because another of several processes has ended."""
+    return isinstance(error, RuntimeError) and str(error).startswith(("[ring]", "[jaccl]"))

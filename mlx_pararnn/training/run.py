@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_unflatten
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.module_arrays import named_arrays
 from ..convert.writers.output_folder import whole_or_nothing
 from ..convert.writers.tokenizer import prepare_tokenizer
+from ..distributed import Group, share, share_arrays
 from ..errors import PararnnError
 from ..files.model_files import read_json
 from ..generation import generate
@@ -49,10 +51,17 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Run:
-    """A run that can be carried out, once: see `start` and `resume`."""
+    """A run that can be carried out, once: see `start`, `resume` and, on the other ranks, `follow`."""
 
-    def __init__(self, out: Path, plan: Plan, report: Report | None = None) -> None:
-        self.out, self.plan = out, plan
+    def __init__(
+        self, out: Path, plan: Plan, report: Report | None = None, group: Group | None = None
+    ) -> None:
+        self.out, self.plan, self.group = out, plan, group
+        if group is not None and plan.settings.batch_size % group.size():
+            raise PararnnError(
+                f"a batch of {plan.settings.batch_size} rows cannot be divided by {group.size()} processes; "
+                f"choose a batch size that is a multiple of {group.size()}"
+            )
         self.model, self.tokenizer = _model_and_tokenizer(out, plan)
         learned, held_out = _documents(plan, self.tokenizer, self.model.args)
         self.digest = learned.digest
@@ -88,6 +97,7 @@ class Run:
             report=self._report,
             sample=self._sample,
             after_checkpoint=self._write_model,
+            group=group,
         )
 
     def run(self) -> Outcome:
@@ -98,6 +108,9 @@ class Run:
         """
         with _alone(self.out):
             self.trainer.resume()
+            if self.group is not None:
+                share(self.group, [self.plan.to_json(), dataclasses.asdict(self.model.args)])
+                share_arrays(self.group, dict(named_arrays(self.model.parameters())))
             reporters = Reporters(self.plan.report_to, self.out, self.out.name, self.plan.to_json())
             self._targets = [Log(self.out, self.trainer.step), reporters, self._show]
             try:
@@ -140,13 +153,24 @@ class Run:
             )
 
 
-def start(out: Path, plan: Plan, report: Report | None = None) -> Run:
+def follow(group: Group) -> Trainer:
+    """What ranks other than 0 carry out beside `Run.run`: all they need comes from rank 0."""
+    described, config = share(group)
+    plan = Plan.from_json(described)
+    model = Model(ModelArgs.from_dict(config))
+    tuning.prepare(model, plan)
+    model.update(tree_unflatten(list(share_arrays(group).items())))
+    return Trainer(model, (), plan.settings, group=group)
+
+
+def start(out: Path, plan: Plan, report: Report | None = None, group: Group | None = None) -> Run:
     """Make the folder of a new run.
 
     Args:
         out: the folder, which must not exist.
         plan: what is trained on what.
         report: is given each line of the log, and {"step", "checkpoint"}.
+        group: processes that train together, of which this is rank 0; the others `follow`.
 
     Raises:
         PararnnError: `out` exists, or the data, tokenizer or model cannot be had; nothing is left then.
@@ -162,7 +186,7 @@ def start(out: Path, plan: Plan, report: Report | None = None) -> Run:
     check_reporters(plan.report_to)
     with whole_or_nothing(out, False, plan.data, 0) as partial:
         _write_description(partial, plan)
-        run = Run(partial, plan, report)
+        run = Run(partial, plan, report, group)
         written = {"format": "mlx-pararnn run", "version": 1, "digest": run.digest, **plan.to_json()}
         (partial / RUN).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     run.out, run.trainer.folder = out, out / "checkpoints"
@@ -175,6 +199,7 @@ def resume(
     report: Report | None = None,
     *,
     at: Path | None = None,
+    group: Group | None = None,
 ) -> Run:
     """A run that was begun, to be continued.
 
@@ -183,6 +208,7 @@ def resume(
         changes: settings that are to be others from here on; of `CHANGEABLE`.
         report: as for `start`.
         at: where the data is now, if it was moved.
+        group: as for `start`; a run may be resumed on more or fewer processes than it was begun on.
 
     Raises:
         PararnnError: `out` is no run, its data changed, or a setting may not be changed.
@@ -208,7 +234,7 @@ def resume(
         raise PararnnError(f"{out / RUN}: is not the description of a training run ({error})") from error
     if at is not None:
         plan = dataclasses.replace(plan, data=at)
-    run = Run(out, plan, report)
+    run = Run(out, plan, report, group)
     if run.digest != digest:
         raise PararnnError(
             f"{plan.data}: holds other tokens than when the run was started; put the data back as it was, or "

@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..compute.layer_ops import cross_entropy
+from ..distributed import Group, share, share_arrays
 from ..errors import PararnnError
 from . import checkpoints
 from .settings import Settings
@@ -89,6 +90,9 @@ class Trainer:
             the states that the rows have (None: they begin anew) to the sum of the losses and new states.
         compiled: the gradient goes through mx.compile; None: on a GPU it does. On a CPU the fast backend
             computes at once, which a compiled function may not.
+        group: processes that train together, each on its share of a batch's rows; None for this one alone.
+            The batches, the weights and the checkpoint to begin with are rank 0's, and so is what is
+            written: on the other ranks give `batches` as () and none of folder, held_out, report, sample.
     """
 
     def __init__(
@@ -104,13 +108,17 @@ class Trainer:
         after_checkpoint: Callable[[], None] | None = None,
         losses: Losses | None = None,
         compiled: bool | None = None,
+        group: Group | None = None,
     ) -> None:
+        self.group = group
+        self._rank, self._size = (0, 1) if group is None else (group.rank(), group.size())
         self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
         self.held_out, self.sample = held_out, sample
         self._report = report or (lambda line: None)
         self._after_checkpoint = after_checkpoint or (lambda: None)
         self._losses = losses or token_losses
-        self._stop = False
+        self._stop = False  # asked of this process
+        self._all_stop = False  # known to all ranks
 
         self.step = 0
         self.tokens = 0  # targets learned from so far
@@ -122,8 +130,8 @@ class Trainer:
                 self.weights[name] = weight.astype(mx.float32)
         self.average: Weights = dict(self.weights) if settings.ema is not None else {}
         self._optimizers = _optimizers(settings)
-        for optimizer, group in zip(self._optimizers, _groups(self.weights), strict=True):
-            optimizer.init(group)
+        for optimizer, weights in zip(self._optimizers, _groups(self.weights), strict=True):
+            optimizer.init(weights)
         self._states: list[list[State]] | None = None  # of each part of a batch, of each layer
         self._since_report = {"loss": 0.0, "tokens": 0, "steps": 0, "norm": 0.0}
         self.loss: float | None = None
@@ -147,7 +155,10 @@ class Trainer:
         found = checkpoints.load(self.folder) if self.folder is not None else None
         if found is None:
             return False
-        arrays, state = found
+        self._restore(*found)
+        return True
+
+    def _restore(self, arrays: Weights, state: dict[str, Any]) -> None:
         kinds: dict[str, Weights] = {
             "weights": {},
             "average": {},
@@ -174,7 +185,6 @@ class Trainer:
         self.step, self.tokens = state["step"], state["tokens"]
         self._since_report, self.loss = state["since_report"], state["loss"]
         self.valid_loss = state["valid_loss"]
-        return True
 
     def run(self) -> Outcome:
         """Train until the last step, or until `stop` is called.
@@ -183,9 +193,10 @@ class Trainer:
             PararnnError: a loss is no number, the batches end too early, or a checkpoint cannot be written.
         """
         settings = self.settings
+        self._begin_together()
         begin, seconds = time.perf_counter(), 0.0
-        for batch in _from(self.batches, self.step):
-            if self.step >= settings.steps or self._stop:
+        for batch in _shared(_from(self.batches, self.step), self.group):
+            if self.step >= settings.steps or self._stopping():
                 break
             begin = time.perf_counter()
             self._make_step(batch)
@@ -201,7 +212,7 @@ class Trainer:
             if self._due(settings.save_every) and self.step < settings.steps:  # the last comes below
                 self.save()
         self._use(self.weights)
-        if self.step < settings.steps and not self._stop:
+        if self.step < settings.steps and not self._stopping():
             raise PararnnError(
                 f"the batches ended at step {self.step} of {settings.steps}; give more, or fewer steps"
             )
@@ -223,24 +234,51 @@ class Trainer:
         return total / max(count, 1), count
 
     def save(self) -> None:
-        """Write a checkpoint, if there is a folder for it."""
+        """Write a checkpoint, if there is a folder for it; all ranks have to call it."""
+        states = self._joint_states()
         if self.folder is None:
             return
+        place = checkpoints.save(self.folder, self.step, *self._snapshot(states), self.settings.keep)
+        self._after_checkpoint()
+        self._report({"step": self.step, "checkpoint": place.name})
+
+    def _snapshot(self, states: list[list[State]] | None) -> tuple[Weights, dict[str, Any]]:
+        """A checkpoint's arrays and the rest of it."""
         arrays = {f"weights/{name}": array for name, array in self.weights.items()}
         arrays |= {f"average/{name}": array for name, array in self.average.items()}
         arrays |= {f"optimizer/{name}": a for name, a in _optimizer_arrays(self._optimizers).items()}
-        arrays |= {f"carried/{name}": array for name, array in _state_arrays(self._states).items()}
-        state = {
+        arrays |= {f"carried/{name}": array for name, array in _state_arrays(states).items()}
+        return arrays, {
             "tokens": self.tokens,
             "random": random_seed(),
             "loss": self.loss,
             "valid_loss": self.valid_loss,
             "since_report": self._since_report,
-            "parts": None if self._states is None else [len(part) for part in self._states],
+            "parts": None if states is None else [len(part) for part in states],
+            "step": self.step,
         }
-        place = checkpoints.save(self.folder, self.step, arrays, state, self.settings.keep)
-        self._after_checkpoint()
-        self._report({"step": self.step, "checkpoint": place.name})
+
+    def _joint_states(self) -> list[list[State]] | None:
+        """The states of all rows of a batch, in their order."""
+        if self.group is None or self._states is None:
+            return self._states
+        joint = [
+            [[None if a is None else mx.distributed.all_gather(a, group=self.group) for a in s] for s in part]
+            for part in self._states
+        ]
+        mx.eval(joint)  # on all ranks, also on those that do not look at it
+        return joint
+
+    def _begin_together(self) -> None:
+        """All ranks have what rank 0 has, and each the states of its own rows."""
+        if self.group is None:
+            return
+        arrays, state = self._snapshot(self._states)
+        self._restore(share_arrays(self.group, arrays), share(self.group, state))
+        self._states = self._states and [
+            [[None if a is None else mx.split(a, self._size)[self._rank] for a in s] for s in part]
+            for part in self._states
+        ]
 
     def averaged(self) -> "_InUse":
         """A context in which the model has the moving average of the weights, where there is one."""
@@ -249,15 +287,19 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
+    def _stopping(self) -> bool:
+        return self._stop if self.group is None else self._all_stop
+
     def _use(self, weights: Weights) -> None:
         self.model.update(tree_unflatten(list(weights.items())))
 
     def _make_step(self, batch: Batch) -> None:
         parts = self.settings.accumulate
-        rows, odd = divmod(batch.tokens.shape[0], parts)
+        rows, odd = divmod(batch.tokens.shape[0], parts * self._size)
         if odd or not rows:
+            ranks = f" on {self._size} processes" if self.group else ""
             raise PararnnError(
-                f"a batch has {batch.tokens.shape[0]} rows, which accumulate={parts} does not divide"
+                f"a batch has {batch.tokens.shape[0]} rows, which accumulate={parts}{ranks} does not divide"
             )
         arrays = _arrays(batch)
         count = _targets(batch)
@@ -267,11 +309,12 @@ class Trainer:
         gradients: Weights = {}
         total, states = mx.array(0.0), []
         for part in range(parts):
-            here = slice(part * rows, (part + 1) * rows)
+            first = (part * self._size + self._rank) * rows
+            here = slice(first, first + rows)
             (_, loss, after), grown = self._gradient(
                 self.weights,
                 {name: array[here] for name, array in arrays.items()},
-                mx.array(1 / max(count, 1)),
+                mx.array(self._size / max(count, 1)),  # since gradients are averaged over the ranks
                 None if before is None else before[part],
             )
             gradients = {n: g + gradients[n] if gradients else g for n, g in grown.items()}
@@ -279,11 +322,16 @@ class Trainer:
             states.append(after)
             if parts > 1:
                 mx.eval(total, gradients, after)
+        ends = mx.array(float(self._stop))
+        if self.group is not None:
+            averaged = dict(tree_flatten(nn.average_gradients(gradients, self.group)))
+            gradients = {name: averaged[name] for name in gradients}
+            total, ends = mx.distributed.all_sum(mx.stack([total, ends]), group=self.group)
         optimizer_states = [optimizer.state for optimizer in self._optimizers]
         weights, new_states, average, norm = self._apply(
             self.weights, gradients, optimizer_states, self.average
         )
-        mx.eval(total, norm, weights, new_states, average, states)
+        mx.eval(total, ends, norm, weights, new_states, average, states)
         self._use(weights)  # not the traced arrays of the gradient
         mean, length = cast(float, total.item()) / max(count, 1), cast(float, norm.item())
         if not (math.isfinite(mean) and math.isfinite(length)):
@@ -291,7 +339,7 @@ class Trainer:
         for optimizer, new in zip(self._optimizers, new_states, strict=True):
             optimizer.state = new
         self.weights, self.average = weights, average
-        self._states = states
+        self._states, self._all_stop = states, bool(ends.item())
         self.step += 1
         self.tokens += count
         since = self._since_report
@@ -503,6 +551,26 @@ def _from(batches: Iterable[Batch] | Resumable, step: int) -> Iterator[Batch]:
     if hasattr(batches, "starting_at"):
         return cast(Resumable, batches).starting_at(step)
     return itertools.islice(iter(cast(Iterable[Batch], batches)), step, None)
+
+
+def _shared(batches: Iterator[Batch], group: Group | None) -> Iterator[Batch]:
+    """Rank 0's batches on all ranks."""
+    if group is None:
+        yield from batches
+        return
+    while True:
+        batch, arrays = next(batches, None), {}
+        if batch is not None:
+            arrays = {n: mx.array(a) for n, a in (batch.others or {}).items()}
+            arrays["/tokens"] = mx.array(batch.tokens.astype(np.int32))
+            if batch.mask is not None:
+                arrays["/mask"] = mx.array(batch.mask.astype(np.float32))
+        fresh = share(group, batch is not None and [batch.fresh])
+        if not fresh:
+            return
+        others = {name: np.array(array) for name, array in share_arrays(group, arrays).items()}
+        tokens, mask = others.pop("/tokens"), others.pop("/mask", None)
+        yield Batch(tokens, mask, fresh[0], others)
 
 
 def _arrays(batch: Batch) -> Weights:

@@ -182,7 +182,7 @@ def test_the_second_signal_ends_the_process(monkeypatch):
     stops, ended = [], []
     monkeypatch.setattr(os, "_exit", ended.append)
     trainer = SimpleNamespace(stop=lambda: stops.append(1))
-    command.stop_on_signals(SimpleNamespace(trainer=trainer))
+    command.stop_on_signals(trainer)
     os.kill(os.getpid(), signal.SIGINT)
     assert (len(stops), ended) == (1, [])
     os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,70 @@
+"""Processes that compute together, on one machine or several, as mlx.launch starts them.
+
+Each runs the same command. Rank 0 reads, writes and decides; what it knows it tells the others here.
+"""
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import PararnnError
+
+Group = mx.distributed.Group
+
+
+@lru_cache(maxsize=1)
+def world() -> Group | None:
+    """All processes that mlx.launch started; None for one alone.
+
+    Raises:
+        PararnnError: this process was started as one of several and cannot reach the others.
+    """
+    if "MLX_RANK" not in os.environ or _hostfile_is_blank():
+        return None
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        raise PararnnError(
+            f"the other processes cannot be reached ({str(error).splitlines()[0]}); see the addresses in the "
+            "hostfile, and whether their ports are free"
+        ) from error
+    if group.size() == 1 and os.environ["MLX_RANK"] != "0":
+        raise PararnnError(
+            f"this is rank {os.environ['MLX_RANK']} and MLX finds no other process; start all of them with "
+            "mlx.launch --backend ring or jaccl"
+        )
+    return group if group.size() > 1 else None
+
+
+def _hostfile_is_blank() -> bool:
+    """As mlx.launch writes it for a single process, and MLX refuses to read it."""
+    file = os.environ.get("MLX_HOSTFILE", "")
+    return bool(file) and Path(file).is_file() and not Path(file).read_text(encoding="utf-8").strip()
+
+
+def share(group: Group, value: Any = None) -> Any:
+    """What rank 0 gives, which JSON can write, on all ranks; the others' `value` is not looked at."""
+    text = json.dumps(value).encode() if group.rank() == 0 else b""
+    length = cast(int, mx.distributed.all_sum(mx.array(len(text)), group=group).item())
+    own = mx.array(np.frombuffer(text, np.uint8)) if text else mx.zeros(length, mx.uint8)
+    return json.loads(np.array(mx.distributed.all_sum(own, group=group)).tobytes())
+
+
+def share_arrays(group: Group, arrays: dict[str, mx.array] | None = None) -> dict[str, mx.array]:
+    """The arrays that rank 0 gives, by name, on all ranks, bit for bit."""
+    given = arrays if arrays is not None and group.rank() == 0 else {}
+    kinds = {name: (array.shape, str(array.dtype).removeprefix("mlx.core.")) for name, array in given.items()}
+    shared = {}
+    for name, (shape, dtype) in share(group, kinds).items():
+        kind = getattr(mx, dtype)
+        own = given[name] if name in given else mx.zeros(shape, kind)
+        # as bytes: the sum of minus zero and zero has another bit
+        total = mx.distributed.all_sum(own.reshape(-1).view(mx.uint8), group=group)
+        shared[name] = total.view(kind).reshape(shape)
+        mx.eval(shared[name])
+    return shared
