@@ -101,7 +101,6 @@ def load_model(
             get_model_classes=lambda config: (Model, ModelArgs),
         )
         model = cast(Model, model)
-        check_end_ids(config, path / "generation_config.json")  # which MLX-LM puts before config.json's
         check_dtypes(path, model)
         if adapter_path is not None:
             load_adapters(model, Path(adapter_path))
@@ -112,6 +111,8 @@ def load_model(
         raise
     except FileNotFoundError:
         raise PararnnError(f"no model*.safetensors in {path}; convert the checkpoint again") from None
+    except OSError as error:
+        raise PararnnError(f"the weights in {path} cannot be read ({one_line(error)})") from error
     except _MISFITS as error:
         raise _misfit(path, error) from error
 
@@ -177,6 +178,16 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     file = path / "config.json"
     weight_bits(config, file)
     check_end_ids(config, file)
+    if isinstance(config.get("text_config"), dict):  # where MLX-LM looks for what it misses
+        weight_bits(config["text_config"], file)
+    for name in ("generation_config.json", "hf_quant_config.json"):  # which MLX-LM reads too
+        try:
+            more = _read_object(path / name)
+        except FileNotFoundError:
+            continue
+        check_end_ids(more, path / name)
+        if name.startswith("hf_") and not config.keys() & {"quantization", "quantization_config"}:
+            weight_bits({"quantization_config": more}, path / name)
     names = _names_of_weights(path)
     if names is not None:
         check_layers(config, names, path)
@@ -307,16 +318,19 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     check_files(path)
-    file = path / "config.json"
     try:
-        config = read_json(file)
+        return _read_object(path / "config.json")
     except FileNotFoundError:
         raise PararnnError(
             f"no config.json in {path}: not a model folder; make one with mlx-pararnn convert CKPT -o OUT"
         ) from None
-    if not isinstance(config, dict):
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
         raise PararnnError(f"{file} is not a JSON object")
-    return config
+    return value
 
 
 def _misfit(path: Path, error: Exception) -> PararnnError:

@@ -1,6 +1,5 @@
 """config.json: its fields, the paper's shapes, and how its weights are quantized."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,10 @@ from mlx_lm.models.base import BaseModelArgs
 from .cells import get_cell
 from .errors import PararnnError
 from .files.quantization_formats import BITS, GROUP_SIZES, MODES
+
+# What the weights of other programs are called in `quantization_config` and MLX reads as they are.
+_FORMATS = ("mxfp4", "mxfp8")
+_MOST = 2**31 - 1  # of a size of an MLX array
 
 # name -> hidden_size, num_hidden_layers, num_heads, intermediate_size
 PRESETS = {
@@ -84,10 +87,10 @@ class ModelArgs(BaseModelArgs):
         if (
             isinstance(self.norm_eps, bool)
             or not isinstance(self.norm_eps, (int, float))
-            or not 0 <= self.norm_eps < math.inf
+            or not 0 <= self.norm_eps <= 1e38  # float32's largest is a little above
         ):
             raise PararnnError(
-                f"config.json: norm_eps is {self.norm_eps!r}; it must be a number, not below 0"
+                f"config.json: norm_eps is {_short(self.norm_eps)}; it must be a number, not below 0"
             )
         if not isinstance(self.activations, dict | None) or not isinstance(self.cell, str):
             raise PararnnError("config.json: cell must be a name, and activations an object or null")
@@ -142,6 +145,12 @@ def weight_bits(config: dict[str, Any], file: Path) -> dict[str, int]:
     needed = quantization is not None
     if not needed:  # where other tools say it; MLX-LM looks there too
         quantization = config.get("quantization_config") or {}
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method is not None and method not in _FORMATS:
+            raise PararnnError(
+                f"{file}: the weights are packed as {_short(method)} does it, which is not read; convert the "
+                "checkpoint that they were made of, with -q for packed weights"
+            )
     settings: dict[str, Any] = {"": quantization}
     if isinstance(quantization, dict):
         settings |= {path: setting for path, setting in quantization.items() if isinstance(setting, dict)}
@@ -156,7 +165,7 @@ def weight_bits(config: dict[str, Any], file: Path) -> dict[str, int]:
             if type(value) is not int or value not in choices:
                 raise PararnnError(
                     f"{file}: quantization does not say how many bits a weight has, in groups of how many "
-                    f"(quantization {name} is {value!r}; it must be one of {choices}); convert the "
+                    f"(quantization {name} is {_short(value)}; it must be one of {choices}); convert the "
                     "checkpoint again"
                 )
     default = settings[""].get("bits") or 4
@@ -164,8 +173,17 @@ def weight_bits(config: dict[str, Any], file: Path) -> dict[str, int]:
 
 
 def _check_whole_number(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PararnnError(f"config.json: {name} is {value!r}; it must be a whole number of at least 1")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        raise PararnnError(
+            f"config.json: {name} is {_short(value)}; it must be a whole number of at least 1"
+            + (f" and at most {_MOST}" if isinstance(value, int) and value > _MOST else "")
+        )
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it, which it shall not fill."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def check_end_ids(config: Mapping[str, Any], file: Path) -> None:
@@ -173,7 +191,7 @@ def check_end_ids(config: Mapping[str, Any], file: Path) -> None:
     ends = config.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
         if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31:
-            raise PararnnError(f"{file}: eos_token_id holds {end!r}; it must be a token id, or several")
+            raise PararnnError(f"{file}: eos_token_id holds {_short(end)}; it must be a token id, or several")
 
 
 def check_layers(config: Mapping[str, Any], names: Iterable[str], path: Path) -> None:

@@ -13,11 +13,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.inspection import inspect
+from mlx_pararnn.convert.readers.forms import PACKAGE_KINDS
 from tests.support.demo import DEMO
 
 MEMORY = 3 << 30  # bytes of data that a child may take
@@ -80,8 +83,12 @@ def test_what_would_take_the_machine_or_end_the_process(tmp_path):
         ({"quantization": {"group_size": 64, "bits": 4, "lm_head": {"group_size": -1}}}, "group_size is -1"),
         ({"quantization": 7}, "quantization group_size is 7"),
         ({"num_hidden_layers": 4}, "num_hidden_layers is 4, and they have 3 layers"),
-        ({"hidden_size": 2**40}, "do not fit its config.json"),
-        ({"vocab_size": 2**62}, "do not fit its config.json"),
+        ({"quantization_config": {"quant_method": "awq"}}, "packed as 'awq' does it"),
+        ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "packed as 'gptq' does it"),
+        ({"hidden_size": 2**30}, "do not fit its config.json"),
+        ({"hidden_size": 2**40}, f"hidden_size is {2**40}; it must be a whole number"),
+        ({"vocab_size": 2**200}, "and at most 2147483647"),
+        ({"norm_eps": 2**2000}, "norm_eps is 1148130695"),
         ({"norm_eps": float("nan")}, "norm_eps is nan"),
         ({"norm_eps": float("inf")}, "norm_eps is inf"),
         ({"eos_token_id": -1}, "eos_token_id holds -1"),
@@ -99,7 +106,35 @@ def test_end_ids_of_a_generation_config(end, folder):
     assert f"generation_config.json: eos_token_id holds {end}" in refusal(folder)
 
 
-@pytest.mark.parametrize("fields", [{"num_hidden_layers": 100_000}, {"eos_token_id": -1}])
+@pytest.mark.parametrize("name", ["generation_config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize("text", ["", "5", "[" * 100_000, "[" + "[]," * 1_500_000 + "0]", None])
+def test_configs_that_mlx_lm_reads_of_its_own_accord(name, text, folder):
+    (folder / name).unlink(missing_ok=True)
+    if text is None:
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_text(text)
+    said = refusal(folder)
+    assert said.startswith(f"{folder / name} ")
+    assert len(said) < 500
+
+
+def test_weights_packed_by_another_program(folder):
+    (folder / "hf_quant_config.json").write_text('{"quant_method": "awq"}')
+    assert "hf_quant_config.json: the weights are packed as 'awq' does it" in refusal(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that fails to be read")
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_file_that_cannot_be_read(name, folder):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/proc/self/mem")
+    assert f"{name} cannot be read (Input/output error)" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_hidden_layers": 100_000}, {"eos_token_id": -1}, {"conv_kernel": 2**31}]
+)
 def test_inspect_believes_no_config_that_load_does_not(fields, folder):
     said = refusal(changed(folder, **fields))
     with pytest.raises(PararnnError, match=re.escape(said)):
@@ -123,6 +158,18 @@ def test_a_pipe(name, folder):
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
     assert "not a regular file" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", PACKAGE_KINDS, ids=lambda kind: kind.title)
+@pytest.mark.parametrize("name", ["reference.safetensors", "PACKAGE/Data/weights/weight.bin"])
+def test_a_pipe_in_a_package(kind, name, tmp_path):
+    place = tmp_path / name.replace("PACKAGE", kind.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "pararnn.json").write_text(json.dumps({"format": kind.format}))
+    os.mkfifo(place)
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert f"{place} cannot be read: not a regular file" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])

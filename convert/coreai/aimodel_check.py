@@ -13,7 +13,7 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.tools.verification import Check
 
 from ..package.reference import checked_reference
-from ..readers.forms import COREAI, PACKAGE_FILE, read_json_object
+from ..readers.forms import COREAI, PACKAGE_FILE, check_package_files, read_json_object
 from .require_coreai import require_coreai
 from .runtime import Runner
 
@@ -75,6 +75,7 @@ def _check(name: str, answers: list[Any], expected: Any, tolerance: float) -> Ch
 
 def _checked_settings(folder: Path) -> dict[str, Any]:
     """pararnn.json, once the package has been found to say the same of itself."""
+    check_package_files(folder)
     settings = read_json_object(folder / PACKAGE_FILE) or {}
     if settings.get("format_version") != 1 or settings.get("precision") not in ("float32", "float16"):
         raise PararnnError(f"{folder / PACKAGE_FILE}: not a description this version reads; export again")

@@ -15,7 +15,7 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.tools.verification import Check
 
 from ..package.reference import checked_reference
-from ..readers.forms import PACKAGE_FILE, read_json_object
+from ..readers.forms import PACKAGE_FILE, check_package_files, read_json_object
 from .require_coremltools import quiet, require_coremltools
 
 Array = npt.NDArray[Any]
@@ -74,6 +74,7 @@ def open_function(package: Path, name: str, unit: str) -> Any:
 
 def _checked_settings(folder: Path) -> dict[str, Any]:
     """pararnn.json, once the package has been found to say the same of itself."""
+    check_package_files(folder)
     settings = read_json_object(folder / PACKAGE_FILE) or {}
     if settings.get("format") != "pararnn-coreml" or settings.get("format_version") != 1:
         raise PararnnError(f"{folder / PACKAGE_FILE}: not a description this version reads; export again")

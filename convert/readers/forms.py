@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.files.model_files import read_json
+from mlx_pararnn.files.model_files import open_regular, read_json
 
 from .dcp import METADATA, read_dcp
 from .links import check_link
@@ -131,6 +131,14 @@ def package_kind(folder: Path) -> PackageKind | None:
     """
     settings = (read_json_object(folder / PACKAGE_FILE) if folder.is_dir() else None) or {}
     return next((kind for kind in PACKAGE_KINDS if kind.format == settings.get("format")), None)
+
+
+def check_package_files(folder: Path) -> None:
+    """Raise a PararnnError for a pipe or a device in an exported folder, which a library would wait for."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            with open_regular(path):
+                pass
 
 
 def _in_folder(folder: Path) -> Path:

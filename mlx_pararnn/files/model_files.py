@@ -63,12 +63,16 @@ def check_files(folder: Path) -> None:
             )
         if not path.is_file():
             raise _not_regular(path)
-        if (
-            path.stat().st_size < 1024
-            and os.access(path, os.R_OK)
-            and path.read_bytes().startswith(_LFS_POINTER)
-        ):
+        if path.stat().st_size < 1024 and _begins_as_pointer(path):
             raise PararnnError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+
+
+def _begins_as_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:  # what reads the file next says so
+        return False
 
 
 def check_json(path: Path) -> None:
