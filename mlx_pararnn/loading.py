@@ -163,7 +163,7 @@ def load_states(model: Model, file: Path) -> None:
     wanted = {}
     for number, layer in enumerate(model.layers):
         cell = layer.mixer.cell
-        wanted[f"layers.{number}"] = (len(cell._cell.slots), cell.recurrent_weight.shape[1])
+        wanted[f"layers.{number}"] = (len(cell.cell.slots), cell.recurrent_weight.shape[1])
     if {name: array.shape for name, array in arrays.items()} != wanted:
         raise PararnnError(
             f"{file}: is not the initial states of this model, which has {len(wanted)} layers with states of "

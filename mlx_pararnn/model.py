@@ -107,6 +107,11 @@ class RecurrentLayer(nn.Module):
             hidden = layer_ops.gated_norm(hidden, *gated_norm, backend=choice.output)
         return hidden, *states
 
+    @property
+    def cell(self) -> Cell:
+        """What one step computes."""
+        return self._cell
+
     def add_initial_state(self, values: mx.array | None = None) -> None:
         """Begin from these values (slots, D), which can be learned; None for zeros."""
         shape = len(self._cell.slots), self.recurrent_weight.shape[1]

@@ -22,6 +22,47 @@ def test_transformers_gives_a_plain_tokenizer_for_the_model_type_that_loading_na
     )
 
 
+def test_transformers_renders_chat_templates_with_the_arguments_that_chat_template_py_names():
+    from inspect import signature
+
+    from transformers import PreTrainedTokenizerBase
+
+    names = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    wanted = {"conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"}
+    assert wanted | {"return_dict", "kwargs"} <= names, (
+        f"transformers' apply_chat_template no longer takes {wanted - names}; see text/chat_template.py"
+    )
+    # What else it takes changes the text or its form, so that transformers itself has to be called.
+    known = {"continue_final_message", "padding", "truncation", "max_length", "return_tensors"}
+    assert known <= names, f"transformers' apply_chat_template no longer takes {known - names}"
+    names = list(signature(PreTrainedTokenizerBase.get_chat_template).parameters)
+    assert names[1:3] == ["chat_template", "tools"], "transformers' get_chat_template takes other arguments"
+    assert isinstance(PreTrainedTokenizerBase.special_tokens_map, property), (
+        "transformers' tokenizers no longer say their special tokens in special_tokens_map"
+    )
+
+
+def test_python_can_unload_a_library():
+    if sys.platform == "linux":
+        import _ctypes
+
+        assert callable(_ctypes.dlclose), "Python's _ctypes has no dlclose any more; see compute/openblas.py"
+
+
+def test_coremltools_shares_weights_between_functions_and_has_a_progress_bar_by_these_names():
+    pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python and machine")
+    from coremltools.converters.mil.mil.passes import pass_pipeline
+    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+
+    shared = PASS_REGISTRY["common::const_deduplication"]
+    assert callable(getattr(shared, "_deduplicate_const_across_functions", None)), (
+        "coremltools shares the weights of several functions by another name; see coreml/mlpackage.py"
+    )
+    assert callable(getattr(pass_pipeline, "tqdm", None)), (
+        "coremltools' passes show their progress otherwise; see coreml/mlpackage.py"
+    )
+
+
 def test_mlx_calls_a_compiled_functions_python_again_only_for_new_shapes_and_where_an_input_is_traced():
     import mlx.core as mx
 

@@ -138,7 +138,7 @@ def _problems(
         for cell, projection in zip(cells, projections, strict=True):
             cell.input_proj = projection
     for layer, x in zip(cells, projected, strict=True):
-        cell = layer._cell
+        cell = layer.cell
         u = np.array(x + layer.bias[:, None]).astype(np.float16)[None]  # (1, H, T, gates * w)
         gates = np.split(u, len(cell.gates), axis=-1)
         width = gates[0].shape[-1]

@@ -91,19 +91,19 @@ class Plan:
     def __init__(self, outputs: Sequence[Output], asked: Quantization | None) -> None:
         self.asked = asked
         matrices = [output for output in outputs if is_matrix(output.name)] if asked else []
-        self._chosen = {
+        self.chosen = {
             output.name: asked.for_width(output.shape[-1]) if asked else None for output in matrices
         }
 
     def __getitem__(self, name: str) -> Quantization | None:
-        return self._chosen.get(name)
+        return self.chosen.get(name)
 
     def config(self) -> dict[str, Any]:
         """The fields for config.json: "quantization", and the same again under Hugging Face's name for it."""
         if self.asked is None:
             return {}
         fields: dict[str, Any] = asdict(self.asked)
-        for name, chosen in self._chosen.items():
+        for name, chosen in self.chosen.items():
             if chosen and chosen != self.asked:
                 fields[name.removesuffix(".weight")] = asdict(chosen)
         return {"quantization": fields, "quantization_config": fields}
@@ -111,7 +111,7 @@ class Plan:
     def exceptions(self) -> list[str]:
         """A phrase for every kind of matrix that is not quantized as asked."""
         counts: dict[str, int] = {}
-        for name, chosen in self._chosen.items():
+        for name, chosen in self.chosen.items():
             if chosen == self.asked:
                 continue
             kind = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))

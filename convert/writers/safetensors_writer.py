@@ -15,16 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mlx_pararnn.files import weights_digest
 
 from ..readers.dtypes import STORED_AS, Array
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
 
 # Threads that make pieces and write them: while one waits for the file, which takes one writer at a time,
 # others convert. More gain little.
@@ -139,7 +136,7 @@ def _write_file(path: Path, jobs: list[Job], written: Callable[[int], None]) -> 
         raise ValueError(f"{wrong}: not as many bytes were written as announced")
 
 
-def _header(entries: Sequence[Entry], digests: Mapping[str, "_Hash"]) -> bytes:
+def _header(entries: Sequence[Entry], digests: Mapping[str, Any]) -> bytes:
     """The file up to its first tensor; its length does not depend on the digests."""
     noted = weights_digest.combined({name: digest.digest() for name, digest in digests.items()})
     header: dict[str, Any] = {"__metadata__": {"format": "mlx", weights_digest.KEY: noted}}

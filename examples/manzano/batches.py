@@ -35,14 +35,14 @@ class Words:
         if not (folder / "tokenizer.json").is_file():
             _train_tokenizer(folder)
         self.folder = folder
-        self._tokenizer = load_tokenizer(folder, {})
+        self.tokenizer = load_tokenizer(folder, {})
         self.end, self.begin_image, self.end_image = (
-            self._tokenizer.convert_tokens_to_ids(token) for token in (END, BEGIN_IMAGE, END_IMAGE)
+            self.tokenizer.convert_tokens_to_ids(token) for token in (END, BEGIN_IMAGE, END_IMAGE)
         )
-        self.count = max(self._tokenizer.get_vocab().values()) + 1
+        self.count = max(self.tokenizer.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)  # type: ignore[no-any-return]
+        return self.tokenizer.encode(text)  # type: ignore[no-any-return]
 
     def image_args(self, preset: str = "32px") -> ImageArgs:
         """The image tokens follow those of the text."""

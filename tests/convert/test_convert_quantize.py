@@ -173,7 +173,7 @@ def test_the_converter_and_the_model_agree_on_what_is_a_matrix(build, accepted, 
             folder / "model.safetensors").items()
     ]  # fmt: skip
     plan = Plan(outputs, quantization(4, 32, "affine"))
-    assert set(plan._chosen) == wanted
+    assert set(plan.chosen) == wanted
 
 
 @pytest.mark.parametrize(

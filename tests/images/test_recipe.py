@@ -133,10 +133,10 @@ def test_a_row_is_image_question_answer(project):
         answer = [token for token, weight in zip(tokens[1:], mask, strict=True) if weight]
         assert answer[-1] == words.end
         assert words.end not in answer[:-1]
-        told = words._tokenizer.decode(tokens[2 + args.tokens :].tolist())
+        told = words.tokenizer.decode(tokens[2 + args.tokens :].tolist())
         question, _, rest = told.partition("\n")
         assert question == batches.DESCRIBE or question.endswith("?")
-        assert rest.startswith(words._tokenizer.decode(answer[:-1]))
+        assert rest.startswith(words.tokenizer.decode(answer[:-1]))
 
 
 def test_a_batch_is_mixed_by_the_papers_shares(project):

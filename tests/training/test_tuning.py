@@ -166,7 +166,7 @@ def test_adapters_that_do_not_fit(base, tmp_path):
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_a_learned_state_is_where_every_row_begins(cell):
     model = small_model(cell=cell)
-    slots = len(model.layers[0].mixer.cell._cell.slots)
+    slots = len(model.layers[0].mixer.cell.cell.slots)
     for layer in model.layers:
         layer.mixer.cell.initial_state = mx.random.normal((slots, 16))
     cache = model.make_cache()
