@@ -66,12 +66,12 @@ def chat(
     echo "def f(" | mlx-pararnn chat --max-tokens 40
     """
     with watched():
-        loaded, tokenizer = options.load(model, modules, adapter_path, state)
+        loaded, tokenizer, images = options.load_with_images(model, modules, adapter_path, state)
 
     from mlx_pararnn.chat.session import Chat
     from mlx_pararnn.pocket.loop import Limits
 
-    conversation = Chat(loaded, tokenizer, system)
+    conversation = Chat(loaded, tokenizer, system, images=images)
     uses_tools = conversation.uses_tools
     chosen = sampling.choose_sampling(
         sampling.folder_of(tokenizer),
@@ -105,14 +105,16 @@ def _do(session: Session, message: str) -> bool:
     """Answer a message or follow a command; False for the one that leaves."""
     command, *rest = message.split(maxsplit=1) or [""]
     try:
-        if message.startswith("/") and "\n" not in message:
+        if (image := session.as_image(message)) is not None:
+            session.show_image(image)
+        elif message.startswith("/") and "\n" not in message:
             if command in LEAVE:
                 return False
             session.run(command, rest[0].strip().strip("'\"") if rest else "")
         elif session.ask and message.strip().lower() in HINTS:
             say(HINTS[message.strip().lower()])
         elif message.strip():
-            session.stream(session.chat.respond, message)
+            session.respond(message)
     except BrokenPipeError:
         raise
     except (PararnnError, OSError) as error:

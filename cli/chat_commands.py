@@ -1,16 +1,23 @@
 """The commands of `chat`: what a line that begins with a slash does."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from signal import SIGINT, signal
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.process.watchdog import Watchdog, watched
 
 from . import sampling
 from .answer_text import answer_writer
+from .draw import drawing_shown
+from .preview import show_picture
 from .sampling import Sampling
 from .tool_lines import ToolLines, say_why
 
@@ -33,11 +40,14 @@ HELP = """\
 /stats       tokens so far, size of the state, speed of the last answer
 /exit        leave (so do /quit and Ctrl-D); Ctrl-C stops an answer
 Several lines: paste them, or type them between two \"\"\", or end a line with Alt-Enter."""
+SEEING = "/image FILE  the next message asks about this image; a path alone, pasted or dropped, does the same"
+DRAWING = "/draw TEXT   a picture of what TEXT says, in a new file in this folder"
 LEAVE = ("/exit", "/quit", "/bye")
 COMMANDS = (
     *("/help", "/?", "/undo", "/regenerate", "/branch", "/goto", "/reset", "/save", "/load", "/set"),
     *("/system", "/stats", *LEAVE),
 )
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # A word that is meant for the program and not for the model.
 HINTS = {
     **dict.fromkeys(("exit", "quit", "bye", ":q"), "/exit or Ctrl-D leaves."),
@@ -74,23 +84,26 @@ class Session:
         self.plain = plain
         self.ask = ask
         self.branches: dict[str, Chat] = {}
+        self.image: Path | None = None  # what the next message asks about
         self.last: GenerationResponse | None = None
         self._make_answers()
 
     def completions(self, command: str) -> list[str] | None:
         """What may follow a command, or the commands for ""; None for a file's name."""
-        if command in ("/save", "/load"):
+        if command in ("/save", "/load", "/image"):
             return None
         names = [name.replace("_", "-") for name in sampling.NAMES]
-        return {"": list(COMMANDS), "/goto": list(self.branches), "/set": [*names, "max-tokens"]}.get(
-            command, []
-        )
+        return {
+            "": [*COMMANDS, *self._image_commands],
+            "/goto": list(self.branches),
+            "/set": [*names, "max-tokens"],
+        }.get(command, [])
 
     def run(self, command: str, argument: str) -> None:
         """Do what a command says; `argument` is the rest of its line."""
         chat = self.chat
         if command in ("/help", "/?"):
-            say(HELP)
+            say("\n".join([*self._image_commands.values(), HELP]))
         elif command == "/reset":
             chat.reset()
             say("The conversation is forgotten.")
@@ -123,7 +136,70 @@ class Session:
             speed = f"; last answer {self.last.generation_tps:.1f} tokens/s" if self.last else ""
             say(f"{chat.tokens} tokens so far; state {chat.nbytes:,} bytes{speed}; {chat.undoable} to /undo")
         else:
+            self._image_command(command, argument)
+
+    def respond(self, text: str) -> None:
+        """Answer a message; an image that was shown belongs to it."""
+        more = {} if self.image is None else {"image": self.image}
+        self.stream(partial(self.chat.respond, **more), text)
+        self.image = None
+
+    def as_image(self, message: str) -> Path | None:
+        """The image file whose path a message is, as terminals write one that is dropped on them."""
+        if self.chat.images is None or "\n" in message.strip():
+            return None
+        path = dropped_path(message)
+        return path if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() else None
+
+    def show_image(self, path: Path) -> None:
+        """The next message asks about this image.
+
+        Raises:
+            PararnnError: the model sees none, or the file is no image.
+        """
+        from mlx_pararnn.images.picture import pillow, read_picture
+
+        if self.chat.images is None:
+            raise PararnnError("this model sees no images")
+        picture = read_picture(path, self.chat.images.args.size)
+        self.image = path
+        show_picture(pillow().Image.fromarray(picture))
+        say(f"The next message asks about {path}.")
+
+    @property
+    def _image_commands(self) -> dict[str, str]:
+        """The commands that this model has besides, and their help."""
+        images = self.chat.images
+        if images is None:
+            return {}
+        return {"/image": SEEING} | ({} if images.image_decoder is None else {"/draw": DRAWING})
+
+    def _image_command(self, command: str, argument: str) -> None:
+        if command == "/draw":
+            self._draw(argument)
+        elif command != "/image":
             say(f"No command {command}; /help lists them. With a space before it, it is a message.")
+        elif argument or self.chat.images is None:
+            self.show_image(dropped_path(argument))
+        else:
+            say(f"The next message asks about {self.image}." if self.image else "/image needs a file name.")
+
+    def _draw(self, text: str) -> None:
+        from mlx_pararnn.images.picture import write_picture
+        from mlx_pararnn.images.use import draw
+
+        if self.chat.images is None or self.chat.images.image_decoder is None:
+            raise PararnnError("this model draws no images")
+        path = free_path(Path("drawing.png"))
+        try:
+            with watched(), drawing_shown() as shown:
+                seed = self.sampling.seed
+                picture = draw(self.chat.images, self.chat.tokenizer, text, seed=seed, **shown)
+                write_picture(picture, path)
+        except KeyboardInterrupt:
+            say("(stopped)")
+            return
+        say(f"Drawn: {path}")
 
     def stream(self, answer: "Callable[..., Iterator[GenerationResponse]]", *texts: str) -> None:
         """Write what `chat.respond` or `chat.regenerate` gives."""
@@ -228,6 +304,27 @@ def ctrl_c(watchdog: Watchdog) -> Iterator[list[int]]:
         yield pressed
     finally:
         signal(SIGINT, before)
+
+
+def dropped_path(text: str) -> Path:
+    """A path as it is typed, or as terminals write one that is dropped: quoted, escaped, or an address."""
+    text = text.strip()
+    if text.startswith("file://"):
+        return Path(url2pathname(urlsplit(text).path))
+    if not Path(text).expanduser().exists():
+        with suppress(ValueError):  # a quote that is not closed
+            words = shlex.split(text)
+            text = words[0] if len(words) == 1 else text
+    return Path(text).expanduser()
+
+
+def free_path(path: Path) -> Path:
+    """The path, or where a file has it the first with a number that none has."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
 
 
 def say(text: str) -> None:

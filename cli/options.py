@@ -185,6 +185,19 @@ def load(
     return pair
 
 
+def load_with_images(
+    model: str | None, modules: list[str] | None, adapters: Path | None = None, state: Path | None = None
+) -> "tuple[Model, TokenizerWrapper, ImageModel | None]":
+    """As `load`, and the model that sees images where that is one."""
+    path = find(model, modules)
+    with loading(model or "the bundled model"):
+        from mlx_pararnn.images.image_model import load_with_images as load_all
+
+        loaded = load_all(path, adapter_path=adapters, state=state)
+        _compile(loaded[0])
+    return loaded
+
+
 def load_image_model(
     model: str | None, modules: list[str] | None, adapters: Path | None = None, state: Path | None = None
 ) -> "tuple[ImageModel, TokenizerWrapper]":

@@ -9,9 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlx_pararnn.images.config import ImageArgs
+from mlx_pararnn.images.image_prompts import question_text
 from mlx_pararnn.images.image_tokenizer import HybridTokenizer
 from mlx_pararnn.images.picture import to_pixels
-from mlx_pararnn.images.use import question_text
 from mlx_pararnn.loading import load_tokenizer
 from mlx_pararnn.training.tokenizers import END, write_tokenizer
 from mlx_pararnn.training.trainer import Batch

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
@@ -19,6 +19,9 @@ from ..cache import RecurrentCache
 from ..errors import PararnnError
 from ..files.model_files import open_regular
 from ..generation import check_text, encode, render, stream_generate
+from ..images.image_model import ImageModel
+from ..images.image_prompts import MARK, embeddings, lay_out, look, without_template
+from ..images.picture import from_base64, read_picture, to_base64
 from ..model import Model
 from ..pocket.answers import assistant_functions, stream_answer
 from ..pocket.events import Event, Finish, Text
@@ -26,6 +29,9 @@ from ..pocket.functions import Functions
 from ..pocket.loop import Limits
 from ..pocket.protocol import find_protocol
 from .model_fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Stands for what has been read when the chat template is asked what comes after it.
 _READ = "\ue000read\ue001"
@@ -53,6 +59,7 @@ class _Turn(NamedTuple):
     before: _Point
     cache: list[RecurrentCache] | None = None
     tokens: list[int] | None = None
+    image: str | None = None
 
 
 @dataclass
@@ -73,9 +80,11 @@ class Chat:
         model, tokenizer: the model.
         system: a system prompt, for models with a chat template.
         functions: for a model that uses tools those that it may call; without it those of an `Assistant`.
+        images: the model that `model` is the language model of, where that sees images.
 
     Attributes:
-        messages: the conversation so far, as chat templates want it: role and content.
+        messages: the conversation so far, as chat templates want it: role and content; and where an image was
+            shown in `image` its pixels, base64 of a PNG.
         cache: the state after everything read and said.
     """
 
@@ -85,8 +94,10 @@ class Chat:
         tokenizer: TokenizerWrapper,
         system: str | None = None,
         functions: Functions | None = None,
+        images: ImageModel | None = None,
     ) -> None:
         self.model = model
+        self.images = images
         self.tokenizer = tokenizer
         self._check_system(system)
         self.system = system
@@ -117,7 +128,12 @@ class Chat:
         return self.cache[0].offset
 
     def respond(
-        self, text: str, *, interrupted: Callable[[], bool] = lambda: False, **kwargs: Any
+        self,
+        text: str,
+        *,
+        image: "Path | str | bytes | Image | None" = None,
+        interrupted: Callable[[], bool] = lambda: False,
+        **kwargs: Any,
     ) -> Generator[GenerationResponse, None, None]:
         """Stream the answer to `text`.
 
@@ -126,12 +142,14 @@ class Chat:
 
         Args:
             text: what the user says.
+            image: what the text asks about, for a model that sees: a file, its bytes, an image of Pillow's.
             interrupted: asked after each token and each piece of the prompt.
             kwargs: for `stream_generate`: max_tokens, sampler, stop, ...; of these a model that uses tools
                 takes sampler, max_tokens, which are those of the answer, and `limits` (`pocket.loop.Limits`).
         """
-        tokens = [] if self.uses_tools else encode(self.tokenizer, self._turn(text))
-        yield from self._answer(text, tokens, self._point(), interrupted, kwargs)
+        shown = None if image is None else self._read_image(image)
+        tokens, more = self._prompt(text, shown)
+        yield from self._answer(text, shown, tokens, self._point(), interrupted, {**kwargs, **more})
 
     def undo(self) -> str:
         """Go back to before the last question, which is returned.
@@ -157,9 +175,9 @@ class Chat:
         if tokens is None or start is None:
             twin = self.branch()
             twin._go_to(turn.before)
-            tokens = [] if self.uses_tools else encode(self.tokenizer, twin._turn(turn.text))
-            start = twin.cache
-        yield from self._answer(turn.text, tokens, turn.before, interrupted, kwargs, start)
+            tokens, more = twin._prompt(turn.text, turn.image)
+            start, kwargs = twin.cache, {**kwargs, **more}
+        yield from self._answer(turn.text, turn.image, tokens, turn.before, interrupted, kwargs, start)
 
     def set_system(self, text: str) -> None:
         """Put another system prompt before the conversation, which is read again with the next question.
@@ -172,12 +190,12 @@ class Chat:
         said = [message for message in self.messages if message["role"] != "system"]
         self.reset()
         for question, answer in zip(said[::2], said[1::2], strict=False):
-            self._turns.append(_Turn(question["content"], self._point()))
+            self._turns.append(_Turn(question["content"], self._point(), image=question.get("image")))
             self.messages += question, answer
 
     def branch(self) -> "Chat":
         """Another conversation that stands where this one does, and goes on by itself."""
-        twin = Chat(self.model, self.tokenizer, self.system, self.functions)
+        twin = Chat(self.model, self.tokenizer, self.system, self.functions, self.images)
         twin._go_to(self._point())
         twin._turns = list(self._turns)
         if "_weights" in vars(self):
@@ -197,6 +215,7 @@ class Chat:
     def _answer(
         self,
         text: str,
+        image: str | None,
         tokens: list[int],
         before: _Point,
         interrupted: Callable[[], bool],
@@ -235,10 +254,11 @@ class Chat:
             raise
         self.messages = [
             *before.messages,
-            {"role": "user", "content": text},
+            _user(text, image),
             {"role": "assistant", "content": "".join(answer)},
         ]
-        self._turns = [*turns, _Turn(text, before, read or before.cache, tokens[-1:])][-UNDO_LIMIT:]
+        turn = _Turn(text, before, read or before.cache, tokens[-1:], image)
+        self._turns = [*turns, turn][-UNDO_LIMIT:]
 
     def _responses(
         self, text: str, tokens: list[int], progress: Callable[[int, int], None], **kwargs: Any
@@ -379,6 +399,42 @@ class Chat:
             for a, b in zip(mine.cache, c.cache, strict=True)
         )
 
+    def _prompt(self, text: str, image: str | None) -> tuple[list[int], dict[str, Any]]:
+        """The tokens to read before an answer, and what else `stream_generate` is told."""
+        if self.uses_tools:
+            return [], {}
+        if image is None and not any("image" in message for message in self.messages):
+            return encode(self.tokenizer, self._turn(text)), {}
+        return self._turn_with_images(text, image)
+
+    def _turn_with_images(self, text: str, image: str | None) -> tuple[list[int], dict[str, Any]]:
+        """Tokens and embeddings of this turn, and of those before it that the state has not read."""
+        if self.images is None:
+            raise PararnnError("this conversation has an image, and the model was loaded without its images")
+        check_text(text)
+        unread = [*(self.messages if self.tokens == 0 else []), _user(text, image)]
+        marked = [_marked(message) for message in unread]
+        if not self.tokenizer.has_chat_template:
+            whole = ("\n" if self.tokens else "") + without_template(marked)
+        elif self.tokens == 0:
+            whole = render(self.tokenizer, marked, tokenize=False)
+        else:
+            whole = self._rest(marked[0]["content"])
+        pictures = [
+            read_picture(from_base64(message["image"]), self.images.args.size)
+            for message in unread
+            if "image" in message
+        ]
+        prompt = lay_out(self.images.args, self.tokenizer, whole, pictures)
+        tokens = self._without_end(prompt.tokens)
+        given = embeddings(self.images, prompt.tokens, look(self.images, prompt))
+        return tokens, {"input_embeddings": given[len(prompt.tokens) - len(tokens) :]}
+
+    def _read_image(self, image: "Path | str | bytes | Image") -> str:
+        if self.images is None:
+            raise PararnnError("this model sees no images")
+        return to_base64(read_picture(image, self.images.args.size))
+
     def _turn(self, text: str) -> str | list[int]:
         """What the model has to read before it answers `text`: this turn alone."""
         check_text(text)
@@ -388,7 +444,13 @@ class Chat:
             return said + text if self.tokens == 0 else self._encode(text)
         if self.tokens == 0:
             return list(render(self.tokenizer, [*self.messages, user]))
-        history = [*self.messages[:-1], {"role": "assistant", "content": _READ}, user]
+        return self._without_end(self._encode(self._rest(text)))
+
+    def _rest(self, text: str) -> str:
+        """What the chat template writes after what has been read."""
+        user = {"role": "user", "content": text}
+        said = [{"role": m["role"], "content": m["content"]} for m in self.messages[:-1]]
+        history = [*said, {"role": "assistant", "content": _READ}, user]
         if not self.messages:  # cache_prompt stops inside the user's message, and MLX-LM goes on there
             history = [{"role": "user", "content": _READ + text}]
         rendered = render(self.tokenizer, history, tokenize=False)
@@ -398,14 +460,26 @@ class Chat:
                 "this model's chat template leaves earlier answers out, so the conversation cannot go on "
                 "from its state; /reset starts a new one"
             )
-        tokens = self._encode(rest)
-        if self._last_token in self.tokenizer.eos_token_ids and tokens[:1] == [self._last_token]:
-            tokens = tokens[1:]  # the model ended its turn itself
-        return tokens
+        return rest
+
+    def _without_end(self, tokens: list[int]) -> list[int]:
+        """Tokens without the one that ends the answer before them, where the model wrote that itself."""
+        ended = self._last_token in self.tokenizer.eos_token_ids and tokens[:1] == [self._last_token]
+        return tokens[1:] if ended else tokens
 
     def _encode(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return tokens
+
+
+def _user(text: str, image: str | None) -> dict[str, str]:
+    return {"role": "user", "content": text} | ({} if image is None else {"image": image})
+
+
+def _marked(message: dict[str, str]) -> dict[str, str]:
+    """A message as a template takes it, with a mark where its image stands: before the text."""
+    mark = MARK if "image" in message else ""
+    return {"role": message["role"], "content": mark + message["content"]}
 
 
 class _Interrupted(Exception):
@@ -460,7 +534,8 @@ def _saved_turns(
             RecurrentCache.from_state(([arrays.get(name) for name in pair], [offset], None, None))
             for pair in names
         ]
-        found.append(_Turn(text, _Point(messages[:said], cache, last_token)))
+        image = messages[said].get("image")
+        found.append(_Turn(text, _Point(messages[:said], cache, last_token), image=image))
     return found
 
 

@@ -15,6 +15,7 @@ from ..errors import PararnnError, one_line
 from ..files.hub import find_model
 from ..files.model_files import open_regular
 from ..loading import check_dtypes, load_model, load_tokenizer
+from ..model import Model
 from .config import RECIPE, ImageArgs
 from .modules import ImageModules
 from .use import draw, see
@@ -51,14 +52,29 @@ def load_image_model(
     Raises:
         PararnnError: there is no such model, it is not whole, or it is a language model alone.
     """
+    _, tokenizer, model = load_with_images(path_or_hf_repo, adapter_path=adapter_path, state=state)
+    if model is None:
+        raise PararnnError(
+            f"{find_model(path_or_hf_repo)}: this model neither sees nor draws images; {RECIPE}"
+        )
+    return model, tokenizer
+
+
+def load_with_images(
+    path_or_hf_repo: str | Path, *, adapter_path: str | Path | None = None, state: str | Path | None = None
+) -> tuple[Model, TokenizerWrapper, ImageModel | None]:
+    """Any model and its tokenizer, as `mlx_pararnn.load`; and if it sees, the model that it is part of."""
     path = find_model(path_or_hf_repo)
     language_model, config = load_model(path, adapter_path=adapter_path, state=state)
-    if "images" not in config:
-        raise PararnnError(f"{path}: this model neither sees nor draws images; {RECIPE}")
+    model = _with_images(path, config["images"], language_model) if "images" in config else None
+    return language_model, load_tokenizer(path, config), model
+
+
+def _with_images(path: Path, values: Any, language_model: Model) -> ImageModel:
     file = path / WEIGHTS
     shapes = _shapes(file)
     try:
-        args = ImageArgs.from_dict(config["images"])
+        args = ImageArgs.from_dict(values)
         _check_layers(args, shapes)
         model = ImageModel(args, language_model)
         if args.quantization is not None:
@@ -72,7 +88,7 @@ def load_image_model(
         mx.eval(model.parameters())
     except (RuntimeError, OSError) as error:
         raise _unreadable(file, error) from error
-    return model, load_tokenizer(path, config)
+    return model
 
 
 def _quantization(values: dict[str, int]) -> dict[str, int]:

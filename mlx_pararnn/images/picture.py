@@ -4,6 +4,7 @@ What is decoded has at most MAX_PIXELS pixels. With Pillow 13.0 on Linux a PNG t
 a WebP 16, which is 1 GB at that size; tests/images/test_picture.py holds it.
 """
 
+import base64
 import io
 import warnings
 from pathlib import Path
@@ -35,7 +36,9 @@ _TURNS = {
 }
 
 
-def read_picture(source: "Path | str | bytes | Image", size: int) -> np.ndarray:
+def read_picture(
+    source: "Path | str | bytes | Image", size: int, most_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """A picture as (size, size, 3), uint8 RGB: the whole of it, centred on white where it is not square.
 
     Of an animation it is the first frame; transparency shows white; EXIF's orientation is followed; CMYK,
@@ -43,15 +46,17 @@ def read_picture(source: "Path | str | bytes | Image", size: int) -> np.ndarray:
 
     Args:
         source: a file, its bytes, or an image of Pillow's.
+        size: of the square, in pixels.
+        most_pixels: that the image may have, MAX_PIXELS at most.
 
     Raises:
-        PararnnError: it is no image of FORMATS, is broken, or is larger than MAX_BYTES or MAX_PIXELS.
+        PararnnError: it is no image of FORMATS, is broken, or is larger than MAX_BYTES or `most_pixels`.
     """
     name = str(source) if isinstance(source, Path | str) else "the image"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of what it skips in a damaged file
         opened = _open(source, name)
-        _check_size(opened, name)
+        _check_size(opened, name, most_pixels)
         try:
             return _as_it_looks(opened, size)
         except Exception as error:  # of a broken file Pillow's decoders raise whatever it leads them to
@@ -67,6 +72,21 @@ def to_picture(pixels: np.ndarray) -> "Image":
     """Pixels (S, S, 3) from -1 to 1, cut off there, as an image of Pillow's."""
     values = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
     return pillow().Image.fromarray(values)  # type: ignore[no-any-return]
+
+
+def to_base64(picture: np.ndarray) -> str:
+    """A picture (S, S, 3), uint8, as base64 of a PNG."""
+    data = io.BytesIO()
+    pillow().Image.fromarray(picture).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def from_base64(text: str) -> bytes:
+    """An image file's bytes; raises PararnnError where the text is no base64."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise PararnnError("the image is not base64 of an image file") from None
 
 
 def check_output(path: Path) -> str:
@@ -135,9 +155,9 @@ def _open(source: "Path | str | bytes | Image", name: str) -> "Image":
         raise _broken(name, error) from error
 
 
-def _check_size(image: "Image", name: str) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(name, f"{image.width} x {image.height} pixels, ")
+def _check_size(image: "Image", name: str, most_pixels: int) -> None:
+    if image.width * image.height > most_pixels:
+        raise _too_large(name, f"{image.width} x {image.height} pixels, ", most_pixels)
     if image.mode in ("I", "F") or not (image.width and image.height):
         raise PararnnError(f"{name}: its pixels are no colours (mode {image.mode}); save it with 8 bits each")
 
@@ -192,8 +212,8 @@ def _square(image: "Image", size: int) -> np.ndarray:
     return np.array(square)
 
 
-def _too_large(name: str, what: str = "it has ") -> PararnnError:
-    return PararnnError(f"{name}: {what}more than {MAX_PIXELS / 1e6:.0f} million pixels; save it smaller")
+def _too_large(name: str, what: str = "it has ", most_pixels: int = MAX_PIXELS) -> PararnnError:
+    return PararnnError(f"{name}: {what}more than {most_pixels / 1e6:.0f} million pixels; save it smaller")
 
 
 def _broken(name: str, error: Exception) -> PararnnError:

@@ -12,8 +12,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import PararnnError
 from ..generation import check_text, check_tokens, encode, find_room, stream_generate
 from .config import RECIPE
+from .image_prompts import MARK, embeddings, lay_out, look, question_text
 from .modules import ImageModules
-from .picture import pillow, read_picture, to_picture, to_pixels
+from .picture import pillow, read_picture, to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,17 +133,10 @@ def image_prompt(
 
     Where the image stands the ids are begin_token: what is there is in the embeddings alone.
     """
-    args, picture = model.args, read_picture(image, model.args.size)
-    words = encode(tokenizer, question_text(question))
-    tokens = [args.begin_token] * (1 + args.tokens) + [args.end_token, *words]
-    features = model.image_tokenizer.features(mx.array(to_pixels(picture[None])))
-    places = mx.arange(1, args.tokens + 1)[None]
-    return tokens, model.embeddings(mx.array(tokens)[None], features, places)[0]
-
-
-def question_text(question: str) -> str:
-    """How a question stands before its answer."""
-    return f"{question.strip()}\n"
+    check_text(question)
+    picture = read_picture(image, model.args.size)
+    prompt = lay_out(model.args, tokenizer, MARK + question_text(question), [picture])
+    return prompt.tokens, embeddings(model, prompt.tokens, look(model, prompt))
 
 
 def check_can_draw(model: ImageModules) -> None:
