@@ -140,8 +140,7 @@ class Session:
 
     def respond(self, text: str) -> None:
         """Answer a message; an image that was shown belongs to it."""
-        more = {} if self.image is None else {"image": self.image}
-        self.stream(partial(self.chat.respond, **more), text)
+        self.stream(partial(self.chat.respond, image=self.image), text)
         self.image = None
 
     def as_image(self, message: str) -> Path | None:

@@ -94,7 +94,7 @@ def embeddings(
 ) -> mx.array:
     """Of a prompt's tokens from `begin` to `end`: their own, and an image's where it stands (T, D)."""
     end = len(tokens) if end is None else end
-    rows = model.language_model.model.embed_tokens(mx.array(tokens[begin:end]))
+    rows = model.language_model.model.embed_tokens(mx.array(list(tokens[begin:end])))
     for image in seen:
         first, last = max(image.place, begin), min(image.end, end)
         if first < last:
