@@ -13,8 +13,8 @@ from mlx_pararnn.images.image_prompts import question_text
 from mlx_pararnn.images.image_tokenizer import HybridTokenizer
 from mlx_pararnn.images.picture import to_pixels
 from mlx_pararnn.loading import load_tokenizer
+from mlx_pararnn.training.batches import Batch
 from mlx_pararnn.training.tokenizers import END, write_tokenizer
-from mlx_pararnn.training.trainer import Batch
 
 from .pictures import Sprites, draw
 from .scenes import Scene, questions, scene

@@ -13,7 +13,7 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.images.config import TransformerArgs
 from mlx_pararnn.images.image_tokenizer import VisionEncoder
 from mlx_pararnn.images.picture import to_pixels
-from mlx_pararnn.training.trainer import Batch
+from mlx_pararnn.training.batches import Batch
 
 from .batches import Scenes, pictures
 from .pictures import SIZE, Sprites

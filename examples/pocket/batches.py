@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.protocol import Protocol, find_protocol, tokenizer_files
-from mlx_pararnn.training.trainer import Batch
+from mlx_pararnn.training.batches import Batch
 
 from .call_traces import SCANNED, kind, trace
 from .calls import Example, examples

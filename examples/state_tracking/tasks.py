@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_pararnn.training.trainer import Batch
+from mlx_pararnn.training.batches import Batch
 
 INPUTS = 9  # the most inputs of a task
 FIRST_ANSWER = INPUTS + 1  # ids: the inputs, a question mark, then the answers

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
 
 from ..errors import PararnnError, one_line
-from .trainer import Batch
+from .batches import Batch
 
 # Characters of a text that are given to the tokenizer at once.
 _PIECE = 1 << 20

@@ -7,54 +7,30 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..compute.layer_ops import cross_entropy
 from ..distributed import Group, share, share_arrays
 from ..errors import PararnnError
 from . import checkpoints
+from .batches import Batch, Resumable, arrays_of, batches_from, shared, targets
+from .optimizers import Weights, copied, groups, optimizer_arrays, optimizers_of, restore_optimizers
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Weights = dict[str, mx.array]
 # A layer's recurrent state and its convolution's window, as RecurrentCache.cache has them.
 State = list[mx.array | None]
 # (model, what a batch holds by name, states) -> the sum over the targets, and the new states.
 Losses = Callable[[Any, Weights, "list[State] | None"], "tuple[mx.array, list[State]]"]
-
-
-class Batch(NamedTuple):
-    """What one update learns from.
-
-    Attributes:
-        tokens: (B, T + 1), the inputs and, one further, the targets; B is a multiple of `accumulate`.
-        mask: (B, T), which targets count; None for all.
-            A weight other than 1 counts its loss so much.
-        fresh: the rows begin anew; if False, each reads on from its row of the batch before.
-        others: further arrays (B, ...) by name, for losses that take them.
-    """
-
-    tokens: np.ndarray
-    mask: np.ndarray | None = None
-    fresh: bool = True
-    others: Mapping[str, np.ndarray] | None = None
-
-
-class Resumable(Protocol):
-    """Batches that can begin in the middle. Others are read from their beginning when a run is resumed."""
-
-    def starting_at(self, batch: int) -> Iterator[Batch]:
-        """The batches from number `batch` on."""
 
 
 @dataclass
@@ -129,8 +105,8 @@ class Trainer:
             if weight.dtype in (mx.float16, mx.bfloat16):
                 self.weights[name] = weight.astype(mx.float32)
         self.average: Weights = dict(self.weights) if settings.ema is not None else {}
-        self._optimizers = _optimizers(settings)
-        for optimizer, weights in zip(self._optimizers, _groups(self.weights), strict=True):
+        self._optimizers = optimizers_of(settings)
+        for optimizer, weights in zip(self._optimizers, groups(self.weights), strict=True):
             optimizer.init(weights)
         self._states: list[list[State]] | None = None  # of each part of a batch, of each layer
         self._since_report = {"loss": 0.0, "tokens": 0, "steps": 0, "norm": 0.0}
@@ -179,7 +155,7 @@ class Trainer:
         # in their own order: the norm of the gradient is summed in it
         self.weights = {name: kinds["weights"][name] for name in self.weights}
         self.average = {name: kinds["average"][name] for name in self.average}
-        _restore_optimizers(self._optimizers, kinds["optimizer"])
+        restore_optimizers(self._optimizers, kinds["optimizer"])
         self._states = _restore_states(kinds["carried"], state["parts"])
         mx.random.seed(state["random"])
         self.step, self.tokens = state["step"], state["tokens"]
@@ -195,7 +171,7 @@ class Trainer:
         settings = self.settings
         self._begin_together()
         begin, seconds = time.perf_counter(), 0.0
-        for batch in _shared(_from(self.batches, self.step), self.group):
+        for batch in shared(batches_from(self.batches, self.step), self.group):
             if self.step >= settings.steps or self._stopping():
                 break
             begin = time.perf_counter()
@@ -227,10 +203,10 @@ class Trainer:
         total, count, states = 0.0, 0, None
         with self.averaged():
             for batch in itertools.islice(batches, most or None):
-                loss, states = self._losses(self.model, _arrays(batch), None if batch.fresh else states)
+                loss, states = self._losses(self.model, arrays_of(batch), None if batch.fresh else states)
                 mx.eval(loss, states)
                 total += cast(float, loss.item())
-                count += _targets(batch)
+                count += targets(batch)
         return total / max(count, 1), count
 
     def save(self) -> None:
@@ -246,7 +222,7 @@ class Trainer:
         """A checkpoint's arrays and the rest of it."""
         arrays = {f"weights/{name}": array for name, array in self.weights.items()}
         arrays |= {f"average/{name}": array for name, array in self.average.items()}
-        arrays |= {f"optimizer/{name}": a for name, a in _optimizer_arrays(self._optimizers).items()}
+        arrays |= {f"optimizer/{name}": a for name, a in optimizer_arrays(self._optimizers).items()}
         arrays |= {f"carried/{name}": array for name, array in _state_arrays(states).items()}
         return arrays, {
             "tokens": self.tokens,
@@ -301,8 +277,8 @@ class Trainer:
             raise PararnnError(
                 f"a batch has {batch.tokens.shape[0]} rows, which accumulate={parts}{ranks} does not divide"
             )
-        arrays = _arrays(batch)
-        count = _targets(batch)
+        arrays = arrays_of(batch)
+        count = targets(batch)
         before = None if batch.fresh else self._states
         if before is not None and len(before) != parts:
             raise PararnnError("accumulate changed between two pieces; a fresh batch must come first")
@@ -368,9 +344,9 @@ class Trainer:
         new: Weights = {}
         states = []
         for optimizer, group, state in zip(
-            self._optimizers, _groups(gradients), optimizer_states, strict=True
+            self._optimizers, groups(gradients), optimizer_states, strict=True
         ):
-            optimizer.state = _copied(state)
+            optimizer.state = copied(state)
             new |= optimizer.apply_gradients(group, {name: weights[name] for name in group})
             states.append(optimizer.state)
         if (limit := settings.max_recurrent_norm) is not None:
@@ -447,80 +423,6 @@ class _InUse:
         self.trainer._use(self.trainer.weights)
 
 
-def schedule(settings: Settings) -> Callable[[mx.array], mx.array]:
-    """The learning rate of a step, counted from 0."""
-    high, last = settings.learning_rate, settings.learning_rate * settings.final_rate
-    warmup = min(settings.warmup, settings.steps - 1)
-    rest = settings.steps - warmup
-    if settings.schedule == "cosine":
-        after = optim.cosine_decay(high, rest, last)
-    elif settings.schedule == "wsd":
-        falling = max(1, round(settings.decay * settings.steps))
-        stays = optim.linear_schedule(high, high, 1)
-        falls = optim.linear_schedule(high, last, falling)
-        after = optim.join_schedules([stays, falls], [max(0, rest - falling)])
-    else:
-        after = optim.linear_schedule(high, high, 1)
-    if not warmup:
-        return cast(Callable[[mx.array], mx.array], after)
-    rises = optim.linear_schedule(high / (warmup + 1), high, warmup)
-    return cast(Callable[[mx.array], mx.array], optim.join_schedules([rises, after], [warmup]))
-
-
-def decays(name: str, weight: mx.array) -> bool:
-    """Whether weight decay is for this weight: a matrix, but no embedding and nothing recurrent."""
-    return (
-        name.endswith("weight")
-        and weight.ndim >= 2
-        and not name.endswith("recurrent_weight")
-        and ("embed" not in name)
-    )
-
-
-def _optimizers(settings: Settings) -> tuple[optim.AdamW, optim.AdamW]:
-    """One for the weights that decay, one for the others."""
-    options: dict[str, Any] = {
-        "betas": [settings.beta1, settings.beta2],
-        "eps": settings.epsilon,
-        "bias_correction": True,
-    }
-    return tuple(  # type: ignore[return-value]
-        optim.AdamW(schedule(settings), weight_decay=decay, **options)
-        for decay in (settings.weight_decay, 0.0)
-    )
-
-
-def _groups(weights: Weights) -> tuple[Weights, Weights]:
-    decayed = {name: weight for name, weight in weights.items() if decays(name, weight)}
-    return decayed, {name: weight for name, weight in weights.items() if name not in decayed}
-
-
-def _copied(state: Any) -> Any:
-    return {k: _copied(v) for k, v in state.items()} if isinstance(state, dict) else state
-
-
-def _optimizer_arrays(optimizers: Iterable[optim.AdamW]) -> Weights:
-    arrays: Weights = {}
-    for number, optimizer in enumerate(optimizers):
-        for name, value in optimizer.state.items():
-            parts = value.items() if isinstance(value, dict) else [("", value)]
-            arrays |= {f"{number}/{name}/{part}": array for part, array in parts}
-    return arrays
-
-
-def _restore_optimizers(optimizers: Iterable[optim.AdamW], arrays: Weights) -> None:
-    for number, optimizer in enumerate(optimizers):
-        state: dict[str, Any] = {}
-        for key, array in arrays.items():
-            group, name, part = key.split("/")
-            if int(group) == number:
-                if part:
-                    state.setdefault(name, {})[part] = array
-                else:
-                    state[name] = array
-        optimizer.state = state
-
-
 def _state_arrays(states: list[list[State]] | None) -> Weights:
     return {
         f"{part}/{layer}/{slot}": array
@@ -545,42 +447,3 @@ def random_seed() -> int:
     """What `mx.random.seed` takes to go on as MLX's generator would now."""
     high, low = cast(Any, mx.random.state)[0].tolist()
     return high << 32 | low  # type: ignore[no-any-return]
-
-
-def _from(batches: Iterable[Batch] | Resumable, step: int) -> Iterator[Batch]:
-    if hasattr(batches, "starting_at"):
-        return cast(Resumable, batches).starting_at(step)
-    return itertools.islice(iter(cast(Iterable[Batch], batches)), step, None)
-
-
-def _shared(batches: Iterator[Batch], group: Group | None) -> Iterator[Batch]:
-    """Rank 0's batches on all ranks."""
-    if group is None:
-        yield from batches
-        return
-    while True:
-        batch, arrays = next(batches, None), {}
-        if batch is not None:
-            arrays = {n: mx.array(a) for n, a in (batch.others or {}).items()}
-            arrays["/tokens"] = mx.array(batch.tokens.astype(np.int32))
-            if batch.mask is not None:
-                arrays["/mask"] = mx.array(batch.mask.astype(np.float32))
-        fresh = share(group, batch is not None and [batch.fresh])
-        if not fresh:
-            return
-        others = {name: np.array(array) for name, array in share_arrays(group, arrays).items()}
-        tokens, mask = others.pop("/tokens"), others.pop("/mask", None)
-        yield Batch(tokens, mask, fresh[0], others)
-
-
-def _arrays(batch: Batch) -> Weights:
-    mask = np.ones(batch.tokens[:, 1:].shape) if batch.mask is None else batch.mask
-    return {
-        **{name: mx.array(array) for name, array in (batch.others or {}).items()},
-        "tokens": mx.array(batch.tokens.astype(np.int32)),
-        "mask": mx.array(mask.astype(np.float32)),
-    }
-
-
-def _targets(batch: Batch) -> int:
-    return batch.tokens[:, 1:].size if batch.mask is None else int(np.count_nonzero(batch.mask))

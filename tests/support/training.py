@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pararnn.model import Model, ModelArgs
+from mlx_pararnn.training.batches import Batch
 from mlx_pararnn.training.settings import Settings
-from mlx_pararnn.training.trainer import Batch, Trainer
+from mlx_pararnn.training.trainer import Trainer
 
 TEXT = Path(__file__).parents[2].joinpath("docs/python.md").read_text(encoding="utf-8")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 24}

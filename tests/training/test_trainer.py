@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten
 
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.training import checkpoints
+from mlx_pararnn.training.batches import Batch
+from mlx_pararnn.training.optimizers import decays, schedule
 from mlx_pararnn.training.settings import Settings
-from mlx_pararnn.training.trainer import Batch, decays, schedule
 from tests.support.training import TEXT, Text, losses, same, small_model, trainer
 
 
