@@ -70,8 +70,12 @@ def to_pixels(pictures: np.ndarray) -> np.ndarray:
 
 def to_picture(pixels: np.ndarray) -> "Image":
     """Pixels (S, S, 3) from -1 to 1, cut off there, as an image of Pillow's."""
-    values = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
-    return pillow().Image.fromarray(values)  # type: ignore[no-any-return]
+    return pillow().Image.fromarray(quantized(pixels))  # type: ignore[no-any-return]
+
+
+def quantized(pixels: np.ndarray) -> np.ndarray:
+    """Pixels from -1 to 1, cut off there, as uint8."""
+    return np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def to_base64(picture: np.ndarray) -> str:

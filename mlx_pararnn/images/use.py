@@ -139,6 +139,17 @@ def image_prompt(
     return prompt.tokens, embeddings(model, prompt.tokens, look(model, prompt))
 
 
+def drawing_prompt(model: ImageModules, tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """The tokens that an image's follow; raises PararnnError where a text leaves no room for them."""
+    args, language = model.args, model.language_model
+    prompt = [*encode(tokenizer, text.strip()), args.begin_token]
+    check_tokens(prompt, language.args.vocab_size)
+    room = find_room(language, len(prompt))
+    if room is not None and room < args.tokens:
+        raise PararnnError(f"the text leaves {room} of {args.tokens} positions for the image; shorten it")
+    return prompt
+
+
 def check_can_draw(model: ImageModules) -> None:
     """Raise PararnnError for a model without an image decoder."""
     if model.image_decoder is None:
@@ -176,12 +187,7 @@ def _image_tokens(
 ) -> Iterator[int]:
     """Discrete tokens (N), from 0 on, that the language model writes after a text."""
     args, language = model.args, model.language_model
-    prompt = [*encode(tokenizer, text.strip()), args.begin_token]
-    check_tokens(prompt, language.args.vocab_size)
-    room = find_room(language, len(prompt))
-    if room is not None and room < args.tokens:
-        raise PararnnError(f"the text leaves {room} of {args.tokens} positions for the image; shorten it")
-    cache, unread = language.make_cache(), prompt
+    cache, unread = language.make_cache(), drawing_prompt(model, tokenizer, text)
     while len(unread) > _READ_STEP:
         language(mx.array([unread[:_READ_STEP]]), cache=cache)
         mx.eval([layer.state for layer in cache])

@@ -21,7 +21,7 @@ from .openapi import docs_page, openapi
 from .page import chat_page
 from .prompts import run_apart
 from .responses import StoredResponses, read_responses, response, response_events
-from .schema import ChatRequest, CompletionRequest, Refused, TokenizeRequest, read_request
+from .schema import ChatRequest, CompletionRequest, ImageRequest, Refused, TokenizeRequest, read_request
 from .server_settings import Settings
 from .service import Service
 
@@ -39,6 +39,7 @@ def make_app(service: Service, settings: Settings, metrics: Metrics) -> Any:
         "/chat/completions": endpoints.chat_completions,
         "/v1/responses": endpoints.responses,
         "/v1/responses/input_tokens": endpoints.count_input,
+        "/v1/images/generations": endpoints.images,
         "/v1/messages": endpoints.messages,
         "/v1/messages/count_tokens": endpoints.count_messages,
         "/tokenize": endpoints.tokenize,
@@ -99,6 +100,11 @@ class Endpoints:
                 request, self._service.chat_events(wanted), _openai_event, b"data: [DONE]\n\n"
             )
         return JSONResponse(await while_connected(request, self._service.chat(wanted)))
+
+    async def images(self, request: Request) -> Response:
+        """POST /v1/images/generations."""
+        wanted = read_request(ImageRequest, await self._body(request))
+        return JSONResponse(await while_connected(request, self._service.images(wanted)))
 
     async def messages(self, request: Request) -> Response:
         """POST /v1/messages."""

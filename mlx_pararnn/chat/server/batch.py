@@ -71,9 +71,10 @@ class Batch:
         """One token of each row that has read its prompt."""
         read, generated = self._generator.next()
         for response in read:
-            if response.end_of_segment and not response.end_of_prompt and response.uid in self._jobs:
+            job = self._jobs.get(response.uid)
+            if response.end_of_segment and not response.end_of_prompt and job is not None:
                 cache, tokens = self._generator.extract_cache([response.uid])[response.uid]
-                self._prompts.insert_cache("", list(tokens), cache)
+                self._prompts.insert_cache("", job.key(list(tokens)), cache)
         made = []
         for response in generated:
             job = self._jobs.get(response.uid)
@@ -81,7 +82,7 @@ class Batch:
                 continue
             if response.finish_reason is not None:
                 del self._jobs[response.uid]
-                self._prompts.insert_cache("", response.all_tokens, response.prompt_cache)
+                self._prompts.insert_cache("", job.key(list(response.all_tokens)), response.prompt_cache)
             made.append(Token(job, response.token, response.logprobs, response.finish_reason))
         return made
 
@@ -89,7 +90,7 @@ class Batch:
         """A row leaves for good; its state is kept for other prompts."""
         cache, tokens = self._take_out(job)
         if cache and tokens:
-            self._prompts.insert_cache("", tokens, cache)
+            self._prompts.insert_cache("", job.key(tokens), cache)
 
     def suspend(self, job: Job) -> None:
         """A row leaves, and can be inserted again to go on."""

@@ -19,7 +19,8 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import PararnnError
-from ...loading import load
+from ...images.image_model import ImageModel, load_with_images
+from ...images.image_prompts import ImagePrompt, look
 from ...pocket.events import Event
 from ..prompt_cache import SPACING, PromptCache
 from .batch import Batch, Token
@@ -45,12 +46,14 @@ class Engine:
         state: a file of initial states; None for the model's own.
 
     Attributes:
+        images: the model that sees, which `model` is the language model of; None for one that does not.
         on_failure: called in the engine's thread when it cannot go on.
         refusing: whether no new requests are to be taken; `stopping`: whether all jobs are ended.
     """
 
     model: Any
     tokenizer: Any
+    images: ImageModel | None = None
     state_nbytes = 0
 
     def __init__(
@@ -143,12 +146,14 @@ class Engine:
             pass
 
     def _load(self) -> None:
-        model, tokenizer = load(self._path, adapter_path=self._adapters, state=self._state)
+        model, tokenizer, images = load_with_images(
+            self._path, adapter_path=self._adapters, state=self._state
+        )
         model.snapshot_spacing = SPACING
         probe = model.make_cache()
         mx.eval(model(mx.array([[0]]), cache=probe))
         self.state_nbytes = sum(layer.state_nbytes for layer in probe)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.images = model, tokenizer, images
         self._end_tokens = set(tokenizer.eos_token_ids)
         self._prompts.open(model)
         self._batch = Batch(model, self._end_tokens, BATCH, self._prompts)
@@ -247,16 +252,22 @@ class Engine:
             self._turns.append(job)
             return
         job.share = 0
+        if job.pictures and not job.seen:
+            assert self.images is not None
+            job.look(look(self.images, ImagePrompt(job.prompt, list(job.pictures))))
         if job.cache is None and not job.score_prompt:
-            job.cache, rest = self._prompts.fetch_nearest_cache("", job.tokens)
+            job.cache, rest = self._prompts.fetch_nearest_cache("", job.key(job.tokens))
             if not job.completion_tokens:
                 job.cached_tokens = len(job.tokens) - len(rest)
                 self._metrics.cached.inc(job.cached_tokens)
-        steps = self._score(job) if job.score_prompt else read(job, self.model, self._prompts)
+        steps = self._score(job) if job.score_prompt else self._read(job)
         self._reading.append((job, steps))
         if not _go_on(steps):
             self._reading.pop()
             self._insert(job)
+
+    def _read(self, job: Job) -> Iterator[None]:
+        return read(job, self.model, self._prompts, self.images)
 
     def _score(self, job: Job) -> Iterator[None]:
         infos: list[TokenInfo] = []

@@ -1,7 +1,7 @@
 """A sequence to generate, from its request to the pieces that its client gets."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...cache import RecurrentCache
+from ...images.image_prompts import Seen, identity
 from ...pocket.events import Call, Event, Finish, Text
 from ...text.grammars import GrammarProcessor
 from .text import AnswerText
@@ -50,7 +51,8 @@ class Job:
         top_logprobs: so many likeliest tokens beside each; None for no log probabilities at all.
         score_prompt: whether the prompt's own log probabilities are wanted, in the first piece.
         system_length: how much of the prompt other conversations begin with too; kept by itself.
-        turn: for a model that uses tools: begins the turn; its events take the place of the batch.
+        pictures: of each image in the prompt where its first token stands, and its pixels (S, S, 3), uint8.
+        turn: begins what takes the place of the batch, by its events: a turn with tools, a drawing.
         cached_tokens, completion_tokens: counted on the way.
         tokens: what a row that goes on must have read: the prompt, and what was generated before it left.
         cache: the state of a beginning of `tokens`; None before the first.
@@ -68,12 +70,15 @@ class Job:
     top_logprobs: int | None = None
     score_prompt: bool = False
     system_length: int = 0
+    pictures: Sequence[tuple[int, np.ndarray]] = ()
     turn: Callable[[], Iterator[Event]] | None = None
     cached_tokens: int = 0
     completion_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        self.seen: list[Seen] = []
+        self._identity: list[int] = []
         self.cache: list[RecurrentCache] | None = None
         self.events: Iterator[Event] | None = None
         self.share = self.made = self.taken = 0
@@ -83,6 +88,20 @@ class Job:
         self._length = self._sent_length = 0  # characters of the answer
         self._unsent_tokens: list[TokenInfo] = []
         self._call: Call | None = None
+
+    def look(self, seen: list[Seen]) -> None:
+        """Take what the model reads of the prompt's images."""
+        self.seen = seen
+        self._identity = identity(self.prompt[: self.images_end], seen)
+
+    @property
+    def images_end(self) -> int:
+        """So much of the prompt is embedded with its images; 0 for none."""
+        return self.seen[-1].end if self.seen else 0
+
+    def key(self, tokens: list[int]) -> list[int]:
+        """What the prompt cache knows `tokens` of this job by: two images are never the same."""
+        return [*self._identity, *tokens[len(self._identity) :]][: len(tokens)]
 
     @property
     def is_too_far_ahead(self) -> bool:

@@ -127,10 +127,19 @@ def _in_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
             result = {"role": "tool", "tool_call_id": part.get("tool_use_id")}
             results.append({**result, "content": part.get("content") or ""})
         else:
-            kept.append(part)
+            kept.append(_image(part) if kind == "image" else part)
     if results and not kept:
         return results
     return [*results, {**message, "content": kept, **({"tool_calls": calls} if calls else {})}]
+
+
+def _image(part: dict[str, Any]) -> dict[str, Any]:
+    """An image in the form of a chat's; where it is no base64 its address stays, to be refused."""
+    source = part.get("source") if isinstance(part.get("source"), dict) else {}
+    url = source.get("url")
+    if source.get("type") == "base64":
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _tool(tool: Any) -> dict[str, Any]:

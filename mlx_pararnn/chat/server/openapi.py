@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from .schema import ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest
+from .schema import ChatRequest, CompletionRequest, ImageRequest, ResponsesRequest, TokenizeRequest
 
 # What answers at each path takes; Anthropic's messages are brought into a chat's form by messages.py.
 BODIES: dict[str, type[BaseModel]] = {
@@ -17,6 +17,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/chat/completions": ChatRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/responses/input_tokens": ResponsesRequest,
+    "/v1/images/generations": ImageRequest,
     "/tokenize": TokenizeRequest,
 }
 STYLE = (

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ...errors import PararnnError
 from ...generation import check_text, check_tokens, encode, find_room
+from ...images.config import ImageArgs
+from ...images.image_prompts import MARK, lay_out, without_template
 from ...process.interrupt import Interrupted, interrupt
 from .schema import ChatRequest, Refused
+from .sent_images import open_images, url_of
 
 SECONDS = 5  # for a chat template and a tokenizer
 MOST_THREADS = 32  # of these at a time
@@ -26,19 +31,26 @@ class Prompt:
         room: how many can follow, None for no end.
         system_length: how many of them come from the system prompt alone.
         reasoning: whether the answer begins inside of a reasoning.
+        pictures: of each image where its first token stands, and its pixels (S, S, 3), uint8.
     """
 
     tokens: list[int]
     room: int | None
     system_length: int = 0
     reasoning: bool = False
+    pictures: tuple[tuple[int, np.ndarray], ...] = ()
 
 
 class Prompts:
-    """Makes prompts for one model. Nothing of a request is run: the template is the model's own."""
+    """Makes prompts for one model. Nothing of a request is run: the template is the model's own.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    Args:
+        model, tokenizer: the model.
+        images: what it sees; None for nothing.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, images: ImageArgs | None = None) -> None:
+        self._model, self._tokenizer, self._images = model, tokenizer, images
 
     def of_text(self, text: str | list[int]) -> Prompt:
         """The prompt of a completion: text or token ids."""
@@ -52,42 +64,59 @@ class Prompts:
         tools = request.tools if request.tool_choice != "none" else []
         if tools and not tokenizer.has_tool_calling:
             raise Refused(400, "tools are not taken: this model's chat template has no tool calls")
-        messages = [plain(message) for message in request.messages]
+        urls: list[str] = []
+        messages = [plain(message, None if self._images is None else urls) for message in request.messages]
         for message in messages:
             check_text(message["content"])
-        if not tokenizer.has_chat_template:
+        if not tokenizer.has_chat_template and not urls:
             return self.of_text("".join(message["content"] for message in messages))
 
-        def render(messages: list[dict[str, Any]], generate: bool) -> list[int]:
-            return list(
-                tokenizer.apply_chat_template(
-                    messages,
-                    add_generation_prompt=generate,
-                    tools=tools or None,
-                    tokenize=True,
-                    **request.chat_template_kwargs,
-                )
+        def render(messages: list[dict[str, Any]], generate: bool, tokenize: bool = True) -> Any:
+            return tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=generate,
+                tools=tools or None,
+                tokenize=tokenize,
+                **request.chat_template_kwargs,
             )
 
-        tokens = render(messages, True)
+        pictures: list[tuple[int, np.ndarray]] = []
+        if urls:
+            assert self._images is not None
+            opened = open_images(urls, self._images.size)
+            has_template = tokenizer.has_chat_template
+            text = render(messages, True, False) if has_template else without_template(messages)
+            prompt = lay_out(self._images, tokenizer, text, opened)
+            tokens, pictures = prompt.tokens, prompt.pictures
+        else:
+            tokens = list(render(messages, True))
         check_tokens(tokens, self._model.args.vocab_size)
         systems = next((n for n, m in enumerate(messages) if m["role"] != "system"), 0)
         system_length = 0
-        if systems:
+        if systems and tokenizer.has_chat_template:
             beginning = render([*messages[:systems], {"role": "user", "content": ""}], False)
             pairs = zip(beginning, tokens, strict=False)
             system_length = next((n for n, (a, b) in enumerate(pairs) if a != b), 0)
         reasoning = bool(
             tokenizer.has_thinking and tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
         )
-        return Prompt(tokens, find_room(self._model, len(tokens)), system_length, reasoning)
+        room = find_room(self._model, len(tokens))
+        return Prompt(tokens, room, system_length, reasoning, tuple(pictures))
 
 
-def plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates want it: its content a string, the arguments of its calls objects."""
+def plain(message: dict[str, Any], images: list[str] | None = None) -> dict[str, Any]:
+    """A message as chat templates want it: its content a string, the arguments of its calls objects.
+
+    Where an image stands the string has MARK, and `images` gets its URL; None refuses images.
+    """
     content = message.get("content") or ""
     if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
+        urls = [url for part in content if (url := url_of(part)) is not None]
+        if urls and images is None:
+            raise Refused(400, "content has an image, and this model sees none; only text parts are taken")
+        if images is not None:
+            images += urls
+        content = "".join(MARK if url_of(part) is not None else part["text"] for part in content)
     plain = {**message, "content": content}
     if plain["role"] == "developer":
         plain["role"] = "system"

@@ -6,6 +6,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...images.image_model import ImageModel
+from ...images.image_prompts import embeddings
 from ..prompt_cache import PromptCache
 from .jobs import Job, TokenInfo, token_info
 
@@ -13,19 +15,26 @@ READ_STEP = 512  # tokens of a prompt that are read between two steps of the oth
 SCORE_STEP = 128  # the same where the logits of each are needed
 
 
-def read(job: Job, model: Any, prompts: PromptCache) -> Iterator[None]:
-    """Read a long prompt but for a short rest, which the batch reads; `prompts` keeps the system part."""
+def read(job: Job, model: Any, prompts: PromptCache, images: ImageModel | None = None) -> Iterator[None]:
+    """Read a long prompt but for a short rest, which the batch reads; `prompts` keeps the system part.
+
+    All of a prompt up to the end of its last image is read here: the batch takes tokens alone.
+    """
     cache = job.cache or model.make_cache()
-    while len(job.tokens) - cache[0].offset > 2 * READ_STEP:
-        begin = cache[0].offset
-        end = begin + READ_STEP
+    while (begin := cache[0].offset) < job.images_end or len(job.tokens) - begin > 2 * READ_STEP:
+        end, more = begin + READ_STEP, {}
+        if begin < job.images_end:
+            assert images is not None
+            end = min(end, job.images_end)
         if begin < job.system_length < end:
             end = job.system_length
-        model(mx.array([job.tokens[begin:end]]), cache=cache)
+        if begin < job.images_end and images is not None:
+            more["input_embeddings"] = embeddings(images, job.tokens, job.seen, begin, end)[None]
+        model(mx.array([job.tokens[begin:end]]), cache=cache, **more)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
         if end == job.system_length:
-            prompts.insert_cache("", job.tokens[:end], cache)
+            prompts.insert_cache("", job.key(job.tokens[:end]), cache)
         yield
     if cache[0].offset:
         job.cache = cache

@@ -11,10 +11,14 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from .sent_images import NOT_TAKEN, url_of
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_ANSWERS = 16  # n, times the prompts of one request
 MAX_TOOLS = 128
+MAX_DRAWN = 4000  # characters of a text that is drawn
+MAX_DRAWINGS = 10  # of one request
 MAX_SCHEMA = 2**16  # characters of a JSON schema
 # What chat_template_kwargs would give to the tokenizer and not to its template. Among them is the template, a
 # program: one of a client's could run for ever.
@@ -299,16 +303,35 @@ def read_request(kind: type[Kind], body: Any) -> Kind:
     return request
 
 
+class ImageRequest(BaseModel):
+    """/v1/images/generations."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    prompt: str = Field(max_length=MAX_DRAWN)
+    model: str = "default_model"
+    n: int = Field(1, ge=1, le=MAX_DRAWINGS)
+    size: str = "auto"
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: Literal["png"] = "png"
+    quality: Literal["auto"] = "auto"
+    background: Literal["auto"] = "auto"
+    moderation: Literal["auto", "low"] = "auto"
+    seed: int | None = Field(None, ge=0, lt=2**64)
+
+
 def check_content(content: Any) -> None:
-    """Raise ValueError where a message's content is not text; an image's address is never opened."""
+    """Raise ValueError where a message's content is neither text nor an image in a `data:` URL."""
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
         raise ValueError("content must be a string or a list of text parts")
     for part in content:
         kinds = ("text", "input_text", "output_text")
+        if isinstance(part, dict) and url_of(part) is not None:
+            continue
         if not (isinstance(part, dict) and part.get("type") in kinds and isinstance(part.get("text"), str)):
-            raise ValueError("only text parts are taken in content")
+            raise ValueError(NOT_TAKEN)
 
 
 def check_schema(schema: Any, field: str) -> None:

@@ -12,18 +12,20 @@ from typing import Any
 from mlx_lm.sample_utils import make_logits_processors
 
 from ...errors import PararnnError
+from ...images.picture import to_base64
 from ...mlx_lm_internals import calls_tools_in_json
 from ...pocket.events import Call
 from ...pocket.protocol import find_protocol
 from ...text.detokenizer import Detokenizer
 from ...text.grammars import GrammarProcessor, Grammars
 from .choices import MessageParser, Part, TokenTexts, chat_logprobs, completion_logprobs, usage_of
+from .drawings import Drawings
 from .engine import Engine
 from .jobs import Job, Piece, TokenInfo
 from .metrics import Metrics
 from .prompts import Prompt, Prompts, run_apart
 from .sampling import SeededSampler, shared_sampler
-from .schema import ChatRequest, CompletionRequest, Refused, Request
+from .schema import ChatRequest, CompletionRequest, ImageRequest, Refused, Request
 from .server_settings import Settings
 from .text import AnswerText
 from .turns import Turns, call_of
@@ -53,7 +55,9 @@ class Service:
     def __init__(self, engine: Engine, name: str, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.name, self.settings = engine, name, settings
         self._metrics = metrics
-        self.prompts = Prompts(engine.model, engine.tokenizer)
+        images = engine.images
+        self.prompts = Prompts(engine.model, engine.tokenizer, None if images is None else images.args)
+        self.drawings = None if images is None else Drawings(images, engine)
         protocol = find_protocol(engine.tokenizer)
         self.turns = None if protocol is None else Turns(engine, protocol, settings.functions)
         self._grammars = Grammars(engine.tokenizer, engine.model.args.vocab_size)
@@ -70,6 +74,8 @@ class Service:
             "owned_by": "mlx-pararnn",
             "state_bytes": self.engine.state_nbytes,
             "has_chat_template": bool(self.engine.tokenizer.has_chat_template or self.turns),
+            "sees": self.drawings is not None,
+            "draws": self.drawings is not None and self.drawings.can_draw,
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
@@ -157,6 +163,16 @@ class Service:
         if request.stream_options.include_usage:
             yield {**head, "choices": [], "usage": usage_of(conversation.jobs, request.n)}
 
+    async def images(self, request: ImageRequest) -> Event:
+        """The answer to /v1/images/generations."""
+        if self.drawings is None or not self.drawings.can_draw:
+            raise Refused(404, "this model draws no images; /v1/images/generations needs one that does")
+        self._note_name(request.model)
+        jobs, made = await run_apart(self.drawings.begin, request)
+        await self._whole(jobs)
+        files = await run_apart(lambda: [to_base64(picture) for picture in made()])
+        return {"created": int(time.time()), "data": [{"b64_json": file} for file in files]}
+
     async def prompt(self, request: ChatRequest) -> Prompt:
         """The tokens of a chat's messages."""
         self.check(request)
@@ -238,17 +254,18 @@ class Service:
 
     def check(self, request: Request) -> None:
         """Refuse what this model or server cannot do."""
-        if request.model not in (self.name, "default_model", *self._other_names):
-            # Many programs ask for one model by a name that they do not let their users change.
-            if len(self._other_names) < 100:
-                self._other_names.add(request.model)
-            logger.info(
-                "asked for the model %.100r; %r, the only one here, answers", request.model, self.name
-            )
+        self._note_name(request.model)
         vocab_size = self.engine.model.args.vocab_size
         for token in request.logit_bias:
             if int(token) >= vocab_size:
                 raise Refused(400, f"logit_bias names token {token!r}, not one of 0 to {vocab_size - 1}")
+
+    def _note_name(self, name: str) -> None:
+        if name not in (self.name, "default_model", *self._other_names):
+            # Many programs ask for one model by a name that they do not let their users change.
+            if len(self._other_names) < 100:
+                self._other_names.add(name)
+            logger.info("asked for the model %.100r; %r, the only one here, answers", name, self.name)
 
     async def _completion_jobs(
         self, request: CompletionRequest
@@ -307,6 +324,7 @@ class Service:
             top_logprobs=None if top is None else min(top, self.engine.model.args.vocab_size, 20),
             score_prompt=echo and (top is not None or request.max_tokens == 0),
             system_length=prompt.system_length,
+            pictures=prompt.pictures,
         )
 
     def _sampler(self, request: Request, n: int) -> Any:
