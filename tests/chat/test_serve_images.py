@@ -72,6 +72,7 @@ def ask(client, *contents, **more):
     return client.chat.completions.create(model="any", messages=messages, max_tokens=6, **more)
 
 
+@pytest.mark.large
 def test_an_image_part_is_answered_as_see_answers_and_images_are_not_mixed_up(sees, pair):
     """Their prompts have the same token ids; the same image again is found in the prompt cache."""
     model, tokenizer = pair
@@ -87,6 +88,7 @@ def test_an_image_part_is_answered_as_see_answers_and_images_are_not_mixed_up(se
     assert more.usage.prompt_tokens_details.cached_tokens >= 1 + model.args.tokens
 
 
+@pytest.mark.large
 def test_the_other_protocols_take_images_too(sees, seeing, pair):
     model, tokenizer = pair
     expected = model.see(tokenizer, PICTURES[0], "a", max_tokens=6)
@@ -104,6 +106,7 @@ def test_the_other_protocols_take_images_too(sees, seeing, pair):
     assert sees.post("/messages", cast_to=object, body=body)["content"][0]["text"] == expected
 
 
+@pytest.mark.large
 def test_drawings_are_those_of_the_seed(sees, pair):
     model, tokenizer = pair
     answer = sees.images.generate(
@@ -118,6 +121,7 @@ def test_drawings_are_those_of_the_seed(sees, pair):
     assert len(sees.images.generate(prompt="a dog", size="auto").data) == 1
 
 
+@pytest.mark.large
 def test_answers_go_on_while_others_draw(sees, pair):
     """And a picture is its seed's alone, whoever samples beside it."""
     model, tokenizer = pair
@@ -149,6 +153,7 @@ def sent(data, kind="png"):
     return [{"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}}]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -168,6 +173,7 @@ def test_what_is_no_image_is_refused_in_a_sentence(sees, content, said):
         ask(sees, content)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

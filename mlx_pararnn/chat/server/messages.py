@@ -135,7 +135,8 @@ def _in_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _image(part: dict[str, Any]) -> dict[str, Any]:
     """An image in the form of a chat's; where it is no base64 its address stays, to be refused."""
-    source = part.get("source") if isinstance(part.get("source"), dict) else {}
+    given = part.get("source")
+    source = given if isinstance(given, dict) else {}
     url = source.get("url")
     if source.get("type") == "base64":
         url = f"data:{source.get('media_type')};base64,{source.get('data')}"
