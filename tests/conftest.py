@@ -53,9 +53,8 @@ def pytest_testnodedown(node):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """Two processes for the whole quick run; none beside this one for a few files, or for everything."""
-    named = config.args_source is pytest.Config.ArgsSource.ARGS
-    few = named or config.getoption("all") or config.getoption("markexpr") or config.getoption("keyword")
+    """Two processes for everything; none beside this one for a few files."""
+    few = config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("keyword")
     return 0 if few or config.getoption("collectonly") else min(2, os.cpu_count() or 1)
 
 
