@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,7 +38,7 @@ def lm(
             "lm server takes no --draft-model: MLX-LM's server cannot rewind a recurrent state; leave it "
             "out, or use mlx-pararnn lm generate --draft-model"
         )
-    _run_no_tokenizer_code(command, context.args)
+    _watch_tokenizers(command, context.args)
     _expect_our_model_type()
     if command == "generate":
         _remember_for_draft(context.args)
@@ -58,13 +59,15 @@ def lm(
         raise typer.Exit(1) from None
 
 
-def _run_no_tokenizer_code(command: str, args: list[str]) -> None:
-    """Without --trust-remote-code a tokenizer's Python is refused.
+def _watch_tokenizers(command: str, args: list[str]) -> None:
+    """Without --trust-remote-code a tokenizer's Python is refused; a folder without one is told so.
 
     Left to themselves some commands say nothing about it, so that transformers asks on stdin, and `benchmark`
     allows it always.
     """
     from transformers import AutoTokenizer
+
+    from mlx_pararnn.loading import check_has_tokenizer
 
     trusted = any(len(arg) > 3 and "--trust-remote-code".startswith(arg) for arg in args)
     from_pretrained = AutoTokenizer.from_pretrained
@@ -72,6 +75,8 @@ def _run_no_tokenizer_code(command: str, args: list[str]) -> None:
     def refusing(*positional: Any, **options: Any) -> Any:
         allowed = options.get("trust_remote_code") or False
         options["trust_remote_code"] = allowed and (trusted or command != "benchmark")
+        if positional and Path(positional[0]).is_dir():
+            check_has_tokenizer(Path(positional[0]))
         return from_pretrained(*positional, **options)
 
     AutoTokenizer.from_pretrained = refusing  # type: ignore[method-assign]

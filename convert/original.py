@@ -1,7 +1,6 @@
 """What quantizing cost a model: its predictions beside those of the weights that were quantized."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.whole_file import write_whole
 from mlx_pararnn.loading import load_model
 from mlx_pararnn.model import Layer
 from mlx_pararnn.model_config import ModelArgs
@@ -60,12 +60,7 @@ def note_cost(folder: Path, cost: Cost) -> None:
     """Write the cost into the folder's config.json, where `verify` finds it."""
     file = folder / "config.json"
     config = (read_json_object(file) or {}) | {FIELD: asdict(cost)}
-    partial = folder / f".config-{os.getpid()}.json"
-    try:
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def is_mlx_model(source: str | Path) -> bool:

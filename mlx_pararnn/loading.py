@@ -227,11 +227,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     Raises:
         PararnnError: there is none, or it cannot be read.
     """
-    if not any((path / name).exists() for name in ("tokenizer_config.json", *VOCABULARY_FILES)):
-        raise PararnnError(
-            f"no tokenizer in {path}; mlx-pararnn add-tokenizer {shlex.quote(str(path))} DIR, REPO or bytes "
-            "gives it one, and mlx_pararnn.load_model works with token ids"
-        )
+    check_has_tokenizer(path)
     check_files(path)
     for name in TOKENIZER_FILES:
         if name.endswith(".json"):
@@ -260,6 +256,15 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     if tokenizer.has_chat_template:
         set_chat_template(tokenizer, ChatTemplate(plain_tokenizer(tokenizer)))
     return tokenizer
+
+
+def check_has_tokenizer(path: Path) -> None:
+    """Raise a PararnnError if there is no file of a tokenizer in a model folder."""
+    if not any((path / name).exists() for name in ("tokenizer_config.json", *VOCABULARY_FILES)):
+        raise PararnnError(
+            f"no tokenizer in {path}; mlx-pararnn add-tokenizer {shlex.quote(str(path))} DIR, REPO or bytes "
+            "gives it one, and mlx_pararnn.load_model works with token ids"
+        )
 
 
 def _check_templates(templates: Any, path: Path) -> None:

@@ -1,16 +1,15 @@
 """Checkpoints of a run: each a folder that is there whole or not at all, whenever the machine stops."""
 
 import json
-import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import PararnnError
+from ..files.whole_file import to_disk
 
 _NAME = re.compile(r"\d{8}")
 _ARRAYS, _STATE = "arrays.safetensors", "state.json"
@@ -75,22 +74,3 @@ def steps(folder: Path) -> list[int]:
     """The steps of which there are checkpoints, in order."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if _NAME.fullmatch(name))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Give `path` new content: at any time there is the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    to_disk(partial)
-    partial.replace(path)
-    to_disk(path.parent)
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or the list of a folder's files, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system that cannot do it for folders
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,8 +9,8 @@ from typing import Any, cast
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 
 from ..errors import PararnnError
+from ..files.whole_file import write_whole
 from ..tools import plot
-from . import checkpoints
 
 LOG, PLOT = "log.jsonl", "loss.png"
 REPORTERS = ("wandb", "swanlab", "tensorboard")
@@ -23,7 +23,7 @@ class Log:
         self.path = folder / LOG
         kept = [line for line in read_log(folder) if line["step"] <= last]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        checkpoints.write_whole(self.path, text.encode())
+        write_whole(self.path, text.encode())
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Report one line of the log."""

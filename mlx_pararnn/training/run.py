@@ -28,11 +28,12 @@ from ..convert.writers.tokenizer import prepare_tokenizer
 from ..distributed import Group, share, share_arrays
 from ..errors import PararnnError
 from ..files.model_files import read_json
+from ..files.whole_file import write_whole
 from ..generation import generate
 from ..loading import find_model, load_model, load_tokenizer
 from ..model import Model
 from ..model_config import ModelArgs
-from . import checkpoints, data, tuning
+from . import data, tuning
 from .card import training_card
 from .reporting import Log, Reporters, check_reporters, draw_losses
 from .settings import Plan, model_args
@@ -142,7 +143,7 @@ class Run:
         with self.trainer.averaged():
             tuning.write(self.model, self.plan, self.out)
         card = training_card(self.plan, self.model.args, self.parameters, self.trainer, self.tokens)
-        checkpoints.write_whole(self.out / "README.md", card.encode())
+        write_whole(self.out / "README.md", card.encode())
 
     def _check_positions(self, carried: bool, length: int) -> None:
         room = self.model.args.max_position_embeddings

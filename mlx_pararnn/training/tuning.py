@@ -8,9 +8,9 @@ import mlx.core as mx
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..compute.module_arrays import named_arrays
+from ..files.whole_file import to_disk, write_whole
 from ..loading import STATES
 from ..model import Model
-from . import checkpoints
 from .settings import Plan
 
 WEIGHTS = "model.safetensors"
@@ -47,7 +47,7 @@ def write(model: Model, plan: Plan, folder: Path) -> None:
     if plan.tune in ("lora", "dora"):
         _save(folder / ADAPTERS, dict(named_arrays(model.trainable_parameters())))
         settings = json.dumps({"fine_tune_type": plan.tune, **_adapter_settings(model, plan)}, indent=2)
-        checkpoints.write_whole(folder / "adapter_config.json", f"{settings}\n".encode())
+        write_whole(folder / "adapter_config.json", f"{settings}\n".encode())
     if plan.settings.precision == "bfloat16":
         exact = {name for name in weights if not model.cast_predicate(name)}
         weights = {n: w if n in exact else w.astype(mx.bfloat16) for n, w in weights.items()}
@@ -74,5 +74,5 @@ def _fused(model: Model) -> dict[str, mx.array]:
 def _save(path: Path, arrays: dict[str, mx.array]) -> None:
     partial = path.with_name(f".partial.{path.name}")
     mx.save_safetensors(str(partial), arrays, metadata={"format": "mlx"})
-    checkpoints.to_disk(partial)
+    to_disk(partial)
     partial.replace(path)

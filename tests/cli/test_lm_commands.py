@@ -221,3 +221,16 @@ def test_a_training_loss_that_becomes_nan_ends_training(texts, converted):
     assert code == 1
     assert "at iteration" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("command", [["convert", "--hf-path"], ["generate", "--model"]])
+def test_a_model_without_a_tokenizer_is_one_sentence(command, converted, tmp_path):
+    model = converted("trained/paragru/final.pt", tokenizer="none")
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_pararnn.cli.app", "lm", *command, str(model)],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert f"error: no tokenizer in {model}; mlx-pararnn add-tokenizer" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -76,6 +76,13 @@ def test_force_does_not_delete_what_a_user_put_there(refused, accepted, model, n
     assert (folder / name).read_text() == "mine"
 
 
+def test_force_replaces_what_a_killed_run_left_of_a_file(accepted, model):
+    folder = accepted(model)
+    (folder / ".config.json.partial").write_text("{")
+    result = convert(model, "-o", folder, "--force", "--tokenizer", "none")
+    assert (result.exit_code, list(folder.glob(".*"))) == (0, [])
+
+
 def test_force_does_not_replace_a_pytorch_folder_or_another_project(refused, model, data, tmp_path):
     hf = shutil.copytree(data / "pararnn_torch/paraslstm_causal_lm_0", tmp_path / "hf")
     assert "config.json of another kind" in refused(model, "--force", "--tokenizer", "none", out=hf)
