@@ -100,27 +100,43 @@ def captioned(rows: int, words: Words, sprites: Sprites, rng: random.Random) -> 
     return Batch(tokens, mask, others={"pixels": to_pixels(images), "last": last})
 
 
-def understanding(rows: int, words: Words, args: ImageArgs, sprites: Sprites, rng: random.Random) -> Batch:
+def understanding(
+    rows: int,
+    words: Words,
+    args: ImageArgs,
+    sprites: Sprites,
+    rng: random.Random,
+    discrete_share: float = 0.5,
+) -> Batch:
     """Questions about pictures: `pixels`, `places`, and in `discrete` which adapter each row goes through."""
     shown, images = pictures(rows, sprites, rng)
     made = [_question_row(one, words, args, rng) for one in shown]
     tokens, mask = _padded(made, words)
-    discrete = np.array([rng.random() < 0.5 for _ in shown])
+    discrete = np.array([rng.random() < discrete_share for _ in shown])
     others = {"pixels": to_pixels(images), "discrete": discrete, "places": _places(rows, args)}
     return Batch(tokens, mask, others=others)
 
 
 def mixture(
-    rows: int, words: Words, args: ImageArgs, tokenizer: HybridTokenizer, sprites: Sprites, rng: random.Random
+    rows: int,
+    words: Words,
+    args: ImageArgs,
+    tokenizer: HybridTokenizer,
+    sprites: Sprites,
+    rng: random.Random,
+    reader: HybridTokenizer | None = None,
 ) -> Batch:
     """Understanding, generation and text in SHARES; `features` of the pictures that are read, and `sees`.
 
-    The encoder and the discrete adapter do not learn, so what they give is computed here.
+    The encoder and the discrete adapter do not learn, so what they give is computed here. With a `reader` the
+    features are its own, and only the tokens are the `tokenizer`'s.
     """
     shown, images = pictures(rows, sprites, rng)
     first, second = round(SHARES[0] * rows), round((SHARES[0] + SHARES[1]) * rows)
-    features = tokenizer.features(mx.array(to_pixels(images)))
-    codes = tokenizer.encode(features[first:second])
+    pixels = mx.array(to_pixels(images))
+    features = (reader or tokenizer).features(pixels)
+    drawn_from = features[first:second] if reader is None else tokenizer.features(pixels[first:second])
+    codes = tokenizer.encode(drawn_from)
     drawn = np.array(tokenizer.quantizer.tokens(codes)) + args.first_token
     made = [_question_row(one, words, args, rng) for one in shown[:first]]
     for one, ids in zip(shown[first:second], drawn.tolist(), strict=True):

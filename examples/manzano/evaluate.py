@@ -9,6 +9,7 @@ from its caption in each row.
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_pararnn import load_image_model
 from mlx_pararnn.images.image_model import ImageModel
+from mlx_pararnn.images.image_tokenizer import HybridTokenizer
 from mlx_pararnn.images.picture import to_picture, to_pixels
 from mlx_pararnn.images.use import GUIDANCE, STEPS, draw, see
 
+from .ablation import VARIANTS, parameters
 from .batches import pictures
 from .judge import Judge, load_judge, right
 from .pictures import enlarged_rows
 from .scenes import KINDS, Scene, questions
-from .stages import Project
+from .stages import RECIPE, Project
 
 
 def answers(model: ImageModel, tokenizer: Any, project: Project, scenes: int, seed: int) -> dict[str, Any]:
@@ -62,7 +64,8 @@ def drawings(
             for number, one in enumerate(shown)
         ]
     )
-    again = reconstructions(model, images, seed, steps)
+    writer = project.tokenizer() if project.recipe.variant == "separate" else model.image_tokenizer
+    again = reconstructions(model, writer, images, seed, steps)
     found = {
         name: shares(shown, judge.scenes(some))
         for name, some in (("pictures", images), ("reconstructed", again), ("drawn", drawn))
@@ -71,10 +74,12 @@ def drawings(
     return found, np.stack([images, again, drawn], axis=1)
 
 
-def reconstructions(model: ImageModel, images: np.ndarray, seed: int, steps: int) -> np.ndarray:
-    """Pictures (B, S, S, 3), uint8, by way of their discrete tokens."""
+def reconstructions(
+    model: ImageModel, tokenizer: HybridTokenizer, images: np.ndarray, seed: int, steps: int
+) -> np.ndarray:
+    """Pictures (B, S, S, 3), uint8, by way of the discrete tokens that `tokenizer` gives them."""
     mx.random.seed(seed)
-    tokenizer, decoder = model.image_tokenizer, model.image_decoder
+    decoder = model.image_decoder
     assert decoder is not None
     pixels = mx.array(to_pixels(images))
     condition = tokenizer.embed(tokenizer.tokens(pixels))
@@ -101,10 +106,13 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1_000_000)
+    parser.add_argument("--variant", choices=VARIANTS, default="hybrid", help="of the language part")
     given = parser.parse_args()
-    project = Project(given.out, given.icons)
-    model, tokenizer = load_image_model(project.model_folder)
+    project = Project(given.out, given.icons, replace(RECIPE, variant=given.variant))
+    model, tokenizer = project.trained_model()
+    print(json.dumps({"variant": given.variant, "parameters": parameters(model.language_model)}))
     print(json.dumps({"answers": answers(model, tokenizer, project, given.scenes, given.seed)}))
     made, judged = drawings(model, tokenizer, load_judge(project), project, given.scenes, given.seed)
     print(json.dumps(made))
-    contact_sheet(judged[:32]).save(given.out / "sheet.png")
+    name = "sheet" if given.variant == "hybrid" else f"sheet-{given.variant}"
+    contact_sheet(judged[:32]).save(given.out / f"{name}.png")

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_pararnn import load_image_model
 from mlx_pararnn.compute.layer_ops import cross_entropy
@@ -22,11 +23,11 @@ from mlx_pararnn.images.config import ImageArgs
 from mlx_pararnn.images.decoder import ImageDecoder, flow_losses
 from mlx_pararnn.images.image_model import ImageModel
 from mlx_pararnn.images.image_tokenizer import HybridTokenizer
-from mlx_pararnn.model import Model, ModelArgs
-from mlx_pararnn.training.run import initialize
+from mlx_pararnn.model import Model
 from mlx_pararnn.training.settings import Settings
 from mlx_pararnn.training.trainer import Losses, Trainer
 
+from .ablation import VARIANTS, DiscreteReader, Sizes, backbone, check_variant
 from .batches import Scenes, Words, captioned, flows, mixture, understanding
 from .pictures import Sprites
 
@@ -42,6 +43,7 @@ class Recipe:
         language: hidden_size, num_hidden_layers, num_heads and intermediate_size of the language model.
         small: the same of the models of the first training, which are not kept.
         cell: of the language model.
+        variant: of the language part, one of `ablation.VARIANTS`.
         rows: pictures in a batch.
         steps: of each training, by name.
     """
@@ -52,6 +54,7 @@ class Recipe:
     cell: str
     rows: int
     steps: dict[str, int]
+    variant: str = "hybrid"
 
 
 RECIPE = Recipe(
@@ -77,6 +80,7 @@ class Project:
     def __init__(
         self, out: Path, icons: Path, recipe: Recipe = RECIPE, seed: int = 0, report: Report | None = None
     ) -> None:
+        check_variant(recipe.variant)
         self.out, self.recipe, self.seed = out, recipe, seed
         self.report = report or (lambda line: print(json.dumps(line), flush=True))
         self.words, self.sprites = Words(out / "words"), Sprites(icons)
@@ -94,39 +98,71 @@ class Project:
         return self.out / "tokenizer.safetensors"
 
     @property
+    def reader_file(self) -> Path:
+        """The tokenizer that images are read with, where that is another one than gives their tokens."""
+        return self.out / "reader.safetensors"
+
+    @property
     def model_folder(self) -> Path:
         return self.out / "model"
 
-    def language_model(self, sizes: tuple[int, int, int, int], vocabulary: int) -> Model:
-        """A new one."""
-        width, layers, heads, inner = sizes
-        model = Model(
-            ModelArgs(
-                width,
-                layers,
-                vocabulary,
-                inner,
-                cell=self.recipe.cell,
-                num_heads=heads,
-                tie_word_embeddings=True,
-            )
-        )
-        model.model.embed_tokens.weight = 0.02 * mx.random.normal((vocabulary, width))
-        initialize(model)
+    @property
+    def variant_file(self) -> Path:
+        """The language part of a variant: language model and continuous adapter."""
+        return self.out / f"language-{self.recipe.variant}.safetensors"
+
+    def language_model(self, sizes: Sizes, vocabulary: int) -> Model:
+        """A new one, of the recipe's cell."""
+        return backbone(self.recipe.cell, sizes, vocabulary)
+
+    def unified_model(self) -> ImageModel:
+        """The variant's model without a decoder: a new language model and the trained tokenizer."""
+        args = ImageArgs.from_dict({**self.args.to_dict(), "decoder": None})
+        cell, vocabulary = self.recipe.cell, args.first_token + args.codes
+        own = VARIANTS[self.recipe.variant] or cell
+        model = ImageModel(args, backbone(own, self.recipe.language, vocabulary, size_of=cell))
+        tokenizer = self.tokenizer()
+        if self.recipe.variant == "separate":
+            reader = self.tokenizer(self.reader_file)
+            tokenizer.encoder, tokenizer.continuous = reader.encoder, reader.continuous
+        elif self.recipe.variant == "discrete":
+            discrete = DiscreteReader(self.args, self.recipe.language[0])
+            discrete.update(tokenizer.parameters())
+            tokenizer = discrete
+        model.image_tokenizer = tokenizer
         return model
 
-    def tokenizer(self) -> HybridTokenizer:
-        """The image tokenizer as the first training left it."""
-        if not self.tokenizer_file.is_file():
-            raise PararnnError(f"{self.tokenizer_file}: is not there; train it first")
+    def trained_model(self) -> tuple[ImageModel, TokenizerWrapper]:
+        """What the trainings have left: model/, or a variant's language part with the decoder in model/."""
+        whole, words = load_image_model(self.model_folder)
+        if self.recipe.variant == "hybrid":
+            return whole, words
+        if not self.variant_file.is_file():
+            raise PararnnError(f"{self.variant_file}: is not there; train it first")
+        model = self.unified_model()
+        model.load_weights(str(self.variant_file))
+        model.args, model.image_decoder = whole.args, whole.image_decoder
+        return model, words
+
+    def tokenizer(self, file: Path | None = None) -> HybridTokenizer:
+        """The image tokenizer as the first training left it, or the one in a file."""
+        file = file or self.tokenizer_file
+        if not file.is_file():
+            raise PararnnError(f"{file}: is not there; train it first")
         tokenizer = HybridTokenizer(self.args, self.recipe.language[0])
-        tokenizer.load_weights(str(self.tokenizer_file))
+        tokenizer.load_weights(str(file))
         return tokenizer
 
     def train(
-        self, name: str, model: nn.Module, batches: Scenes, losses: Losses, learning_rate: float
+        self,
+        name: str,
+        model: nn.Module,
+        batches: Scenes,
+        losses: Losses,
+        learning_rate: float,
+        suffix: str = "",
     ) -> bool:
-        """Train, or go on with training; True if that is done."""
+        """Train, or go on with training, in the folder `name` and `suffix`; True if that is done."""
         settings = Settings(
             steps=self.recipe.steps[name],
             batch_size=self.recipe.rows,
@@ -140,7 +176,7 @@ class Project:
             save_every=100,
             seed=self.seed,
         )
-        folder = self.out / name
+        folder = self.out / (name + suffix)
         report = lambda line: self.report({"training": name, **line})  # noqa: E731
         self._trainer = Trainer(model, batches, settings, folder=folder, report=report, losses=losses)
         self._trainer.resume()
@@ -212,23 +248,35 @@ def alignment_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[m
 
 
 def train_tokenizer(project: Project) -> None:
-    """Contrast images with captions, then answer questions through a small language model."""
+    """Contrast images with captions, then answer questions through a small language model.
+
+    For the variant "separate" this trains the tokenizer that reads, whose images never go through the
+    discrete adapter.
+    """
+    reads_only = project.recipe.variant == "separate"
+    file = project.reader_file if reads_only else project.tokenizer_file
+    suffix, share = ("-reader", 0.0) if reads_only else ("", 0.5)
     words, args, recipe = project.words, project.args, project.recipe
     seed = project.seeded("contrastive")
     tokenizer = HybridTokenizer(args, recipe.language[0])
     features = args.encoder.hidden_size * args.stride**2
     contrast = Contrast(tokenizer, project.language_model(recipe.small, words.count), features)
     made = partial(captioned, recipe.rows, words, project.sprites)
-    if not project.train("contrastive", contrast, Scenes(seed, made), contrastive_losses, 1e-3):
+    if not project.train("contrastive", contrast, Scenes(seed, made), contrastive_losses, 1e-3, suffix):
         return
     tokenizer.unfreeze()
     seed = project.seeded("alignment")
     alignment = Alignment(tokenizer, project.language_model(recipe.small, words.count))
-    made = partial(understanding, recipe.rows, words, args, project.sprites)
-    if project.train("alignment", alignment, Scenes(seed, made), alignment_losses, 1e-3):
-        partial_file = project.tokenizer_file.with_name(".tokenizer.partial.safetensors")
-        tokenizer.save_weights(str(partial_file))
-        partial_file.replace(project.tokenizer_file)
+    made = partial(understanding, recipe.rows, words, args, project.sprites, discrete_share=share)
+    if project.train("alignment", alignment, Scenes(seed, made), alignment_losses, 1e-3, suffix):
+        _save(tokenizer, file)
+
+
+def _save(module: nn.Module, file: Path) -> None:
+    """Its weights, whole or not at all."""
+    partial_file = file.with_name(f".{file.stem}.partial.safetensors")
+    module.save_weights(str(partial_file))
+    partial_file.replace(file)
 
 
 # 2. The language model
@@ -251,17 +299,23 @@ def _language_losses(model: Model, arrays: dict[str, mx.array], embeddings: mx.a
 
 def train_language_model(project: Project) -> None:
     """Understanding, generation and text together; encoder and discrete adapter stay as they are."""
-    words, recipe = project.words, project.recipe
-    args = ImageArgs.from_dict({**project.args.to_dict(), "decoder": None})
+    words, recipe, variant = project.words, project.recipe, project.recipe.variant
     seed = project.seeded("language")
-    language = project.language_model(recipe.language, args.first_token + args.codes)
-    model = ImageModel(args, language)
-    model.image_tokenizer = tokenizer = project.tokenizer()
-    tokenizer.freeze()
-    tokenizer.continuous.unfreeze()
-    made = partial(mixture, recipe.rows, words, args, tokenizer, project.sprites)
-    if project.train("language", model, Scenes(seed, made), unified_losses, 2e-3):
+    model = project.unified_model()
+    model.image_tokenizer.freeze()
+    if variant != "discrete":
+        model.image_tokenizer.continuous.unfreeze()
+    writer, reader = model.image_tokenizer, None
+    if variant == "separate":
+        writer, reader = project.tokenizer(), writer
+    made = partial(mixture, recipe.rows, words, model.args, writer, project.sprites, reader=reader)
+    suffix = "" if variant == "hybrid" else f"-{variant}"
+    if not project.train("language", model, Scenes(seed, made), unified_losses, 2e-3, suffix):
+        return
+    if variant == "hybrid":
         save_image_model(model, words.folder, project.model_folder, force=True)
+    else:
+        _save(model, project.variant_file)
 
 
 # 3. The image decoder

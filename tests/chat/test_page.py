@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import pytest
 
-from tests.support.browser import Browser, find_chromium
+from tests.support.browser import ANSWER, IDLE, Browser, find_chromium, set_field
 from tests.support.demo import DEMO
 from tests.support.serving import TEMPLATE, demo_in_float32, running
 
@@ -15,8 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not find_chromium(), reason="no Chromium or Chrome here"),
 ]
 
-IDLE = "document.getElementById('send')?.disabled === false"
-ANSWER = "conversation.filter((m) => m.role === 'assistant').at(-1)?.content"
 CONVERSATION = "conversation.map((m) => m.content)"
 TEXTS = "[...document.querySelectorAll('.message > .text')].map((e) => e.textContent)"
 FOCUS = "document.activeElement.id"
@@ -38,10 +36,6 @@ def page(server):
         yield browser
         assert not browser.errors
         assert all(url.startswith((server.url, "data:")) for url, _ in browser.requests)
-
-
-def set_field(page, name, value):
-    page.run(f"document.getElementById({name!r}).value = {json.dumps(value)}")
 
 
 def status(page):
@@ -428,7 +422,6 @@ STATES = {
     "chats": "togglePanel('list', 'list-toggle')",
     "question": "ask('Start a new conversation? This one stays under Chats.', 'Start'); 0",
 }
-VIOLATIONS = "axe.run().then((found) => found.violations.map((v) => [v.id, v.nodes.map((n) => n.html)]))"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from examples.manzano import batches, evaluate, judge, pictures, stages
+from examples.manzano import ablation, batches, evaluate, judge, pictures, stages
 from examples.manzano.scenes import GROUNDS, ICONS, KINDS, Group, Scene, questions, scene
 from examples.manzano.stages import Project, Recipe
 from mlx_pararnn import PararnnError, draw, load_image_model, see
@@ -198,6 +198,49 @@ def test_every_training_ends_in_a_model_that_sees_and_draws(project):
     assert evaluate.contact_sheet(judged, across=2).size == (2 * 96, 3 * 96)
     assert draw(model, tokenizer, "a dog", steps=1).size == (32, 32)
     assert isinstance(see(model, tokenizer, Image.fromarray(judged[0, 0]), "what?", max_tokens=2), str)
+
+
+@pytest.fixture(scope="session")
+def trained(icons, tmp_path_factory):
+    """A project whose hybrid is trained, for variants of its language part."""
+    pytest.importorskip("resvg_py")
+    project = Project(tmp_path_factory.mktemp("trained"), icons, SMALL, report=lambda line: None)
+    run(project)
+    return project
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("variant", [name for name in ablation.VARIANTS if name != "hybrid"])
+def test_every_variant_of_the_language_part_trains_sees_and_draws(trained, icons, variant):
+    project = Project(trained.out, icons, replace(SMALL, variant=variant), report=lambda line: None)
+    with pytest.raises(PararnnError, match=f"language-{variant}.safetensors: is not there; train it first"):
+        project.trained_model()
+    run(project, ["tokenizer", "language"] if variant == "separate" else ["language"])
+    model, tokenizer = project.trained_model()
+    hybrid, _ = trained.trained_model()
+    ours, theirs = (ablation.parameters(m.language_model) for m in (model, hybrid))
+    assert abs(ours - theirs) <= 3 * 16 * 2  # of one layer: a row and a column of each matrix of the MLP
+    assert set(evaluate.answers(model, tokenizer, project, 2, 0)) == set(KINDS)
+    found, _ = evaluate.drawings(model, tokenizer, judge.load_judge(project), project, 2, 0, steps=1)
+    assert {"reconstructed", "drawn"} < set(found)
+    pixels = mx.array(batches.to_pixels(batches.pictures(1, project.sprites, random.Random(0))[1]))
+    own, first = model.image_tokenizer, trained.tokenizer()
+    features = own.features(pixels)
+    assert mx.array_equal(features, first.features(pixels)).item() == (variant != "separate")
+    read = first.embed(first.tokens(pixels)) if variant == "discrete" else None
+    assert read is None or np.allclose(np.array(own.read(features)), np.array(read), atol=1e-5)
+
+
+def test_backbones_of_equal_size():
+    """At the recipe's own sizes, without computing anything."""
+    vocabulary = 1642
+    sizes = {
+        cell: ablation.parameters(ablation.backbone(cell, (64, 4, 4, 176), vocabulary, size_of="gru"))
+        for cell in ("gru", "lstm", "nlru", "transformer")
+    }
+    assert max(sizes.values()) - min(sizes.values()) < 0.01 * sizes["gru"]
+    with pytest.raises(PararnnError, match="no variant 'mamba'; choose one of hybrid, discrete"):
+        ablation.check_variant("mamba")
 
 
 def leaves(module):

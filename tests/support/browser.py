@@ -13,6 +13,10 @@ import time
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "KeyZ": 90, "KeyR": 82}
+# of the chat page
+IDLE = "document.getElementById('send')?.disabled === false"
+ANSWER = "conversation.filter((m) => m.role === 'assistant').at(-1)?.content"
+VIOLATIONS = "axe.run().then((found) => found.violations.map((v) => [v.id, v.nodes.map((n) => n.html)]))"
 
 
 def find_chromium():
@@ -149,3 +153,7 @@ class Browser:
 
     def screenshot(self):
         return base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
+
+
+def set_field(page, name, value):
+    page.run(f"document.getElementById({name!r}).value = {json.dumps(value)}")

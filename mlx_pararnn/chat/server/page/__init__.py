@@ -1,8 +1,8 @@
 """The chat page: its parts, put into one file that loads nothing.
 
-page.js is the page; kept.js keeps conversations in the browser; markdown.js shows a model's Markdown by two
-vendored libraries, marked.js (18.2.1, MIT) and purify.js (DOMPurify 3.5.0, Apache 2.0), unchanged but for the
-line that names a source map.
+page.js is the page; kept.js keeps conversations in the browser; pictures.js is for models with images;
+markdown.js shows a model's Markdown by two vendored libraries, marked.js (18.2.1, MIT) and purify.js
+(DOMPurify 3.5.0, Apache 2.0), unchanged but for the line that names a source map.
 """
 
 import base64

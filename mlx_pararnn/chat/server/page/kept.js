@@ -27,7 +27,7 @@ async function inStore(mode, action) {
   }
 }
 
-// {id, title, model, system, messages: [{role, content}], changed: milliseconds}
+// {id, title, model, system, messages: [{role, content, image: a data URL, drawn: by Draw}], changed: milliseconds}
 const keep = (conversation) => inStore("readwrite", (store) => store.put(conversation));
 const forget = (id) => inStore("readwrite", (store) => store.delete(id));
 const kept = async () => ((await inStore("readonly", (store) => store.getAll())) || []).sort((a, b) => b.changed - a.changed);
@@ -42,6 +42,11 @@ function saveFile(conversation) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
+function asKept({role, content, image, drawn}) {
+  const sound = typeof image === "string" && /^data:image\/(png|jpeg);base64,[A-Za-z0-9+/=]+$/.test(image);
+  return {role, content, ...(sound && {image}), ...(drawn === true && {drawn})};
+}
+
 async function readFile(file) {
   let saved;
   try {
@@ -54,5 +59,5 @@ async function readFile(file) {
     m && ["user", "assistant", "system"].includes(m.role) && typeof m.content === "string");
   if (!sound) throw new Error(file.name + " is not a conversation that this page has saved.");
   const system = typeof saved.system === "string" ? saved.system : (messages.find((m) => m.role === "system") || {}).content;
-  return {system: system || "", messages: messages.filter((m) => m.role !== "system").map(({role, content}) => ({role, content}))};
+  return {system: system || "", messages: messages.filter((m) => m.role !== "system").map(asKept)};
 }

@@ -13,7 +13,7 @@ const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"
 // -- what is shown --
 
 function show() {
-  const place = $("messages"), chat = model !== null && model.has_chat_template;
+  const place = $("messages"), chat = model !== null && (model.has_chat_template || asksAboutImage());
   place.className = chat ? "" : "document";
   while (place.children.length > conversation.length) place.lastChild.remove();
   conversation.forEach((message, i) => {
@@ -21,10 +21,11 @@ function show() {
     box.className = "message " + message.role;
     box.firstChild.textContent = message.role === "user" ? "You" : "Model";
     showText(box.children[1], message, chat && message.role === "assistant");
+    showImage(box, message, conversation[i - 1]?.content);
     showTools(box.lastChild, message, i);
   });
   const idle = running === null && model !== null, some = conversation.length > 0;
-  $("send").disabled = !idle;
+  $("send").disabled = $("draw").disabled = $("attach").disabled = !idle;
   $("send").hidden = running !== null;
   $("halt").hidden = running === null;
   $("empty").hidden = some;
@@ -128,11 +129,12 @@ function settings() {
 
 function request() {
   const body = {...settings(), model: model.id, stream: true, stream_options: {include_usage: true}};
-  if (!model.has_chat_template)  // it continues the text, as it stands
-    return ["v1/completions", {...body, prompt: conversation.map((m) => m.content).join("")}];
-  const system = $("system").value.trim();
-  const messages = system ? [{role: "system", content: system}, ...conversation] : conversation;
-  return ["v1/chat/completions", {...body, messages: messages.map(({role, content}) => ({role, content}))}];
+  const read = conversation.filter((message) => !message.drawn);
+  if (!model.has_chat_template && !asksAboutImage())  // it continues the text, as it stands
+    return ["v1/completions", {...body, prompt: read.map((m) => m.content).join("")}];
+  const system = model.has_chat_template ? $("system").value.trim() : "";
+  const messages = system ? [{role: "system", content: system}, ...read] : read;
+  return ["v1/chat/completions", {...body, messages: messages.map(asPart)}];
 }
 
 async function* events(response) {
@@ -220,16 +222,23 @@ function showSoon() {  // Markdown is made anew for each picture, not for each t
   });
 }
 
-async function send() {
-  const text = $("input").value, goesOn = model && !model.has_chat_template && conversation.length > 0;
+const send = () => post(false);
+
+async function post(drawn) {
+  const text = $("input").value, goesOn = model && !model.has_chat_template && conversation.length > 0 && !drawn && !attached
+    && !asksAboutImage();
   if (running || !model || editing >= 0 || (text === "" && !goesOn)) return;
-  if (text !== "") conversation.push({role: "user", content: text});
+  const image = drawn ? null : attached;
+  if (text !== "") conversation.push({role: "user", content: text, ...(image && {image}), ...(drawn && {drawn})});
   $("input").value = "";
+  if (!drawn) attach(null);
   grow();
   focusInput();
   keepNow();
-  if (!(await answer(send)) && text !== "") {  // nothing came: the text can be sent again, before what was typed meanwhile
+  const answered = drawn ? await drawAnswer(() => post(true)) : await answer(send);
+  if (!answered && text !== "") {  // nothing came: the text can be sent again, before what was typed meanwhile
     conversation.pop();
+    if (image && !attached) attach(image);
     $("input").value = text + ($("input").value && "\n" + $("input").value);
     grow();
     show();
@@ -244,7 +253,11 @@ function focusInput() {
 function undo() {
   if (running || conversation.length === 0) return;
   conversation.pop();
-  if (conversation.at(-1) && conversation.at(-1).role === "user") $("input").value = conversation.pop().content;
+  if (conversation.at(-1) && conversation.at(-1).role === "user") {
+    const taken = conversation.pop();
+    $("input").value = taken.content;
+    if (taken.image) attach(taken.image);
+  }
   $("status").textContent = "";
   complain("");
   grow();
@@ -258,7 +271,7 @@ async function again() {
   const old = conversation.pop();
   show();
   focusInput();
-  if (!(await answer(again))) {
+  if (!(await (old.drawn ? drawAnswer : answer)(again))) {
     conversation.push(old);
     show();
   }
@@ -276,10 +289,12 @@ function beginEdit(i) {
     row.remove();
     box.children[1].hidden = box.lastChild.hidden = false;
     if (text) {
+      const {image, drawn} = conversation[i];
+      if (image) attach(image);
       conversation.length = i;
       const typed = $("input").value;
       $("input").value = text;
-      send();
+      post(Boolean(drawn));
       $("input").value = typed;
       grow();
     } else {
@@ -435,6 +450,7 @@ function halt() {
   if (running) running.abort();
   focusInput();
 }
+listenForImages();
 $("undo").addEventListener("click", undo);
 $("again").addEventListener("click", again);
 $("halt").addEventListener("click", halt);
@@ -476,6 +492,7 @@ async function start() {
   }
   $("model").textContent = $("model").title = model.id;
   showDefaults();
+  offerImages();
   hint();
   if (!model.has_chat_template) {
     $("input-label").textContent = "Text (this model has no chat template: it continues what you write)";
