@@ -8,22 +8,24 @@
 [[kernel]] void adjoint(const device InT* u [[buffer(0)]],
                         const constant int* u_shape [[buffer(1)]],
                         const constant int64_t* u_strides [[buffer(2)]],
-                        const device float* params [[buffer(3)]],
-                        const device float* initial [[buffer(4)]],
-                        const device float* boundaries [[buffer(5)]],
-                        const device InT* d_hidden [[buffer(6)]],
-                        const constant int64_t* d_hidden_strides [[buffer(7)]],
-                        const device float* d_last [[buffer(8)]],
+                        const device InT* bias [[buffer(3)]],
+                        const device float* params [[buffer(4)]],
+                        const device float* initial [[buffer(5)]],
+                        const device float* boundaries [[buffer(6)]],
+                        const device InT* d_hidden [[buffer(7)]],
+                        const constant int64_t* d_hidden_strides [[buffer(8)]],
+                        const device float* d_last [[buffer(9)]],
 #if STATES
-                        const device float* d_states [[buffer(9)]],
-                        const constant int* every [[buffer(10)]],
+                        const device float* d_states [[buffer(10)]],
+                        const constant int* every [[buffer(11)]],
 #endif
 #if MASKED
-                        const device bool* mask [[buffer(11)]],
+                        const device bool* mask [[buffer(12)]],
 #endif
-                        device InT* d_u [[buffer(12)]],
-                        device float* d_params [[buffer(13)]],
-                        device float* d_initial [[buffer(14)]],
+                        device InT* d_u [[buffer(13)]],
+                        device float* d_bias [[buffer(14)]],
+                        device float* d_params [[buffer(15)]],
+                        device float* d_initial [[buffer(16)]],
                         uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
                         uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
                         uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
@@ -53,6 +55,14 @@
   const bool writes = channel < D;
   const int d = writes ? channel : D - 1;  // threads past the last channel repeat it and write nothing
   const int64_t base = b * u_strides[0] + (d / W) * u_strides[1] + (d % W) * u_strides[4];
+  const int64_t step_stride = u_strides[2];
+  const int64_t gate_stride = u_strides[3];
+  float shift[GATES];
+  float shift_sums[GATES];
+  for (int g = 0; g < GATES; ++g) {
+    shift[g] = float(bias[(size_t(d / W) * GATES + g) * W + d % W]);
+    shift_sums[g] = 0.0f;
+  }
   const int64_t hidden_base = b * d_hidden_strides[0] + d * d_hidden_strides[2];
 #if STATES
   const int interval = every[0];
@@ -107,7 +117,7 @@
       if (keep[i]) {
         float x[GATES];
         for (int g = 0; g < GATES; ++g) {
-          x[g] = float(u[base + t * u_strides[2] + g * u_strides[3]]);
+          x[g] = float(u[base + t * step_stride + g * gate_stride]) + shift[g];
         }
         Cell::step(state, x, w);
         const float arriving = float(d_hidden[hidden_base + t * d_hidden_strides[1]]);
@@ -176,7 +186,8 @@
         }
         tangents::Real x[GATES];
         for (int g = 0; g < GATES; ++g) {
-          x[g] = pararnn::constant_dual<INPUTS>(float(u[base + t * u_strides[2] + g * u_strides[3]]));
+          const float given = float(u[base + t * step_stride + g * gate_stride]) + shift[g];
+          x[g] = pararnn::constant_dual<INPUTS>(given);
           x[g].d[SLOTS + g] = 1.0f;
         }
         TangentCell::step(now, x, weights);
@@ -192,6 +203,7 @@
         }
         for (int g = 0; g < GATES; ++g) {
           gates[g] = gradient[SLOTS + g];
+          shift_sums[g] += gates[g];
         }
         for (int p = 0; p < PARAMS; ++p) {
           sums[p] += gradient[SLOTS + GATES + p];
@@ -218,6 +230,9 @@
   if (writes) {
     for (int p = 0; p < PARAMS; ++p) {
       d_params[((size_t(b) * CHUNKS + chunk) * PARAMS + p) * D + d] = sums[p];
+    }
+    for (int g = 0; g < GATES; ++g) {
+      d_bias[((size_t(b) * CHUNKS + chunk) * GATES) * D + (size_t(d / W) * GATES + g) * W + d % W] = shift_sums[g];
     }
     if (chunk == 0) {
       for (int s = 0; s < SLOTS; ++s) {

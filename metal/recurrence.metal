@@ -7,24 +7,25 @@
 [[kernel]] void recurrence(const device InT* u [[buffer(0)]],
                            const constant int* u_shape [[buffer(1)]],
                            const constant int64_t* u_strides [[buffer(2)]],
-                           const device float* params [[buffer(3)]],
-                           const device float* initial [[buffer(4)]],
-                           const constant float* tol [[buffer(5)]],
-                           const constant int* max_iters [[buffer(6)]],
+                           const device InT* bias [[buffer(3)]],
+                           const device float* params [[buffer(4)]],
+                           const device float* initial [[buffer(5)]],
+                           const constant float* tol [[buffer(6)]],
+                           const constant int* max_iters [[buffer(7)]],
 #if STATES
-                           const constant int* every [[buffer(7)]],
+                           const constant int* every [[buffer(8)]],
 #endif
 #if MASKED
-                           const device bool* mask [[buffer(8)]],
+                           const device bool* mask [[buffer(9)]],
 #endif
-                           device OutT* hidden [[buffer(9)]],
-                           device float* last [[buffer(10)]],
+                           device OutT* hidden [[buffer(10)]],
+                           device float* last [[buffer(11)]],
 #if STATES
-                           device float* states [[buffer(11)]],
+                           device float* states [[buffer(12)]],
 #endif
 #if INFO
-                           device float* gap [[buffer(12)]],
-                           device int* iterations_made [[buffer(13)]],
+                           device float* gap [[buffer(13)]],
+                           device int* iterations_made [[buffer(14)]],
 #endif
                            uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
                            uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
@@ -34,6 +35,8 @@
   constexpr int TILE = CHUNKS * C;  // steps of a tile
   constexpr int SLOTS = Cell::SLOTS;
   constexpr int GATES = Cell::GATES;
+  // Hidden of 16 bits may come from starts that are right to the tolerance; all else comes from corrected ones.
+  constexpr bool ROUNDED = sizeof(OutT) == 2 && STATES == 0;
   threadgroup float shared_jacobian[SLOTS * SLOTS * CHUNKS * CW];
   threadgroup float shared_end[SLOTS * CHUNKS * CW];
   threadgroup float shared_start[SLOTS * CHUNKS * CW];
@@ -64,6 +67,12 @@
     carry[s] = initial[(size_t(b) * SLOTS + s) * D + d];
   }
   const int64_t base = b * u_strides[0] + (d / W) * u_strides[1] + (d % W) * u_strides[4];
+  const int64_t step_stride = u_strides[2];
+  const int64_t gate_stride = u_strides[3];
+  float shift[GATES];
+  for (int g = 0; g < GATES; ++g) {
+    shift[g] = float(bias[(size_t(d / W) * GATES + g) * W + d % W]);
+  }
   const int limit = min(int(max_iters[0]), CHUNKS - 1);
   float growth[SLOTS];  // the most that a difference of starts has grown so far, at least 1
   for (int s = 0; s < SLOTS; ++s) {
@@ -80,17 +89,13 @@
   for (int t0 = 0; t0 < T; t0 += TILE) {
     const int begin = t0 + chunk * C;
     const int steps = max(0, min(C, T - begin));
-    float x[C * GATES];
-    bool keep[C];
-    for (int i = 0; i < C; ++i) {
-      keep[i] = i < steps;
+    const int first = min(begin, T - 1);  // what a chunk without steps reads, and does not use
 #if MASKED
-      keep[i] = keep[i] && mask[size_t(b) * T + (i < steps ? begin + i : 0)];
-#endif
-      for (int g = 0; g < GATES; ++g) {
-        x[i * GATES + g] = i < steps ? float(u[base + (begin + i) * u_strides[2] + g * u_strides[3]]) : 0.0f;
-      }
+    uint kept = 0u;  // a bit for each step
+    for (int i = 0; i < steps; ++i) {
+      kept |= mask[size_t(b) * T + begin + i] ? 1u << i : 0u;
     }
+#endif
 
     // The first chunk starts from what is carried; the others from the guess step(0, u) of the step before.
     float start[SLOTS];
@@ -100,25 +105,76 @@
     if (chunk > 0 && steps > 0) {
       float before[GATES];
       for (int g = 0; g < GATES; ++g) {
-        before[g] = float(u[base + (begin - 1) * u_strides[2] + g * u_strides[3]]);
+        before[g] = float(u[base + (begin - 1) * step_stride + g * gate_stride]) + shift[g];
       }
       Cell::step(start, before, w);
     }
 
     const int filled = min(CHUNKS, (T - t0 + C - 1) / C);  // chunks of this tile that hold steps
-    const int rounds = min(limit, filled - 1);
+    int rounds = min(limit, filled - 1);
     int iterations = 0;
-    while (iterations < rounds) {
-      // Run the chunk from its start, with its Jacobian.
-      pararnn::Dual<SLOTS> state[SLOTS];
+    pararnn::Dual<SLOTS> state[SLOTS];
+    float change[SLOTS];  // what is left of the correction when the starts have settled
+    for (int s = 0; s < SLOTS; ++s) {
+      change[s] = 0.0f;
+    }
+    while (true) {
+      // Run the chunk from its start, with its Jacobian, and write in the pass that may be the last.
+      const bool stores = writes && (iterations == rounds || (ROUNDED && iterations > 0));
+      float reach[SLOTS];  // the most that a difference of the start makes of an output on the way
       for (int s = 0; s < SLOTS; ++s) {
         state[s] = pararnn::constant_dual<SLOTS>(start[s]);
         state[s].d[s] = 1.0f;
+        reach[s] = 0.0f;
       }
-      for (int i = 0; i < C; ++i) {
-        if (keep[i]) {
-          Cell::step(state, x + i * GATES, w);
+      auto next = &u[base + first * step_stride];
+      InT ahead[GATES];  // the next step's, on their way while a step is made
+      for (int g = 0; g < GATES; ++g) {
+        ahead[g] = next[g * gate_stride];
+      }
+      auto out = &hidden[(size_t(b) * T + first) * D + d];
+#if STATES
+      int until = interval - begin % interval;  // steps to the next state that is returned
+      size_t row = size_t(b) * (T / interval) + begin / interval;
+#endif
+#pragma unroll 1
+      for (int i = 0; i < steps; ++i) {
+        float x[GATES];
+        for (int g = 0; g < GATES; ++g) {
+          x[g] = float(ahead[g]) + shift[g];
         }
+        next += i + 1 < steps ? step_stride : 0;
+        for (int g = 0; g < GATES; ++g) {
+          ahead[g] = next[g * gate_stride];
+        }
+#if MASKED
+        const bool keep = (kept >> i & 1u) != 0u;
+#else
+        const bool keep = true;
+#endif
+        if (keep) {
+          Cell::step(state, x, w);
+        }
+        for (int s = 0; s < SLOTS; ++s) {
+          reach[s] = max(reach[s], fabs(state[Cell::OUTPUT].d[s]));
+        }
+        if (stores) {
+          out[0] = static_cast<OutT>(keep ? state[Cell::OUTPUT].v : 0.0f);
+        }
+        out += D;
+#if STATES
+        until -= 1;
+        if (until == 0) {
+          for (int s = 0; s < SLOTS && stores; ++s) {
+            states[(row * SLOTS + s) * D + d] = state[s].v;
+          }
+          row += 1;
+          until = interval;
+        }
+#endif
+      }
+      if (iterations == rounds) {  // the same for every thread
+        break;
       }
       for (int s = 0; s < SLOTS; ++s) {
         shared_end[s * CELLS + cell] = state[s].v;
@@ -167,11 +223,10 @@
           grown += fabs(state[s].d[j]) * factor[j];
         }
         growth[s] = max(growth[s], grown);
-        const float movement = fabs(corrected[s] - start[s]) * growth[s];
+        const float movement = fabs(corrected[s] - start[s]) * (ROUNDED ? max(growth[s], reach[s]) : growth[s]);
         const bool settled = corrected[s] == start[s] || movement <= tol[0] * max(1.0f, fabs(corrected[s])) ||
                              (isnan(corrected[s]) && isnan(start[s]));
         moved = moved || !settled;
-        start[s] = corrected[s];
       }
       const bool any_moved = simd_any(moved && steps > 0);
       if (lane == 0) {
@@ -183,36 +238,27 @@
       for (int g = 0; g < S; ++g) {
         still += shared_moved[g];
       }
-      if (still == 0) {  // the same for every thread
+      // Where the starts have settled, what this pass wrote from them may stand. All threads agree on that.
+      if (still == 0 && ROUNDED && iterations > 1) {
+        for (int s = 0; s < SLOTS; ++s) {
+          change[s] = corrected[s] - start[s];
+        }
         break;
       }
+      for (int s = 0; s < SLOTS; ++s) {
+        start[s] = corrected[s];
+      }
+      rounds = still == 0 ? iterations : rounds;  // one more pass, from the corrected starts, is the last
     }
 
-    // Run the chunk once more, and write.
-    pararnn::Dual<0> state[SLOTS];
-    for (int s = 0; s < SLOTS; ++s) {
-      state[s].v = start[s];
-    }
-    for (int i = 0; i < C; ++i) {
-      if (keep[i]) {
-        Cell::step(state, x + i * GATES, w);
-      }
-      const int t = begin + i;
-      if (i < steps && writes) {
-        hidden[(size_t(b) * T + t) * D + d] = static_cast<OutT>(keep[i] ? state[Cell::OUTPUT].v : 0.0f);
-#if STATES
-        if ((t + 1) % interval == 0) {
-          for (int s = 0; s < SLOTS; ++s) {
-            states[((size_t(b) * (T / interval) + t / interval) * SLOTS + s) * D + d] = state[s].v;
-          }
-        }
-#endif
-      }
-    }
-    // The tile's last step hands its state on; ends are compared with the starts that follow them.
+    // The tile's last step hands its state on, corrected; ends are compared with the starts that follow them.
     if (chunk == filled - 1) {
       for (int s = 0; s < SLOTS; ++s) {
-        shared_carry[s * CW + column] = state[s].v;
+        float correction = 0.0f;
+        for (int j = 0; j < SLOTS; ++j) {
+          correction += state[s].d[j] * change[j];
+        }
+        shared_carry[s * CW + column] = isfinite(correction) ? state[s].v + correction : state[s].v;
       }
     }
 #if INFO

@@ -6,18 +6,19 @@
 [[kernel]] void sequential(const device InT* u [[buffer(0)]],
                            const constant int* u_shape [[buffer(1)]],
                            const constant int64_t* u_strides [[buffer(2)]],
-                           const device float* params [[buffer(3)]],
-                           const device float* initial [[buffer(4)]],
+                           const device InT* bias [[buffer(3)]],
+                           const device float* params [[buffer(4)]],
+                           const device float* initial [[buffer(5)]],
 #if STATES
-                           const constant int* every [[buffer(5)]],
+                           const constant int* every [[buffer(6)]],
 #endif
 #if MASKED
-                           const device bool* mask [[buffer(6)]],
+                           const device bool* mask [[buffer(7)]],
 #endif
-                           device OutT* hidden [[buffer(7)]],
-                           device float* last [[buffer(8)]],
+                           device OutT* hidden [[buffer(8)]],
+                           device float* last [[buffer(9)]],
 #if STATES
-                           device float* states [[buffer(9)]],
+                           device float* states [[buffer(10)]],
 #endif
                            uint3 thread_position_in_grid [[thread_position_in_grid]]) {
   const int d = int(thread_position_in_grid.x);
@@ -42,6 +43,10 @@
   const int64_t step_stride = u_strides[2];
   const int64_t gate_stride = u_strides[3];
   const int64_t base = b * u_strides[0] + (d / W) * u_strides[1] + (d % W) * u_strides[4];
+  float shift[Cell::GATES];
+  for (int g = 0; g < Cell::GATES; ++g) {
+    shift[g] = float(bias[(size_t(d / W) * Cell::GATES + g) * W + d % W]);
+  }
   auto next = &u[base];  // in constant memory where u has fewer than 8 elements, so it has no type here
   int read = 0;          // the step that it points to
   InT ring[RING * Cell::GATES];
@@ -74,7 +79,7 @@
       }
       float x[Cell::GATES];
       for (int g = 0; g < Cell::GATES; ++g) {
-        x[g] = float(ring[i * Cell::GATES + g]);
+        x[g] = float(ring[i * Cell::GATES + g]) + shift[g];
         ring[i * Cell::GATES + g] = next[g * gate_stride];
       }
 #if MASKED

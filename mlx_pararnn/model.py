@@ -76,8 +76,8 @@ class RecurrentLayer(nn.Module):
             state: (B, slots, D) or None for zeros.
             mask: (B, T), False at padding; or None.
         """
-        u = self._project(x, self.bias[:, None])
-        return recurrence(self._cell, self.recurrent_weight, u, state, mask=mask, **options)
+        u = self._project(x)
+        return recurrence(self._cell, self.recurrent_weight, u, state, bias=self.bias, mask=mask, **options)
 
     def run(
         self,
@@ -100,8 +100,8 @@ class RecurrentLayer(nn.Module):
                 state = mx.zeros((x.shape[0], len(self._cell.slots), self.recurrent_weight.shape[1]))
             exact = self.recurrent_weight, self._project(x), self.bias, state
             return layer_ops.decode(self._cell, *exact, *gated_norm, backend=choice.state)
-        u = self._project(x, self.bias[:, None])
-        options |= {"mask": mask, "return_states": every}
+        u = self._project(x)
+        options |= {"bias": self.bias, "mask": mask, "return_states": every}
         hidden, *states = solve(choice, self._cell, self.recurrent_weight, u, state, **options)
         if gated_norm:
             hidden = layer_ops.gated_norm(hidden, *gated_norm, backend=choice.output)
@@ -122,8 +122,8 @@ class RecurrentLayer(nn.Module):
         arrays = {"bias": self["bias"], "params": self["recurrent_weight"]}
         return arrays | plain_arrays("cell_proj", self["input_proj"])
 
-    def _project(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """u (B, heads, T, gates, D / heads), a strided view."""
+    def _project(self, x: mx.array) -> mx.array:
+        """u (B, heads, T, gates, D / heads) without its bias, a strided view."""
         B, T, _ = x.shape
         # One matrix product a head over all B * T rows; the result is read by strides, not transposed back.
         if B * T == 1:  # MLX would copy the strided view of a single row
@@ -131,7 +131,6 @@ class RecurrentLayer(nn.Module):
         else:
             rows = x.reshape(B * T, self.num_heads, -1).swapaxes(0, 1)
         u = matrix_products.linear(self.input_proj, rows)
-        u = u if bias is None else u + bias
         return u.reshape(self.num_heads, B, T, len(self._cell.gates), -1).swapaxes(0, 1)
 
 

@@ -11,8 +11,8 @@ masked, s_t = s_{t-1}: J_t is the identity, and u_t and w have no part in it.
 
 `adjoint` is the one entry, for every backend. A kernel for it has the signature
 
-    launch(cell, params, u, state, mask, boundaries, d_hidden, d_last, d_states, every, tile)
-        -> d_params, d_u, d_state
+    launch(cell, params, u, state, mask, boundaries, d_hidden, d_last, d_states, every, tile[, bias])
+        -> d_params, d_u, d_state[, d_bias]
 
 with the shapes and dtypes of `adjoint`, and is returned by `_launch_of`. It gets the states at the boundaries
 of tiles and computes those between again, a tile at a time, so that memory never holds the state of every
@@ -29,7 +29,16 @@ import mlx.core as mx
 from ..cells import Cell
 from . import cpu, cpu_adjoint, gpu, gpu_adjoint
 from .choice import evaluation, works_here
-from .newton import laid_out, linear_scan, masked_step, outputs, states_between, step_jacobian, unstack
+from .newton import (
+    biased,
+    laid_out,
+    linear_scan,
+    masked_step,
+    outputs,
+    states_between,
+    step_jacobian,
+    unstack,
+)
 from .texts import has_kernel
 
 _TILE = 64
@@ -51,10 +60,11 @@ def adjoint(
     d_last: mx.array,
     d_states: mx.array | None = None,
     *,
+    bias: mx.array | None = None,
     every: int = 0,
     backend: str,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The gradients of params, u and state, given those of what `recurrence` returned.
+) -> tuple[mx.array, ...]:
+    """The gradients of params, u, state and bias, given those of what `recurrence` returned.
 
     Args:
         cell: the cell.
@@ -66,20 +76,22 @@ def adjoint(
         d_hidden: (B, T, D), u's dtype.
         d_last: (B, slots, D), float32.
         d_states: (B, T // every, slots, D), float32, where every > 0; else None.
+        bias: (heads, gates * D / heads) in u's dtype, which the forward added to u; row contiguous.
         every: the states that were returned are those after every so many steps; 0 for none.
         backend: "metal", "cuda" or "cpu", where there is a kernel for it, else ops.
 
     Returns:
-        d_params (P, D), float32; d_u as u, in its dtype; d_state (B, slots, D), float32.
+        d_params (P, D), float32; d_u as u, in its dtype; d_state (B, slots, D), float32; if there is a bias,
+        d_bias as bias.
     """
     given = [params, u, state, mx.zeros((u.shape[0], 0)) if mask is None else mask, boundaries]
     given += [d_hidden, d_last] if d_states is None else [d_hidden, d_last, d_states]
-    masked, tile = mask is not None, tile_of(backend)
+    given += [] if bias is None else [bias]
+    masked, tile, shifted = mask is not None, tile_of(backend), bias is not None
     launch = _launch_of(cell, backend, given, masked, every > 0)
     if launch is None:
-        return _in_ops(cell, masked, every, tile, *given)
-    d_params, d_u, d_state = _differentiable(cell, launch, masked, every, tile)(*given)
-    return d_params, d_u, d_state
+        return _in_ops(cell, masked, every, tile, *given, shifted=shifted)
+    return tuple(_differentiable(cell, launch, masked, every, tile, shifted)(*given))
 
 
 Launch = Callable[..., Sequence[mx.array]]
@@ -140,10 +152,12 @@ def _agrees(
     slopes = [waves(B, T, D).astype(dtype), waves(B, slots, D)]
     slopes += [waves(B, T // every, slots, D)] if states else []
     given = [params, u, state, mx.zeros((B, 0)) if mask is None else mask, boundaries, *slopes]
+    bias = [] if backend == "cpu" else [mx.zeros((heads, len(cell.gates) * width), dtype)]
 
     def outcomes() -> Iterator[tuple[Sequence[mx.array], Sequence[mx.array]]]:
-        made = launch(cell, *given[:3], mask, *given[4:], *([] if states else [None]), every, tile)
-        yield made, _in_ops(cell, masked, every, tile, *given)
+        slots_of = [] if states else [None]
+        made = launch(cell, *given[:3], mask, *given[4:], *slots_of, every, tile, *bias)
+        yield made, _in_ops(cell, masked, every, tile, *given, *bias, shifted=bool(bias))
 
     words = [] if backend == "cpu" else [cpu.DTYPES[dtype], tiling]
     words += [word for word, there in (("masked", masked), ("states", states)) if there and words]
@@ -151,17 +165,21 @@ def _agrees(
 
 
 @lru_cache(maxsize=256)
-def _differentiable(cell: Cell, launch: Launch, masked: bool, every: int, tile: int) -> Callable[..., Any]:
+def _differentiable(
+    cell: Cell, launch: Launch, masked: bool, every: int, tile: int, shifted: bool
+) -> Callable[..., Any]:
     """`launch` with the derivatives of `_in_ops`: a second derivative goes through ops."""
 
     @mx.custom_function
     def solve(*given: mx.array) -> list[mx.array]:
         params, u, state, mask, *rest = given
+        bias = [rest.pop()] if shifted else []
         cotangents = rest if every else [*rest, None]
-        return [*launch(cell, params, u, state, mask if masked else None, *cotangents, every, tile)]
+        steps = mask if masked else None
+        return [*launch(cell, params, u, state, steps, *cotangents, every, tile, *bias)]
 
     def in_ops(*given: mx.array) -> list[mx.array]:
-        return [*_in_ops(cell, masked, every, tile, *given)]
+        return [*_in_ops(cell, masked, every, tile, *given, shifted=shifted)]
 
     @solve.vjp
     def solve_vjp(
@@ -199,15 +217,24 @@ def _in_ops(
     mask: mx.array,
     boundaries: mx.array,
     *cotangents: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """`adjoint` in plain MLX, the reference: all states at once, then `states_adjoint`."""
+    shifted: bool = False,
+) -> tuple[mx.array, ...]:
+    """`adjoint` in plain MLX, the reference: all states at once, then `states_adjoint`.
+
+    Of the cotangents the last is the bias if `shifted`.
+    """
     steps = mask if masked else None
+    given_u = u
+    if shifted:
+        bias, cotangents = cotangents[-1], cotangents[:-1]
+        u = biased(u.astype(mx.float32), bias.astype(mx.float32))
     laid = laid_out(params, u, state, steps)
     starts = mx.concatenate([state[:, None], boundaries], axis=1)
     states = states_between(cell, *laid[:2], starts, steps, chunk=tile)
-    _, (g,) = mx.vjp(lambda s: [*outputs(cell, s, steps, every, u.dtype)], [states], [*cotangents])
+    _, (g,) = mx.vjp(lambda s: [*outputs(cell, s, steps, every, given_u.dtype)], [states], [*cotangents])
     d_params, d_u, d_state = states_adjoint(cell, *laid[:3], steps, states, g)
-    return d_params.reshape(params.shape), d_u.astype(u.dtype), d_state.reshape(state.shape)
+    gradients = d_params.reshape(params.shape), d_u.astype(given_u.dtype), d_state.reshape(state.shape)
+    return (*gradients, d_u.sum(axis=(0, 2)).reshape(bias.shape).astype(bias.dtype)) if shifted else gradients
 
 
 def states_adjoint(

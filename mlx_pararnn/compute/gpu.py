@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..cells import Cell
 from ..errors import PararnnError
+from .gpu_cores import gpu_cores
 from .texts import cuda_text, kernel_text, metal_text
 
 CHUNK = 16  # steps of a chunk
@@ -22,9 +23,9 @@ CHUNK = 16  # steps of a chunk
 SHAPES = {"wide": (32, CHUNK, 8), "medium": (16, CHUNK, 8), "narrow": (8, CHUNK, 8)}
 # The gradient's have one more: a single chunk, straight back through time, for cells of many slots.
 ADJOINT_SHAPES = {**SHAPES, "straight": (32, CHUNK, 1)}
-# Below this many threadgroups the next narrower shape is taken. A guess until a GPU has been timed: Apple's
-# have 7 to 80 cores, and a core holds one or a few threadgroups of 256 threads.
-FULL_GPU = 32
+# From so many channels a core on, a thread for each keeps the core busy, and Newton, which makes each step
+# several times, is the slower method. By arithmetic (metal/README.md), until a GPU has been timed.
+FULL_CORE = 96
 # Bytes of threadgroup memory that every Apple GPU has.
 THREADGROUP_MEMORY = 32768
 # What u and hidden may be.
@@ -97,11 +98,20 @@ def available_backend() -> str | None:
 
 
 def tiling_for(B: int, D: int) -> str:
-    """The widest of `SHAPES` that makes enough threadgroups of B rows of D channels, else the narrowest."""
+    """The widest of `SHAPES` that gives each core of the GPU a threadgroup, of B rows of D channels."""
     for name, (channels, _, _) in SHAPES.items():
-        if B * -(-D // channels) >= FULL_GPU:
+        if B * -(-D // channels) >= gpu_cores():
             return name
     return "narrow"
+
+
+def method_for(cell: Cell, B: int, T: int, D: int) -> str:
+    """ "newton" or "sequential": what is faster for B rows of T steps of D channels, by arithmetic.
+
+    sLSTM, of four slots, needs too many of Newton's iterations.
+    """
+    few = B * D / gpu_cores() < FULL_CORE
+    return "newton" if T > 1 and few and len(cell.slots) < 4 else "sequential"
 
 
 def tile_steps(tiling: str) -> int:
@@ -122,8 +132,8 @@ def newton_launch(
 ) -> Launch:
     """Newton on chunk boundaries for u of `shape` (B, heads, T, gates, D / heads) and `dtype`.
 
-    Inputs: u, params (P, D), initial (B, slots, D), tol (1,), max_iters (1,), every (1,) if every > 0, and
-    mask (B, T) if masked.
+    Inputs: u without its bias, bias (heads, gates * D / heads) in `dtype`, params (P, D), initial
+    (B, slots, D), tol (1,), max_iters (1,), every (1,) if every > 0, and mask (B, T) if masked.
     Outputs: hidden (B, T, D) in `dtype`, last (B, slots, D); states (B, T // every, slots, D) if every > 0;
     gap (B, chunks, D) and iterations_made (B, D) if info.
     """
@@ -145,7 +155,7 @@ def newton_launch(
     return _launch(
         cell,
         "recurrence",
-        ("u", "params", "initial", "tol", "max_iters"),
+        ("u", "bias", "params", "initial", "tol", "max_iters"),
         outputs,
         constants,
         masked,
@@ -158,13 +168,13 @@ def newton_launch(
 def sequential_launch(
     cell: Cell, shape: tuple[int, ...], dtype: mx.Dtype, *, masked: bool = False, every: int = 0
 ) -> Launch:
-    """One thread a channel straight through time; u, params, initial (every, mask) in, outputs as above."""
+    """One thread a channel straight through time; inputs and outputs as above, without tol and max_iters."""
     B, heads, _, _, W = shape
     blocks = -(-heads * W // _SEQUENTIAL_THREADS)
     return _launch(
         cell,
         "sequential",
-        ("u", "params", "initial"),
+        ("u", "bias", "params", "initial"),
         _outputs(cell, shape, dtype, every),
         {"InT": dtype, "OutT": dtype, "RING": _RING},
         masked,
@@ -185,11 +195,13 @@ def adjoint_launch(
 ) -> Launch:
     """The gradient of a recurrence on u of `shape` (B, heads, T, gates, D / heads) and `dtype`.
 
-    Inputs: u, params (P, D), initial (B, slots, D), boundaries (B, T // CHUNK, slots, D), the states after
-    every CHUNK-th step, d_hidden (B, T, D) in `dtype`, read by strides, d_last (B, slots, D); d_states
-    (B, T // every, slots, D) and every (1,) if every > 0, and mask (B, T) if masked.
-    Outputs: d_u (heads, B, T, gates, D / heads) in `dtype`; d_params (B, chunks, P, D), whose sum over B and
-    chunks is the gradient of params; d_initial (B, slots, D).
+    Inputs: u and bias as `newton_launch` has them, params (P, D), initial (B, slots, D), boundaries
+    (B, T // CHUNK, slots, D), the states after every CHUNK-th step, d_hidden (B, T, D) in `dtype`, read by
+    strides, d_last (B, slots, D); d_states (B, T // every, slots, D) and every (1,) if every > 0, and mask
+    (B, T) if masked.
+    Outputs: d_u (heads, B, T, gates, D / heads) in `dtype`; d_bias (B, chunks, heads, gates * D / heads) and
+    d_params (B, chunks, P, D), whose sums over B and chunks are the gradients of bias and params; d_initial
+    (B, slots, D).
     """
     B, heads, T, gates, W = shape
     D, slots = heads * W, len(cell.slots)
@@ -202,12 +214,13 @@ def adjoint_launch(
         cell,
         {"MASKED": int(masked), "STATES": int(every > 0)},
         (
-            *("u", "params", "initial", "boundaries", "d_hidden", "d_last"),
+            *("u", "bias", "params", "initial", "boundaries", "d_hidden", "d_last"),
             *(("d_states", "every") if every else ()),
             *(("mask",) if masked else ()),
         ),
         {
             "d_u": ((heads, B, T, gates, W), dtype),
+            "d_bias": ((B, S * 32 // CW, heads, gates * W), mx.float32),
             "d_params": ((B, S * 32 // CW, len(cell.params), D), mx.float32),
             "d_initial": ((B, slots, D), mx.float32),
         },

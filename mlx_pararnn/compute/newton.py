@@ -145,6 +145,12 @@ def step_jacobian(cell: Cell, params: mx.array, u: mx.array, mask: mx.array | No
     return _jacobian(_dual_step(cell, params, u, mask, _seeded(state)))
 
 
+def biased(u: mx.array, bias: mx.array) -> mx.array:
+    """u + bias, of u (B, heads, T, gates, D / heads) and bias (heads, gates * D / heads), in u's layout."""
+    _, heads, _, gates, width = u.shape
+    return (u.swapaxes(0, 1) + bias.reshape(heads, 1, 1, gates, width)).swapaxes(0, 1)
+
+
 def laid_out(
     params: mx.array, u: mx.array, state: mx.array, mask: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:

@@ -12,10 +12,12 @@ from ..errors import PararnnError
 from . import cpu, gpu
 from .adjoint import adjoint, directional, states_adjoint, tile_of
 from .choice import CHUNK, Choice, choose, works_here
-from .newton import Solution, laid_out, newton, outputs, sequential, unstack
+from .newton import Solution, biased, laid_out, newton, outputs, sequential, unstack
 
 METHODS = ("auto", "sequential", "newton")
 TOLERANCE = 1e-6
+# Of Newton, by the dtype of hidden, which is rounded: below half a step of a value of 0.1.
+_TOLERANCES = {mx.float32: TOLERANCE, mx.float16: 2e-5, mx.bfloat16: 1e-4}
 
 
 class NewtonInfo(NamedTuple):
@@ -36,7 +38,7 @@ class _Plan(NamedTuple):
     cell: Cell
     method: str
     chunk: int
-    tol: float
+    tol: float | None
     max_iters: int | None
     masked: bool
     asked: bool = False  # of the caller: its kernels run untried
@@ -48,12 +50,13 @@ def recurrence(
     u: mx.array,
     state: mx.array | None = None,
     *,
+    bias: mx.array | None = None,
     mask: mx.array | None = None,
     return_states: int = 0,
     method: str = "auto",
     backend: str | None = None,
     chunk: int = CHUNK,
-    tol: float = TOLERANCE,
+    tol: float | None = None,
     max_iters: int | None = None,
     return_info: bool = False,
 ) -> tuple[Any, ...]:
@@ -64,19 +67,22 @@ def recurrence(
     Args:
         cell: the cell, as `get_cell` gives it.
         params: (P, D), the recurrent weight, one row for each of `cell.params`.
-        u: (B, heads, T, gates, D / heads), the input projection with its bias, as the projection leaves it
-            (a strided view is fine).
+        u: (B, heads, T, gates, D / heads), the input projection, as the projection leaves it (a strided view
+            is fine).
         state: (B, slots, D), the state before the first step; None for zeros.
+        bias: (heads, gates * D / heads), added to u at every step; the fused kernels add it as they read.
         mask: (B, T), bool; where False the state passes through unchanged and hidden is 0.
         return_states: if n > 0, also return the state after every n-th step.
-        method: "sequential", "newton", or "auto": sequential, unless on a GPU with more than one step.
+        method: "sequential", "newton", or "auto": on a GPU what suits B x D and its cores
+            (`gpu.method_for`), else sequential.
         backend: "metal" or "cuda", the fused kernels; "cpu", the cell compiled for the machine's vector unit,
             sequential; "ops", plain MLX; None takes the device's own where the cell has it, else ops. The
             environment variable MLX_PARARNN_BACKEND goes before None.
         chunk: Newton's chunk length C; 1 is the paper's scheme, Newton on the whole sequence. Any other than
             the default runs in ops.
         tol: Newton stops when no chunk start s moved by more than tol * max(1, |s|); the kernels weigh the
-            movement by how much a difference has grown so far.
+            movement by how much a difference has grown so far. None: 1e-6; in the kernels, unless states are
+            returned, 2e-5 where hidden is float16 and 1e-4 where it is bfloat16, below their rounding.
         max_iters: at most so many iterations. Without it the answer is the sequential one whatever the
             weights. With tol=0 it is the number of iterations made, as in the paper (which makes 3).
         return_info: also return a `NewtonInfo`. It costs one more pass over the sequence if chunk is 1, and
@@ -97,12 +103,12 @@ def recurrence(
     """
     _check_input(cell, u)
     wanted: dict[str, Any] = {"method": method, "chunk": chunk, "max_iters": max_iters}
-    inputs = [params, u, *(a for a in (state, mask) if a is not None)]
+    inputs = [params, u, *(a for a in (state, bias, mask) if a is not None)]
     B, heads, T, gates, width = u.shape
     choice = choice_for(
         cell, lambda: inputs, rows=B, tokens=T, width=gates * heads * width, backend=backend, **wanted
     )
-    options = {**wanted, "tol": tol, "return_info": return_info}
+    options = {**wanted, "tol": tol, "return_info": return_info, "bias": bias}
     return solve(choice, cell, params, u, state, mask=mask, return_states=return_states, **options)
 
 
@@ -118,31 +124,38 @@ def solve(
     u: mx.array,
     state: mx.array | None = None,
     *,
+    bias: mx.array | None = None,
     mask: mx.array | None = None,
     return_states: int = 0,
     method: str = "auto",
     chunk: int = CHUNK,
-    tol: float = TOLERANCE,
+    tol: float | None = None,
     max_iters: int | None = None,
     return_info: bool = False,
 ) -> tuple[Any, ...]:
     """`recurrence` on the backend `choice.state`, which the caller chose; arguments and results as there."""
-    _check(cell, params, u, state, mask, method, chunk, max_iters, return_states)
-    B, heads, T, _, width = u.shape
+    _check(cell, params, u, state, bias, mask, method, chunk, max_iters, return_states)
+    B, heads, T, gates, width = u.shape
     slots = len(cell.slots)
     if state is None:
         state = mx.zeros((B, slots, heads * width))
     backend = choice.state
+    on_gpu = backend in ("metal", "cuda")
+    if bias is not None and not (on_gpu and bias.dtype == u.dtype in gpu.DTYPES):
+        u, bias = biased(u, bias), None
     if backend != "ops":
         if method == "auto":
-            method = "newton" if T > 1 and slots < 4 and backend != "cpu" else "sequential"
+            method = gpu.method_for(cell, B, T, heads * width) if on_gpu else "sequential"
         plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None, choice.asked)
-        arrays = (
+        arrays: tuple[mx.array, ...] = (
             mx.contiguous(params.astype(mx.float32)),
             u if u.dtype in gpu.DTYPES else u.astype(mx.float32),
             mx.contiguous(state.astype(mx.float32)),
             mx.zeros((B, 0)) if mask is None else mx.contiguous(mask.astype(mx.bool_)),
         )
+        if on_gpu:
+            shift = mx.zeros((heads, gates * width), arrays[1].dtype) if bias is None else bias
+            arrays = (*arrays, mx.contiguous(shift))
         if return_info:
             return _launch(plan, backend, return_states, *arrays, info=True)
         # where a gradient may follow, what it starts from is kept: the states at the boundaries of tiles
@@ -152,8 +165,8 @@ def solve(
         return tuple(returned[: 3 if return_states else 2])
 
     if method == "auto":
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        method = "newton" if choice.eager and on_gpu and T > 1 and slots < 4 else "sequential"
+        gpu_here = mx.default_device().type == mx.DeviceType.gpu
+        method = "newton" if choice.eager and gpu_here and T > 1 and slots < 4 else "sequential"
     plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
     arrays = laid_out(params, u, state, mask)
     if return_info:
@@ -210,6 +223,7 @@ def kernel_works(
 
     params, state = 0.3 * waves(len(cell.params), heads * W), 0.5 + 0.3 * waves(B, len(cell.slots), heads * W)
     u = waves(heads, B, T, len(cell.gates), W).astype(dtype).swapaxes(0, 1)
+    bias = 0.1 * waves(heads, len(cell.gates) * W)[:, ::-1].astype(dtype)
     mask = mx.arange(T) < mx.array([[T], [T - 20]])
     every = 3 if states else 0
 
@@ -217,15 +231,17 @@ def kernel_works(
         wanted = recurrence(
             cell,
             params,
-            u,
+            u.astype(mx.float32),
             state,
+            bias=bias.astype(mx.float32),
             mask=mask if masked else None,
             return_states=every,
             method="sequential",
             backend="ops",
         )
-        plan = _Plan(cell, method, CHUNK, TOLERANCE, None, masked, asked=True)
-        given = _launch(plan, backend, every, params, u, state, mask, info=info, tiling=tiling)
+        plan = _Plan(cell, method, CHUNK, None, None, masked, asked=True)
+        arrays = params, u, state, mask, mx.contiguous(bias)
+        given = _launch(plan, backend, every, *arrays, info=info, tiling=tiling)
         if info:
             given, wanted = (*given[:-1], given[-1].residual), (*wanted, mx.array(0.0))
         yield given, wanted
@@ -240,6 +256,7 @@ def _check(
     params: mx.array,
     u: mx.array,
     state: mx.array | None,
+    bias: mx.array | None,
     mask: mx.array | None,
     method: str,
     chunk: int,
@@ -247,11 +264,13 @@ def _check(
     return_states: int,
 ) -> None:
     _check_input(cell, u)
-    B, heads, T, _, width = u.shape
+    B, heads, T, gates, width = u.shape
     D, slots = heads * width, len(cell.slots)
     expected: list[tuple[str, mx.array, tuple[int, ...]]] = [("params", params, (len(cell.params), D))]
     if state is not None:
         expected.append(("state", state, (B, slots, D)))
+    if bias is not None:
+        expected.append(("bias", bias, (heads, gates * width)))
     if mask is not None:
         expected.append(("mask", mask, (B, T)))
     for name, array, shape in expected:
@@ -299,17 +318,20 @@ def _differentiable(plan: _Plan, eager: bool) -> Callable[..., Any]:
 
 @lru_cache(maxsize=256)
 def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..., Any]:
-    """(params, u, state, mask) -> hidden, last[, states] by the fused kernel, with gradients."""
+    """(params, u, state, mask, bias) -> hidden, last[, states] by the fused kernel, with gradients.
+
+    The CPU backend's takes no bias.
+    """
 
     @mx.custom_function
-    def solve(params: mx.array, u: mx.array, state: mx.array, mask: mx.array) -> list[mx.array]:
-        return [*_launch(plan, backend, every, params, u, state, mask)]
+    def solve(*arrays: mx.array) -> list[mx.array]:
+        return [*_launch(plan, backend, every, *arrays)]
 
     @solve.vjp
     def solve_vjp(
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], returned: tuple[mx.array, ...]
     ) -> tuple[mx.array, ...]:
-        params, u, state, mask = primals
+        params, u, state, mask, *bias = primals
         tile = tile_of(backend)
         if every == tile:
             boundaries = returned[2]
@@ -319,9 +341,18 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
             boundaries = _differentiable_kernel(plan, backend, tile)(*primals)[2]
         steps = mask if plan.masked else None
         gradients = adjoint(
-            plan.cell, params, u, state, steps, boundaries, *cotangents, every=every, backend=backend
+            plan.cell,
+            params,
+            u,
+            state,
+            steps,
+            boundaries,
+            *cotangents,
+            bias=bias[0] if bias else None,
+            every=every,
+            backend=backend,
         )
-        return *gradients, mx.zeros_like(mask)
+        return *gradients[:3], mx.zeros_like(mask), *gradients[3:]
 
     @solve.jvp
     def solve_jvp(
@@ -329,11 +360,12 @@ def _differentiable_kernel(plan: _Plan, backend: str, every: int) -> Callable[..
     ) -> tuple[mx.array, ...]:
         mask = primals[3] if plan.masked else None
 
-        def in_ops(params: mx.array, u: mx.array, state: mx.array) -> list[mx.array]:
+        def in_ops(params: mx.array, u: mx.array, state: mx.array, *bias: mx.array) -> list[mx.array]:
             options: dict[str, Any] = {"mask": mask, "return_states": every, "backend": "ops"}
+            options["bias"] = bias[0] if bias else None
             return [*recurrence(plan.cell, params, u, state, method="sequential", **options)]
 
-        return directional(in_ops, primals[:3], tangents[:3])
+        return directional(in_ops, (*primals[:3], *primals[4:]), (*tangents[:3], *tangents[4:]))
 
     return solve
 
@@ -346,6 +378,7 @@ def _launch(
     u: mx.array,
     state: mx.array,
     mask: mx.array,
+    bias: mx.array | None = None,
     *,
     info: bool = False,
     tiling: str | None = None,
@@ -374,6 +407,7 @@ def _launch(
             params,
             u,
             state,
+            bias=bias,
             mask=mask if masked else None,
             return_states=every,
             method=plan.method,
@@ -382,13 +416,16 @@ def _launch(
             max_iters=plan.max_iters,
             return_info=info,
         )
-    arrays = {"u": u, "params": params, "initial": state, "mask": mask, "every": mx.array([every], mx.int32)}
+    assert bias is not None, "a GPU's kernels have one"
+    arrays = {"u": u, "bias": bias, "params": params, "initial": state, "mask": mask}
+    arrays["every"] = mx.array([every], mx.int32)
     if method == "sequential":
         launch = gpu.sequential_launch(cell, u.shape, u.dtype, masked=masked, every=every)
     else:
         options: dict[str, Any] = {"masked": masked, "every": every, "info": info, "tiling": tiling}
         launch = gpu.newton_launch(cell, u.shape, u.dtype, **options)
-        arrays["tol"] = mx.array([plan.tol], mx.float32)
+        fitting = TOLERANCE if every else _TOLERANCES[u.dtype]  # states are float32 and go on from there
+        arrays["tol"] = mx.array([fitting if plan.tol is None else plan.tol], mx.float32)
         arrays["max_iters"] = mx.array([plan.max_iters or 2**31 - 1], mx.int32)
     outputs = gpu.run(launch, arrays, backend)
     result: tuple[Any, ...] = (outputs["hidden"], outputs["last"])
@@ -422,7 +459,7 @@ def _solve(
         slots,
         steps,
         chunk=plan.chunk,
-        tol=plan.tol,
+        tol=TOLERANCE if plan.tol is None else plan.tol,
         max_iters=plan.max_iters,
         eager=eager,
         want_residual=want_residual,

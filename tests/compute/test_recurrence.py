@@ -290,6 +290,7 @@ def test_a_cell_of_ones_own():
         ({"params": mx.zeros((3, 5))}, "params has shape (3, 5)"),
         ({"state": mx.zeros((2, 6))}, "state has shape (2, 6); with this u, cell 'gru' needs (2, 1, 6)"),
         ({"mask": mx.ones((2, 4), mx.bool_)}, "mask has shape (2, 4)"),
+        ({"bias": mx.zeros(18)}, "bias has shape (18,); with this u, cell 'gru' needs (1, 18)"),
         ({"method": "picard"}, "unknown method 'picard'"),
         ({"backend": "vulkan"}, "unknown backend 'vulkan'"),
         ({"chunk": 0}, "chunk and max_iters must be at least 1"),
@@ -333,6 +334,16 @@ def test_comparisons_and_powers_in_a_step():
         cell, params.astype(np.float64), np.moveaxis(merged(u)[0], 1, 0), (y[0] + 1e-7,)
     )
     np.testing.assert_allclose(duals[1][0][0], (bumped[0][0] - duals[0][0]) / 1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [None, "ops"])
+def test_a_bias_is_added_at_every_step(backend):
+    cell, params, u, state = problem("lstm", T=20, heads=2, state=True)
+    bias = 0.3 * np.random.default_rng(1).normal(size=(2, 9)).astype(np.float32)
+    shifted = u + bias.reshape(2, 1, 3, 3)
+    given = solve(cell, params, u, state, bias=mx.array(bias), backend=backend)
+    for a, b in zip(given, solve(cell, params, shifted, state, backend=backend), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_only_the_mask_is_traced():

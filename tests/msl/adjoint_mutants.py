@@ -82,6 +82,33 @@ _TABLE = [
     ("d_initial by 32 bits", "d_initial[(size_t(b)", "d_initial[(b", "language"),
     ("d_last by 32 bits", "d_last[(size_t(b)", "d_last[(b", "language"),
     ("no cast to u's dtype", "static_cast<InT>(gates[g])", "gates[g]", "compile language"),
+    # the bias
+    (
+        "no bias forwards",
+        "g * gate_stride]) + shift[g];\n        }\n        Cell::step",
+        "g * gate_stride]);\n        }\n        Cell::step",
+        "convergence",
+    ),
+    (
+        "no bias backwards",
+        "g * gate_stride]) + shift[g];\n          x[g]",
+        "g * gate_stride]);\n          x[g]",
+        "convergence",
+    ),
+    ("bias of another head", "bias[(size_t(d / W) * GATES", "bias[(size_t(0) * GATES", "convergence"),
+    (
+        "sums of the bias of the last step alone",
+        "shift_sums[g] += gates[g]",
+        "shift_sums[g] = gates[g]",
+        "convergence",
+    ),
+    (
+        "sums of the bias by channels, then gates",
+        "(size_t(d / W) * GATES + g) * W + d % W] = shift",
+        "(size_t(d / W) * W + d % W) * GATES + g] = shift",
+        "convergence",
+    ),
+    ("d_bias by 32 bits", "d_bias[((size_t(b)", "d_bias[((b", "language"),
     # time
     (
         "tiles from the first to the last",

@@ -11,8 +11,11 @@ CARRY_BARRIER = f"    {BARRIER}\n    for (int s = 0; s < SLOTS; ++s) {{\n      c
 TILE_BARRIER = f"    {BARRIER}  // before the next tile"
 GRU, LSTM, NLRU, SLSTM = (f"cells/{cell}.h" for cell in ("gru", "lstm", "nlru", "slstm"))
 NEWTON, STRAIGHT, DUAL, ACTIVATIONS = "recurrence.metal", "sequential.metal", "dual.h", "activations.h"
-FROM_RING = "        x[g] = float(ring[i * Cell::GATES + g]);"
+FROM_RING = "        x[g] = float(ring[i * Cell::GATES + g]) + shift[g];"
 INTO_RING = "        ring[i * Cell::GATES + g] = next[g * gate_stride];"
+STEPS_LOOP = "#pragma unroll 1\n      for (int i = 0; i < steps; ++i) {"
+RESET = "int iterations = 0;\n    for (int s = 0; s < SLOTS; ++s) {\n      growth[s] = 1.0f;\n    }"
+ENDS = "rounds = still == 0 ? iterations : rounds;"
 CONV, DECODE = "conv.metal", "decode.metal"
 
 MUTANTS = [
@@ -51,13 +54,17 @@ MUTANTS = [
         "semantics",
     ),
     Mutant(
-        "early exit by each thread", NEWTON, "if (still == 0) {", "if (still == 0 || !moved) {", "semantics"
+        "early exit by each thread",
+        NEWTON,
+        ENDS,
+        ENDS.replace("still == 0", "!moved"),
+        "semantics",
     ),
     Mutant(
         "early exit by the simdgroup",
         NEWTON,
-        "if (still == 0) {",
-        "if (still == 0 || !any_moved) {",
+        ENDS,
+        ENDS.replace("still == 0", "!any_moved"),
         "semantics",
     ),
     Mutant(
@@ -90,25 +97,29 @@ MUTANTS = [
     Mutant(
         "channels past the last are written",
         NEWTON,
-        "if (i < steps && writes) {",
-        "if (i < steps) {",
+        "writes && (iterations == rounds",
+        "(iterations == rounds",
         "semantics",
     ),
     Mutant(
-        "steps past the last are written", NEWTON, "if (i < steps && writes) {", "if (writes) {", "semantics"
+        "steps past the last are written",
+        NEWTON,
+        STEPS_LOOP,
+        STEPS_LOOP.replace("< steps", "< C"),
+        "semantics",
     ),
     Mutant(
         "steps past the last are read",
         NEWTON,
-        "= i < steps ? float(u[",
-        "= i <= steps ? float(u[",
+        "next += i + 1 < steps ? step_stride",
+        "next += i < steps ? step_stride",
         "semantics",
     ),
     Mutant(
         "the mask is read past its end",
         NEWTON,
-        "keep[i] && mask[size_t(b) * T + (i < steps ? begin + i : 0)]",
-        "mask[size_t(b) * T + begin + i] && keep[i]",
+        "i < steps; ++i) {\n      kept",
+        "i < C; ++i) {\n      kept",
         "semantics",
     ),
     Mutant("the last step is not written", NEWTON, "T - begin));", "T - 1 - begin));", "semantics"),
@@ -138,8 +149,8 @@ MUTANTS = [
     Mutant(
         "output stored in another layout",
         NEWTON,
-        "* T + t) * D + d] = static",
-        "* D + d) * T + t] = static",
+        "hidden[(size_t(b) * T + first) * D + d]",
+        "hidden[(size_t(b) * D + d) * T + first]",
         "semantics convergence",
     ),
     Mutant(
@@ -155,34 +166,34 @@ MUTANTS = [
     Mutant(
         "gate and time strides swapped",
         NEWTON,
-        "(begin + i) * u_strides[2] + g * u_strides[3]",
-        "(begin + i) * u_strides[3] + g * u_strides[2]",
+        "gate_stride = u_strides[3]",
+        "gate_stride = u_strides[2]",
         "semantics convergence",
     ),
     Mutant(
         "states stored one step late",
         NEWTON,
-        "if ((t + 1) % interval == 0) {",
-        "if (t % interval == 0) {",
+        "int until = interval - begin % interval;",
+        "int until = interval - begin % interval + 1;",
         "semantics convergence",
     ),
     # offsets of 32 bits
     Mutant(
         "hidden by 32 bits",
         NEWTON,
-        "hidden[(size_t(b) * T + t) * D + d]",
-        "hidden[(b * T + t) * D + d]",
+        "hidden[(size_t(b) * T + first) * D + d]",
+        "hidden[(b * T + first) * D + d]",
         "language",
     ),
     Mutant(
         "hidden widened too late",
         NEWTON,
-        "hidden[(size_t(b) * T + t)",
-        "hidden[size_t(b * T + t)",
+        "hidden[(size_t(b) * T + first)",
+        "hidden[size_t(b * T + first)",
         "language",
     ),
     Mutant("last by 32 bits", NEWTON, "last[(size_t(b) * SLOTS", "last[(b * SLOTS", "language"),
-    Mutant("states by 32 bits", NEWTON, "states[((size_t(b) * (T", "states[((b * (T", "language"),
+    Mutant("states by 32 bits", NEWTON, "size_t row = size_t(b) * (T", "int row = b * (T", "language"),
     Mutant("gap by 32 bits", NEWTON, "gap[(size_t(b) * CHUNKS", "gap[(b * CHUNKS", "language"),
     Mutant(
         "iterations by 32 bits", NEWTON, "iterations_made[size_t(b) * D", "iterations_made[b * D", "language"
@@ -195,8 +206,8 @@ MUTANTS = [
     Mutant(
         "no cast to the output's dtype",
         NEWTON,
-        "static_cast<OutT>(keep[i] ? state[Cell::OUTPUT].v : 0.0f)",
-        "(keep[i] ? state[Cell::OUTPUT].v : 0.0f)",
+        "static_cast<OutT>(keep ? state[Cell::OUTPUT].v : 0.0f)",
+        "(keep ? state[Cell::OUTPUT].v : 0.0f)",
         "compile language",
     ),
     Mutant("mixed types in min", NEWTON, "min(C, T - begin)", "min(C, uint(T - begin))", "compile language"),
@@ -235,14 +246,14 @@ MUTANTS = [
     Mutant(
         "masked steps change the state",
         NEWTON,
-        "      if (keep[i]) {\n        Cell::step(state, x",
-        "      if (i < steps) {\n        Cell::step(state, x",
+        "        if (keep) {\n          Cell::step(state, x",
+        "        if (keep || i >= 0) {\n          Cell::step(state, x",
         "convergence",
     ),
     Mutant(
         "masked steps are not zero",
         NEWTON,
-        "keep[i] ? state[Cell::OUTPUT].v : 0.0f",
+        "keep ? state[Cell::OUTPUT].v : 0.0f",
         "state[Cell::OUTPUT].v",
         "convergence",
     ),
@@ -305,7 +316,7 @@ MUTANTS = [
         "moved = moved && !settled",
         "convergence iterates",
     ),
-    Mutant("never settled", NEWTON, "if (still == 0) {", "if (still < 0) {", "bookkeeping"),
+    Mutant("never settled", NEWTON, ENDS, ENDS.replace("still == 0", "still < 0"), "bookkeeping"),
     Mutant(
         "what is not finite is kept",
         NEWTON,
@@ -323,7 +334,7 @@ MUTANTS = [
     Mutant(
         "growth of differences is ignored",
         NEWTON,
-        "fabs(corrected[s] - start[s]) * growth[s]",
+        "fabs(corrected[s] - start[s]) * (ROUNDED ? max(growth[s], reach[s]) : growth[s])",
         "fabs(corrected[s] - start[s])",
         "chaotic",
     ),
@@ -350,6 +361,53 @@ MUTANTS = [
         "false",
         "bookkeeping contained",
     ),
+    Mutant(
+        "in 16 bits, guesses that have settled are taken to be written",
+        NEWTON,
+        "ROUNDED && iterations > 1",
+        "ROUNDED && iterations > 0",
+        "semantics",
+    ),
+    Mutant(
+        "in 32 bits, what was written stands",
+        NEWTON,
+        "sizeof(OutT) == 2 && STATES == 0",
+        "true",
+        "chaotic promised",
+    ),
+    Mutant("with states, what was written stands", NEWTON, "== 2 && STATES == 0", "== 2", "promised"),
+    Mutant(
+        "in 16 bits, differences that grow on the way to an output are ignored",
+        NEWTON,
+        "ROUNDED ? max(growth[s], reach[s]) : growth[s]",
+        "growth[s]",
+        "promised",
+    ),
+    Mutant(
+        "in 16 bits, the carry is not corrected",
+        NEWTON,
+        "change[s] = corrected[s] - start[s];",
+        "",
+        "promised",
+    ),
+    Mutant("no bias", NEWTON, "x[g] = float(ahead[g]) + shift[g];", "x[g] = float(ahead[g]);", "convergence"),
+    Mutant("a guess without bias", NEWTON, "g * gate_stride]) + shift[g];", "g * gate_stride]);", "iterates"),
+    Mutant(
+        "bias of another head",
+        NEWTON,
+        "bias[(size_t(d / W) * GATES + g) * W + d % W]",
+        "bias[(size_t(0) * GATES + g) * W + d % W]",
+        "convergence",
+    ),
+    Mutant("bias by 32 bits", NEWTON, "bias[(size_t(d / W) * GATES", "bias[(d / W * GATES", "language"),
+    Mutant(
+        "the gates of the step before",
+        NEWTON,
+        "next += i + 1 < steps ? step_stride : 0;",
+        "next += i > 0 && i + 1 < steps ? step_stride : 0;",
+        "convergence",
+    ),
+    Mutant("growth reset each tile", NEWTON, "int iterations = 0;", RESET, "chaotic"),
     # cells and dual numbers
     Mutant(
         "GRU: z and 1 - z swapped", GRU, "z * n + (1.0f - z) * h", "(1.0f - z) * n + z * h", "convergence"
@@ -447,6 +505,14 @@ MUTANTS = [
         "    next += read < T - 1 ? step_stride : 0;\n    read",
         "    next += step_stride;\n    read",
         "semantics",
+    ),
+    Mutant("straight: no bias", STRAIGHT, " + shift[g];\n        ring", ";\n        ring", "convergence"),
+    Mutant(
+        "straight: bias by channels, then gates",
+        STRAIGHT,
+        "bias[(size_t(d / W) * Cell::GATES + g) * W + d % W]",
+        "bias[(size_t(d / W) * W + d % W) * Cell::GATES + g]",
+        "convergence",
     ),
     Mutant("straight: states not counted anew", STRAIGHT, "until = interval;\n      }", "}", "semantics"),
     Mutant(

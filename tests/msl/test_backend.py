@@ -149,6 +149,7 @@ def test_a_text_that_is_not_the_classs_is_refused():
     wrong = replace(launch, header=launch.header.replace("SLOTS = 1", "SLOTS = 2"))
     arrays = {
         "u": np.zeros((1, 1, 4, 3, 32), np.float32),
+        "bias": np.zeros((1, 96), np.float32),
         "params": np.zeros((3, 32), np.float32),
         "initial": np.zeros((1, 1, 32), np.float32),
     }
@@ -217,6 +218,31 @@ def test_gradients(launched, name):
     for a, b in zip(kernel, ops, strict=True):
         assert mx.abs(b).max() > 1e-3
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["newton", "sequential"])
+def test_a_bias_and_its_gradient(launched, method):
+    """The kernels add it, and sum its gradient; one of another dtype is added beforehand."""
+    cell, params, u, state = problem("lstm", T=40, heads=2, state=True)
+    bias = mx.array(0.3 * np.random.default_rng(1).normal(size=(2, 9)).astype(np.float32))
+    arrays = [*(mx.array(a) for a in (params, u, state)), bias]
+    mask = mx.arange(40)[None] < mx.array([[40], [31]])
+
+    def loss(backend, dtype=mx.float32):
+        def of(params, u, state, bias):
+            options = {"backend": backend, "bias": bias.astype(dtype), "method": method, "mask": mask}
+            hidden, last = recurrence(cell, params, u, state, **options)
+            return (hidden * mx.cos(mx.arange(hidden.size).reshape(hidden.shape))).sum() + (last**2).sum()
+
+        return of
+
+    for dtype in (mx.float32, mx.float16):
+        given = mx.grad(loss(None, dtype), argnums=(0, 1, 2, 3))(*arrays)
+        wanted = mx.grad(loss("ops", dtype), argnums=(0, 1, 2, 3))(*arrays)
+        for a, b in zip(given, wanted, strict=True):
+            assert mx.abs(b).max() > 1e-2
+            np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-4)
+    assert kinds_of(launched)[-1] == "adjoint"
 
 
 def test_the_kernel_of_the_gradient_is_tried_once_and_then_used(mac):

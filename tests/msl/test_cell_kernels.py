@@ -132,6 +132,7 @@ def test_a_cell_of_ones_own(name):
     shape = (2, 1, 150, len(cell.gates), 40)
     arrays = {
         "u": np.random.default_rng(0).normal(size=shape).astype(np.float32),
+        "bias": np.random.default_rng(2).normal(size=(1, len(cell.gates) * 40)).astype(np.float32),
         "params": np.random.default_rng(1).normal(size=(len(cell.params), 40)).astype(np.float32),
         "initial": np.zeros((2, len(cell.slots), 40), np.float32),
         "tol": np.zeros(1, np.float32),

@@ -8,7 +8,7 @@ import pytest
 from ..support.msl import cuda
 from ..support.msl.instances import all_instances, few_instances, instance
 from ..support.msl.wrap import wrap
-from . import language, preamble
+from . import language, occupancy, preamble
 from .lint import lint
 
 NO_CLANG = f"no clang of at least 19 ({language.APT})"
@@ -244,14 +244,15 @@ def test_nvcc_fuses_no_value():
 
 @pytest.mark.toolchain
 @needs_nvcc
-@pytest.mark.parametrize("cell", ["gru", "lstm", "nlru"])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "nlru", "slstm"])
 def test_registers(cell):
     """128 are what a thread of an M1 has. (nvcc is not Apple's compiler: a stand-in, see metal/README.md.)"""
     made = instance(cell, tiling="wide", shape=(2, 1, 400, 64))
+    assert occupancy.usage(made.launch, made.inputs).stack == 0
     text = cuda.cuda_twin(made.launch, made.inputs)
-    assert cuda.spilled(text, 128) == 0
+    assert cuda.spilled(text, 96) == 0
     if cell == "nlru":
-        assert cuda.spilled(text, 48) > 0
+        assert cuda.spilled(text, 32) > 0
 
 
 @pytest.mark.toolchain

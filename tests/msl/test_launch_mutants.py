@@ -75,6 +75,14 @@ def the_batch_counts(module):
     assert [module.tiling_for(B, 64) for B in (1, 8, 16)] == ["narrow", "medium", "wide"]
 
 
+def a_full_gpu_goes_straight(module):
+    """32 cores, as those of a GPU that is not known: 3072 channels keep them busy."""
+    cell = get_cell("gru")
+    methods = [module.method_for(cell, B, 100, 64) for B in (1, 47, 48)]
+    assert methods == ["newton", "newton", "sequential"]
+    assert module.method_for(cell, 1, 1, 64) == module.method_for(get_cell("slstm"), 1, 9, 64) == "sequential"
+
+
 def the_batch_is_told(module):
     """By a call: 16 rows of 64 channels are enough for the widest threadgroups."""
     widths, run = [], gpu.run
@@ -166,7 +174,9 @@ FAULTS = [
         Fault(gpu_adjoint, f"mx.contiguous({array})", array, gradients_from_arrays_of_any_layout)
         for array in ("array.astype(mx.float32)", "mask")
     ),
-    Fault(gpu, "B * -(-D // channels) >= FULL_GPU", "-(-D // channels) >= FULL_GPU", the_batch_counts),
+    Fault(gpu, "B * -(-D // channels) >= gpu_cores()", "-(-D // channels) >= gpu_cores()", the_batch_counts),
+    Fault(gpu, "few = B * D", "few = D", a_full_gpu_goes_straight),
+    Fault(gpu, "B * D / gpu_cores()", "B * D", a_full_gpu_goes_straight),
     Fault(recurrence, "gpu.tiling_for(B, ", "gpu.tiling_for(1, ", the_batch_is_told),
     Fault(gpu, "_NORM_THREADS = 512", "_NORM_THREADS = 1024", threads_that_every_gpu_allows),
     Fault(gpu, '"math_mode": "safe"', '"math_mode": "fast"', exact_arithmetic),

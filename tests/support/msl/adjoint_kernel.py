@@ -71,7 +71,8 @@ class AdjointCall:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        other = {"every": "int32", "mask": "bool", "u": self.dtype, "d_hidden": self.dtype}
+        other = {"every": "int32", "mask": "bool", "u": self.dtype, "bias": self.dtype}
+        other["d_hidden"] = self.dtype
         return {name: other.get(name, "float32") for name in self.launch.input_names}
 
     @property
@@ -79,6 +80,7 @@ class AdjointCall:
         B, T, D, slots = self.B, self.T, self.D, len(self.cell.slots)
         shapes = {
             "u": self.u_shape,
+            "bias": (self.heads, len(self.cell.gates) * D // self.heads),
             "params": (len(self.cell.params), D),
             "boundaries": (B, max(1, T // CHUNK), slots, D),
             "d_hidden": (B, T, D),
@@ -101,6 +103,8 @@ class AdjointCall:
         # as the projection leaves it: heads outermost
         u, exact_u = part(rng, self.dtype, heads, B, T, gates, W, loc=shift)
         d_hidden, exact_d_hidden = part(rng, self.dtype, B, T, D)
+        bias, exact_bias = part(np.random.default_rng(1000 + self.seed), self.dtype, heads, gates * W)
+        exact_u = exact_u + exact_bias.reshape(heads, 1, 1, gates, W)
         params = (self.scale * rng.normal(size=(len(cell.params), D))).astype(np.float32)
         initial = (0.3 * rng.normal(size=(B, slots, D))).astype(np.float32)
         if cell.name == "slstm":  # n is a sum of exponentials
@@ -118,7 +122,12 @@ class AdjointCall:
         boundaries = np.stack(states, axis=2)[:, CHUNK - 1 :: CHUNK].astype(np.float32)
         exact["g"][:, :, cell.output_slot] = exact_d_hidden * (1 if mask is None else mask[..., None])
         exact["g"][:, -1] += d_last
-        given = {"u": u.swapaxes(0, 1), "params": params, "initial": initial}
+        given = {
+            "u": u.swapaxes(0, 1),
+            "bias": np.ascontiguousarray(bias),
+            "params": params,
+            "initial": initial,
+        }
         # where there is no boundary, another array: an empty one has no memory that a GPU could be given
         given["boundaries"] = boundaries if T >= CHUNK else initial[:, None]
         given |= {"d_hidden": d_hidden, "d_last": d_last}
@@ -149,7 +158,8 @@ class AdjointCall:
         d_params, d_u, d_initial = oracle.adjoint(self.cell, **exact, mask=self.given.get("mask"))
         B, heads, T, gates, W = self.u_shape
         d_u = d_u.reshape(B, T, gates, heads, W).transpose(3, 0, 1, 2, 4)
-        return {"d_params": d_params, "d_u": d_u, "d_initial": d_initial}
+        d_bias = d_u.sum(axis=(1, 2)).reshape(heads, gates * W)
+        return {"d_params": d_params, "d_bias": d_bias, "d_u": d_u, "d_initial": d_initial}
 
     def run(self, change: Callable[[Launch], Launch] = lambda launch: launch, **options) -> Arrays:
         return harness.run(change(self.launch), self.given, dtypes=self.dtypes, seconds=20.0, **options)
@@ -161,7 +171,7 @@ class AdjointCall:
         """
         factor = 8 if self.cell.name == "slstm" else 4
         values = {"d_u": widened(got["d_u"], self.dtype), "d_initial": got["d_initial"]}
-        values["d_params"] = got["d_params"].sum(axis=(0, 1))
+        values |= {name: got[name].sum(axis=(0, 1)) for name in ("d_params", "d_bias")}
         for name, want in self.wanted.items():
             allowed = max(tolerance, factor * self.noise) + (STEP[self.dtype] if name == "d_u" else 0)
             error = np.max(np.abs(values[name] - want) / np.maximum(1, np.abs(want)))

@@ -41,6 +41,7 @@ class Instance:
         D = heads * W
         known = {
             "u": Input(self.u_shape, self.dtype),
+            "bias": Input((heads, len(self.cell.gates) * W), self.dtype),
             "params": Input((len(self.cell.params), D), "float32"),
             "initial": Input((B, len(self.cell.slots), D), "float32"),
             "tol": Input((1,), "float32"),
@@ -108,9 +109,12 @@ def arrays(of: Instance, seed: int = 0, scale: float = 1.0) -> dict[str, np.ndar
     rng = np.random.default_rng(seed)
     B, heads, T, _, W = of.u_shape
     D = heads * W
-    u = mx.array(rng.normal(0, scale, of.u_shape).astype(np.float32)).astype(DTYPES[of.dtype])
-    given = {
-        "u": np.array(u.view(mx.uint16) if of.dtype == "bfloat16" else u),
+    shapes = {"u": of.u_shape, "bias": (of.u_shape[1], len(of.cell.gates) * W)}
+    given = {}
+    for name, shape in shapes.items():
+        typed = mx.array(rng.normal(0, scale, shape).astype(np.float32)).astype(DTYPES[of.dtype])
+        given[name] = np.array(typed.view(mx.uint16) if of.dtype == "bfloat16" else typed)
+    given |= {
         "params": rng.uniform(-0.5, 0.5, (len(of.cell.params), D)).astype(np.float32),
         "initial": rng.uniform(-0.5, 0.5, (B, len(of.cell.slots), D)).astype(np.float32),
         "tol": np.full(1, 1e-6, np.float32),
@@ -123,4 +127,4 @@ def arrays(of: Instance, seed: int = 0, scale: float = 1.0) -> dict[str, np.ndar
 
 def dtypes_of(of: Instance) -> dict[str, str]:
     """The `dtypes` argument of harness.run."""
-    return {"u": of.dtype}
+    return {"u": of.dtype, "bias": of.dtype}

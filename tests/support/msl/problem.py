@@ -45,6 +45,7 @@ class Problem:
         scale=0.5,
         memory=0.0,
         seed=0,
+        bias=0.0,
     ):
         self.cell, self.dtype, self.masked = get_cell(name), dtype, masked
         rng = np.random.default_rng(seed)
@@ -57,6 +58,9 @@ class Problem:
         given, exact = rounded(np.ascontiguousarray(u.swapaxes(0, 1)), dtype)
         self.u, exact = given.swapaxes(0, 1), exact.swapaxes(0, 1)
         self.exact_u = exact.transpose(0, 2, 3, 1, 4).reshape(B, T, len(self.cell.gates), D)
+        # of its own numbers, so that the others do not depend on it
+        shift = bias * np.random.default_rng(1000 + seed).normal(size=(heads, u.shape[3] * u.shape[4]))
+        self.bias, self.exact_bias = rounded(shift.astype(np.float32), dtype)
         self.initial = np.zeros((B, len(self.cell.slots), D), np.float32)
         if state:
             self.initial[:] = 0.3 * rng.normal(size=self.initial.shape)
@@ -74,7 +78,7 @@ class Problem:
         states = oracle.sequential(
             self.cell,
             self.params.astype(kind),
-            self.exact_u.astype(kind),
+            self._shifted_u(kind),
             self.initial.astype(kind),
             self.mask,
         )
@@ -85,7 +89,7 @@ class Problem:
             states = oracle.tiled_iterates(
                 self.cell,
                 self.params.astype(kind),
-                self.exact_u.astype(kind),
+                self._shifted_u(kind),
                 tile,
                 chunk,
                 iterations,
@@ -93,6 +97,11 @@ class Problem:
                 self.mask,
             )
         return self._hidden(states)
+
+    def _shifted_u(self, kind):
+        (gates, D), heads = self.exact_u.shape[2:], len(self.exact_bias)
+        shift = self.exact_bias.reshape(heads, gates, D // heads).swapaxes(0, 1).reshape(gates, D)
+        return self.exact_u.astype(kind) + shift.astype(kind)
 
     def _hidden(self, states):
         hidden = states[self.cell.output_slot]
@@ -118,10 +127,10 @@ class Problem:
         return self._run(launch, interval(every), **options)
 
     def _run(self, launch, extra, **options):
-        inputs = {"u": self.u, "params": self.params, "initial": self.initial, **extra}
+        inputs = {"u": self.u, "bias": self.bias, "params": self.params, "initial": self.initial, **extra}
         if self.masked:
             inputs["mask"] = self.mask
-        out = harness.run(launch, inputs, dtypes={"u": self.dtype}, **options)
+        out = harness.run(launch, inputs, dtypes={"u": self.dtype, "bias": self.dtype}, **options)
         out["hidden"] = widened(out["hidden"], self.dtype)
         return out
 
