@@ -278,7 +278,7 @@ class Session:
         say(f"System prompt: {self.chat.system or 'none'}")
 
     def _save(self, name: str) -> None:
-        from mlx_pararnn.chat.session import saved_path
+        from mlx_pararnn.chat.conversation_file import saved_path
 
         path = saved_path(name)
         if self.ask and path.exists() and not self.ask(f"{path} exists. Overwrite it?"):

@@ -1,23 +1,18 @@
 """A conversation whose whole memory is the recurrent state: history is never read again."""
 
-import json
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from safetensors import SafetensorError, safe_open
 
 from ..cache import RecurrentCache
 from ..errors import PararnnError
-from ..files.model_files import open_regular
 from ..generation import check_text, encode, render, stream_generate
 from ..images.image_model import ImageModel
 from ..images.image_prompts import MARK, embeddings, lay_out, look, without_template
@@ -28,6 +23,7 @@ from ..pocket.events import Event, Finish, Text
 from ..pocket.functions import Functions
 from ..pocket.loop import Limits
 from ..pocket.protocol import find_protocol
+from .conversation_file import Point, Turn, read_conversation, write_conversation
 from .model_fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -37,29 +33,6 @@ if TYPE_CHECKING:
 _READ = "\ue000read\ue001"
 # So many answers can be undone; each costs two states.
 UNDO_LIMIT = 64
-# So many still can after `load`; each adds a state to the file.
-SAVED_UNDO_LIMIT = 8
-
-
-class _Point(NamedTuple):
-    """A moment of a conversation."""
-
-    messages: list[dict[str, str]]
-    cache: list[RecurrentCache]
-    last_token: int | None
-
-
-class _Turn(NamedTuple):
-    """A question that was answered: the moment before it, and a state with the tokens to read from there.
-
-    Of a loaded conversation there is no such state, and the question is read from the moment before it.
-    """
-
-    text: str
-    before: _Point
-    cache: list[RecurrentCache] | None = None
-    tokens: list[int] | None = None
-    image: str | None = None
 
 
 @dataclass
@@ -110,7 +83,7 @@ class Chat:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.cache = self.model.make_cache()
         self._last_token: int | None = None
-        self._turns: list[_Turn] = []
+        self._turns: list[Turn] = []
 
     @property
     def uses_tools(self) -> bool:
@@ -190,7 +163,7 @@ class Chat:
         said = [message for message in self.messages if message["role"] != "system"]
         self.reset()
         for question, answer in zip(said[::2], said[1::2], strict=False):
-            self._turns.append(_Turn(question["content"], self._point(), image=question.get("image")))
+            self._turns.append(Turn(question["content"], self._point(), image=question.get("image")))
             self.messages += question, answer
 
     def branch(self) -> "Chat":
@@ -217,7 +190,7 @@ class Chat:
         text: str,
         image: str | None,
         tokens: list[int],
-        before: _Point,
+        before: Point,
         interrupted: Callable[[], bool],
         kwargs: dict[str, Any],
         start: list[RecurrentCache] | None = None,
@@ -257,7 +230,7 @@ class Chat:
             _user(text, image),
             {"role": "assistant", "content": "".join(answer)},
         ]
-        turn = _Turn(text, before, read or before.cache, tokens[-1:], image)
+        turn = Turn(text, before, read or before.cache, tokens[-1:], image)
         self._turns = [*turns, turn][-UNDO_LIMIT:]
 
     def _responses(
@@ -307,15 +280,15 @@ class Chat:
         if text and not self.tokenizer.has_chat_template:
             raise PararnnError("this model's tokenizer has no chat template, so it can take no system prompt")
 
-    def _last_turn(self) -> _Turn:
+    def _last_turn(self) -> Turn:
         if not self._turns:
             raise PararnnError("there is no answer to go back from")
         return self._turns[-1]
 
-    def _point(self) -> _Point:
-        return _Point(list(self.messages), _copy(self.cache), self._last_token)
+    def _point(self) -> Point:
+        return Point(list(self.messages), _copy(self.cache), self._last_token)
 
-    def _go_to(self, point: _Point) -> None:
+    def _go_to(self, point: Point) -> None:
         self.messages, self.cache = list(point.messages), _copy(point.cache)
         self._last_token = point.last_token
 
@@ -324,31 +297,10 @@ class Chat:
 
         It is one of MLX-LM's prompt-cache files: `mlx_lm.generate --prompt-cache-file` goes on from it.
         """
-        path = saved_path(path)
-        if path.exists() and not _is_conversation(path):
-            raise PararnnError(f"{path} exists and is not a saved conversation; choose another name")
-        mx.eval([c.cache for c in self.cache])
-        turns = self._turns[-SAVED_UNDO_LIMIT:]
-        metadata = {
-            "model": str(self.tokenizer.name_or_path),  # this and the next for MLX-LM
-            "tokenizer_config": "{}",
-            "weights": self._weights,
-            "messages": json.dumps(self.messages),
-            "last_token": json.dumps(self._last_token),
-            "turns": json.dumps([_described(turn) for turn in turns]),
-        }
-        if not path.parent.is_dir():
-            raise PararnnError(f"no such folder: {path.parent}")
-        partial = path.with_name(f".{path.stem}-{os.getpid()}.safetensors")
-        try:
-            save_prompt_cache(str(partial), self.cache, metadata)
-            _add_states(partial, [t.before.cache for t in turns])
-            os.replace(partial, path)
-        except RuntimeError as error:  # what MLX raises where a file cannot be written
-            raise PararnnError(f"cannot write {path}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        now = Point(self.messages, self.cache, self._last_token)
+        return write_conversation(
+            path, now, self._turns, lambda: self._weights, str(self.tokenizer.name_or_path)
+        )
 
     def load(self, path: str | Path) -> None:
         """Go on from what `save` wrote, or from a prompt that MLX-LM's `cache_prompt` has read.
@@ -356,37 +308,10 @@ class Chat:
         Raises:
             PararnnError: no such file, no saved state, or one of another model; nothing is changed then.
         """
-        given, path = Path(path).expanduser(), saved_path(path)
-        if not path.is_file():
-            reason = " (a saved conversation's name ends in .safetensors)" if given.is_file() else ""
-            raise PararnnError(f"no such file: {path}{reason}")
-        try:
-            _check_keys(path)
-            cache, metadata = load_prompt_cache(str(path), return_metadata=True)
-            messages = json.loads(metadata.get("messages", "[]"))
-            last_token = json.loads(metadata.get("last_token", "null"))
-            turns = _saved_turns(path, metadata, messages, len(cache))
-            if "weights" in metadata:
-                fits = metadata["weights"] == self._weights
-            else:  # by cache_prompt, which notes the model's name
-                fits = _same_model(metadata["model"], str(self.tokenizer.name_or_path))
-        except Exception as error:  # whatever a file that is something else leads the reader to
-            raise PararnnError(
-                f"{path} is not a conversation saved by /save, nor a prompt cache that MLX-LM wrote for this "
-                "model"
-            ) from error
-        if not fits:
-            raise PararnnError(f"{path} was saved with another model; load that model to go on with it")
-        try:
-            points = [_Point(messages, cache, last_token), *(turn.before for turn in turns)]
-            sound = all(_is_whole(p.cache, p.messages, p.last_token) and self._fits(p.cache) for p in points)
-            sound = sound and all(isinstance(turn.text, str) for turn in turns)
-        except Exception:  # what stands in the place of a state may be anything
-            sound = False
-        if not sound:
-            raise PararnnError(f"{path} is damaged: its state is not one that this model makes")
-        self.cache, self.messages, self._last_token, self._turns = cache, messages, last_token, turns
-        first = messages[0] if messages else {}
+        model = str(self.tokenizer.name_or_path)
+        now, self._turns = read_conversation(path, lambda: self._weights, model, self._fits)
+        self.messages, self.cache, self._last_token = now
+        first = now.messages[0] if now.messages else {}
         self.system = first.get("content") if first.get("role") == "system" else None
 
     def _fits(self, cache: list[RecurrentCache]) -> bool:
@@ -486,70 +411,6 @@ class _Interrupted(Exception):
     """Raised inside MLX-LM's prompt loop, between two pieces, to leave it."""
 
 
-def _check_keys(path: Path) -> None:
-    """Raise for keys that MLX would unfold into lists of any length: a number in a key is an index."""
-    with open_regular(path):  # not a pipe
-        pass
-    with safe_open(path, "numpy") as file:
-        keys = [*file.keys(), *(file.metadata() or {})]
-    for key in keys:
-        parts = key.split(".")
-        indices = [part for part in parts if part.isdigit()]
-        if len(parts) > 8 or any(len(index) > 9 or int(index) > max(len(keys), 64) for index in indices):
-            raise ValueError(f"the key {key[:40]!r} is not one of a saved state")
-
-
-def _add_states(file: Path, states: list[list[RecurrentCache]]) -> None:
-    """Write earlier states into a file of MLX-LM's, after the layers of which MLX-LM reads."""
-    if not states:
-        return
-    arrays, metadata = cast(
-        tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True)
-    )
-    mx.eval(arrays)  # MLX reads when a number is asked for, and the file is written anew
-    layers = len(states[0])
-    for i, state in enumerate(states, 1):
-        for j, layer in enumerate(state):
-            for k, array in enumerate(layer.cache):
-                if array is not None:
-                    arrays[f"{layers * i + j}.0.{k}"] = array
-    mx.save_safetensors(str(file), arrays, metadata)
-
-
-def _described(turn: _Turn) -> list[Any]:
-    """What a file says of a turn; the state before it stands among the arrays."""
-    before = turn.before
-    return [turn.text, len(before.messages), before.cache[0].offset, before.last_token]
-
-
-def _saved_turns(
-    file: Path, metadata: dict[str, str], messages: list[dict[str, str]], layers: int
-) -> list[_Turn]:
-    """The turns that a file's conversation can go back from."""
-    arrays = cast(dict[str, mx.array], mx.load(str(file)))
-    found = []
-    for i, (text, said, offset, last_token) in enumerate(json.loads(metadata.get("turns", "[]")), 1):
-        names = [[f"{layers * i + j}.0.{k}" for k in range(2)] for j in range(layers)]
-        cache = [
-            RecurrentCache.from_state(([arrays.get(name) for name in pair], [offset], None, None))
-            for pair in names
-        ]
-        image = messages[said].get("image")
-        found.append(_Turn(text, _Point(messages[:said], cache, last_token), image=image))
-    return found
-
-
-def _is_whole(cache: list[Any], messages: Any, last_token: Any) -> bool:
-    """True if all but the arrays of a saved conversation is of the kind that `save` writes."""
-    return (
-        all(isinstance(c, RecurrentCache) and c.finalized and len(c.offsets) == 1 for c in cache)
-        and all(isinstance(c.offset, int) and c.offset >= 0 for c in cache)
-        and isinstance(messages, list)
-        and all(isinstance(m, dict) and all(isinstance(v, str) for v in m.values()) for m in messages)
-        and (last_token is None or isinstance(last_token, int))
-    )
-
-
 def _same_form(a: mx.array | None, b: Any) -> bool:
     """`b` may be missing: a conversation saved before its first word."""
     if a is None or b is None:
@@ -557,28 +418,5 @@ def _same_form(a: mx.array | None, b: Any) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(mx.isfinite(b).all().item())
 
 
-def _is_conversation(path: Path) -> bool:
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return False
-    return any(key.endswith(".last_token") for key in metadata)
-
-
-def saved_path(path: str | Path) -> Path:
-    """The file that `Chat.save` writes for a name: it ends in .safetensors."""
-    path = Path(path).expanduser()
-    if not path.name or path.is_dir():
-        raise PararnnError(f"{path} is a folder; give a file name")
-    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
-
-
 def _copy(cache: list[RecurrentCache]) -> list[RecurrentCache]:
     return [RecurrentCache.from_state(c.state) for c in cache]
-
-
-def _same_model(a: str, b: str) -> bool:
-    """Whether two names mean one folder, or a repository and the hub's folder for it."""
-    as_folder = f"models--{a.replace('/', '--')}"
-    return a == b or Path(a).resolve() == Path(b).resolve() or as_folder in Path(b).parts

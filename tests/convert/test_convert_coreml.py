@@ -1,12 +1,10 @@
-"""`mlx-pararnn convert --to coreml` and `verify` of what it wrote, as a user has them.
+"""`mlx-pararnn convert --to coreml`, as a user has it.
 
 What the packages compute is tested in tests/convert/coreml.
 """
 
 import json
-import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,64 +18,35 @@ import pytest
 pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python and machine")
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map_with_path
 from typer.testing import CliRunner
 
-from mlx_pararnn import Cell, Model, ModelArgs, register_cell
+from mlx_pararnn import Cell, ModelArgs, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cells.dual import Dual, DualFunctions
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.convert.coreml import mlpackage_check as package_check
 from mlx_pararnn.convert.package import export_memory as memory
 from mlx_pararnn.convert.package.constants import Linear, Palette, Plain, stored
 from mlx_pararnn.convert.package.iterations import LIMIT, iterations_needed
-from mlx_pararnn.convert.package.package_digest import stored_digest
 from mlx_pararnn.convert.package.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
-from tests.support.coreml.exporting import failing_export, formula
-from tests.support.coreml.interpreter import Package
+from tests.support.coreml.exporting import export_to_coreml, failing_export, formula, plain_model, settings
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import apple_gru, babylm
-
-
-def export(source, out, *options):
-    return convert(source, "--to", "coreml", "-o", out, *options)
-
-
-def settings(out: Path) -> dict:
-    return json.loads((out / "pararnn.json").read_text())
 
 
 def weight_bytes(out: Path) -> int:
     return (out / "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
 
 
-def small_model(folder: Path, scale: float = 1, **fields) -> Path:
-    """An MLX model folder; `scale` multiplies its recurrent weights."""
-    mx.random.seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 40, "intermediate_size": 64}
-    args = {"model_type": "pararnn", **sizes, **fields}
-    model = Model(ModelArgs.from_dict(args))
-    model.update(
-        tree_map_with_path(
-            lambda name, p: scale * p if name.endswith("recurrent_weight") else p, model.parameters()
-        )
-    )
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(args))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    return folder
-
-
 @pytest.fixture
 def model(tmp_path):
-    return small_model(tmp_path / "mlx")
+    return plain_model(tmp_path / "mlx")
 
 
 @pytest.fixture
 def no_export(tmp_path):
-    return failing_export(export, tmp_path)
+    return failing_export(export_to_coreml, tmp_path)
 
 
 # --- what OUT holds -----------------------------------------------------------------------------------------
@@ -85,7 +54,7 @@ def no_export(tmp_path):
 
 def test_a_checkpoint_becomes_a_package_with_its_tokenizer(data, tmp_path):
     out = tmp_path / "out"
-    result = export(data / "trained/paragru/final.pt", out, "--tokenizer", "bytes")
+    result = export_to_coreml(data / "trained/paragru/final.pt", out, "--tokenizer", "bytes")
     assert result.exit_code == 0, result.output
     assert {path.name for path in out.iterdir()} == {
         "model.mlpackage", "pararnn.json", "reference.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -106,7 +75,7 @@ def test_metadata_in_the_package_is_the_runners_file(model, tmp_path):
     import coremltools as ct
 
     out = tmp_path / "out"
-    assert export(model, out, "--tokenizer", "none", "--state", "io", "--chunk", 8).exit_code == 0
+    assert export_to_coreml(model, out, "--tokenizer", "none", "--state", "io", "--chunk", 8).exit_code == 0
     description = ct.utils.load_spec(str(out / "model.mlpackage")).description
     assert json.loads(description.metadata.userDefined["pararnn"]) == settings(out)
     assert description.metadata.author == "converted from mlx"
@@ -124,14 +93,14 @@ def test_iterations_and_end_ids_are_taken_over(model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 7, "bos_token_id": 3}))
     out = tmp_path / "out"
-    assert export(model, out, "--tokenizer", "none", "--iterations", 6, "--chunk", 8).exit_code == 0
+    assert export_to_coreml(model, out, "--tokenizer", "none", "--iterations", 6, "--chunk", 8).exit_code == 0
     made = settings(out)
     assert (made["eos_token_id"], made["bos_token_id"], made["iterations"]) == ([7], 3, 6)
 
 
 def test_a_model_that_newton_does_not_solve_ships_decode_only(tmp_path):
-    folder = small_model(tmp_path / "slstm", cell="slstm", mixer="plain")
-    result = export(folder, tmp_path / "out", "--tokenizer", "none", "--chunk", 32)
+    folder = plain_model(tmp_path / "slstm", cell="slstm", mixer="plain")
+    result = export_to_coreml(folder, tmp_path / "out", "--tokenizer", "none", "--chunk", 32)
     assert result.exit_code == 0, result.output
     made = settings(tmp_path / "out")
     assert (made["functions"], made["chunk"], made["iterations"]) == (["decode"], None, None)
@@ -142,7 +111,7 @@ def test_iterations_grow_with_the_recurrent_weights(tmp_path):
     tokens = [int(t) for t in np.random.default_rng(0).integers(0, 40, 128)]
 
     def needed(scale, dtype=np.float32):
-        folder = small_model(tmp_path / f"scaled-{scale}-{np.dtype(dtype).name}", scale, mixer="plain")
+        folder = plain_model(tmp_path / f"scaled-{scale}-{np.dtype(dtype).name}", scale, mixer="plain")
         import mlx_pararnn
 
         return iterations_needed(mlx_pararnn.load_model(folder)[0], tokens, 64, dtype)
@@ -162,7 +131,7 @@ def test_iterations_are_measured_on_more_than_two_small_chunks(tmp_path, data):
         ).exit_code
         == 0
     )
-    result = export(tmp_path / "mlx", tmp_path / "out", "--tokenizer", "none", "--chunk", 8)
+    result = export_to_coreml(tmp_path / "mlx", tmp_path / "out", "--tokenizer", "none", "--chunk", 8)
     assert result.exit_code == 0, result.output
     assert settings(tmp_path / "out")["functions"] == ["decode"]
     assert "of 128 likeliest tokens" in result.stdout
@@ -171,9 +140,9 @@ def test_iterations_are_measured_on_more_than_two_small_chunks(tmp_path, data):
 @pytest.mark.large
 @pytest.mark.parametrize(("cell", "state", "warned"), [("slstm", "graph", True), ("slstm", "io", False)])
 def test_a_state_that_grows_is_warned_of(tmp_path, cell, state, warned):
-    folder = small_model(tmp_path / "mlx", cell=cell, mixer="plain")
+    folder = plain_model(tmp_path / "mlx", cell=cell, mixer="plain")
     options = ("--tokenizer", "none", "--chunk", 2, "--iterations", 2, "--state", state)
-    result = export(folder, tmp_path / "out", *options)
+    result = export_to_coreml(folder, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert ("warning: sLSTM's state grows" in result.stderr) == warned
 
@@ -182,7 +151,7 @@ def test_a_state_that_grows_is_warned_of(tmp_path, cell, state, warned):
 def test_a_config_may_leave_the_cell_out(model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     assert "cell" not in config  # nor anything else that has a default
-    assert export(model, tmp_path / "out", "--tokenizer", "none", "--chunk", 4).exit_code == 0
+    assert export_to_coreml(model, tmp_path / "out", "--tokenizer", "none", "--chunk", 4).exit_code == 0
     assert settings(tmp_path / "out")["cell"] == "gru"
 
 
@@ -196,7 +165,9 @@ def test_a_config_may_leave_the_cell_out(model, tmp_path):
 )
 def test_fewer_bits(data, tmp_path, options, how, share):
     out = tmp_path / "out"
-    result = export(data / "trained/paragru/final.pt", out, "--tokenizer", "none", "--chunk", 16, *options)
+    result = export_to_coreml(
+        data / "trained/paragru/final.pt", out, "--tokenizer", "none", "--chunk", 16, *options
+    )
     assert result.exit_code == 0, result.output
     made = settings(out)
     assert made["weights"] == how
@@ -206,8 +177,10 @@ def test_fewer_bits(data, tmp_path, options, how, share):
 
 
 def test_what_fits_no_block_stays_float16(tmp_path):
-    folder = small_model(tmp_path / "odd", hidden_size=24)
-    result = export(folder, tmp_path / "out", "--tokenizer", "none", "-q", "--q-bits", 4, "--chunk", 8)
+    folder = plain_model(tmp_path / "odd", hidden_size=24)
+    result = export_to_coreml(
+        folder, tmp_path / "out", "--tokenizer", "none", "-q", "--q-bits", 4, "--chunk", 8
+    )
     assert "model.embed_tokens left float16 (1)" in result.stdout
     assert "mlp.down_proj left" not in result.stdout  # 64 inputs: whole blocks
 
@@ -281,7 +254,7 @@ def test_a_cell_that_leaves_the_op_namespace_is_refused(tmp_path, no_export):
 
     for cell, reason in ((Sine, "Value"), (Missing, "F.sin: no such function"), (Absolute, "abs()")):
         register_cell(cell)
-        folder = small_model(tmp_path / cell.name, cell=cell.name, mixer="plain")
+        folder = plain_model(tmp_path / cell.name, cell=cell.name, mixer="plain")
         for iterations in ((), ("--iterations", 2)):  # counted, or not
             message = no_export(folder, "--tokenizer", "none", "--chunk", 4, *iterations)
             assert message.startswith(f"cell {cell.name!r}: its step cannot become a Core ML program"), (
@@ -303,10 +276,10 @@ def test_no_coremltools_for_this_python(model, no_export, monkeypatch):
 @pytest.mark.large
 def test_out_exists(model, no_export, tmp_path):
     out = tmp_path / "out"
-    assert export(model, out, "--tokenizer", "none", "--chunk", 8).exit_code == 0
+    assert export_to_coreml(model, out, "--tokenizer", "none", "--chunk", 8).exit_code == 0
     assert f"{out}: already exists" in no_export(model)
     before = settings(out)
-    assert export(model, out, "--tokenizer", "none", "--chunk", 4, "--force").exit_code == 0
+    assert export_to_coreml(model, out, "--tokenizer", "none", "--chunk", 4, "--force").exit_code == 0
     assert settings(out)["chunk"] == 4 != before["chunk"]
     # over a package an MLX model may come, and the other way round
     assert convert(
@@ -314,7 +287,7 @@ def test_out_exists(model, no_export, tmp_path):
     )
     assert (out / "config.json").exists()
     assert not (out / "model.mlpackage").exists()
-    assert export(apple, out, "--tokenizer", "none", "--chunk", 4, "--force").exit_code == 0
+    assert export_to_coreml(apple, out, "--tokenizer", "none", "--chunk", 4, "--force").exit_code == 0
     (out / "notes.txt").write_text("mine")
     assert "holds notes.txt, which no conversion wrote" in no_export(model, "--force", "--tokenizer", "none")
     assert "lies inside the checkpoint's own folder" in no_export(model, out=model / "out")
@@ -354,7 +327,7 @@ def test_what_is_no_model_to_export(tmp_path, model, no_export):
     assert "an MLX model already" in no_export(model, "--family", "babylm", "--tokenizer", "none")
     assert "no such file or folder" in no_export("nowhere.pt")
     package = tmp_path / "package"
-    assert export(model, package, "--tokenizer", "none", "--chunk", 4).exit_code == 0
+    assert export_to_coreml(model, package, "--tokenizer", "none", "--chunk", 4).exit_code == 0
     assert "a Core ML package, not a checkpoint" in no_export(package)
     assert CliRunner().invoke(app, ["inspect", str(package)]).exit_code == 0  # what it is can be said
 
@@ -400,7 +373,7 @@ def test_ctrl_c_leaves_nothing(data, tmp_path):
 
 @pytest.mark.large
 def test_no_room_for_the_package(tmp_path):
-    source = small_model(tmp_path / "mlx", vocab_size=30_000)
+    source = plain_model(tmp_path / "mlx", vocab_size=30_000)
     command = [sys.executable, "-m", "mlx_pararnn.cli.app", "convert", source, "--to", "coreml", "--chunk", 2]
     command += ["-o", tmp_path / "out", "--tokenizer", "none", "--iterations", 1]
     result = subprocess.run(
@@ -415,133 +388,12 @@ def test_no_room_for_the_package(tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
-# --- verify -------------------------------------------------------------------------------------------------
-
-
-def verify(*arguments):
-    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory):
-    """Small packages by their options, each made once."""
-    root = tmp_path_factory.mktemp("packages")
-    folder = small_model(root / "mlx", max_position_embeddings=64)
-
-    def make(*options):
-        out = root / "-".join(["out", *map(str, options)])
-        if not out.exists():
-            result = export(folder, out, "--tokenizer", "none", "--chunk", 8, *options)
-            assert result.exit_code == 0, result.output
-        return out
-
-    return make
-
-
-def test_verify_without_a_mac_says_what_it_did_not_do(packages, monkeypatch):
-    monkeypatch.setattr(package_check, "can_predict", lambda: False)
-    result = verify(packages())
-    assert result.exit_code == 1
-    assert "the package is whole" in result.stderr
-    assert "none of its numbers were compared; run this on a Mac" in result.stderr
-    assert verify(packages(), "--against", "x").exit_code == 2
-
-
-def test_a_digest_is_of_what_is_stored():
-    half = Plain(np.arange(6, dtype=np.float16).reshape(2, 3))
-    other = Plain(np.arange(1, 7, dtype=np.float16).reshape(2, 3))
-    digest = stored_digest({"a": half, "b": other})
-    assert stored_digest({"b": other, "a": half}) == digest
-    assert len({digest, stored_digest({"a": other, "b": half}), stored_digest({"a": half, "c": other})}) == 3
-
-
-@pytest.mark.large
-def test_the_same_weights_exported_again_have_the_same_digest(packages):
-    digests = {settings(packages(*options))["weights_digest"] for options in ([], ["--argmax"], ["-q"])}
-    assert len(digests) == 2
-    assert settings(packages())["weights_digest"] == settings(packages("--argmax"))["weights_digest"]
-
-
-@pytest.mark.parametrize("left", [0.5, 0.99, 0.0])
-def test_verify_sees_that_weights_are_cut_short(left, packages, tmp_path):
-    package = shutil.copytree(packages(), tmp_path / "cut")
-    [file] = package.rglob("weight.bin")
-    os.truncate(file, int(left * file.stat().st_size))
-    result = verify(package)
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert "its weights are cut short" in result.stderr
-
-
-class StandIn:
-    """In place of a coremltools model on a Mac: the interpreter of the tests, and an error on request."""
-
-    def __init__(self, package, name, wrong=0.0):
-        self.function, self.wrong = Package(package).function(name), wrong
-
-    def make_state(self):
-        return self.function.new_state()
-
-    def predict(self, inputs, state=None):
-        outputs = self.function(inputs, state or {})
-        return {k: v + self.wrong * (k == "logits") for k, v in outputs.items()}
-
-
-def test_verify_sees_that_weights_are_others(packages, tmp_path):
-    """Whole by their sizes, zero from a place on: what a copy that was interrupted leaves."""
-    package = shutil.copytree(packages(), tmp_path / "zeroed")
-    [file] = package.rglob("weight.bin")
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2 + 200 : len(data) // 2 + 300] = bytes(100)
-    file.write_bytes(data)
-    result = verify(package)
-    assert result.exit_code == 1
-    assert "its weights are not those that were exported" in result.stderr
-
-
 def test_fields_that_no_program_knows_are_refused(model, no_export, tmp_path):
     """Those of a newer version; and a field of our own config.json that nobody taught the export."""
     config = json.loads((model / "config.json").read_text()) | {"logit_softcap": 30, "attention": None}
     (model / "config.json").write_text(json.dumps(config))
     assert "does not know the fields attention, logit_softcap" in no_export(model)
     assert {field.name for field in fields_of(ModelArgs)} == EXPORTED
-
-
-@pytest.mark.sampled("large", by=lambda: ["one"])
-@pytest.mark.parametrize("options", [[], ["--state", "io"], ["--argmax"]])
-def test_verify_compares_every_processor_with_the_reference(packages, monkeypatch, options):
-    out = packages(*options)
-    monkeypatch.setattr(package_check, "can_predict", lambda: True)
-    monkeypatch.setattr(package_check, "open_function", lambda package, name, unit: StandIn(package, name))
-    result = verify(out, "--json")
-    assert result.exit_code == 0, result.output
-    checks = json.loads(result.stdout)["checks"]
-    assert [c["name"].split(":")[0].split(" against")[0] for c in checks] == ["CPU", "GPU", "Neural Engine"]
-    if not options:
-        assert all(0 < c["difference"] < 5e-3 and "9 of 9" in c["note"] for c in checks)
-        monkeypatch.setattr(
-            package_check,
-            "open_function",
-            lambda package, name, unit: StandIn(package, name, wrong=float(unit == "CPU_AND_NE")),
-        )
-        result = verify(out)
-        assert result.exit_code == 1
-        assert [line.count("FAIL") for line in result.stdout.splitlines()[1:4]] == [0, 0, 1]
-
-
-def test_verify_of_a_package_that_is_not_whole(packages, tmp_path, monkeypatch):
-    monkeypatch.setattr(package_check, "can_predict", lambda: False)
-    out = shutil.copytree(packages(), tmp_path / "out")
-    made = settings(out)
-    (out / "pararnn.json").write_text(json.dumps(made | {"chunk": 9}))
-    assert "is not the package that pararnn.json describes" in verify(out).stderr
-    (out / "pararnn.json").write_text(json.dumps(made | {"format_version": 2}))
-    assert "not a description this version reads" in verify(out).stderr
-    (out / "pararnn.json").write_text(json.dumps(made))
-    (out / "reference.safetensors").write_bytes(b"nothing")
-    assert "reference.safetensors: cannot be read" in verify(out).stderr
-    shutil.rmtree(out / "model.mlpackage/Data")
-    assert "is no whole Core ML package" in verify(out).stderr
 
 
 @pytest.mark.large

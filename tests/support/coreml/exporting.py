@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 import mlx_pararnn
 from mlx_pararnn import Cell, Model, ModelArgs
 from mlx_pararnn.cli.app import app
+from tests.support.converting import convert
 from tests.support.golden import DATA, arrays_in
 
 SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 50, "intermediate_size": 16}
@@ -255,3 +256,28 @@ def prefilled(runner, ids, chunk):
     read = [runner.call("prefill", ids[start : start + chunk]) for start in starts]
     read += [runner.call("decode", [token]) for token in ids[whole:]]
     return np.stack(read), [start + chunk - 1 for start in starts] + list(range(whole, len(ids)))
+
+
+def plain_model(folder: Path, scale: float = 1, **fields) -> Path:
+    """An MLX model folder as it is made; `scale` multiplies its recurrent weights."""
+    mx.random.seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 40, "intermediate_size": 64}
+    args = {"model_type": "pararnn", **sizes, **fields}
+    model = Model(ModelArgs.from_dict(args))
+    model.update(
+        tree_map_with_path(
+            lambda name, p: scale * p if name.endswith("recurrent_weight") else p, model.parameters()
+        )
+    )
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(args))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return folder
+
+
+def export_to_coreml(source, out, *options):
+    return convert(source, "--to", "coreml", "-o", out, *options)
+
+
+def settings(out: Path) -> dict:
+    return json.loads((out / "pararnn.json").read_text())
