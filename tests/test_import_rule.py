@@ -1,6 +1,7 @@
 """Imports run one way through the rooms, and no two files import each other, at the top or in a function."""
 
 import ast
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -159,6 +160,13 @@ def test_no_two_files_import_each_other():
 def test_an_import_against_the_arrows_is_seen(module, statement, offence):
     (seen,) = offences(module, statement)
     assert offence in seen
+
+
+def test_every_folder_is_in_the_wheel():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT).parts for path in MODULES.values()}
+    inside = {".".join(parts if parts[0] == "mlx_pararnn" else ("mlx_pararnn", *parts)) for parts in folders}
+    assert inside == set(packages) - {"mlx_pararnn.metal.cells"}  # headers alone
 
 
 def test_no_two_files_have_one_name():

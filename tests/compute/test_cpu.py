@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 def close(given, exact, single, dtype="float32"):
-    """DESIGN's "equal", where the case's own gap is float32's: `single` is the oracle in float32."""
+    """Equal, where the case's own gap is float32's: `single` is the oracle in float32."""
     gap = 4 * np.abs(single - exact).max()
     assert_close(given, exact, dtype, tolerance=max(2e-6, gap))
 

@@ -10,7 +10,7 @@ def greedy(model, tokens, n, cache=None):
 
 
 def same_until_a_near_tie(model, prompt, a, b):
-    """DESIGN's "equal" for tokens: the same until a step whose two best logits are within 1e-3."""
+    """Equal for tokens: the same until a step whose two best logits are within 1e-3."""
     for n, (x, y) in enumerate(zip(a, b, strict=True)):
         if x != y:
             best = mx.sort(model(mx.array([prompt + a[:n]]))[0, -1])[-2:]

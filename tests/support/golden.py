@@ -67,7 +67,7 @@ def read(case):
 
 
 def allowed(golden):
-    """DESIGN's "equal": 2e-6 of the largest |y|, or four times the case's own float32-float64 gap."""
+    """Equal: 2e-6 of the largest |y|, or four times the case's own float32-float64 gap."""
     gap = np.abs(golden["y_seq"] - golden["y_seq_f64"]).max()
     return max(2e-6 * max(1.0, np.abs(golden["y_seq"]).max()), 4 * gap)
 

@@ -1,5 +1,7 @@
 """The serve command in a process of its own, and models for it, for the tests of server and page."""
 
+import http.client
+import json
 import os
 import re
 import select
@@ -11,6 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlx.core as mx
 import openai
@@ -20,6 +23,7 @@ import mlx_pararnn
 from tests.support.demo import DEMO
 
 MOST = 300  # tokens that the tests' server gives at most
+KEY = "a-key-of-ours"
 PAGE_ORIGIN = "app://obsidian.md"  # that it lets in
 COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "serve"]
 
@@ -95,3 +99,16 @@ def running(*args):
             server.process.kill()
             server.process.wait()
         server.stderr.close()
+
+
+def request(server, method, path, body=None, **headers):
+    """Status, headers and body of a request with nothing added to it."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    content = json.dumps(body).encode() if isinstance(body, dict) else body
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, content, headers)
+    response = connection.getresponse()
+    try:
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
