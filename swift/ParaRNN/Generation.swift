@@ -184,41 +184,43 @@
     public typealias Element = String
     public typealias Failure = any Error
 
-    private let source: Source
+    private let source: LazyAnswer<any Answering>
 
-    init(start: @escaping @Sendable () async throws -> any Answering) { source = Source(start) }
+    init(start: @escaping @Sendable () async throws -> any Answering) { source = LazyAnswer(start) }
 
     public func makeAsyncIterator() -> AsyncIterator { AsyncIterator(source: source) }
 
     /// Counts and speeds so far; nil before the first piece.
     public var statistics: GenerationStatistics? {
-      get async { await source.generation?.statistics }
+      get async { await source.answer?.statistics }
     }
 
     public struct AsyncIterator: AsyncIteratorProtocol {
-      fileprivate let source: Source
+      fileprivate let source: LazyAnswer<any Answering>
 
-      public mutating func next() async throws -> String? { try await source.next() }
+      public mutating func next() async throws -> String? { try await source.started()?.next() }
 
       public mutating func next(isolation actor: isolated (any Actor)?) async throws -> String? {
-        try await source.next()
+        try await source.started()?.next()
       }
     }
+  }
 
-    /// Starts the generation when the first piece is asked for.
-    fileprivate actor Source {
-      private var start: (@Sendable () async throws -> any Answering)?
-      private(set) var generation: (any Answering)?
+  /// Starts an answer when the first piece of it is asked for.
+  actor LazyAnswer<Answer: Sendable> {
+    private var start: (@Sendable () async throws -> Answer)?
+    /// Nil until it was started.
+    private(set) var answer: Answer?
 
-      init(_ start: @escaping @Sendable () async throws -> any Answering) { self.start = start }
+    init(_ start: @escaping @Sendable () async throws -> Answer) { self.start = start }
 
-      func next() async throws -> String? {
-        if let start {
-          self.start = nil
-          generation = try await start()
-        }
-        return try await generation?.next()
+    /// The answer, started; nil if that failed earlier.
+    func started() async throws -> Answer? {
+      if let start {
+        self.start = nil
+        answer = try await start()
       }
+      return answer
     }
   }
 #endif

@@ -160,9 +160,9 @@
     public typealias Element = ToolEvent
     public typealias Failure = any Error
 
-    private let source: Source
+    private let source: LazyAnswer<ToolAnswer>
 
-    init(start: @escaping @Sendable () async throws -> ToolAnswer) { source = Source(start) }
+    init(start: @escaping @Sendable () async throws -> ToolAnswer) { source = LazyAnswer(start) }
 
     public func makeAsyncIterator() -> AsyncIterator { AsyncIterator(source: source) }
 
@@ -172,27 +172,12 @@
     }
 
     public struct AsyncIterator: AsyncIteratorProtocol {
-      fileprivate let source: Source
+      fileprivate let source: LazyAnswer<ToolAnswer>
 
-      public mutating func next() async throws -> ToolEvent? { try await source.next() }
+      public mutating func next() async throws -> ToolEvent? { try await source.started()?.nextEvent() }
 
       public mutating func next(isolation actor: isolated (any Actor)?) async throws -> ToolEvent? {
-        try await source.next()
-      }
-    }
-
-    fileprivate actor Source {
-      private var start: (@Sendable () async throws -> ToolAnswer)?
-      private(set) var answer: ToolAnswer?
-
-      init(_ start: @escaping @Sendable () async throws -> ToolAnswer) { self.start = start }
-
-      func next() async throws -> ToolEvent? {
-        if let start {
-          self.start = nil
-          answer = try await start()
-        }
-        return try await answer?.nextEvent()
+        try await source.started()?.nextEvent()
       }
     }
   }
