@@ -194,7 +194,7 @@
       }
     }
 
-    @Test func savedTalksThatAreNone() async throws {
+    @Test func savedConversationsThatAreNone() async throws {
       let fake = ascii()
       try await fake.loadASCII { (model) async throws in
         let chat = model.chat(format: .plain)
