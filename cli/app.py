@@ -106,8 +106,8 @@ def main_options(  # noqa: D103 - its docstring would be the help
 def main() -> None:
     """The command line; returns where a command does."""
     _open_streams()
-    leave_the_word_to_rank_0()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave_the_word_to_rank_0()
     signal.signal(signal.SIGTERM, _leave)
     show_messages()
     app()

@@ -159,7 +159,7 @@ def bench(
         with _progress_bar(len(cases)) as progress:
             for done, case in enumerate(cases):
                 progress(done, f"{case.section} {_in_words(case.settings)}")
-                results.append(case.measure(trials))
+                results.append(case.measure(trials, loaded.group))
     except KeyboardInterrupt as error:
         if not results:
             raise
@@ -194,13 +194,18 @@ def _sizes(sizes: "Sizes", generated: int | None, **lists: str | None) -> "Sizes
 
 
 def _load(model: str | None, preset: str | None, cell: str, dtype: str) -> "Model":
+    from mlx_pararnn.distributed import world
+
     if preset is not None:
         from mlx_pararnn.tools.benchmark import preset_model
 
-        return preset_model(preset, cell, dtype)
-    from mlx_pararnn.loading import BUNDLED, load_model
+        loaded = preset_model(preset, cell, dtype, world())
+    else:
+        from mlx_pararnn.loading import BUNDLED, load_model
 
-    return load_model(model or BUNDLED)[0]
+        loaded = load_model(model or BUNDLED, group=world())[0]
+    options.say_parts(loaded)
+    return loaded
 
 
 def _in_words(settings: dict[str, Any]) -> str:

@@ -202,8 +202,11 @@ class Session:
 
     def stream(self, answer: "Callable[..., Iterator[GenerationResponse]]", *texts: str) -> None:
         """Write what `chat.respond` or `chat.regenerate` gives."""
+        from mlx_pararnn.distributed import any_rank
+
         from .progress import PromptProgress
 
+        group = self.chat.model.group
         writer = answer_writer(markup=self.chat.tokenizer.has_chat_template, plain=self.plain)
         with (
             watched() as watchdog,
@@ -219,7 +222,7 @@ class Session:
 
             for response in answer(
                 *texts,
-                interrupted=lambda: bool(pressed),
+                interrupted=lambda: bool(pressed) if group is None else any_rank(group, bool(pressed)),
                 prompt_progress_callback=computing,
                 **self._options,
             ):

@@ -100,7 +100,7 @@ def generate(
     from mlx_pararnn.generation import render, stream_generate
     from mlx_pararnn.pocket.protocol import find_protocol
 
-    text = _text(prompt, file)
+    text = options.from_rank_0(lambda: _text(prompt, file))
     how = sampling.choose_sampling(sampling.folder_of(tokenizer), sampling.LIKELIEST, given)
     asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
     if sees is None and find_protocol(tokenizer) is not None and not ignore_chat_template:
@@ -226,12 +226,14 @@ def _continue_ids(
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    from mlx_pararnn.generation import check_tokens, find_room
+    from mlx_pararnn.distributed import rank_0_samples
+    from mlx_pararnn.generation import check_tokens, find_room, likeliest
 
     check_tokens(prompt, loaded.args.vocab_size)
     room = find_room(loaded, len(prompt))
     limit = max_tokens or options.MAX_TOKENS
     chosen = sampling.sampler(sampling.choose_sampling(path, sampling.LIKELIEST, how), loaded.args.vocab_size)
+    chosen["sampler"] = rank_0_samples(loaded.group, chosen.get("sampler") or likeliest)
     steps = generate_step(
         mx.array(prompt), loaded, max_tokens=limit if room is None else min(limit, room), **chosen
     )

@@ -7,6 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .options import from_rank_0
+from .report import launched_rank
+
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import History
@@ -26,11 +29,16 @@ def read_messages(choices: Callable[[str], Iterable[str] | None], keep_history: 
         choices: what may follow a command, or the commands themselves for ""; None for names of files.
         keep_history: read and write the history file.
     """
-    if sys.stdin.isatty():
-        yield from _typed(choices, keep_history)
+    own: Iterator[str] = iter(())
+    if launched_rank():
+        pass  # the messages are rank 0's
+    elif sys.stdin.isatty():
+        own = _typed(choices, keep_history)
     else:
         lines = (line.decode("utf-8", errors="surrogateescape") for line in sys.stdin.buffer)
-        yield from (line.rstrip("\r\n") for line in lines)
+        own = (line.rstrip("\r\n") for line in lines)
+    while (message := from_rank_0(lambda: next(own, None))) is not None:
+        yield message
 
 
 def history_file() -> Path:

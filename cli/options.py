@@ -5,16 +5,20 @@ import sys
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
 from mlx_pararnn.errors import PararnnError
 
 from .progress import loading
-from .report import expand_home
+from .report import expand_home, launched, size
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_pararnn.images.image_model import ImageModel
@@ -178,10 +182,15 @@ def load(
     """The model that a command names, or the bundled one, and its tokenizer."""
     path = find(model, modules)
     with loading(model or "the bundled model"):
+        from mlx_pararnn.distributed import world
         from mlx_pararnn.loading import load as load_pair
+        from mlx_pararnn.pocket.protocol import find_protocol
 
-        pair = load_pair(path, adapter_path=adapters, state=state)
+        pair = load_pair(path, adapter_path=adapters, state=state, group=world())
+        if pair[0].group is not None and find_protocol(pair[1]) is not None:
+            raise PararnnError("a model that uses tools runs in one process; start it without mlx.launch")
         _compile(pair[0])
+    say_parts(pair[0])
     return pair
 
 
@@ -206,6 +215,8 @@ def load_image_model(
 
     if model is None:
         raise PararnnError(NONE_BUNDLED)
+    if launched():
+        raise PararnnError("a model that sees images runs in one process; start it without mlx.launch")
     path = find(model, modules)
     with loading(model):
         from mlx_pararnn.images.image_model import load_image_model as load_pair
@@ -221,11 +232,37 @@ def load_model(
     """The same without a tokenizer: the model, its config, and its folder."""
     path = find(model, modules)
     with loading(model or "the bundled model"):
+        from mlx_pararnn.distributed import world
         from mlx_pararnn.loading import load_model as load_alone
 
-        alone, config = load_alone(path, adapter_path=adapters, state=state)
+        alone, config = load_alone(path, adapter_path=adapters, state=state, group=world())
         _compile(alone)
+    say_parts(alone)
     return alone, config, path
+
+
+def say_parts(model: "Model") -> None:
+    """How many bytes of weights each of several processes has."""
+    if model.group is None:
+        return
+    from mlx_pararnn.compute.module_arrays import named_arrays
+    from mlx_pararnn.distributed import all_numbers
+
+    own = sum(array.nbytes for _, array in named_arrays(model.parameters()))
+    parts = [f"{size(nbytes)} in rank {rank}" for rank, nbytes in enumerate(all_numbers(model.group, own))]
+    typer.echo(f"weights: {', '.join(parts)}", err=True)
+
+
+def from_rank_0(read: "Callable[[], T]") -> "T":
+    """What `read` gives in rank 0, in all processes; only rank 0 calls it."""
+    if not launched():
+        return read()
+    from mlx_pararnn.distributed import share, world
+
+    group = world()
+    if group is None:
+        return read()
+    return cast("T", share(group, read() if group.rank() == 0 else None))
 
 
 def _compile(model: "Model") -> None:

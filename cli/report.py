@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from mlx_pararnn.process.address_space import too_small
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Commands that several processes carry out together.
+SHARED = {"train", "generate", "chat", "bench", "serve", "lm"}
 
 _debug = False
 
@@ -30,6 +34,11 @@ Debug = Annotated[
 ]
 
 
+def launched() -> bool:
+    """Whether mlx.launch started this process."""
+    return "MLX_RANK" in os.environ
+
+
 def launched_rank() -> int:
     """Which of the processes of mlx.launch this is; 0 for one that was started alone."""
     rank = os.environ.get("MLX_RANK", "")
@@ -37,8 +46,14 @@ def launched_rank() -> int:
 
 
 def leave_the_word_to_rank_0() -> None:
-    """Of several processes the others show their errors alone."""
+    """Of several processes the others show their errors alone, and do what rank 0 does when Ctrl-C comes.
+
+    A command that nobody shares is rank 0's.
+    """
     if launched_rank():
+        if not SHARED.intersection(sys.argv[1:2]):
+            raise SystemExit(0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 

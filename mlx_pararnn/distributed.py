@@ -5,6 +5,7 @@ Each runs the same command. Rank 0 reads, writes and decides; what it knows it t
 
 import json
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -68,3 +69,30 @@ def share_arrays(group: Group, arrays: dict[str, mx.array] | None = None) -> dic
         shared[name] = total.view(kind).reshape(shape)
         mx.eval(shared[name])
     return shared
+
+
+def any_rank(group: Group, own: bool) -> bool:
+    """Whether it is true on one of the ranks; all have to ask."""
+    return bool(mx.distributed.all_sum(mx.array(int(own)), group=group).item())
+
+
+def all_numbers(group: Group, own: int) -> list[int]:
+    """A number of each rank, on all of them."""
+    numbers = mx.distributed.all_gather(mx.array([own], mx.int64), group=group)
+    return cast(list[int], numbers.tolist())
+
+
+def rank_0_samples(
+    group: Group | None, sampler: Callable[[mx.array], mx.array]
+) -> Callable[[mx.array], mx.array]:
+    """A sampler whose tokens are rank 0's on all ranks, log probabilities (B, V) to tokens (B,)."""
+    if group is None:
+        return sampler
+
+    def sample(logprobs: mx.array) -> mx.array:
+        own = mx.zeros(logprobs.shape[:-1], mx.uint32)
+        if group.rank() == 0:
+            own = sampler(logprobs).astype(mx.uint32)
+        return mx.distributed.all_sum(own, group=group)
+
+    return sample

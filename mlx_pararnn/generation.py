@@ -12,6 +12,7 @@ from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import RECENT_STEPS
+from .distributed import rank_0_samples
 from .errors import PararnnError, one_line
 from .model import Model
 from .text.detokenizer import Detokenizer, StopMatcher
@@ -71,6 +72,10 @@ def stream_generate(
             raise PararnnError("json_schema and draft_model are not taken together; leave one out")
         matcher, processor = _grammar_of(json_schema, tokenizer, model.args.vocab_size, len(tokens))
         kwargs["logits_processors"] = [*(kwargs.get("logits_processors") or []), processor]
+    if model.group is not None:
+        if draft_model is not None:
+            raise PararnnError("a draft model is not taken by a model that is divided among processes")
+        kwargs["sampler"] = rank_0_samples(model.group, kwargs.get("sampler") or likeliest)
     limited = room is not None and not 0 <= max_tokens <= room
     responses = mlx_lm_stream_generate(
         model, tokenizer, mx.array(tokens), max_tokens=cast(int, room) if limited else max_tokens, **kwargs
@@ -87,6 +92,11 @@ def stream_generate(
         logger.warning(
             "stopped: the model's %d learned positions are used up", model.args.max_position_embeddings
         )
+
+
+def likeliest(logprobs: mx.array) -> mx.array:
+    """The sampler that takes the likeliest token, as MLX-LM does without one."""
+    return mx.argmax(logprobs, axis=-1)
 
 
 def generate(

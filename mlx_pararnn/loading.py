@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from .compute.module_arrays import named_arrays
+from .distributed import Group
 from .errors import PararnnError, one_line
 from .files.hub import find_model
 from .files.model_files import (
@@ -50,6 +51,7 @@ def load(
     *,
     adapter_path: str | Path | None = None,
     state: str | Path | None = None,
+    group: Group | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """A model and its tokenizer.
 
@@ -60,12 +62,13 @@ def load(
             --tune lora` write them; they are added into the weights unless these are quantized.
         state: a file of learned initial states (`mlx-pararnn train --tune state`) that goes before those
             of the model's own weights; None for these, or zeros.
+        group: processes that the model is divided among (`Model.shard`); each reads its part of the weights.
 
     Raises:
         PararnnError: there is no such model, or it is not whole; the message says what to do.
     """
     path = find_model(path_or_hf_repo)
-    model, config = load_model(path, adapter_path=adapter_path, state=state)
+    model, config = load_model(path, adapter_path=adapter_path, state=state, group=group)
     return model, load_tokenizer(path, config)
 
 
@@ -75,6 +78,7 @@ def load_model(
     adapter_path: str | Path | None = None,
     state: str | Path | None = None,
     lazy: bool = False,
+    group: Group | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model and its config.json as a dict, without a tokenizer; as `load` otherwise.
 
@@ -96,7 +100,7 @@ def load_model(
         # model_file is what would make MLX-LM run Python from the folder
         model, config = mlx_lm.utils.load_model(
             path,
-            lazy=lazy,
+            lazy=lazy or group is not None,
             model_config={"model_file": None},
             get_model_classes=lambda config: (Model, ModelArgs),
         )
@@ -106,6 +110,10 @@ def load_model(
             load_adapters(model, Path(adapter_path))
         if state is not None:
             load_states(model, Path(state))
+        if group is not None:
+            model.shard(group)
+            if not lazy:
+                mx.eval(model.parameters())
         return model, config
     except PararnnError:
         raise

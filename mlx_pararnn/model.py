@@ -9,7 +9,7 @@ Letters in shapes: B sequences, T tokens, D channels (hidden_size), V vocabulary
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,8 +30,10 @@ from .compute.module_arrays import (
 )
 from .compute.recurrence import choice_for, recurrence, solve
 from .compute.token_trial import compared_tokens
+from .distributed import Group, world
 from .errors import PararnnError
 from .model_config import ModelArgs
+from .sharding import Shard, divide
 
 
 class RecurrentLayer(nn.Module):
@@ -166,6 +168,8 @@ class CausalConv(nn.Module):
 class GatedConvMixer(nn.Module):
     """Input projection, convolution, cell, gated norm, output projection: (B, T, D) -> (B, T, D)."""
 
+    _shard: Shard | None = None
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         D = args.hidden_size
@@ -179,12 +183,17 @@ class GatedConvMixer(nn.Module):
         self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice, **options: Any
     ) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes the new state and window."""
-        T, window = x.shape[1], cache[1]
+        T, window, shard = x.shape[1], cache[1], self._shard
+        x = x if shard is None else shard.entered(x)
         main, gate = mx.split(matrix_products.linear(self.in_proj, x), 2, axis=-1)
         x, cache[1] = self.conv1d(main, window, cache.spans(T), choice)
-        norm = gate, self.norm.weight, self.norm.eps
+        if shard is not None and not shard.whole_heads:
+            x = shard.of_heads(shard.entered(shard.whole(x)))
+        norm = (gate, self.norm.weight, self.norm.eps) if shard is None else ()
         y, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, *norm, **options)
         cache.keep(states, T, window, main)
+        if shard is not None:
+            return shard.normed_product(y, gate, self.norm, self.out_proj, choice.output)
         return matrix_products.linear(self.out_proj, y)
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
@@ -201,6 +210,8 @@ class GatedConvMixer(nn.Module):
 class PlainMixer(nn.Module):
     """The cell alone: (B, T, D) -> (B, T, D)."""
 
+    _shard: Shard | None = None
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.cell = RecurrentLayer(
@@ -211,10 +222,11 @@ class PlainMixer(nn.Module):
         self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice, **options: Any
     ) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes the new state."""
-        T = x.shape[1]
+        T, shard = x.shape[1], self._shard
+        x = x if shard is None else shard.of_heads(shard.entered(x))
         hidden, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, **options)
         cache.keep(states, T)
-        return hidden
+        return hidden if shard is None else shard.whole(hidden)
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
         """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
@@ -223,6 +235,8 @@ class PlainMixer(nn.Module):
 
 class MLP(nn.Module):
     """SwiGLU or GELU, (B, T, D) -> (B, T, D)."""
+
+    _shard: Shard | None = None
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -234,11 +248,14 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array, choice: Choice) -> mx.array:
         """x (B, T, D) to (B, T, D)."""
+        x = x if self._shard is None else self._shard.entered(x)
         up = matrix_products.linear(self.up_proj, x)
         if "gate_proj" in self:
             y = layer_ops.swiglu(matrix_products.linear(self.gate_proj, x), up, backend=choice.output)
         else:
             y = nn.gelu(up)
+        if self._shard is not None:
+            return self._shard.product(self.down_proj, y)
         return matrix_products.linear(self.down_proj, y)
 
     def token_arrays(self) -> dict[str, mx.array]:
@@ -301,6 +318,8 @@ def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, choice: Choice) -> mx.
 class PararnnModel(nn.Module):
     """Token ids to the last norm's output: everything but the head."""
 
+    _shard: Shard | None = None
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
@@ -343,7 +362,7 @@ class PararnnModel(nn.Module):
                 f"max_iters={options['max_iters']}: for cell {cell.name!r} the states after a few Newton "
                 "iterations are of no use; leave max_iters out, and Newton ends with the sequential answer"
             )
-        x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        x = self.embedded(inputs) if input_embeddings is None else input_embeddings
         B, T, D = x.shape
         for c in cache:
             c.open(B)
@@ -356,7 +375,7 @@ class PararnnModel(nn.Module):
             **{"rows": B, "tokens": T, "width": D, "padded": mask is not None, "backend": backend, **options},
         )
         decoded = None
-        if choice.one_call:
+        if choice.one_call and self._shard is None:
             plain = input_embeddings is None and "embed_positions" not in self
             decoded = self._in_one_call(x, inputs if plain else None, cache, head)
         if decoded is None:
@@ -367,6 +386,12 @@ class PararnnModel(nn.Module):
         for c in cache:
             c.advance(T)
         return decoded.y, choice, decoded.logits
+
+    def embedded(self, inputs: mx.array) -> mx.array:
+        """The embeddings (B, T, D) of token ids (B, T)."""
+        if self._shard is not None:
+            return self._shard.embedded(self.embed_tokens, inputs)
+        return cast(mx.array, self.embed_tokens(inputs))
 
     def _in_one_call(
         self, x: mx.array, ids: mx.array | None, cache: list[RecurrentCache], head: nn.Module | None
@@ -419,6 +444,7 @@ class Model(nn.Module):
 
     recent_steps = 0
     snapshot_spacing = 0
+    _shard: Shard | None = None
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -448,7 +474,37 @@ class Model(nn.Module):
         cache = self.make_cache(inputs.shape[0]) if cache is None else cache
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
         out, choice, logits = self.model.read(inputs, cache, input_embeddings, head=head, **options)
+        if self._shard is not None:
+            part = matrix_products.head(head, self._shard.entered(out), backend=choice.head)
+            return self._shard.gathered(part, self._shard.tokens)
         return matrix_products.head(head, out, backend=choice.head) if logits is None else logits
+
+    @property
+    def group(self) -> Group | None:
+        """The processes that this model is divided among; None if it is whole."""
+        return None if self._shard is None else self._shard.group
+
+    def shard(self, group: Group | None = None) -> None:
+        """Keep this process's part of the weights; all processes then call the model together.
+
+        What goes in and comes out is the same on all of them, the logits too; caches hold a process's own
+        channels. Weights that were not read yet (`load_model(lazy=True)`) are read one by one, so that no
+        process holds them all at any time. Works with MLX-LM's `sharded_load` too.
+
+        Args:
+            group: the processes; None for all that mlx.launch started.
+
+        Raises:
+            PararnnError: the model's sizes cannot be divided by so many, or it is divided already.
+        """
+        group = group or world()
+        if self._shard is not None:
+            raise PararnnError("the model is divided among processes already")
+        if group is None or group.size() == 1:
+            return
+        self._shard = self.model._shard = divide(self, group)
+        for layer in self.layers:
+            layer.mixer._shard = layer.mlp._shard = self._shard
 
     @property
     def layers(self) -> list[Layer]:

@@ -25,6 +25,7 @@ from .. import __version__
 from ..cells import get_cell
 from ..compute.choice import BACKENDS
 from ..compute.recurrence import recurrence
+from ..distributed import Group, any_rank
 from ..errors import PararnnError
 from ..model import Model
 from ..model_config import ModelArgs
@@ -61,14 +62,19 @@ class Case:
     settings: dict[str, Any]
     run: Callable[[], dict[str, float]]
 
-    def measure(self, trials: int) -> Measurement:
-        """The medians of at most `trials` runs, fewer where they take long."""
+    def measure(self, trials: int, group: Group | None = None) -> Measurement:
+        """The medians of at most `trials` runs, fewer where they take long, in one process of `group`."""
+
+        def over() -> bool:
+            late = time.perf_counter() - begin >= SECONDS
+            return late if group is None else any_rank(group, late)
+
         begin = time.perf_counter()
         values = [self.run()]
-        if time.perf_counter() - begin < SECONDS:  # it was the warm-up; else it has to do
+        if not over():  # it was the warm-up; else it has to do
             begin = time.perf_counter()
             values = [self.run()]
-            while len(values) < trials and time.perf_counter() - begin < SECONDS:
+            while len(values) < trials and not over():
                 values.append(self.run())
         medians = {name: statistics.median(value[name] for value in values) for name in values[0]}
         return Measurement(self.section, self.settings, medians, len(values))
@@ -105,23 +111,28 @@ FULL = Sizes(
 )
 
 
-def preset_model(name: str, cell: str = "gru", dtype: str = "float32") -> Model:
+def preset_model(name: str, cell: str = "gru", dtype: str = "float32", group: Group | None = None) -> Model:
     """A model of a preset's shape with random weights in `dtype`; its recurrent weights are float32.
+
+    Args:
+        group: processes that it is divided among.
 
     Raises:
         PararnnError: no such preset or cell.
     """
     mx.random.seed(0)
-    return in_dtype(Model(ModelArgs.preset(name, cell)), dtype)
+    return in_dtype(Model(ModelArgs.preset(name, cell)), dtype, group)
 
 
-def in_dtype(model: Model, dtype: str) -> Model:
+def in_dtype(model: Model, dtype: str, group: Group | None = None) -> Model:
     """The model itself, its weights cast to `dtype` but for the recurrent ones, and evaluated."""
     cast = model.cast_predicate
     weights = tree_map_with_path(
         lambda path, array: array.astype(DTYPES[dtype]) if cast(path) else array, model.parameters()
     )
     model.update(weights)
+    if group is not None:
+        model.shard(group)
     mx.eval(model.parameters())
     return model
 
@@ -347,8 +358,10 @@ def resident_bytes() -> int:
 def describe(model: Model, name: str) -> dict[str, Any]:
     """What a result has to say about itself: model, machine, versions, date."""
     arrays = _weights(model)
+    divided = {} if model.group is None else {"one of processes": model.group.size()}
     return {
         "model": name,
+        **divided,
         "cell": model.args.cell,
         "parameters": sum(array.size for array in arrays.values()),
         "dtype": str(arrays["model.layers.0.mixer.cell.bias"].dtype).removeprefix("mlx.core."),

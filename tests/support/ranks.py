@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-PATIENCE = 120  # seconds until processes that wait for each other are ended
+PATIENCE = 400  # seconds until processes that wait for each other are ended
 
 
 def free_ports(count: int) -> list[int]:

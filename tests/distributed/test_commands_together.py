@@ -1,0 +1,55 @@
+"""The commands in two processes that share a model: rank 0 reads and prints, as one process would."""
+
+import signal
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from mlx_pararnn.cli.app import app
+from tests.support.ranks import PATIENCE, ranks, run_ranks, said
+
+pytestmark = pytest.mark.large
+COMMAND = ("-m", "mlx_pararnn")
+
+
+@pytest.fixture
+def model(converted):
+    """In float32: of half precision the same seed may draw another token."""
+    return str(converted("trained/paragru/final.pt", tokenizer="bytes"))
+
+
+def test_generate_says_what_one_process_says(model, tmp_path):
+    options = ["generate", model, "-p", "import", "-m", "12", "--temp", "0.7", "--seed", "5"]
+    first, second = run_ranks(2, tmp_path, *COMMAND, *options)
+    assert first == CliRunner().invoke(app, options).stdout
+    assert second == said(tmp_path, 1, "stderr") == ""
+    assert "in rank 0," in said(tmp_path, 0, "stderr")
+    assert "in rank 1" in said(tmp_path, 0, "stderr")
+
+
+def test_chat_answers_and_ends_when_a_rank_was_killed(model, tmp_path):
+    options = ["chat", model, "-m", "6", "--temp", "0.7", "--seed", "5"]
+    alone = CliRunner().invoke(app, options, input="import\n").stdout
+    with ranks(2, tmp_path, *COMMAND, *options) as processes:
+        first, second = processes
+        assert first.stdin is not None
+        first.stdin.write("import\n")
+        first.stdin.flush()
+        while len(said(tmp_path, 0)) < len(alone):
+            time.sleep(0.05)
+            assert first.poll() is None
+        assert said(tmp_path, 0) == alone
+        second.send_signal(signal.SIGKILL)
+        second.wait(PATIENCE)
+        first.stdin.write("and\n")
+        first.stdin.flush()
+        assert first.wait(20) == 1
+    assert "the connection to another process was lost" in said(tmp_path, 0, "stderr")
+
+
+def test_bench_measures_together(model, tmp_path):
+    options = ["bench", model, "--only", "decode", "-c", "0", "-g", "2", "-n", "1", "--json"]
+    first, _ = run_ranks(2, tmp_path, *COMMAND, *options)
+    assert '"one of processes": 2' in first
+    assert '"tokens_per_second"' in first

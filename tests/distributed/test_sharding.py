@@ -1,0 +1,64 @@
+"""A model divided among processes computes what it computes in one."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_pararnn.compute.module_arrays import named_arrays
+from mlx_pararnn.errors import PararnnError
+from tests.support import compare_shards
+from tests.support.compare_shards import CASES, WIDE, made
+from tests.support.ranks import run_ranks
+
+
+class Rank:
+    """A group of which this process is one, and that says nothing."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("count", [2, 4])
+def test_logits_states_and_gradients_are_those_of_one_process(count, tmp_path):
+    names = list(CASES)[:: 3 if count == 2 else 1]
+    for text in run_ranks(count, tmp_path, "-m", compare_shards.__name__, *names):
+        assert [line.split(":")[0] for line in text.splitlines()] == names
+
+
+def test_the_parts_are_the_whole():
+    form, bits = CASES["gru, 4 bits"]
+    whole = dict(named_arrays(made(form, bits).parameters()))
+    parts = []
+    for rank in range(4):
+        part = made(form, bits)
+        part.shard(Rank(rank, 4))
+        parts.append(dict(named_arrays(part.parameters())))
+    assert all(part.keys() == whole.keys() for part in parts)
+    for name, array in whole.items():
+        pieces = [part[name] for part in parts]
+        if pieces[0].shape == array.shape:
+            assert all(mx.array_equal(piece, array) for piece in pieces)
+            assert array.ndim == 1, name  # norms are in every process
+        elif ".in_proj." in name:
+            halves = [mx.split(piece, 2) for piece in pieces]
+            assert mx.array_equal(mx.concatenate([half[n] for n in (0, 1) for half in halves]), array)
+        else:
+            axes = [a for a in range(array.ndim) if pieces[0].shape[a] != array.shape[a]]
+            assert mx.array_equal(mx.concatenate(pieces, axis=axes[0]), array), name
+
+
+@pytest.mark.parametrize(
+    ("form", "bits", "words"),
+    [
+        ({"num_heads": 3, "hidden_size": 27}, 0, "3 heads"),
+        (WIDE | {"num_heads": 1, "hidden_size": 320}, 4, "quantization group"),
+        ({"vocab_size": 3}, 0, "vocabulary"),
+    ],
+)
+def test_what_cannot_be_divided_is_a_sentence_and_stays_whole(form, bits, words):
+    model = made(form, bits)
+    before = [(name, array.shape) for name, array in named_arrays(model.parameters())]
+    with pytest.raises(PararnnError, match=f"{words}.*divided"):
+        model.shard(Rank(1, 4))
+    assert model.group is None
+    assert before == [(name, array.shape) for name, array in named_arrays(model.parameters())]
