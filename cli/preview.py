@@ -95,7 +95,10 @@ class Preview:
         picture = self.picture
         if picture is not None and self._made[0] is not picture:
             self._made = picture, self._blocks(picture) if self._kind == "blocks" else self._graphics(picture)
-        return self._made[1]
+        segments = self._made[1]
+        if self._kind == "kitty" and segments:  # a picture lies above the text: it stays when lines are redrawn
+            self._made = picture, segments[: self._rows]
+        return segments
 
     def _graphics(self, picture: "Image") -> "list[Segment]":
         """Empty lines, and from below them the picture over them: so it never scrolls the terminal."""

@@ -30,7 +30,7 @@ ARROWS = {
     "convert.writers": "convert.families images files",
     "convert.families": "convert.readers model",
     "convert.readers": "files",
-    "chat": "pocket package process",
+    "chat": "pocket images package process",
     "images": "loading generation",
     "pocket": "loading generation text process",
     "tools": "package files",

@@ -356,7 +356,7 @@ class Chat:
         return tokens, {"input_embeddings": given[len(prompt.tokens) - len(tokens) :]}
 
     def _read_image(self, image: "Path | str | bytes | Image") -> str:
-        if self.images is None:
+        if self.images is None or self.uses_tools:
             raise PararnnError("this model sees no images")
         return to_base64(read_picture(image, self.images.args.size))
 
