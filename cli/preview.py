@@ -96,7 +96,7 @@ class Preview:
         if picture is not None and self._made[0] is not picture:
             self._made = picture, self._blocks(picture) if self._kind == "blocks" else self._graphics(picture)
         segments = self._made[1]
-        if self._kind == "kitty" and segments:  # a picture lies above the text: it stays when lines are redrawn
+        if self._kind == "kitty" and segments:  # which keeps it when lines are drawn again
             self._made = picture, segments[: self._rows]
         return segments
 
