@@ -139,13 +139,24 @@ def load_adapters(model: Model, folder: Path) -> None:
             raise PararnnError(
                 f"{folder}: holds no adapters ({name} is missing); mlx-pararnn lm lora writes them"
             ) from None
+    _read_object(folder / "adapter_config.json")  # for its size; MLX-LM reads it itself
     try:
         mlx_lm.tuner.utils.load_adapters(model, str(folder))
-    except _MISFITS as error:
+        with safe_open(folder / "adapters.safetensors", "numpy") as file:
+            given = set(file.keys())
+    except (*_MISFITS, SafetensorError) as error:
         raise PararnnError(
             f"{folder}: its adapters do not fit this model ({one_line(error)}); give the model that they "
             "were trained with"
         ) from error
+    # A rank that the file does not bear out would be made up, in any size, when it is evaluated.
+    names = [name for name, _ in named_arrays(model.parameters())]
+    lacking = [name for name in names if name.endswith((".lora_a", ".lora_b")) and name not in given]
+    if lacking or not given:
+        raise PararnnError(
+            f"{folder}: its adapters are not whole ({lacking[0] if lacking else 'every weight'} is missing); "
+            "copy or download the folder again"
+        )
     model.eval()
     if not any("scales" in module for _, module in model.named_modules()):
         fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]

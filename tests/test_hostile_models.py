@@ -204,6 +204,32 @@ def test_a_chat_template_that_unfolds(folder):
     mlx_pararnn.load(folder)
 
 
+LORA = {
+    "fine_tune_type": "lora",
+    "num_layers": 2,
+    "lora_parameters": {"rank": 2**30, "scale": 1, "dropout": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (json.dumps(LORA), "its adapters are not whole (model.layers."),  # some TB, if they were made
+        (
+            json.dumps({**LORA, "fine_tune_type": "full"}),
+            "its adapters are not whole (every weight is missing)",
+        ),
+        ("[" + "[]," * 1_500_000 + "0]", "adapter_config.json cannot be read: larger than any model's"),
+        ("5", "adapter_config.json is not a JSON object"),
+    ],
+)
+def test_adapters_that_unfold(config, said, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(config)
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {})
+    with pytest.raises(PararnnError, match=re.escape(said)):
+        mlx_pararnn.load_model(DEMO, adapter_path=tmp_path)
+
+
 def test_a_folder_whose_name_is_not_utf8(folder):
     other = folder.with_name(os.fsdecode(b"model\xff"))
     try:
