@@ -85,6 +85,7 @@ def recurrence(
             returned, 2e-5 where hidden is float16 and 1e-4 where it is bfloat16, below their rounding.
         max_iters: at most so many iterations. Without it the answer is the sequential one whatever the
             weights. With tol=0 it is the number of iterations made, as in the paper (which makes 3).
+            Of a cell whose `few_iterations` is False (sLSTM) a few give numbers of no use.
         return_info: also return a `NewtonInfo`. It costs one more pass over the sequence if chunk is 1, and
             gradients then go through the solver.
 

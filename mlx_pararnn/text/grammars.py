@@ -9,7 +9,7 @@ import llguidance.hf
 import mlx.core as mx
 import numpy as np
 
-from ..errors import PararnnError
+from ..errors import PararnnError, one_line
 from ..mlx_lm_internals import plain_tokenizer
 
 
@@ -22,11 +22,13 @@ class Grammars:
 
     def json(self, schema: dict[str, Any]) -> str:
         """The grammar of JSON texts that fit a schema, without spaces between their parts."""
-        return str(
-            llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps(prepared(schema)), overrides={"whitespace_flexible": False}
+        text = _schema_text(prepared(schema))
+        try:
+            return str(
+                llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
             )
-        )
+        except ValueError as error:  # nested more deeply than its parser goes
+            raise PararnnError(f"the schema cannot be kept to ({one_line(error)})") from error
 
     def calls(self, functions: list[dict[str, Any]], start: str, end: str, required: bool) -> str:
         """The grammar of text with calls of tools in it, or of one call and nothing else.
@@ -45,7 +47,7 @@ class Grammars:
             bodies.append({**body, "additionalProperties": False})
         special = start in self._tokenizer.all_special_tokens
         first, last = (tag if special else json.dumps(tag) for tag in (start, end))
-        any_call = json.dumps({"anyOf": bodies, "x-guidance": {"whitespace_flexible": False}})
+        any_call = _schema_text({"anyOf": bodies, "x-guidance": {"whitespace_flexible": False}})
         if required:
             return f'start: {first} "\\n"? call "\\n"? {last}\ncall: %json {any_call}\n'
         tag = llguidance.StructTag(trigger=start, begin=start, grammar=any_call, end="" if special else end)
@@ -66,8 +68,7 @@ class Grammars:
             raise PararnnError(f"this model's tokenizer cannot keep to a grammar ({error})") from error
         matcher = llguidance.LLMatcher(self._compiled, grammar, log_level=0)
         if matcher.is_error():
-            said = matcher.get_error().splitlines()[0] if matcher.get_error() else "unknown"
-            raise PararnnError(f"the schema cannot be kept to ({said})")
+            raise PararnnError(f"the schema cannot be kept to ({_reason(matcher)})")
         return matcher
 
     def call_name(self, names: list[str] | None = None) -> str:
@@ -85,7 +86,7 @@ class Grammars:
     def call_arguments(self, schema: dict[str, Any]) -> str:
         """The grammar of the rest: arguments that fit a schema, without spaces, and the closing brace."""
         compact = {**prepared(schema), "x-guidance": {"whitespace_flexible": False}}
-        return f'start: arguments "}}"\narguments: %json {json.dumps(compact)}\n'
+        return f'start: arguments "}}"\narguments: %json {_schema_text(compact)}\n'
 
 
 class GrammarProcessor:
@@ -116,7 +117,7 @@ class GrammarProcessor:
             if not self._matcher.is_stopped():
                 self._matcher.consume_token(token)
         if self._matcher.is_error():
-            raise PararnnError(f"the grammar cannot be kept to ({self._matcher.get_error()})")
+            raise PararnnError(f"the grammar cannot be kept to ({_reason(self._matcher)})")
         if self._matcher.is_stopped():
             return logits
         allowed = allowed_tokens(self._matcher, logits.shape[-1])
@@ -137,8 +138,6 @@ def prepared(schema: dict[str, Any], place: str = "#") -> dict[str, Any]:
         place: where in a larger schema it will stand; references to its own parts are moved there.
     """
 
-    closing = not _is_combined(schema)
-
     def walk(value: Any) -> Any:
         if isinstance(value, list):
             return [walk(item) for item in value]
@@ -155,7 +154,23 @@ def prepared(schema: dict[str, Any], place: str = "#") -> dict[str, Any]:
             kept["additionalProperties"] = False
         return kept
 
-    return walk(schema)  # type: ignore[no-any-return]
+    try:
+        closing = not _is_combined(schema)
+        return walk(schema)  # type: ignore[no-any-return]
+    except RecursionError:
+        raise PararnnError("the schema is nested too deeply") from None
+
+
+def _schema_text(schema: dict[str, Any]) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise PararnnError("the schema holds NaN or an infinite number, which JSON does not have") from None
+
+
+def _reason(matcher: "llguidance.LLMatcher") -> str:
+    """What llguidance says of an error, without the state that it adds."""
+    return (matcher.get_error() or "unknown").splitlines()[0]
 
 
 def _is_combined(value: Any) -> bool:

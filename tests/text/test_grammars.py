@@ -24,6 +24,10 @@ NODE = {
 }
 
 
+def nested(levels):
+    return {"items": nested(levels - 1)} if levels else {}
+
+
 @pytest.fixture(scope="module")
 def grammars():
     model, tokenizer = mlx_pararnn.load(DEMO)
@@ -33,6 +37,13 @@ def grammars():
 def texts(grammars, schema, n=5):
     matcher = grammars.compile(grammars.json(schema))
     return [json.loads(text) for seed in range(n) if (text := random_text(matcher.deep_copy(), seed))]
+
+
+def two_steps(grammars, schema):
+    processor, tokens = GrammarProcessor(grammars.compile(grammars.json(schema)), 0), []
+    for _ in range(2):
+        logits = processor(mx.array(tokens, mx.int32), mx.zeros((1, 278)))  # the demo's tokens
+        tokens.append(int(mx.argmax(logits).item()))
 
 
 def test_a_format_that_is_not_known_is_a_comment(grammars):
@@ -79,6 +90,26 @@ def test_references_inside_of_a_tools_parameters_are_its_own(grammars):
 
 def is_plain_node(node):
     return isinstance(node["value"], int) and ("next" not in node or is_plain_node(node["next"]))
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"$ref": "#"}, "cannot be kept to"),
+        ({"type": "integer", "minimum": float("inf")}, "NaN or an infinite number"),
+        ({"const": float("nan")}, "NaN or an infinite number"),
+        (nested(200), "cannot be kept to"),
+        (nested(600), "nested too deeply"),
+        ({"type": "string", "pattern": "("}, "cannot be kept to"),
+        ({"enum": []}, "cannot be kept to"),
+        ({"$ref": "http://localhost/schema"}, "cannot be kept to"),
+    ],
+)
+def test_schemas_that_no_text_fits_are_refused_in_one_line(grammars, schema, said):
+    with pytest.raises(PararnnError) as error:
+        two_steps(grammars, schema)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_where_nothing_can_follow_the_answer_fails(grammars, monkeypatch):
