@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..cells import Cell, get_cell
 from ..compute import adjoint, choice, gpu, layer_ops, recurrence
+from ..compute.gpu_cores import gpu_cores
 from ..compute.texts import metal_text
 
 RUNS = 5  # of each timing, whose median is given
@@ -49,6 +50,7 @@ def _limits(backend: str) -> list[str]:
         f"limits, as MLX's errors tell them of {TOO_MANY_THREADS} threads and of {TOO_MANY_BYTES} bytes:",
         f"  threads of a threadgroup: {threads}",
         f"  threadgroup memory: {_refusal(backend, memory, 32)}",
+        f"cores, by which method and shape are chosen: {gpu_cores()}",
     ]
 
 

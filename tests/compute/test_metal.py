@@ -28,10 +28,11 @@ pytestmark = [
 
 class OnGpu(Problem):
     def _run(self, launch, extra, **_):
-        u = mx.array(np.ascontiguousarray(self.u.swapaxes(0, 1)))
+        u, bias = mx.array(np.ascontiguousarray(self.u.swapaxes(0, 1))), mx.array(self.bias)
         if self.dtype == "bfloat16":
-            u = u.view(mx.bfloat16)
-        arrays = {"u": u.swapaxes(0, 1), "params": mx.array(self.params), "initial": mx.array(self.initial)}
+            u, bias = u.view(mx.bfloat16), bias.view(mx.bfloat16)
+        arrays = {"u": u.swapaxes(0, 1), "bias": bias}
+        arrays |= {"params": mx.array(self.params), "initial": mx.array(self.initial)}
         arrays |= {name: mx.array(array) for name, array in extra.items()}
         if self.masked:
             arrays["mask"] = mx.array(self.mask)
@@ -50,7 +51,7 @@ def test_every_instantiation(name, dtype, kernel, row):
     masked, every = row["masked"], row["every"]
     options = {key: value for key, value in row.items() if key != "masked"}
     for T, D, B, heads in ((1, 1, 1, 1), (33, 9, 3, 3), (700, 40, 2, 2)):
-        p = OnGpu(name, T, D, B, heads, dtype, state=True, masked=masked)
+        p = OnGpu(name, T, D, B, heads, dtype, state=True, masked=masked, bias=0.2)
         hidden, states = p.oracle()
         out = p.newton(**options) if kernel == "recurrence" else p.sequential(**options)
         tolerance = 1e-3 if name == "slstm" else 2e-5
