@@ -186,7 +186,7 @@ def _text(prompt: str | None, file: Path | None) -> str:
     """The text to continue: the file's, and after it on a new line the prompt's."""
     if file is None:
         return options.read_stdin() if prompt in (None, "-") else prompt or ""
-    text = options.without_new_line(options.as_text(file.read_bytes()))
+    text = options.read_file(file)
     return text if prompt is None else f"{text}\n{options.read_stdin() if prompt == '-' else prompt}"
 
 
@@ -194,7 +194,7 @@ def _schema(given: str) -> dict[str, Any]:
     """A JSON schema from its text, or from a file."""
     text, where = given, "--json-schema"
     if not given.lstrip().startswith("{"):
-        text, where = options.as_text(Path(given).read_bytes()), given
+        text, where = options.read_file(Path(given)), given
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import from_rank_0
+from mlx_pararnn.errors import PararnnError
+
+from .options import MAX_TEXT_BYTES, as_text, from_rank_0
 from .report import launched_rank
 
 if TYPE_CHECKING:
@@ -35,8 +37,7 @@ def read_messages(choices: Callable[[str], Iterable[str] | None], keep_history: 
     elif sys.stdin.isatty():
         own = _typed(choices, keep_history)
     else:
-        lines = (line.decode("utf-8", errors="surrogateescape") for line in sys.stdin.buffer)
-        own = (line.rstrip("\r\n") for line in lines)
+        own = _lines()
     while (message := from_rank_0(lambda: next(own, None))) is not None:
         yield message
 
@@ -45,6 +46,15 @@ def history_file() -> Path:
     """Where messages are kept for the next time."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(state).expanduser() / "mlx-pararnn" / "chat_history"
+
+
+def _lines() -> Iterator[str]:
+    while line := sys.stdin.buffer.readline(MAX_TEXT_BYTES + 1):
+        if len(line) > MAX_TEXT_BYTES:
+            raise PararnnError(
+                f"a line of standard input is longer than {MAX_TEXT_BYTES >> 20} MB, too much for one message"
+            )
+        yield as_text(line).rstrip("\r\n")
 
 
 def _typed(choices: Callable[[str], Iterable[str] | None], keep_history: bool) -> Iterator[str]:

@@ -5,7 +5,7 @@ import sys
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar, cast
 
 import typer
 
@@ -48,6 +48,7 @@ def stop_strings(values: list[str] | None) -> list[str] | None:
 
 
 MAX_TOKENS = 256
+MAX_TEXT_BYTES = 64 << 20  # a million tokens take less than a tenth
 
 ModelPath = Annotated[
     str | None,
@@ -163,7 +164,27 @@ def read_stdin() -> str:
     if sys.stdin.isatty():
         end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
         typer.echo(f"Type the text; {end} on a line of its own ends it, Ctrl-C leaves.", err=True)
-    return without_new_line(as_text(sys.stdin.buffer.read()))
+    return read_text(sys.stdin.buffer, "standard input")
+
+
+def read_file(path: Path) -> str:
+    """What `path` holds, a file or a pipe, without its last new line, as `as_text` reads it."""
+    with path.open("rb") as file:
+        return read_text(file, str(path))
+
+
+def read_text(file: BinaryIO, name: str) -> str:
+    """What is left in `file` without its last new line, as `as_text` reads it.
+
+    Raises:
+        PararnnError: it is longer than any prompt, as a device's zeros are, which never end.
+    """
+    data = file.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise PararnnError(
+            f"{name} holds more than {MAX_TEXT_BYTES >> 20} MB, too much for one text; give a part of it"
+        )
+    return without_new_line(as_text(data))
 
 
 def as_text(data: bytes) -> str:

@@ -254,6 +254,19 @@ def test_mlx_lm_is_imported_where_few_open_files_are_allowed():
     )
 
 
+@pytest.mark.large
+def test_mlx_lm_is_imported_under_a_hard_limit_of_1024_open_files():
+    pytest.importorskip("resource")
+    code = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
+        "import mlx_pararnn, mlx_lm.utils\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1024, 1024)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_mlx_lms_lora_trains_by_the_names_that_the_command_line_replaces():
     import inspect
     from importlib import import_module

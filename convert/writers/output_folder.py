@@ -60,7 +60,8 @@ def whole_or_nothing(out: Path, force: bool, keep: Path, nbytes: int) -> Iterato
     """
     check_output(out, force, keep)
     out = _absolute(out)
-    _finish_killed_runs(out)
+    if _finish_killed_runs(out):
+        check_output(out, force, keep)
     created = _make_parents(out.parent)
     partial, lock = _locked_folder(out)
     try:
@@ -236,8 +237,9 @@ def _is_locked_by(folder: Path, lock: int) -> bool:
         return False
 
 
-def _finish_killed_runs(out: Path) -> None:
-    """Remove what killed conversions into `out` left beside it; put back what they had moved aside."""
+def _finish_killed_runs(out: Path) -> bool:
+    """Remove what killed conversions into `out` left beside it; whether `out`, moved aside, was put back."""
+    put_back = False
     pattern = re.compile(rf"\.{re.escape(out.name)}-[0-9a-f]{{8}}\.(partial|old)")
     with suppress(OSError):  # a parent that is not there yet, or cannot be listed
         for folder in list(out.parent.iterdir()):
@@ -247,9 +249,11 @@ def _finish_killed_runs(out: Path) -> None:
                 continue
             if match[1] == "old" and not out.exists():
                 folder.rename(out)
+                put_back = True
             elif all(_may_be_ours(path.name) for path in _visible(folder)):
                 shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
+    return put_back
 
 
 def _may_be_ours(name: str) -> bool:

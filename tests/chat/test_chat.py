@@ -1,5 +1,6 @@
 """A conversation: state kept between turns, stopped, saved, loaded; the command in a pipe and a terminal."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.cli import message_editor
 from mlx_pararnn.cli.app import app
 from tests.support.demo import DEMO
 
@@ -381,6 +383,15 @@ def test_a_system_prompt_needs_a_template(demo):
 
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn.cli.app", "chat", DEMO]
+
+
+def test_a_line_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(message_editor, "MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"12345678\r\n\n" + bytes(100))))
+    lines = message_editor.read_messages(lambda _: (), keep_history=False)
+    assert [next(lines), next(lines)] == ["12345678", ""]
+    with pytest.raises(PararnnError, match="too much for one message"):
+        next(lines)
 
 
 def test_in_a_pipe(tmp_path):

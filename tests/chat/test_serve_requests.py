@@ -154,7 +154,7 @@ def test_without_a_template_the_messages_are_the_text(client):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("stop", "text"), [("😀", '"Hi é'), ("é😀", '"Hi '), (["x", "i é"], '"H'), ("ü", '"Hi é😀"')]
+    ("stop", "text"), [("😀", '"Hi é'), ("é😀", '"Hi '), (["x", "i é"], '"H'), ('"', ""), ("ü", '"Hi é😀"')]
 )
 def test_stop_strings_of_several_tokens_a_character(client, stream, stop, text):
     """The model can say this one text only, in bytes."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -188,6 +189,30 @@ def test_the_prompt_may_come_from_stdin():
         for end in ("", "\n", "\r\n"):  # echo's new line is not part of the text
             result = run("generate", str(DEMO), *args, "-m", "5", input=f"def main({end}")
             assert result.stdout == "self,\n"
+
+
+def test_a_text_without_an_end_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(options, "MAX_TEXT_BYTES", 1 << 20)
+    (tmp_path / "most").write_bytes(b"x" * (1 << 20))
+    assert options.read_file(tmp_path / "most") == "x" * (1 << 20)
+    endless = Path(os.devnull).with_name("zero")
+    for args in (("--file", str(endless)), ("--json-schema", str(endless), "-p", "x")):
+        result = run("generate", str(DEMO), *args)
+        assert (result.exit_code, result.stderr) == (
+            1, f"error: {endless} holds more than 1 MB, too much for one text; give a part of it\n"
+        )  # fmt: skip
+    result = run("generate", str(DEMO), input=b"x" * ((1 << 20) + 1))
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: standard input holds more than 1 MB")
+
+
+def test_a_file_may_be_a_pipe():
+    ours, theirs = os.pipe()
+    os.write(theirs, b"def main(\n")
+    os.close(theirs)
+    result = run("generate", str(DEMO), "--file", f"/dev/fd/{ours}", "-m", "5")
+    os.close(ours)
+    assert result.stdout == "self,\n"
 
 
 @pytest.mark.large

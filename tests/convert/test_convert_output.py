@@ -356,6 +356,16 @@ def test_only_what_no_living_process_writes_is_removed(waiting, model, accepted,
     assert {path.name for path in out.parent.iterdir()} == {out.name, theirs.name}
 
 
+def test_what_a_killed_run_moved_aside_is_put_back_and_not_replaced(model, accepted):
+    out = accepted(model)
+    there = sorted(path.name for path in out.iterdir())
+    out.rename(out.parent / f".{out.name}-00c0ffee.old")
+    said = convert(model, "-o", out, "--tokenizer", "none")
+    assert "already exists; choose another output folder or pass --force" in said.stderr
+    assert sorted(path.name for path in out.iterdir()) == there
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
 # At each moment at which the converter opens, makes, renames or removes something, a process of its own is
 # killed. Prints the moment at which nothing was left to be killed at.
 KILLED = """

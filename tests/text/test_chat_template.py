@@ -1,8 +1,13 @@
 """Chat templates: rendered as transformers does it, and none takes the machine."""
 
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jinja2
+import markupsafe
 import pytest
 
 import mlx_pararnn
@@ -128,3 +133,34 @@ def test_none_takes_the_machine(name, tokenizer, monkeypatch):
 def test_a_text_that_is_not_utf_8_is_refused(template, role, tokenizer):
     with pytest.raises(PararnnError, match="is not UTF-8"):
         tokenizer.apply_chat_template([{"role": role, "content": "x"}], chat_template=template)
+
+
+LEFT = """
+import json, os, subprocess, sys
+from multiprocessing import Pipe
+ours, theirs = Pipe()
+command = [sys.executable, "-I", "-S", sys.argv[1], str(theirs.fileno()), str(1 << 30), "600", *sys.argv[2:]]
+process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), start_new_session=True, stdout=sys.stderr)
+ours.recv_bytes()
+loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+ours.send_bytes(json.dumps({"template": loop, "names": {}, "longest": 9}).encode())
+print(process.pid, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.large
+def test_an_endless_template_does_not_outlive_whom_it_is_rendered_for():
+    folders = {str(Path(module.__file__).parents[1]) for module in (jinja2, markupsafe)}
+    script = Path(chat_template.__file__).with_name("template_process.py")
+    command = [sys.executable, "-c", LEFT, script, *folders]
+    pid = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    deadline = time.monotonic() + 60
+    while (state := _state(pid)) and not state.startswith("Z"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _state(pid):
+    command = ["ps", "-o", "stat=", "-p", pid]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -130,7 +130,8 @@ class Service:
         choices = []
         for n, (job, answer) in enumerate(zip(conversation.jobs, answers, strict=True)):
             part = self.part(conversation, self.parser(conversation), answer)
-            message: Event = {"role": "assistant", **part.delta(), "content": part.content or None}
+            nothing = None if part.calls else ""
+            message: Event = {"role": "assistant", **part.delta(), "content": part.content or nothing}
             for call in message.get("tool_calls", []):
                 del call["index"]
             choices.append(
