@@ -107,7 +107,7 @@ def test_end_ids_of_a_generation_config(end, folder):
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "hf_quant_config.json"])
-@pytest.mark.parametrize("text", ["", "5", "[" * 100_000, "[" + "[]," * 1_500_000 + "0]", None])
+@pytest.mark.parametrize("text", ["null", "5", "[" * 100_000, "[" + "[]," * 1_500_000 + "0]", None])
 def test_configs_that_mlx_lm_reads_of_its_own_accord(name, text, folder):
     (folder / name).unlink(missing_ok=True)
     if text is None:
@@ -117,6 +117,12 @@ def test_configs_that_mlx_lm_reads_of_its_own_accord(name, text, folder):
     said = refusal(folder)
     assert said.startswith(f"{folder / name} ")
     assert len(said) < 500
+
+
+@pytest.mark.parametrize("text", ["", "[", "{'a': 1}"])
+def test_a_generation_config_that_is_no_json_is_passed_over_as_by_mlx_lm(text, folder):
+    (folder / "generation_config.json").write_text(text)
+    mlx_pararnn.load(folder)
 
 
 def test_weights_packed_by_another_program(folder):

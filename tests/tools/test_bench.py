@@ -202,11 +202,11 @@ def test_alone_it_takes_the_bundled_model():
 def test_ctrl_c_prints_what_there_is(monkeypatch):
     measure, done = benchmark.Case.measure, []
 
-    def interrupted(case, trials):
+    def interrupted(case, *arguments):
         if done:
             raise KeyboardInterrupt
         done.append(case)
-        return measure(case, trials)
+        return measure(case, *arguments)
 
     monkeypatch.setattr(benchmark.Case, "measure", interrupted)
     result = run(DEMO, "--only", "decode", "-c", "0,40", "-g", "2", "-n", "1")
