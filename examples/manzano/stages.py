@@ -265,7 +265,7 @@ def train_tokenizer(project: Project) -> None:
     if not project.train("contrastive", contrast, Scenes(seed, made), contrastive_losses, 1e-3, suffix):
         return
     tokenizer.unfreeze()
-    # Trained on by the few words of answers it forgets things: read off linearly, 76 % of them before, 29 % after.
+    # The few words of answers would make it forget things: docs/images.md, a first run.
     tokenizer.encoder.freeze()
     seed = project.seeded("alignment")
     alignment = Alignment(tokenizer, project.language_model(recipe.small, words.count))
