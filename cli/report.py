@@ -72,7 +72,9 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **{name: _expanded(value) for name, value in kwargs.items()})
+            result = command(*args, **{name: _expanded(value) for name, value in kwargs.items()})
+            sys.stdout.flush()
+            return result
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt:
@@ -81,12 +83,16 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             _say("interrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader left, as `head` does: nothing to say, and to no one
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+            _drop_output()
             raise typer.Exit(1) from None
         except Exception as error:
             if _debug:
                 raise
             _say(f"error: {_sentence(error)}")
+            try:
+                sys.stdout.flush()
+            except OSError:  # as on a full disk, which was said
+                _drop_output()
             raise typer.Exit(1) from None
         except BaseException as error:
             if _debug or type(error).__name__ != "PanicException":
@@ -96,6 +102,11 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
 
     return wrapper
+
+
+def _drop_output() -> None:
+    """What standard output did not take, Python would try to write again as it ends, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage_error(message: str) -> NoReturn:

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -258,6 +259,17 @@ def test_a_signal_ends_it_whatever_native_code_does(tmp_path, monkeypatch, numbe
             server.process.send_signal(number)
         server.process.wait(timeout=seconds)
         assert server.process.returncode == -signal.SIGKILL
+
+
+def test_a_signal_as_it_begins_to_serve_ends_it_too():
+    def ours(number, frame):
+        raise AssertionError("the server has not taken the signal yet")
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        serve(DEMO, Settings(port=0), ready=lambda url: os.kill(os.getpid(), signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_messages_as_anthropics_clients_send_them(server):

@@ -101,6 +101,20 @@ def test_a_limit_of_the_address_space_is_one_sentence(megabytes):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect", DEMO], pytest.param(["generate", DEMO, "-p", "x", "-m", "1"], marks=pytest.mark.large)],
+    ids=["at the end", "at once"],
+)
+def test_an_output_that_takes_nothing_is_one_sentence(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
 def test_a_panic_of_a_rust_library_is_one_sentence(monkeypatch, checkpoint, tmp_path):
     class PanicException(BaseException):
         """As pyo3_runtime's."""

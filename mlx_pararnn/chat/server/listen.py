@@ -99,7 +99,8 @@ def _run(
     )
     server = _Server(config, engine)
     engine.on_failure = server.end
-    with _listening(settings) as listener:
+    # uvicorn takes them later; what a handler raises while asyncio starts is lost or ends in a traceback.
+    with server.capture_signals(), _listening(settings) as listener:
         host, port = str(listener.getsockname()[0]), listener.getsockname()[1]
         ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         server.run(sockets=[listener])
