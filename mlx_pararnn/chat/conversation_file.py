@@ -193,7 +193,8 @@ def _is_whole(point: Point) -> bool:
         all(isinstance(c, RecurrentCache) and c.finalized and len(c.offsets) == 1 for c in cache)
         and all(isinstance(c.offset, int) and c.offset >= 0 for c in cache)
         and isinstance(messages, list)
-        and all(isinstance(m, dict) and all(isinstance(v, str) for v in m.values()) for m in messages)
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        and all(isinstance(value, str) for message in messages for value in message.values())
         and (last_token is None or isinstance(last_token, int))
     )
 
