@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.files.model_files import disk_bytes, read_json
+from mlx_pararnn.files.model_files import VOCABULARY_FILES, disk_bytes, read_json
 from mlx_pararnn.model_config import ModelArgs, check_end_ids, check_layers, weight_bits
 
 from .families import find_family
@@ -165,8 +165,7 @@ def _with_files(found: Inspection, folder: Path) -> Inspection:
 
 def _tokenizer(folder: Path) -> str | None:
     if not (folder / "tokenizer.json").is_file():
-        others = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-        return next((name for name in others if (folder / name).is_file()), None)
+        return next((name for name in VOCABULARY_FILES[1:] if (folder / name).is_file()), None)
     content = read_json(folder / "tokenizer.json")
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):

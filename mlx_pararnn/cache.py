@@ -1,7 +1,7 @@
 """The recurrent state as MLX-LM's generators want it: fixed size, batched, saved like a KV cache, rewound."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -359,6 +359,11 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         for other in caches[1:]:
             merged.extend(other)
         return merged
+
+
+def held_arrays(caches: Iterable[RecurrentCache]) -> list[mx.array]:
+    """The arrays of several layers' caches, those that are there."""
+    return [array for c in caches for array in c.cache if array is not None]
 
 
 def _concatenate(a: mx.array | None, b: mx.array | None, rows_a: int, rows_b: int) -> Any:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 
-from .cache import RecurrentCache
+from .cache import RecurrentCache, held_arrays
 from .cells import Cell, get_cell
 from .compute import cpu_token, layer_ops, matrix_products
 from .compute.choice import PLAIN, Choice
@@ -371,7 +371,7 @@ class PararnnModel(nn.Module):
         mask = cache[0].make_mask(T)
         choice = choice_for(
             cell,
-            lambda: [x, *_arrays(cache), *dict(tree_flatten(self.parameters())).values()],
+            lambda: [x, *held_arrays(cache), *dict(tree_flatten(self.parameters())).values()],
             **{"rows": B, "tokens": T, "width": D, "padded": mask is not None, "backend": backend, **options},
         )
         decoded = None
@@ -489,7 +489,7 @@ class Model(nn.Module):
 
         What goes in and comes out is the same on all of them, the logits too; caches hold a process's own
         channels. Weights that were not read yet (`load_model(lazy=True)`) are read one by one, so that no
-        process holds them all at any time. Works with MLX-LM's `sharded_load` too.
+        process holds them all at any time.
 
         Args:
             group: the processes; None for all that mlx.launch started.
@@ -537,10 +537,6 @@ class Model(nn.Module):
     def quant_predicate(self) -> Any:
         """True for the matrices; the recurrence, norms and convolution stay float."""
         return _is_quantizable
-
-
-def _arrays(cache: list[RecurrentCache]) -> list[mx.array]:
-    return [array for c in cache for array in c.cache if array is not None]
 
 
 def _is_quantizable(path: str, module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import TypeAlias, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,11 +20,16 @@ from mlx.nn.layers.distributed import sum_gradients
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from .compute import layer_ops, matrix_products
+from .compute.module_arrays import named_arrays
 from .distributed import Group
 from .errors import PararnnError
 
 MATRICES = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 MATRICES_OF_HEADS = (MultiLinear, QuantizedMultiLinear)
+MATRIX_ARRAYS = ("weight", "scales", "biases", "bias")
+
+# What a process keeps of an array: of each axis that is named these slices.
+Cuts: TypeAlias = list[tuple[int, Sequence[slice]]]
 
 
 @dataclass(frozen=True)
@@ -113,54 +118,96 @@ class Shard:
         return slice(*begins[self.group.rank() : self.group.rank() + 2])
 
 
-def divide(model: Any, group: Group) -> Shard:
+def divide(model: nn.Module, group: Group) -> Shard:
     """Leave of `model`'s weights those that this process needs; the modules keep their names.
 
     Raises:
-        PararnnError: the model cannot be divided by so many; nothing is changed then.
+        PararnnError: the model cannot be divided by so many, or has a parameter of which nothing here says
+            whether it is divided; nothing is changed then.
     """
     shard = _plan(model, group)
-    part, own = shard._part(shard.tokens), shard.own
-    keep_rows(model.model.embed_tokens, part)
-    if "lm_head" in model:
-        keep_rows(model.lm_head, part)
+    cuts = _cuts(model, shard)
+    names = [name for name, _ in named_arrays(model.parameters())]
+    for name in names:
+        if name not in cuts:
+            raise PararnnError(
+                f"{name} cannot be divided among processes: nothing says how; it must be named in "
+                "mlx_pararnn/sharding.py"
+            )
+    modules = dict(model.named_modules())
+    for name in names:
+        path, _, key = name.rpartition(".")
+        for axis, slices in cuts[name]:
+            _keep(modules[path], key, axis, slices)
     for layer in model.layers:
-        mixer, mlp = layer.mixer, layer.mlp
-        if "in_proj" in mixer:
-            D = shard.channels[-1]
-            keep_rows(mixer.in_proj, own, slice(own.start + D, own.stop + D))
-            for module in (mixer.conv1d, mixer.norm):
-                _keep(module, dict.fromkeys(module.parameters(), (0, [own])))
-            keep_columns(mixer.out_proj, own)
-        _divide_cell(mixer.cell, shard)
-        inner = _unit(mlp.down_proj)
-        begins = _begins(mlp.up_proj.weight.shape[0], inner, group.size())
-        for name in ("gate_proj", "up_proj"):
-            if name in mlp:
-                keep_rows(mlp[name], shard._part(begins))
-        keep_columns(mlp.down_proj, shard._part(begins))
+        layer.mixer.cell.num_heads = len(shard.heads)
     return shard
 
 
-def keep_rows(module: nn.Module, *rows: slice) -> None:
+def _cuts(model: nn.Module, shard: Shard) -> dict[str, Cuts]:
+    """Of every parameter that a model may have what this process keeps of it, by its name."""
+    own, part = shard.own, shard._part(shard.tokens)
+    cuts: dict[str, Cuts] = {}
+    cuts |= _rows("model.embed_tokens", part) | _rows("lm_head", part)
+    cuts |= _whole("model.embed_positions.weight", *_norm("model.norm"))
+    for number, layer in enumerate(model.layers):
+        name, mixer, mlp = f"model.layers.{number}", layer.mixer, layer.mlp
+        cuts |= _whole(f"{name}.residual_scale", *_norm(f"{name}.norm"), *_norm(f"{name}.mlp_norm"))
+        if "in_proj" in mixer:
+            D = shard.channels[-1]
+            cuts |= _rows(f"{name}.mixer.in_proj", own, slice(own.start + D, own.stop + D))
+            for array in ("conv1d.weight", "conv1d.bias", "norm.weight"):
+                cuts[f"{name}.mixer.{array}"] = [(0, [own])]
+            cuts |= _columns(f"{name}.mixer.out_proj", mixer.out_proj, own)
+        cuts |= _cell_cuts(f"{name}.mixer.cell", mixer.cell, shard)
+        begins = _begins(mlp.up_proj.weight.shape[0], _unit(mlp.down_proj), shard.group.size())
+        inner = shard._part(begins)
+        cuts |= _rows(f"{name}.mlp.gate_proj", inner) | _rows(f"{name}.mlp.up_proj", inner)
+        cuts |= _columns(f"{name}.mlp.down_proj", mlp.down_proj, inner) | _whole(f"{name}.mlp.down_proj.bias")
+    return cuts
+
+
+def _whole(*names: str) -> dict[str, Cuts]:
+    """Parameters that every process has."""
+    return {name: [] for name in names}
+
+
+def _norm(name: str) -> list[str]:
+    return [f"{name}.weight", f"{name}.bias"]
+
+
+def _rows(name: str, *rows: slice) -> dict[str, Cuts]:
     """Leave these outputs of a linear layer, or these rows of an embedding."""
-    _keep(
-        module,
-        {name: (array.ndim - 1 if name == "bias" else -2, rows) for name, array in _arrays(module).items()},
-    )
+    return {f"{name}.{array}": [(0, rows)] for array in MATRIX_ARRAYS}
 
 
-def keep_columns(module: nn.Module, columns: slice) -> None:
+def _columns(name: str, module: nn.Module, columns: slice) -> dict[str, Cuts]:
     """Leave these inputs of a linear layer."""
-    width = _width(module)
-    for name, array in _arrays(module).items():
-        if name != "bias":
+    width = module.scales.shape[-1] * module.group_size if "scales" in module else module.weight.shape[-1]
+    cuts: dict[str, Cuts] = {}
+    for array in MATRIX_ARRAYS:
+        if array in module and array != "bias":
             # words of a quantized weight, its scales and biases each stand for some columns
-            begin, end = (place * array.shape[-1] // width for place in (columns.start, columns.stop))
-            _keep(module, {name: (-1, [slice(begin, end)])})
+            size = module[array].shape[-1]
+            begin, end = (place * size // width for place in (columns.start, columns.stop))
+            cuts[f"{name}.{array}"] = [(1, [slice(begin, end)])]
+    return cuts
 
 
-def _plan(model: Any, group: Group) -> Shard:
+def _cell_cuts(name: str, cell: nn.Module, shard: Shard) -> dict[str, Cuts]:
+    own, heads, width = shard.own, shard.heads, shard.head_width
+    cut: Cuts = [(0, [slice(heads.start, heads.stop)])]
+    if not shard.whole_heads:
+        # of a head's outputs, gate by gate, the channels of this process
+        first, count = own.start - heads.start * width, own.stop - own.start
+        begins = [gate * width + first for gate in range(len(cell.cell.gates))]
+        cut.append((1, [slice(begin, begin + count) for begin in begins]))
+    names = ["bias", *(f"input_proj.{array}" for array in MATRIX_ARRAYS)]
+    cuts = {f"{name}.{array}": cut for array in names}
+    return cuts | {f"{name}.{array}": [(1, [own])] for array in ("recurrent_weight", "initial_state")}
+
+
+def _plan(model: nn.Module, group: Group) -> Shard:
     args, size, rank = model.args, group.size(), group.rank()
     heads, width = args.num_heads, args.hidden_size // args.num_heads
     for name, module in model.named_modules():
@@ -194,33 +241,13 @@ def _plan(model: Any, group: Group) -> Shard:
     return Shard(group, channels, _begins(args.vocab_size, 1, size), own, width)
 
 
-def _divide_cell(cell: Any, shard: Shard) -> None:
-    own, heads, width = shard.own, shard.heads, shard.head_width
-    gates = len(cell.cell.gates)
-    # of the heads' outputs, gate by gate, the channels of this process: all, unless a head is divided
-    first = own.start - heads.start * width
-    channels = slice(first, first + (own.stop - own.start) // len(heads))
-    rows = [slice(g * width + channels.start, g * width + channels.stop) for g in range(gates)]
-    for module, names in ((cell.input_proj, _arrays(cell.input_proj)), (cell, {"bias": cell.bias})):
-        _keep(module, {name: (0, [slice(heads.start, heads.stop)]) for name in names})
-        if not shard.whole_heads:
-            _keep(module, dict.fromkeys(names, (1, rows)))
-    _keep(cell, {name: (1, [own]) for name in ("recurrent_weight", "initial_state") if name in cell})
-    cell.num_heads = len(heads)
-
-
-def _keep(module: nn.Module, places: dict[str, tuple[int, Sequence[slice]]]) -> None:
-    """Leave of a module's arrays these slices along an axis, and free the rest of their memory."""
-    for name, (axis, slices) in places.items():
-        array = module[name]
-        before = (slice(None),) * (axis % array.ndim)
-        module[name] = mx.contiguous(mx.concatenate([array[(*before, s)] for s in slices], axis=axis))
-        del array
-        mx.eval(module[name])
-
-
-def _arrays(module: nn.Module) -> dict[str, mx.array]:
-    return {name: module[name] for name in ("weight", "scales", "biases", "bias") if name in module}
+def _keep(module: nn.Module, key: str, axis: int, slices: Sequence[slice]) -> None:
+    """Leave of an array these slices along an axis, and free the rest of its memory."""
+    array = module[key]
+    before = (slice(None),) * axis
+    module[key] = mx.contiguous(mx.concatenate([array[(*before, s)] for s in slices], axis=axis))
+    del array
+    mx.eval(module[key])
 
 
 def _begins(total: int, unit: int, size: int) -> list[int]:
@@ -231,10 +258,3 @@ def _begins(total: int, unit: int, size: int) -> list[int]:
 def _unit(module: nn.Module) -> int:
     """How many inputs of a linear layer can only be kept or left together."""
     return module.group_size if "scales" in module else 1
-
-
-def _width(module: nn.Module) -> int:
-    """The inputs of a linear layer."""
-    if "scales" in module:
-        return cast(int, module.scales.shape[-1] * module.group_size)
-    return cast(int, module.weight.shape[-1])

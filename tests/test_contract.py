@@ -288,6 +288,48 @@ def test_mlx_lms_lora_trains_by_the_names_that_the_command_line_replaces():
     assert reports == {"on_train_loss_report", "on_val_loss_report"}, "see cli/lm.py's callback"
 
 
+def test_mlx_lm_looks_a_saved_caches_class_up_in_its_cache_module(tmp_path):
+    import mlx.core as mx
+    from mlx_lm.models import cache as mlx_lm_cache
+
+    from mlx_pararnn.cache import RecurrentCache
+
+    cache = RecurrentCache()
+    cache[0] = mx.ones((1, 2, 3))
+    mlx_lm_cache.save_prompt_cache(f"{tmp_path}/state.safetensors", [cache])
+    (read,) = mlx_lm_cache.load_prompt_cache(f"{tmp_path}/state.safetensors")
+    assert type(read) is RecurrentCache, (
+        "mlx_lm's load_prompt_cache looks classes up elsewhere than in mlx_lm.models.cache; see cache.py"
+    )
+
+
+def test_mlx_lm_imports_a_model_by_its_type():
+    from mlx_lm.utils import load_model
+
+    from mlx_pararnn.model import Model
+
+    assert type(load_model(DEMO, lazy=True)[0]) is Model, (
+        "mlx_lm no longer imports mlx_lm.models.pararnn for this model_type; see registration.py"
+    )
+
+
+def test_mlx_has_a_function_that_sums_gradients_over_processes():
+    import mlx.core as mx
+    from mlx.nn.layers.distributed import sum_gradients
+
+    class Two:
+        size = staticmethod(lambda: 2)
+
+    x, see = mx.ones(3), "; see sharding.py"
+    entered = sum_gradients(Two)(x)
+    assert mx.array_equal(entered, x), f"mlx's sum_gradients changes what it is given{see}"
+    summed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx.distributed, "all_sum", lambda dx, group: summed.append(group) or 2 * dx)
+        slope = mx.grad(lambda x: sum_gradients(Two)(x).sum())(x)
+    assert (summed, slope.tolist()) == ([Two], [2, 2, 2]), f"mlx's sum_gradients sums otherwise{see}"
+
+
 def test_mlx_lms_text_data_set_is_processed_by_that_name():
     from mlx_lm.tuner.datasets import TextDataset
 

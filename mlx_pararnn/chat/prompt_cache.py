@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import LRUPromptCache
 
-from ..cache import RecurrentCache
+from ..cache import RecurrentCache, held_arrays
 
 # The least distance of snapshots, in tokens. Of the text before an edit less than this is read again, or than
 # two thirds of what had been read after the edit, whichever is more.
@@ -82,7 +82,7 @@ class PromptCache(LRUPromptCache):
         if read == 0 or any(read not in layer.positions() for layer in prompt_cache):
             return
         stored = [layer.at(read) for layer in prompt_cache]
-        mx.async_eval([array for layer in stored for array in layer.cache if array is not None])
+        mx.async_eval(held_arrays(stored))
         key = model, np.array(tokens[:read], np.int32).tobytes()
         if key in self._states:
             self._drop(key)

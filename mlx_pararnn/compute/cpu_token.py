@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
+from ..cache import held_arrays
 from ..cells import Cell
 from ..files.quantization_formats import BITS, GROUP_SIZES
 from . import cpu
@@ -125,7 +126,7 @@ def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) ->
     """
     if not _consistent(weights, x) or not _fits(cache, x, weights):
         return None
-    reads = [x, *(array for c in cache for array in c.cache if array is not None)]
+    reads = [x, *held_arrays(cache)]
     reads += [array for arrays in (*weights.layers, weights.last) for array in arrays.values()]
     reads += weights.embedding.values()
     if weights.head and not (
@@ -295,10 +296,9 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
     ids = np.array(_ids(x), np.int64) if weights.embedding else None
 
     groups = (*weights.layers, weights.last, weights.embedding, weights.head)
-    of_cache = [array for c in cache for array in c.cache if array is not None]
     of_weights = [array for arrays in groups for array in arrays.values()]
     library = _library(cell, formats)
-    places, _kept = _places(library, [*of_cache, *of_weights, *([] if weights.embedding else [x])])
+    places, _kept = _places(library, [*held_arrays(cache), *of_weights, *([] if weights.embedding else [x])])
     layers = (Layer * depth)()
     zeros, new_state, new_window = (a.ctypes.data for a in (nothing, states, windows))
     for i, (layer, c) in enumerate(zip(layers, cache, strict=True)):

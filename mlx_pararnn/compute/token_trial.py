@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..cache import RecurrentCache
+from ..cache import RecurrentCache, held_arrays
 from ..cells import Cell
 from ..model_config import ModelArgs
 from .choice import PLAIN
@@ -54,8 +54,4 @@ def compared_tokens(
             x = layer(x, c, None, PLAIN)
         y = model.norm(x)
         given = decoded.y, cast(mx.array, decoded.logits)
-        yield [*given, *_states(caches[0])], [y, head(y), *_states(caches[1])]
-
-
-def _states(cache: list[RecurrentCache]) -> list[mx.array]:
-    return [array for c in cache for array in c.cache if array is not None]
+        yield [*given, *held_arrays(caches[0])], [y, head(y), *held_arrays(caches[1])]

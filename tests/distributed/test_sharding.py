@@ -47,6 +47,17 @@ def test_the_parts_are_the_whole():
             assert mx.array_equal(mx.concatenate(pieces, axis=axes[0]), array), name
 
 
+@pytest.mark.parametrize("path", ["", "model", "model.layers.1", "model.layers.1.mixer.out_proj"])
+def test_a_weight_of_which_nothing_says_how_it_is_divided_is_refused(path):
+    model = made({"num_heads": 4}, 0)
+    dict(model.named_modules())[path].bias = mx.zeros(4)
+    before = [(name, array.shape) for name, array in named_arrays(model.parameters())]
+    with pytest.raises(PararnnError, match=rf"{path}\.?bias cannot be divided"):
+        model.shard(Rank(1, 2))
+    assert model.group is None
+    assert before == [(name, array.shape) for name, array in named_arrays(model.parameters())]
+
+
 @pytest.mark.parametrize(
     ("form", "bits", "words"),
     [
