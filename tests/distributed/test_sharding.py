@@ -1,12 +1,16 @@
 """A model divided among processes computes what it computes in one."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
+
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_pararnn.compute.module_arrays import named_arrays
 from mlx_pararnn.errors import PararnnError
 from tests.support import compare_shards
-from tests.support.compare_shards import CASES, WIDE, made
+from tests.support.compare_shards import CASES, TOKENS, WIDE, made
 from tests.support.ranks import run_ranks
 
 
@@ -23,6 +27,38 @@ def test_logits_states_and_gradients_are_those_of_one_process(count, tmp_path):
     names = list(CASES)[:: 3 if count == 2 else 1]
     for text in run_ranks(count, tmp_path, "-m", compare_shards.__name__, *names):
         assert [line.split(":")[0] for line in text.splitlines()] == names
+
+
+@pytest.mark.parametrize("name", ["lstm, one head, tied", "gru, 4 bits"])
+def test_logits_are_those_of_one_process_where_threads_are_the_processes(name, monkeypatch):
+    form, bits = CASES[name]
+    barrier, computing, told = Barrier(2, timeout=60), Lock(), {}
+
+    def exchanged(x: mx.array, group: Rank) -> list[mx.array]:
+        mx.eval(x)
+        told[group.rank()] = x
+        computing.release()
+        barrier.wait()
+        both = [told[0], told[1]]
+        barrier.wait()
+        computing.acquire()
+        return both
+
+    def logits(rank: int) -> np.ndarray:
+        with computing:
+            part = made(form | {"num_hidden_layers": 1}, bits)
+            part.shard(Rank(rank, 2))
+            cache = part.make_cache(2)
+            pieces = [part(tokens, cache=cache) for tokens in (TOKENS[:, :10], TOKENS[:, 10:])]
+            return np.array(mx.concatenate(pieces, axis=1))
+
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: sum(exchanged(x, group)))
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: mx.concatenate(exchanged(x, group)))
+    with ThreadPoolExecutor(2) as threads:
+        given = [*threads.map(logits, range(2))]
+    wanted = np.array(made(form | {"num_hidden_layers": 1}, bits)(TOKENS))
+    assert np.array_equal(*given)
+    assert np.abs(given[0] - wanted).max() < 5e-5
 
 
 def test_the_parts_are_the_whole():
