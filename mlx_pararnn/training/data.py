@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
 
 from ..errors import PararnnError, one_line
+from ..files.model_files import open_regular
 from .batches import Batch
 
 # Characters of a text that are given to the tokenizer at once.
@@ -285,7 +286,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _utf8(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        with open_regular(file) as opened:  # read again when a run is resumed: a pipe has nothing then
+            return opened.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise PararnnError(
             f"{file}: not UTF-8 text (byte {error.start}); convert it, for instance with iconv, or remove it"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -109,6 +110,18 @@ def test_texts_that_cannot_be_read(content, words, tokenizer, tmp_path):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(PararnnError, match=words):
+        data.read_documents(path, tokenizer, 256)
+
+
+@pytest.mark.parametrize("name", ["data", "data.jsonl"])
+def test_a_pipe_and_a_device_are_no_data(name, tokenizer, tmp_path):
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(PararnnError, match="not a regular file"):
+        data.read_documents(path, tokenizer, 256)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(PararnnError, match="not a regular file"):
         data.read_documents(path, tokenizer, 256)
 
 
