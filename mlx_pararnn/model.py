@@ -9,7 +9,7 @@ Letters in shapes: B sequences, T tokens, D channels (hidden_size), V vocabulary
 
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +33,7 @@ from .compute.token_trial import compared_tokens
 from .distributed import Group, world
 from .errors import PararnnError
 from .model_config import ModelArgs
-from .sharding import Shard, divide
+from .sharding import Shard, Whole, divide
 
 
 class RecurrentLayer(nn.Module):
@@ -168,7 +168,7 @@ class CausalConv(nn.Module):
 class GatedConvMixer(nn.Module):
     """Input projection, convolution, cell, gated norm, output projection: (B, T, D) -> (B, T, D)."""
 
-    _shard: Shard | None = None
+    part: Whole | Shard = Whole()
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -183,18 +183,13 @@ class GatedConvMixer(nn.Module):
         self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice, **options: Any
     ) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes the new state and window."""
-        T, window, shard = x.shape[1], cache[1], self._shard
-        x = x if shard is None else shard.entered(x)
-        main, gate = mx.split(matrix_products.linear(self.in_proj, x), 2, axis=-1)
+        T, window, part = x.shape[1], cache[1], self.part
+        main, gate = mx.split(matrix_products.linear(self.in_proj, part.entered(x)), 2, axis=-1)
         x, cache[1] = self.conv1d(main, window, cache.spans(T), choice)
-        if shard is not None and not shard.whole_heads:
-            x = shard.of_heads(shard.entered(shard.whole(x)))
-        norm = (gate, self.norm.weight, self.norm.eps) if shard is None else ()
+        x, norm = part.own_to_heads(x), part.cell_norm(gate, self.norm)
         y, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, *norm, **options)
         cache.keep(states, T, window, main)
-        if shard is not None:
-            return shard.normed_product(y, gate, self.norm, self.out_proj, choice.output)
-        return matrix_products.linear(self.out_proj, y)
+        return part.normed_product(y, gate, self.norm, self.out_proj, choice.output)
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
         """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
@@ -210,7 +205,7 @@ class GatedConvMixer(nn.Module):
 class PlainMixer(nn.Module):
     """The cell alone: (B, T, D) -> (B, T, D)."""
 
-    _shard: Shard | None = None
+    part: Whole | Shard = Whole()
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -222,11 +217,11 @@ class PlainMixer(nn.Module):
         self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice, **options: Any
     ) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes the new state."""
-        T, shard = x.shape[1], self._shard
-        x = x if shard is None else shard.of_heads(shard.entered(x))
+        T, part = x.shape[1], self.part
+        x = part.of_heads(part.entered(x))
         hidden, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, **options)
         cache.keep(states, T)
-        return hidden if shard is None else shard.whole(hidden)
+        return part.whole(hidden)
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
         """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
@@ -236,7 +231,7 @@ class PlainMixer(nn.Module):
 class MLP(nn.Module):
     """SwiGLU or GELU, (B, T, D) -> (B, T, D)."""
 
-    _shard: Shard | None = None
+    part: Whole | Shard = Whole()
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -248,15 +243,13 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array, choice: Choice) -> mx.array:
         """x (B, T, D) to (B, T, D)."""
-        x = x if self._shard is None else self._shard.entered(x)
+        x = self.part.entered(x)
         up = matrix_products.linear(self.up_proj, x)
         if "gate_proj" in self:
             y = layer_ops.swiglu(matrix_products.linear(self.gate_proj, x), up, backend=choice.output)
         else:
             y = nn.gelu(up)
-        if self._shard is not None:
-            return self._shard.product(self.down_proj, y)
-        return matrix_products.linear(self.down_proj, y)
+        return self.part.product(self.down_proj, y)
 
     def token_arrays(self) -> dict[str, mx.array]:
         """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
@@ -318,7 +311,7 @@ def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, choice: Choice) -> mx.
 class PararnnModel(nn.Module):
     """Token ids to the last norm's output: everything but the head."""
 
-    _shard: Shard | None = None
+    part: Whole | Shard = Whole()
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -373,9 +366,10 @@ class PararnnModel(nn.Module):
             cell,
             lambda: [x, *held_arrays(cache), *dict(tree_flatten(self.parameters())).values()],
             **{"rows": B, "tokens": T, "width": D, "padded": mask is not None, "backend": backend, **options},
+            divided=self.part.group is not None,
         )
         decoded = None
-        if choice.one_call and self._shard is None:
+        if choice.one_call:
             plain = input_embeddings is None and "embed_positions" not in self
             decoded = self._in_one_call(x, inputs if plain else None, cache, head)
         if decoded is None:
@@ -389,9 +383,7 @@ class PararnnModel(nn.Module):
 
     def embedded(self, inputs: mx.array) -> mx.array:
         """The embeddings (B, T, D) of token ids (B, T)."""
-        if self._shard is not None:
-            return self._shard.embedded(self.embed_tokens, inputs)
-        return cast(mx.array, self.embed_tokens(inputs))
+        return self.part.embedded(self.embed_tokens, inputs)
 
     def _in_one_call(
         self, x: mx.array, ids: mx.array | None, cache: list[RecurrentCache], head: nn.Module | None
@@ -440,11 +432,12 @@ class Model(nn.Module):
     Attributes:
         recent_steps, snapshot_spacing: what new caches remember (`RecurrentCache.remember`), nothing by
             default. MLX-LM's speculative decoding makes its own caches and needs recent_steps in both models.
+        part: what this process has of the model, as its modules know it too; `shard` changes it.
     """
 
     recent_steps = 0
     snapshot_spacing = 0
-    _shard: Shard | None = None
+    part: Whole | Shard = Whole()
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -474,15 +467,12 @@ class Model(nn.Module):
         cache = self.make_cache(inputs.shape[0]) if cache is None else cache
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
         out, choice, logits = self.model.read(inputs, cache, input_embeddings, head=head, **options)
-        if self._shard is not None:
-            part = matrix_products.head(head, self._shard.entered(out), backend=choice.head)
-            return self._shard.gathered(part, self._shard.tokens)
-        return matrix_products.head(head, out, backend=choice.head) if logits is None else logits
+        return self.part.logits(head, out, choice.head) if logits is None else logits
 
     @property
     def group(self) -> Group | None:
         """The processes that this model is divided among; None if it is whole."""
-        return None if self._shard is None else self._shard.group
+        return self.part.group
 
     def shard(self, group: Group | None = None) -> None:
         """Keep this process's part of the weights; all processes then call the model together.
@@ -498,13 +488,10 @@ class Model(nn.Module):
             PararnnError: the model's sizes cannot be divided by so many, or it is divided already.
         """
         group = group or world()
-        if self._shard is not None:
+        if self.group is not None:
             raise PararnnError("the model is divided among processes already")
-        if group is None or group.size() == 1:
-            return
-        self._shard = self.model._shard = divide(self, group)
-        for layer in self.layers:
-            layer.mixer._shard = layer.mlp._shard = self._shard
+        if group is not None and group.size() > 1:
+            divide(self, group)
 
     @property
     def layers(self) -> list[Layer]:

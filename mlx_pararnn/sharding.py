@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,9 +32,53 @@ MATRIX_ARRAYS = ("weight", "scales", "biases", "bias")
 Cuts: TypeAlias = list[tuple[int, Sequence[slice]]]
 
 
+class Whole:
+    """A model in one process: what `Shard` does where nothing is divided."""
+
+    group = None
+
+    def entered(self, x: mx.array) -> mx.array:
+        """x itself."""
+        return x
+
+    def embedded(self, table: nn.Module, ids: mx.array) -> mx.array:
+        """The embeddings (B, T, D) of token ids (B, T)."""
+        return cast(mx.array, table(ids))
+
+    def of_heads(self, x: mx.array) -> mx.array:
+        """x itself: all heads are here."""
+        return x
+
+    def own_to_heads(self, x: mx.array) -> mx.array:
+        """x itself: all heads are here."""
+        return x
+
+    def whole(self, x: mx.array) -> mx.array:
+        """x itself: all channels are here."""
+        return x
+
+    def cell_norm(self, gate: mx.array, norm: nn.RMSNorm) -> tuple[Any, ...]:
+        """The gated norm goes along with the cell."""
+        return gate, norm.weight, norm.eps
+
+    def normed_product(
+        self, hidden: mx.array, gate: mx.array, norm: nn.RMSNorm, module: nn.Module, backend: str
+    ) -> mx.array:
+        """`module` of hidden, which is normed already: (B, T, D)."""
+        return matrix_products.linear(module, hidden)
+
+    def product(self, module: nn.Module, x: mx.array) -> mx.array:
+        """A linear layer."""
+        return matrix_products.linear(module, x)
+
+    def logits(self, head: nn.Module, x: mx.array, backend: str) -> mx.array:
+        """Logits (B, T, V) of the last norm's output (B, T, D)."""
+        return matrix_products.head(head, x, backend=backend)
+
+
 @dataclass(frozen=True)
 class Shard:
-    """The part of a model that a process has.
+    """The part of a model that a process has; `Whole` has the same methods.
 
     Attributes:
         group: the processes.
@@ -90,9 +134,17 @@ class Shard:
         """What this process's heads read of x (B, T, D)."""
         return x[..., self.heads.start * self.head_width : self.heads.stop * self.head_width]
 
+    def own_to_heads(self, x: mx.array) -> mx.array:
+        """What this process's heads read of x (B, T, part), its own channels."""
+        return x if self.whole_heads else self.of_heads(self.entered(self.whole(x)))
+
     def whole(self, x: mx.array) -> mx.array:
         """All channels of x (B, T, part): (B, T, D)."""
         return self.gathered(x, self.channels)
+
+    def cell_norm(self, gate: mx.array, norm: nn.RMSNorm) -> tuple[Any, ...]:
+        """Nothing: the cell leaves the gated norm, which is over all channels, to `normed_product`."""
+        return ()
 
     def normed_product(
         self, hidden: mx.array, gate: mx.array, norm: nn.RMSNorm, module: nn.Module, backend: str
@@ -114,12 +166,16 @@ class Shard:
             return self.summed(own)
         return self.summed(own - module.bias) + module.bias
 
+    def logits(self, head: nn.Module, x: mx.array, backend: str) -> mx.array:
+        """Logits (B, T, V) of the last norm's output (B, T, D)."""
+        return self.gathered(matrix_products.head(head, self.entered(x), backend=backend), self.tokens)
+
     def _part(self, begins: Sequence[int]) -> slice:
         return slice(*begins[self.group.rank() : self.group.rank() + 2])
 
 
-def divide(model: nn.Module, group: Group) -> Shard:
-    """Leave of `model`'s weights those that this process needs; the modules keep their names.
+def divide(model: nn.Module, group: Group) -> None:
+    """Leave of `model`'s weights those that this process needs, and tell its modules; they keep their names.
 
     Raises:
         PararnnError: the model cannot be divided by so many, or has a parameter of which nothing here says
@@ -139,9 +195,10 @@ def divide(model: nn.Module, group: Group) -> Shard:
         path, _, key = name.rpartition(".")
         for axis, slices in cuts[name]:
             _keep(modules[path], key, axis, slices)
+    model.part = model.model.part = shard
     for layer in model.layers:
         layer.mixer.cell.num_heads = len(shard.heads)
-    return shard
+        layer.mixer.part = layer.mlp.part = shard
 
 
 def _cuts(model: nn.Module, shard: Shard) -> dict[str, Cuts]:

@@ -112,6 +112,7 @@ def choose(
     width: int,
     trial: Callable[[Cell, str], bool],
     padded: bool = False,
+    divided: bool = False,
     backend: str | None = None,
     method: str = "auto",
     chunk: int = CHUNK,
@@ -125,6 +126,7 @@ def choose(
         trial: whether the CPU backend gives, for this cell on this machine, what ops give. A GPU's kernels
             are tried one by one, where they are launched.
         padded: whether some tokens are padding.
+        divided: whether this process has a part of each layer, so that a token is no single call.
         backend: what the caller asks for; the environment variable MLX_PARARNN_BACKEND goes before None.
         method, chunk, max_iters, wishes: how the recurrence shall be solved (`recurrence`).
 
@@ -146,7 +148,8 @@ def choose(
                 f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}"
             )
     elif asked != "ops" and (asked or (method != "newton" and has_kernel(cell))):
-        on_cpu = Choice("cpu", "ops", head="cpu", one_call=plain_token and 0 < rows <= cpu.FEW_ROWS)
+        one_call = plain_token and not divided and 0 < rows <= cpu.FEW_ROWS
+        on_cpu = Choice("cpu", "ops", head="cpu", one_call=one_call)
         if cpu.is_large(rows * tokens * width):
             on_cpu = on_cpu._replace(output="cpu")
         elif asked is None and tokens == 1:

@@ -90,6 +90,7 @@ def test_a_gpu_is_never_asked(monkeypatch, asked):
         ({"tokens": 9, "width": 8}, Choice("cpu", "ops", head="cpu")),
         ({"tokens": 9, "width": 1 << 14}, Choice("cpu", "cpu", head="cpu")),
         ({"tokens": 1, "width": 8}, Choice("ops", "ops", head="cpu", one_call=True)),
+        ({"tokens": 1, "width": 8, "divided": True}, Choice("ops", "ops", head="cpu")),
         ({"tokens": 1, "width": 8, "padded": True}, Choice("ops", "ops", head="cpu")),
         ({"tokens": 1, "width": 8, "method": "sequential"}, Choice("ops", "ops", head="cpu")),
         ({"tokens": 1, "width": 8, "rows": 17}, Choice("ops", "ops", head="cpu")),
