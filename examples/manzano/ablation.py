@@ -37,6 +37,8 @@ def check_variant(name: str) -> None:
 class Transformer(llama.Model):  # type: ignore[misc]
     """MLX-LM's llama with caches of its own, so that it is read and generated with as any model here."""
 
+    group = None  # it is not divided among processes
+
     def make_cache(self) -> list[KVCache]:
         return [KVCache() for _ in self.model.layers]
 

@@ -182,9 +182,9 @@ class Project:
         self._trainer.resume()
         return not self._trainer.run().stopped
 
-    def seeded(self, name: str) -> int:
-        """A seed for each training; it seeds MLX too."""
-        seed = self.seed * 100 + list(RECIPE.steps).index(name)
+    def seeded(self, name: str, apart: bool = False) -> int:
+        """A seed for each training, and one for it done a second time; it seeds MLX too."""
+        seed = self.seed * 100 + 50 * apart + list(RECIPE.steps).index(name)
         mx.random.seed(seed)
         return seed
 
@@ -257,7 +257,7 @@ def train_tokenizer(project: Project) -> None:
     file = project.reader_file if reads_only else project.tokenizer_file
     suffix, share = ("-reader", 0.0) if reads_only else ("", 0.5)
     words, args, recipe = project.words, project.args, project.recipe
-    seed = project.seeded("contrastive")
+    seed = project.seeded("contrastive", apart=reads_only)
     tokenizer = HybridTokenizer(args, recipe.language[0])
     features = args.encoder.hidden_size * args.stride**2
     contrast = Contrast(tokenizer, project.language_model(recipe.small, words.count), features)

@@ -49,7 +49,7 @@ class ImageModules(nn.Module):
         Returns:
             (B, T, D).
         """
-        own = self.language_model.model.embedded(tokens)
+        own = self.language_model.model.embed_tokens(tokens)
         image = self.image_tokenizer.read(features).astype(own.dtype)
         return mx.put_along_axis(own, places[..., None], image, axis=1)
 
