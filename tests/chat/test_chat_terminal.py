@@ -65,6 +65,7 @@ def test_several_lines_by_quotes_and_by_alt_enter(home):
     leave(terminal)
 
 
+@pytest.mark.large
 def test_ctrl_c_stops_an_answer_drops_a_line_and_says_how_to_leave(home):
     terminal = open_chat(home, "-m", "100000", "--temp", "1.0", "--seed", "0", columns=60)
     terminal.type("def main(\r")
@@ -113,6 +114,7 @@ def test_saving_asks_before_it_overwrites_and_undo_survives(home, tmp_path, monk
     leave(terminal)
 
 
+@pytest.mark.large
 def test_words_for_the_program_get_a_hint(home):
     terminal = open_chat(home)
     for line, said in (
