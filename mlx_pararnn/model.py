@@ -355,7 +355,7 @@ class PararnnModel(nn.Module):
                 f"max_iters={options['max_iters']}: for cell {cell.name!r} the states after a few Newton "
                 "iterations are of no use; leave max_iters out, and Newton ends with the sequential answer"
             )
-        x = self.embedded(inputs) if input_embeddings is None else input_embeddings
+        x = self.part.embedded(self.embed_tokens, inputs) if input_embeddings is None else input_embeddings
         B, T, D = x.shape
         for c in cache:
             c.open(B)
@@ -380,10 +380,6 @@ class PararnnModel(nn.Module):
         for c in cache:
             c.advance(T)
         return decoded.y, choice, decoded.logits
-
-    def embedded(self, inputs: mx.array) -> mx.array:
-        """The embeddings (B, T, D) of token ids (B, T)."""
-        return self.part.embedded(self.embed_tokens, inputs)
 
     def _in_one_call(
         self, x: mx.array, ids: mx.array | None, cache: list[RecurrentCache], head: nn.Module | None

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
+from mlx_pararnn.cache import held_arrays
 from tests.support.golden import DATA, GOLDEN, gap, golden_of
 
 
@@ -104,7 +105,7 @@ def small_model(kind, seed=0):
 
 
 def states(cache):
-    return mx.concatenate([a.reshape(-1) for c in cache for a in c.cache if a is not None])
+    return mx.concatenate([a.reshape(-1) for a in held_arrays(cache)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mlx_pararnn import PararnnError, get_cell
+from mlx_pararnn.cache import held_arrays
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
-from tests.support.random_models import TOKENS, arrays_of, by_token, make, quantize
+from tests.support.random_models import TOKENS, by_token, make, quantize
 from tests.support.token_replay import recorded, replay_text
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -259,7 +260,7 @@ def test_too_little_memory_is_told_in_a_sentence(monkeypatch):
     made = make()
     cache = made.make_cache(2)
     by_token(made, TOKENS[:, :1], cache)
-    before = [np.array(array) for array in arrays_of(cache)]
+    before = [np.array(array) for array in held_arrays(cache)]
     library = cpu_token._library(made.layers[0].mixer.cell.cell, ())
 
     class Refusing:
@@ -270,4 +271,4 @@ def test_too_little_memory_is_told_in_a_sentence(monkeypatch):
     monkeypatch.setattr(cpu, "dense_addresses", lambda _, arrays: [cpu.address(a) for a in arrays])
     with pytest.raises(PararnnError, match=r"too little memory .* smaller batch"):
         by_token(made, TOKENS[:, 1:2], cache)
-    assert all(np.array_equal(a, b) for a, b in zip(before, arrays_of(cache), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(before, held_arrays(cache), strict=True))

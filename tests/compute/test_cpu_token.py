@@ -13,13 +13,13 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.generate import BatchGenerator, generate_step
 
 from mlx_pararnn import PararnnError, load_model
+from mlx_pararnn.cache import held_arrays
 from mlx_pararnn.compute import cpu
 from tests.support.golden import GOLDEN, gap, golden_of
 from tests.support.msl.instances import DTYPES
 from tests.support.random_models import (
     KINDS,
     TOKENS,
-    arrays_of,
     by_token,
     cell_of,
     distance,
@@ -47,7 +47,7 @@ def test_numbers_in_float32(kind, calls):
     assert calls == [True] * 5
     assert given.dtype == in_ops.dtype
     assert distance(numbers(given), numbers(in_ops)) < 1e-5
-    for a, b in zip(arrays_of(cache), arrays_of(twin), strict=True):
+    for a, b in zip(held_arrays(cache), held_arrays(twin), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert distance(numbers(a), numbers(b)) < 1e-5
     assert [c.offsets for c in cache] == [c.offsets for c in twin]
@@ -109,7 +109,7 @@ def test_a_row_of_a_batch_is_the_row_alone(kind, dtype, calls):
             own = made.make_cache(1)
             alone = by_token(made, tokens[row : row + 1], own, head=False)
             assert mx.array_equal(alone, together[row : row + 1])
-            for a, b in zip(arrays_of(own), arrays_of(cache), strict=True):
+            for a, b in zip(held_arrays(own), held_arrays(cache), strict=True):
                 assert mx.array_equal(a, b[row : row + 1])
     assert all(calls)
     calls.clear()
@@ -291,7 +291,7 @@ def test_arrays_given_out_stay_as_they_are(kind, dtype, calls):
     cache, given = made.make_cache(2), []
     for t in range(12):
         y = made.model(TOKENS[:, t % 5 : t % 5 + 1], cache)
-        given += [(a, numbers(a)) for a in (y, *arrays_of(cache))]
+        given += [(a, numbers(a)) for a in (y, *held_arrays(cache))]
     gc.collect()
     for a, was in given:
         np.testing.assert_array_equal(numbers(a), was)
@@ -308,20 +308,20 @@ def test_caches_that_remember(calls):
     tokens, was = mx.random.randint(0, 37, (1, 14), key=mx.random.key(3)), []
     for t in range(14):
         made(tokens[:, t : t + 1], cache=cache)
-        was.append([numbers(a) for a in arrays_of(cache)])
+        was.append([numbers(a) for a in held_arrays(cache)])
     twin = copy.deepcopy(cache)
     assert cache[0].positions() == [0, 3, 6, 9, 10, 11, 12, 13, 14]
     for back in (1, 3, 4):
         for c in cache:
             c.rewind(c.offset - (14 - back))
-        for a, b in zip(arrays_of(cache), was[13 - back], strict=True):
+        for a, b in zip(held_arrays(cache), was[13 - back], strict=True):
             np.testing.assert_array_equal(numbers(a), b)
     for c in cache:
         c.rewind(1)
-    for a, b in zip(arrays_of(cache), was[8], strict=True):
+    for a, b in zip(held_arrays(cache), was[8], strict=True):
         np.testing.assert_array_equal(numbers(a), b)
     by_token(made, tokens[:, 9:], cache)
-    for a, b, c in zip(arrays_of(cache), arrays_of(twin), was[13], strict=True):
+    for a, b, c in zip(held_arrays(cache), held_arrays(twin), was[13], strict=True):
         np.testing.assert_array_equal(numbers(a), c)
         np.testing.assert_array_equal(numbers(b), c)
     assert all(calls)

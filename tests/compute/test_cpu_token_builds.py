@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_pararnn.cache import held_arrays
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, layer_ops, texts
 from tests.support.fresh_cache import fresh_cache
 from tests.support.msl.instances import DTYPES
 from tests.support.random_models import (
     TOKENS,
-    arrays_of,
     by_token,
     cell_of,
     distance,
@@ -37,7 +37,7 @@ def test_threads(kind, monkeypatch, calls):
     def run(threads):
         monkeypatch.setattr(cpu, "threads", lambda: threads)
         cache = made.make_cache(2)
-        return [by_token(made, TOKENS, cache), *arrays_of(cache)]
+        return [by_token(made, TOKENS, cache), *held_arrays(cache)]
 
     wanted = run(1)
     for threads in (2, 3, 7):

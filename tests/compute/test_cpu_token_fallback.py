@@ -8,8 +8,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_pararnn import model
+from mlx_pararnn.cache import held_arrays
 from mlx_pararnn.compute import cpu_token
-from tests.support.random_models import TOKENS, arrays_of, by_token, distance, make, numbers
+from tests.support.random_models import TOKENS, by_token, distance, make, numbers
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -200,7 +201,7 @@ def test_a_padded_token(calls):
     assert calls == [True]  # the first; of the second one row is padding
     assert distance(numbers(a[:, :1]), numbers(b[:, :1])) < 1e-5
     assert distance(numbers(a[1]), numbers(b[1])) < 1e-5
-    for x, y in zip(arrays_of(given), arrays_of(wanted), strict=True):
+    for x, y in zip(held_arrays(given), held_arrays(wanted), strict=True):
         assert distance(numbers(x), numbers(y)) < 1e-5
 
 
@@ -214,7 +215,7 @@ def loss_of(made, tokens=TOKENS, evaluate=False, **options):
         for t in range(3):
             logits = made(tokens[:, t : t + 1], cache=cache, **options)
             if evaluate:
-                mx.eval(logits, arrays_of(cache), weight)
+                mx.eval(logits, held_arrays(cache), weight)
             total = total + (logits**2).sum()
         made.update(tree_unflatten([(path, kept)]))
         return total

@@ -10,13 +10,13 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_pararnn import load_model
+from mlx_pararnn.cache import held_arrays
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
 from mlx_pararnn.files.quantization_formats import BITS, GROUP_SIZES
 from tests.support.golden import golden_of
 from tests.support.msl.instances import DTYPES
 from tests.support.random_models import (
     TOKENS,
-    arrays_of,
     by_token,
     cell_of,
     distance,
@@ -107,7 +107,7 @@ def test_rows_threads_and_layouts(monkeypatch, calls):
     def run(threads, rows):
         monkeypatch.setattr(cpu, "threads", lambda: threads)
         cache = made.make_cache(rows.shape[0])
-        return [by_token(made, rows, cache), *arrays_of(cache)]
+        return [by_token(made, rows, cache), *held_arrays(cache)]
 
     wanted = run(1, tokens)
     for threads in (2, 3, 7):

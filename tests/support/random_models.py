@@ -97,10 +97,6 @@ def numbers(array, dtype=np.float64):
     return np.array(array.astype(mx.float32)).astype(dtype)
 
 
-def arrays_of(cache):
-    return [a for c in cache for a in c.cache if a is not None]
-
-
 def silu(x):
     return x / (1 + np.exp(-x))
 
