@@ -22,7 +22,7 @@ from .scenes import Scene, questions, scene
 VOCABULARY = 640
 BEGIN_IMAGE, END_IMAGE = "<|image|>", "<|/image|>"
 DESCRIBE = "describe the picture."
-LENGTH = 56  # tokens of a row: an image's, a question's and an answer's
+LENGTH = 88  # most tokens of a row: an image's, and those of all that is asked of it and answered
 IMAGE_WEIGHT = 0.5  # of an image token's loss; a text token's is 1
 # understanding, generation and text in every batch, as the paper has them
 SHARES = (0.4, 0.4, 0.2)
@@ -110,7 +110,7 @@ def understanding(
 ) -> Batch:
     """Questions about pictures: `pixels`, `places`, and in `discrete` which adapter each row goes through."""
     shown, images = pictures(rows, sprites, rng)
-    made = [_question_row(one, words, args, rng) for one in shown]
+    made = [_seen_row(one, words, args, rng) for one in shown]
     tokens, mask = _padded(made, words)
     discrete = np.array([rng.random() < discrete_share for _ in shown])
     others = {"pixels": to_pixels(images), "discrete": discrete, "places": _places(rows, args)}
@@ -128,23 +128,22 @@ def mixture(
 ) -> Batch:
     """Understanding, generation and text in SHARES; `features` of the pictures that are read, and `sees`.
 
-    The encoder and the discrete adapter do not learn, so what they give is computed here. With a `reader` the
-    features are its own, and only the tokens are the `tokenizer`'s.
+    A row of generation has two scenes, so that rows are more alike in length. The encoder and the discrete
+    adapter do not learn, so what they give is computed here. With a `reader` the features are its own, and
+    only the tokens are the `tokenizer`'s.
     """
-    shown, images = pictures(rows, sprites, rng)
     first, second = round(SHARES[0] * rows), round((SHARES[0] + SHARES[1]) * rows)
-    pixels = mx.array(to_pixels(images))
-    features = (reader or tokenizer).features(pixels)
-    drawn_from = features[first:second] if reader is None else tokenizer.features(pixels[first:second])
-    codes = tokenizer.encode(drawn_from)
-    drawn = np.array(tokenizer.quantizer.tokens(codes)) + args.first_token
-    made = [_question_row(one, words, args, rng) for one in shown[:first]]
-    for one, ids in zip(shown[first:second], drawn.tolist(), strict=True):
-        made.append(_drawing_row(one, ids, words, rng))
-    made += [_text_row(one, words, rng) for one in shown[second:]]
+    seen, images = pictures(first, sprites, rng)
+    shown, to_draw = pictures(2 * (second - first), sprites, rng)
+    features = (reader or tokenizer).features(mx.array(to_pixels(images)))
+    drawn = (np.array(tokenizer.tokens(mx.array(to_pixels(to_draw)))) + args.first_token).tolist()
+    made = [_seen_row(one, words, args, rng) for one in seen]
+    drawings = [_drawing_row(one, ids, words, rng) for one, ids in zip(shown, drawn, strict=True)]
+    made += [_joined(*pair) for pair in zip(drawings[::2], drawings[1::2], strict=True)]
+    made += [_text_row(scene(rng), words, rng) for _ in range(rows - second)]
     tokens, mask = _padded(made, words)
     others = {
-        "features": np.array(features),
+        "features": np.pad(np.array(features), ((0, rows - first), (0, 0), (0, 0))),
         "sees": np.arange(rows) < first,
         "places": _places(rows, args),
     }
@@ -172,16 +171,16 @@ def flows(
 Row = tuple[list[int], list[float]]  # tokens, and the weight of each one's loss
 
 
-def _question_row(shown: Scene, words: Words, args: ImageArgs, rng: random.Random) -> Row:
-    """The picture, a question or the wish for a caption, and the answer."""
-    if rng.random() < 0.2:
-        question, answer = DESCRIBE, _worded(shown, rng).caption()
-    else:
-        _, question, answer = rng.choice(questions(shown, rng))
-    asked = [words.begin_image] * (1 + args.tokens) + [words.end_image]
-    asked += words.encode(question_text(question))
-    said = [*words.encode(answer), words.end]
-    return asked + said, [0.0] * len(asked) + [1.0] * len(said)
+def _seen_row(shown: Scene, words: Words, args: ImageArgs, rng: random.Random) -> Row:
+    """The picture, then in any order the wish for a caption and a question of each kind, with their answers.
+
+    A caption tells everything: the state must hold the whole picture, not what one question asks.
+    """
+    image = [words.begin_image] * (1 + args.tokens) + [words.end_image]
+    asked = [(DESCRIBE, _worded(shown, rng).caption())]
+    asked += [(question, answer) for _, question, answer in questions(shown, rng)]
+    rng.shuffle(asked)
+    return _joined((image, [0.0] * len(image)), *_turns(asked, words))
 
 
 def _drawing_row(shown: Scene, ids: list[int], words: Words, rng: random.Random) -> Row:
@@ -192,11 +191,26 @@ def _drawing_row(shown: Scene, ids: list[int], words: Words, rng: random.Random)
 
 
 def _text_row(shown: Scene, words: Words, rng: random.Random) -> Row:
-    """A caption, a question about it, and the answer."""
-    _, question, answer = rng.choice(questions(shown, rng))
-    text = f"{_worded(shown, rng).caption()}\n{question_text(question)}"
-    said = [*words.encode(text), *words.encode(answer), words.end]
-    return said, [1.0] * len(said)
+    """A caption, and the questions about it with their answers; all of it is learned."""
+    asked = [(question, answer) for _, question, answer in questions(shown, rng)]
+    rng.shuffle(asked)
+    tokens, _ = _joined((words.encode(f"{_worded(shown, rng).caption()}\n"), []), *_turns(asked, words))
+    return tokens, [1.0] * len(tokens)
+
+
+def _turns(asked: list[tuple[str, str]], words: Words) -> list[Row]:
+    """Questions and answers, as a conversation without a chat template has them: answers are learned."""
+    rows = []
+    for number, (question, answer) in enumerate(asked):
+        read = words.encode(("\n" if number else "") + question_text(question))
+        said = [*words.encode(answer), words.end]
+        rows.append((read + said, [0.0] * len(read) + [1.0] * len(said)))
+    return rows
+
+
+def _joined(*rows: Row) -> Row:
+    """One after the other."""
+    return [token for tokens, _ in rows for token in tokens], [w for _, weights in rows for w in weights]
 
 
 def _worded(shown: Scene, rng: random.Random) -> Scene:
@@ -204,10 +218,12 @@ def _worded(shown: Scene, rng: random.Random) -> Scene:
 
 
 def _padded(rows: list[Row], words: Words) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.full((len(rows), LENGTH + 1), words.end)
-    mask = np.zeros((len(rows), LENGTH), np.float32)
+    """Rows of equal length, a multiple of 8: MLX compiles a step for each."""
+    length = -8 * (-max(len(ids) - 1 for ids, _ in rows) // 8)
+    assert length <= LENGTH, length
+    tokens = np.full((len(rows), length + 1), words.end)
+    mask = np.zeros((len(rows), length), np.float32)
     for number, (ids, weights) in enumerate(rows):
-        assert len(ids) <= LENGTH + 1, ids
         tokens[number, : len(ids)] = ids
         mask[number, : len(ids) - 1] = weights[1:]
     return tokens, mask

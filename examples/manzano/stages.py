@@ -63,7 +63,7 @@ RECIPE = Recipe(
     small=(128, 2, 4, 256),
     cell="gru",
     rows=48,
-    steps={"contrastive": 3000, "alignment": 2000, "language": 3000, "decoder": 2000, "judge": 2000},
+    steps={"contrastive": 2500, "alignment": 1500, "language": 2500, "decoder": 2000, "judge": 2000},
 )
 
 

@@ -18,6 +18,7 @@ from examples.manzano.scenes import GROUNDS, ICONS, KINDS, Group, Scene, questio
 from examples.manzano.stages import Project, Recipe
 from mlx_pararnn import PararnnError, draw, load_image_model, see
 from mlx_pararnn.training.settings import Settings
+from mlx_pararnn.training.tokenizers import END
 from mlx_pararnn.training.trainer import Trainer
 
 PART = {"patch": 8, "hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16}
@@ -123,33 +124,40 @@ def test_groups_stand_as_the_scene_says(project, relation, axis):
     assert (rows.mean() < others.mean()) == (relation in ("left of", "above"))
 
 
-def test_a_row_is_image_question_answer(project):
+def test_a_row_is_an_image_and_all_that_is_asked_of_it(project):
     words, args = project.words, project.args
     batch = batches.understanding(6, words, args, project.sprites, random.Random(0))
-    for tokens, mask in zip(batch.tokens, batch.mask, strict=True):
-        assert tokens[: 2 + args.tokens].tolist() == [words.begin_image] * (1 + args.tokens) + [
-            words.end_image
-        ]
-        answer = [token for token, weight in zip(tokens[1:], mask, strict=True) if weight]
-        assert answer[-1] == words.end
-        assert words.end not in answer[:-1]
-        told = words.tokenizer.decode(tokens[2 + args.tokens :].tolist())
-        question, _, rest = told.partition("\n")
-        assert question == batches.DESCRIBE or question.endswith("?")
-        assert rest.startswith(words.tokenizer.decode(answer[:-1]))
+    shown, _ = batches.pictures(6, project.sprites, random.Random(0))
+    for one, tokens, mask in zip(shown, batch.tokens, batch.mask, strict=True):
+        head = [words.begin_image] * (1 + args.tokens) + [words.end_image]
+        assert tokens[: len(head)].tolist() == head
+        learned = [token for token, weight in zip(tokens[1:], mask, strict=True) if weight]
+        answers = words.tokenizer.decode(learned).split(END)[:-1]
+        texts = words.tokenizer.decode(tokens[len(head) :].tolist()).split(END + "\n")
+        pairs = dict(text.split(END)[0].split("\n") for text in texts)
+        assert list(pairs.values()) == answers
+        assert pairs.pop(batches.DESCRIBE) in (one.caption(), one.turned().caption())
+        possible = {(q, a) for seed in range(50) for _, q, a in questions(one, random.Random(seed))}
+        assert pairs.items() <= possible
+        assert len(pairs) == len(questions(one, random.Random(0)))
 
 
 def test_a_batch_is_mixed_by_the_papers_shares(project):
     words, args = project.words, project.args
     mx.random.seed(0)
     tokenizer = stages.HybridTokenizer(args, 16)
+    rng = random.Random(0)
     batch = batches.mixture(20, words, args, tokenizer, project.sprites, random.Random(0))
     assert batch.others["sees"].tolist() == [True] * 8 + [False] * 12
-    _, images = batches.pictures(20, project.sprites, random.Random(0))
-    wanted = np.array(tokenizer.tokens(mx.array(batches.to_pixels(images[8:16])))) + args.first_token
-    for tokens, mask, ids in zip(batch.tokens[8:16], batch.mask[8:16], wanted, strict=True):
+    _, seen = batches.pictures(8, project.sprites, rng)
+    features = np.array(tokenizer.features(mx.array(batches.to_pixels(seen))))
+    assert np.array_equal(batch.others["features"][:8], features)
+    _, images = batches.pictures(16, project.sprites, rng)
+    wanted = np.array(tokenizer.tokens(mx.array(batches.to_pixels(images)))) + args.first_token
+    pairs = wanted.reshape(8, 2, -1).tolist()
+    for tokens, mask, (ids, more) in zip(batch.tokens[8:16], batch.mask[8:16], pairs, strict=True):
         learned = tokens[1:][mask > 0].tolist()
-        assert learned == [*ids, words.end_image]
+        assert learned == [*ids, words.end_image, *more, words.end_image]
         assert set(mask) == {0, batches.IMAGE_WEIGHT}
     assert set(batch.mask[:8].ravel()) == set(batch.mask[16:].ravel()) == {0, 1}
     assert (batch.tokens[16:] < args.begin_token).all()
