@@ -1,5 +1,6 @@
 """`mlx-pararnn`: the list of commands. Each command imports what it needs when it runs."""
 
+import io
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import mlx_pararnn
+from mlx_pararnn.process.watchdog import ending_signals
 
 from .add_tokenizer import add_tokenizer
 from .bench import bench
@@ -106,9 +108,9 @@ def main_options(  # noqa: D103 - its docstring would be the help
 def main() -> None:
     """The command line; returns where a command does."""
     _open_streams()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ending_signals():
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _leave)
     leave_the_word_to_rank_0()
-    signal.signal(signal.SIGTERM, _leave)
     show_messages()
     app()
 
@@ -124,6 +126,24 @@ def _open_streams() -> None:
                 os.dup2(null, number)
                 os.close(null)
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    # What is said while a command works is no reason to end it: on a full disk it is lost.
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(_LosingFile(2, "w", closefd=False)),
+        encoding=sys.stderr.encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )
+
+
+class _LosingFile(io.FileIO):
+    """A file that drops what it cannot write."""
+
+    def write(self, data: Any) -> int:
+        """As files do; no error is raised."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 def show_messages() -> None:
@@ -151,7 +171,7 @@ def show_messages() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """SIGTERM ends the program as Ctrl-C does: by way of what cleans up."""
+    """SIGTERM and SIGHUP end the program as Ctrl-C does: by way of what cleans up."""
     raise SystemExit(128 + number)
 
 

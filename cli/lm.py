@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_pararnn.process.watchdog import ending_signals
+
 COMMANDS = (
     *("awq", "benchmark", "cache_prompt", "chat", "convert", "dwq", "dynamic_quant", "evaluate", "fuse"),
     *("generate", "gptq", "lora", "manage", "perplexity", "server", "share", "upload"),
@@ -50,7 +52,8 @@ def lm(
         from .lm_training import train_as_our_models_need
 
         train_as_our_models_need()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a server's threads would outlive ours
+    for number in ending_signals()[1:]:
+        signal.signal(number, signal.SIG_DFL)  # a server's threads would outlive ours
     sys.argv = ["mlx_lm", command, *context.args]
     try:
         main()

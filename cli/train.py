@@ -3,11 +3,14 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mlx_pararnn.process.watchdog import ending_signals
 
 from . import options
 from .report import Debug, expand_home, reports_errors, size, usage_error
@@ -206,18 +209,19 @@ def train(
 def stop_on_signals(
     trainer: "Trainer", says: str = "stopping after this step; once more to end at once"
 ) -> None:
-    """The first Ctrl-C or SIGTERM ends after the step, with a checkpoint; the second at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP ends after the step, with a checkpoint; the second at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if number in asked:
+        if number in asked and number != signal.SIGHUP:  # which a closed terminal sends twice
             os._exit(128 + number)  # as hard as kill -9, which checkpoints are made for
         asked.append(number)
         trainer.stop()
         if says:
-            os.write(2, f"\n{says}\n".encode())
+            with suppress(OSError):  # a terminal that is closed, a disk that is full
+                os.write(2, f"\n{says}\n".encode())
 
     asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ending_signals():
         signal.signal(number, stop)
 
 

@@ -122,6 +122,12 @@ def convert_to_mlx(
         raise PararnnError(f"{where}: a single cell is not quantized; convert it without --quantize")
     check_source_config(checkpoint, model.args)
     args = apply_overrides(model.args, model.model_type, overrides, str(checkpoint.path))
+    has_head = any(output.name == "lm_head.weight" for output in model.outputs)
+    if model.model_type == "pararnn" and args.get("tie_word_embeddings", False) == has_head:
+        raise PararnnError(
+            f"{checkpoint.path}: the family {chosen.name} gives the model {'an' if has_head else 'no'} "
+            f"lm_head.weight, and tie_word_embeddings is {str(has_head).lower()}: one of them is wrong"
+        )
     files = _tokenizer_files(tokenizer, checkpoint, model, args)
     if model_file and model.model_type == "pararnn_cell":
         raise PararnnError(f"{where}: a single cell is no model for MLX-LM; convert it without --model-file")

@@ -31,6 +31,7 @@ from .files.model_files import (
 from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenizer
 from .model import Model, RecurrentLayer
 from .model_config import ModelArgs, check_end_ids, check_layers, weight_bits
+from .process.forking import note_use_of_mlx
 from .text.chat_template import ChatTemplate
 from .text.detokenizer import Detokenizer
 
@@ -85,6 +86,7 @@ def load_model(
 
     With `lazy` a weight is read from its file when it is first used.
     """
+    note_use_of_mlx()
     path = find_model(path_or_hf_repo)
     config = _read_config(path)
     if config.get("model_type") != "pararnn":
@@ -317,6 +319,7 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
     Raises:
         PararnnError: the folder holds no cell, or one whose weights do not fit.
     """
+    note_use_of_mlx()
     path = Path(path)
     config = _read_config(path)
     if config.get("model_type") != "pararnn_cell":
@@ -346,10 +349,10 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    check_files(path)
     try:
+        check_files(path)
         return _read_object(path / "config.json")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise PararnnError(
             f"no config.json in {path}: not a model folder; make one with mlx-pararnn convert CKPT -o OUT"
         ) from None

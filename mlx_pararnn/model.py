@@ -33,6 +33,7 @@ from .compute.token_trial import compared_tokens
 from .distributed import Group, world
 from .errors import PararnnError
 from .model_config import ModelArgs
+from .process.forking import note_use_of_mlx
 from .sharding import Shard, Whole, divide
 
 
@@ -423,7 +424,8 @@ class PararnnModel(nn.Module):
 class Model(nn.Module):
     """The language model.
 
-    Raises PararnnError, when called, if a sequence outgrows the learned positions of a model that has them.
+    Raises PararnnError, when called, if a sequence outgrows the learned positions of a model that has them,
+    and in a process that was forked after MLX was used.
 
     Attributes:
         recent_steps, snapshot_spacing: what new caches remember (`RecurrentCache.remember`), nothing by
@@ -459,6 +461,7 @@ class Model(nn.Module):
             options: for `recurrence`, such as method="sequential"; and output_wanted=True if all tokens'
                 logits are used (without a cache it is the default): on a CPU they are then faster.
         """
+        note_use_of_mlx()
         options.setdefault("output_wanted", cache is None)
         cache = self.make_cache(inputs.shape[0]) if cache is None else cache
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
@@ -503,9 +506,20 @@ class Model(nn.Module):
         return caches
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Drop a tied head that a file repeats, and make room for the initial states that it has."""
+        """Drop a tied head that a file repeats, and make room for the initial states that it has.
+
+        Raises:
+            PararnnError: the head is said to be tied, and the file has another one.
+        """
         if self.args.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
+            head = weights.pop("lm_head.weight", None)
+            embedding = weights.get("model.embed_tokens.weight")
+            if head is not None and embedding is not None and not _same_numbers(head, embedding):
+                raise PararnnError(
+                    "config.json says that the output head is the embedding (tie_word_embeddings), but the "
+                    "weights have an lm_head.weight that differs from it; put the model's own config.json "
+                    "there, or set tie_word_embeddings to false in it"
+                )
         for number, layer in enumerate(self.layers):
             if f"model.layers.{number}.mixer.cell.initial_state" in weights:
                 layer.mixer.cell.add_initial_state()
@@ -520,6 +534,10 @@ class Model(nn.Module):
     def quant_predicate(self) -> Any:
         """True for the matrices; the recurrence, norms and convolution stay float."""
         return _is_quantizable
+
+
+def _same_numbers(a: mx.array, b: mx.array) -> bool:
+    return bool(mx.array_equal(a, b, equal_nan=True).item())
 
 
 def _is_quantizable(path: str, module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
@@ -284,3 +284,25 @@ def test_a_wrong_path_is_told_before_anything_heavy_is_imported(name):
     result = run_python(code)
     assert result.stdout.splitlines()[0].startswith(f"no such model folder: {name};"), result.stderr
     assert result.stdout.splitlines()[1] == "[]"
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_tied_head_that_a_file_repeats_is_the_embedding(differs, folder):
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    edit_config(folder, tie_word_embeddings=True)
+    head = embedding + embedding.dtype.type(differs)
+    weights.pop("lm_head.weight", None)
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "mlx"})
+    if differs:
+        with pytest.raises(PararnnError, match=r"lm_head\.weight that differs from it; put the model's own"):
+            mlx_pararnn.load(folder)
+    else:
+        assert "lm_head" not in mlx_pararnn.load(folder)[0]
+
+
+def test_a_cell_that_is_not_there(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "nowhere", tmp_path / "file", tmp_path):
+        with pytest.raises(PararnnError, match="not a model folder"):
+            mlx_pararnn.load_cell(path)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -197,8 +198,6 @@ class Chat:
     ) -> Generator[GenerationResponse, None, None]:
         """Read `tokens`, from `start` on or from the current state, and answer; `before` is before `text`."""
         now, turns = self._point(), self._turns
-        if start is not None:
-            self.cache, turns = _copy(start), turns[:-1]
         progress = kwargs.pop("prompt_progress_callback", lambda done, total: None)
         read: list[RecurrentCache] = []
 
@@ -211,27 +210,28 @@ class Chat:
 
         answer: list[str] = []
         try:
-            for response in self._responses(text, tokens, prompt_progress, **kwargs):
-                answer.append(response.text)
-                self._last_token = response.token
-                yield response
-                if interrupted():
-                    break
-        except GeneratorExit:
-            pass
+            if start is not None:
+                self.cache, turns = _copy(start), turns[:-1]
+            with suppress(GeneratorExit):
+                for response in self._responses(text, tokens, prompt_progress, **kwargs):
+                    answer.append(response.text)
+                    self._last_token = response.token
+                    yield response
+                    if interrupted():
+                        break
+            turn = Turn(text, before, read or before.cache, tokens[-1:], image)
+            self.messages = [
+                *before.messages,
+                _user(text, image),
+                {"role": "assistant", "content": "".join(answer)},
+            ]
+            self._turns = [*turns, turn][-UNDO_LIMIT:]
         except BaseException as error:
             # A layer may have read more than another: only the state before this turn is sound.
             self._go_to(now)
             if isinstance(error, _Interrupted):
                 return
             raise
-        self.messages = [
-            *before.messages,
-            _user(text, image),
-            {"role": "assistant", "content": "".join(answer)},
-        ]
-        turn = Turn(text, before, read or before.cache, tokens[-1:], image)
-        self._turns = [*turns, turn][-UNDO_LIMIT:]
 
     def _responses(
         self, text: str, tokens: list[int], progress: Callable[[int, int], None], **kwargs: Any

@@ -30,13 +30,20 @@ while True:
         end, asked = None, False
     elif byte[0] == {_COMPUTING}:
         computing = True
-    elif byte[0] in (signal.SIGINT, signal.SIGTERM):
+    elif byte[0] in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if asked:
             end = time.monotonic() + 0.5
         elif not (computing and byte[0] == signal.SIGINT):
             end = time.monotonic() + seconds
         asked = True
 """
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """What ends a command: Ctrl-C, SIGTERM, and a terminal that is closed, unless nohup says otherwise."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return signal.SIGINT, signal.SIGTERM
+    return signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class Watchdog:
@@ -61,7 +68,7 @@ class Watchdog:
 
 @contextmanager
 def watched(seconds: float = SECONDS) -> Iterator[Watchdog]:
-    """In this block SIGINT and SIGTERM end the process in `seconds`; a second one at once.
+    """In this block SIGINT, SIGTERM and SIGHUP end the process in `seconds`; a second one at once.
 
     Unless a handler says that it has the signal. Outside of the main thread nothing is watched.
     """

@@ -115,6 +115,29 @@ def test_an_output_that_takes_nothing_is_one_sentence(arguments):
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["convert", "CHECKPOINT", "-o", "out", "--tokenizer", "none"], 0),
+        (["convert", "nowhere", "-o", "out"], 1),
+        (["convert", "--no-such-option"], 2),
+        (["generate", DEMO, "-p", "x", "-m", "1"], 0),
+        (["train", "CHECKPOINT", "-o", "out"], 1),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_what_stderr_does_not_take_is_lost_and_the_work_goes_on(arguments, code, checkpoint, tmp_path):
+    given = [checkpoint if argument == "CHECKPOINT" else argument for argument in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *given], stdout=subprocess.PIPE, stderr=full, cwd=tmp_path, check=False
+        )
+    assert done.returncode == code
+    assert (tmp_path / "out/config.json").exists() == (arguments[0] == "convert" and code == 0)
+
+
 def test_a_panic_of_a_rust_library_is_one_sentence(monkeypatch, checkpoint, tmp_path):
     class PanicException(BaseException):
         """As pyo3_runtime's."""

@@ -74,3 +74,25 @@ def test_pararnn_torch_head_without_a_config(cell, accepted, tmp_path):
     other = write_pt(tmp_path / "other.pt", model | {"lm_head.weight": model["embed.weight"] + 1})
     assert config(accepted(same)) == config(accepted(other)) | {"tie_word_embeddings": True}
     assert config(accepted(other))["tie_word_embeddings"] is False
+
+
+class Heedless:
+    """A family that does not ask what the user says about the head."""
+
+    name = "one-matrix"
+    title = "ml-pararnn, and the head as it finds it"
+
+    def detect(self, checkpoint):
+        return False
+
+    def map(self, checkpoint, tied):
+        return families.MlPararnn().map(checkpoint, None)
+
+
+def test_a_head_that_would_be_missed_is_refused(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(metadata, "entry_points", entry_points(f"{__name__}:Heedless"))
+    (tmp_path / "c.json").write_text('{"tie_word_embeddings": false}')
+    message = refused(
+        write_pt(tmp_path / "m.pt", apple_gru()), "--config", tmp_path / "c.json", "--family", "one-matrix"
+    )
+    assert "gives the model no lm_head.weight, and tie_word_embeddings is false" in message

@@ -48,7 +48,7 @@ def run(*arguments):
 @pytest.fixture
 def handlers():
     """The command takes Ctrl-C for itself."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)

@@ -18,7 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...errors import PararnnError
-from ...process.watchdog import watched
+from ...process.watchdog import ending_signals, watched
 from ..prompt_cache import PromptCache
 from ..saved_prompts import SavedPromptCache
 from .app import make_app
@@ -35,7 +35,7 @@ DRAIN = 3  # seconds that answers may go on after SIGTERM
 
 
 def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = lambda url: None) -> None:
-    """Serve a model until Ctrl-C or SIGTERM; called from the main thread.
+    """Serve a model until Ctrl-C, SIGTERM or SIGHUP; called from the main thread.
 
     Args:
         path: a model folder, or a repository on the Hugging Face hub.
@@ -107,7 +107,7 @@ def _run(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, with our end: SIGINT ends all answers, SIGTERM lets them go on for a moment."""
+    """uvicorn's, with our end: SIGINT ends all answers, SIGTERM and SIGHUP let them go on for a moment."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
@@ -115,7 +115,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self._handle) for number in ending_signals()}
         try:
             yield
         finally:
@@ -127,7 +127,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.should_exit:
+        if self.should_exit and number != signal.SIGHUP:  # which a closed terminal sends twice
             os._exit(128 + number)
         self.should_exit = True
         if number == signal.SIGINT:
@@ -207,16 +207,17 @@ class Protocol(H11Protocol):
 
 @contextlib.contextmanager
 def _interrupting() -> Iterator[None]:
-    """SIGTERM as Ctrl-C."""
+    """SIGTERM and SIGHUP as Ctrl-C."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in ending_signals()[1:]}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait_for_end(engine: Engine) -> bool:
