@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.images.image_tokenizer import HybridTokenizer
 from mlx_pararnn.model import Model, ModelArgs
-from mlx_pararnn.training.run import initialize
+from mlx_pararnn.training.run import initialize, remember_long
 
 # name -> the cell of the backbone, or None for the recipe's
 VARIANTS: dict[str, str | None] = {
@@ -25,6 +25,7 @@ VARIANTS: dict[str, str | None] = {
     "nlru": "nlru",  # a linear recurrence
     "transformer": "transformer",  # MLX-LM's llama
 }
+LONGEST_MEMORY = 100  # tokens: an image and all that is asked of it
 Sizes = tuple[int, int, int, int]
 
 
@@ -67,6 +68,8 @@ def backbone(cell: str, sizes: Sizes, vocabulary: int, size_of: str | None = Non
     model.model.embed_tokens.weight = 0.02 * mx.random.normal((vocabulary, sizes[0]))
     if cell != "transformer":
         initialize(model)
+        # Else a unit forgets half at each token, and what an image shows is lost before it is asked for.
+        remember_long(model, LONGEST_MEMORY)
     return model
 
 

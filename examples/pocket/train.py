@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import save_config, save_model
 
 from mlx_pararnn.model import Model, ModelArgs
 from mlx_pararnn.pocket.protocol import tokenizer_files
+from mlx_pararnn.training.run import remember_long
 from mlx_pararnn.training.settings import Settings
 from mlx_pararnn.training.trainer import Trainer
 
@@ -70,7 +70,8 @@ def train(
         The model folder.
     """
     mx.random.seed(settings.seed)
-    model = remember_long(Model(ARGS))
+    model = Model(ARGS)
+    remember_long(model, LONGEST_MEMORY)
     rows, length = settings.batch_size, settings.length
     early = batches(partial(turns, looking=False), rows, length, settings.seed + 1)
     data = chain(islice(early, EARLY), batches(turns, rows, length, settings.seed + 2))
@@ -78,20 +79,6 @@ def train(
     trainer.resume()
     trainer.run()
     return write_model(model, out / "model")
-
-
-def remember_long(model: Model) -> Model:
-    """Let the units of each layer begin with memories of 1 to LONGEST_MEMORY tokens.
-
-    By the bias of the update gate, as in "Can recurrent neural networks warp time?" (arXiv 1804.11188).
-    """
-    for layer in model.model.layers:
-        cell = layer.mixer.cell
-        steps = np.geomspace(1, LONGEST_MEMORY, ARGS.hidden_size, dtype=np.float32)
-        bias = np.array(cell.bias)
-        bias[0, : ARGS.hidden_size] = -np.log(steps)
-        cell.bias = mx.array(bias)
-    return model
 
 
 def write_model(model: Model, folder: Path) -> Path:

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..cells import get_cell
 from ..compute.module_arrays import named_arrays
 from ..convert.writers.output_folder import whole_or_nothing
 from ..convert.writers.tokenizer import prepare_tokenizer
@@ -302,6 +304,30 @@ def initialize(model: Model) -> None:
             layer.mixer.out_proj.weight = layer.mixer.out_proj.weight * depth
         layer.mlp.down_proj.weight = layer.mlp.down_proj.weight * depth
     mx.eval(model.parameters())
+
+
+# Of the gate that keeps the state: its name, and whether it opens for new input (GRU) or for what was there.
+_MEMORY_GATES = {"gru": ("z", -1), "lstm": ("f", 1)}
+
+
+def remember_long(model: Model, longest: int) -> None:
+    """Let the units of each head begin with memories of 1 to `longest` tokens.
+
+    By the bias of the gate that keeps the state, as in "Can recurrent neural networks warp time?" (arXiv
+    1804.11188); with a bias of 0 a unit forgets half at each token. Cells other than "gru" and "lstm" stay as
+    they are.
+    """
+    for layer in model.layers:
+        cell = layer.mixer.cell
+        name, sign = _MEMORY_GATES.get(model.args.cell, (None, 0))
+        if name is None:
+            continue
+        gates = get_cell(model.args.cell).gates
+        bias = np.array(cell.bias)
+        by_gate = bias.reshape(bias.shape[0], len(gates), -1)  # (heads, gates, D / heads), a view
+        steps = np.geomspace(1, longest, by_gate.shape[2], dtype=np.float32)
+        by_gate[:, gates.index(name)] = sign * np.log(steps)
+        cell.bias = mx.array(bias)
 
 
 def _documents(
