@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import mlx_pararnn  # noqa: F401 - loads OpenBLAS before a test imports MLX
+import mlx_pararnn  # loads OpenBLAS before a test imports MLX
 from mlx_pararnn import cells
 from tests.support import quick_run
 from tests.support.golden import DATA, golden_file
@@ -130,3 +130,17 @@ def converted(tmp_path_factory):
         return folders[key]
 
     return convert
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """A small model that sees and draws."""
+    from tests.support.image_models import image_model, write_image_model
+
+    return write_image_model(image_model(), tmp_path_factory.mktemp("images") / "model")
+
+
+@pytest.fixture(scope="module")
+def image_pair(image_folder):
+    """It, loaded, with its tokenizer."""
+    return mlx_pararnn.load_image_model(image_folder)

@@ -39,7 +39,7 @@ _OURS = (
     "images.safetensors",
     "README.md",
     MODEL_FILE,
-    ".*.partial",  # what `write_whole` leaves if it is killed
+    ".partial.*",  # what `whole_file` leaves if it is killed
     *TOKENIZER_FILES,
 )
 _OURS_BESIDE_A_PACKAGE = (PACKAGE_FILE, PACKAGE_REFERENCE, *TOKENIZER_FILES)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_pararnn.compute.layer_ops import cross_entropy
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.whole_file import whole_file
 from mlx_pararnn.images.config import TransformerArgs
 from mlx_pararnn.images.image_tokenizer import VisionEncoder
 from mlx_pararnn.images.picture import to_pixels
@@ -118,9 +119,8 @@ def train_judge(project: Project) -> None:
     judge = Judge()
     made = partial(judged, project.recipe.rows, project.sprites)
     if project.train("judge", judge, Scenes(seed, made), judge_losses, 1e-3):
-        partial_file = project.out / ".judge.partial.safetensors"
-        judge.save_weights(str(partial_file))
-        partial_file.replace(project.out / "judge.safetensors")
+        with whole_file(project.out / "judge.safetensors") as partial_file:
+            judge.save_weights(str(partial_file))
 
 
 def load_judge(project: Project) -> Judge:

@@ -19,6 +19,7 @@ from mlx_pararnn import load_image_model
 from mlx_pararnn.compute.layer_ops import cross_entropy
 from mlx_pararnn.convert.writers.image_folder import save_image_model
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.whole_file import whole_file
 from mlx_pararnn.images.config import ImageArgs
 from mlx_pararnn.images.decoder import ImageDecoder, flow_losses
 from mlx_pararnn.images.image_model import ImageModel
@@ -276,9 +277,8 @@ def train_tokenizer(project: Project) -> None:
 
 def _save(module: nn.Module, file: Path) -> None:
     """Its weights, whole or not at all."""
-    partial_file = file.with_name(f".{file.stem}.partial.safetensors")
-    module.save_weights(str(partial_file))
-    partial_file.replace(file)
+    with whole_file(file) as partial_file:
+        module.save_weights(str(partial_file))
 
 
 # 2. The language model

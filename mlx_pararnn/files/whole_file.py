@@ -1,21 +1,32 @@
 """Files that are there whole, old or new, whatever ends the process or the machine."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Give `path` new content: at any time there is the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`, of the same ending, to write to; it becomes `path` if the body ends well.
+
+    At any time `path` has its old content or the new one. If the body fails, what it wrote is deleted.
+    """
+    partial = path.with_name(f".partial.{path.name}")
     try:
-        partial.write_bytes(data)
+        yield partial
         to_disk(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     to_disk(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Give `path` this content: at any time there is the old or the new one."""
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
 
 
 def to_disk(path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import PararnnError, one_line
 from ..files.model_files import open_regular
+from ..files.whole_file import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,12 +107,10 @@ def check_output(path: Path) -> str:
 def write_picture(picture: "Image", path: Path) -> None:
     """Write an image file, whole or not at all; raises PararnnError where it cannot be written."""
     kind = check_output(path)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        picture.save(partial, kind)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            picture.save(partial, kind)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise PararnnError(
             f"{path}: could not be written ({error.strerror or error}); choose another file"
         ) from error

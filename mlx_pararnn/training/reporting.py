@@ -9,7 +9,7 @@ from typing import Any, cast
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 
 from ..errors import PararnnError
-from ..files.whole_file import write_whole
+from ..files.whole_file import whole_file, write_whole
 from ..tools import plot
 
 LOG, PLOT = "log.jsonl", "loss.png"
@@ -56,10 +56,9 @@ def draw_losses(folder: Path) -> Path | None:
     if find_spec("matplotlib") is None or not lines:
         return None
     panel = plot.Panel("Loss", "step", "nats a token", lines, scaled=True)
-    partial, path = folder / f".partial.{PLOT}", folder / PLOT
-    plot.draw([panel], partial)
-    partial.replace(path)
-    return path
+    with whole_file(folder / PLOT) as partial:
+        plot.draw([panel], partial)
+    return folder / PLOT
 
 
 def check_reporters(names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..compute.module_arrays import named_arrays
-from ..files.whole_file import to_disk, write_whole
+from ..files.whole_file import whole_file, write_whole
 from ..loading import STATES
 from ..model import Model
 from .settings import Plan
@@ -72,7 +72,5 @@ def _fused(model: Model) -> dict[str, mx.array]:
 
 
 def _save(path: Path, arrays: dict[str, mx.array]) -> None:
-    partial = path.with_name(f".partial.{path.name}")
-    mx.save_safetensors(str(partial), arrays, metadata={"format": "mlx"})
-    to_disk(partial)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        mx.save_safetensors(str(partial), arrays, metadata={"format": "mlx"})

@@ -13,7 +13,6 @@ from mlx_pararnn.cli.app import app
 from mlx_pararnn.cli.chat_commands import dropped_path, free_path
 from mlx_pararnn.images.image_prompts import Seen, identity
 from tests.support.demo import DEMO
-from tests.support.image_models import image_model, write_image_model
 
 PICTURES = [
     Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8, 3)).astype(np.uint8)) for n in range(2)
@@ -24,19 +23,9 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_image_model(image_model(), tmp_path_factory.mktemp("images") / "model")
-
-
-@pytest.fixture(scope="module")
-def pair(folder):
-    return mlx_pararnn.load_image_model(folder)
-
-
 @pytest.fixture
-def templated(pair):
-    model, tokenizer = pair
+def templated(image_pair):
+    model, tokenizer = image_pair
     tokenizer.chat_template = TEMPLATE
     tokenizer.has_chat_template = True
     yield model, tokenizer
@@ -59,23 +48,23 @@ def same(ours, theirs):
     return all(np.abs(a - b).max() < 1e-5 for a, b in zip(states(ours), states(theirs), strict=True))
 
 
-def test_a_message_about_an_image_is_answered_as_see_answers(pair):
-    model, tokenizer = pair
-    conversation = chat_of(*pair)
+def test_a_message_about_an_image_is_answered_as_see_answers(image_pair):
+    model, tokenizer = image_pair
+    conversation = chat_of(*image_pair)
     answer = said(conversation, "what is it?", image=PICTURES[0])
     assert answer == model.see(tokenizer, PICTURES[0], "what is it?", max_tokens=4)
     assert [sorted(m) for m in conversation.messages] == [["content", "image", "role"], ["content", "role"]]
     read = conversation.tokens
     said(conversation, "and now?")
     assert conversation.tokens == read + 4 + len(tokenizer.encode("\nand now?\n"))  # nothing is read again
-    other = chat_of(*pair)
+    other = chat_of(*image_pair)
     said(other, "what is it?", image=PICTURES[1])
     assert not same(other, conversation)
 
 
 @pytest.mark.parametrize("form", ["plain", "template"])
 def test_undo_and_a_saved_conversation_remember_the_image(form, request, tmp_path):
-    pair = request.getfixturevalue("pair" if form == "plain" else "templated")
+    pair = request.getfixturevalue("image_pair" if form == "plain" else "templated")
     conversation = chat_of(*pair)
     first = said(conversation, "one?", image=PICTURES[0])
     path = conversation.save(tmp_path / "talk")
@@ -129,12 +118,12 @@ def run(*args, lines):
     return CliRunner().invoke(app, ["chat", *map(str, args)], input="\n".join([*lines, ""]))
 
 
-def test_the_commands(folder, pair, tmp_path, monkeypatch):
+def test_the_commands(image_folder, image_pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     PICTURES[0].save("a cat.png")
     (tmp_path / "text.png").write_text("no image")
-    model, tokenizer = pair
-    options = folder, "--max-tokens", 4, "--temp", 0, "--seed", 1, "--no-history"
+    model, tokenizer = image_pair
+    options = image_folder, "--max-tokens", 4, "--temp", 0, "--seed", 1, "--no-history"
     result = run(
         *options,
         lines=[

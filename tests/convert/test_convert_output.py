@@ -78,7 +78,7 @@ def test_force_does_not_delete_what_a_user_put_there(refused, accepted, model, n
 
 def test_force_replaces_what_a_killed_run_left_of_a_file(accepted, model):
     folder = accepted(model)
-    (folder / ".config.json.partial").write_text("{")
+    (folder / ".partial.config.json").write_text("{")
     result = convert(model, "-o", folder, "--force", "--tokenizer", "none")
     assert (result.exit_code, list(folder.glob(".*"))) == (0, [])
 

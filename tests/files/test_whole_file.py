@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mlx_pararnn.files.whole_file import write_whole
+from mlx_pararnn.files.whole_file import whole_file, write_whole
 
 
 @pytest.mark.parametrize("what", ["write_bytes", "replace"])
@@ -22,6 +22,22 @@ def test_what_fails_leaves_the_old_file_alone(what, error, tmp_path, monkeypatch
         write_whole(file, b"new")
     monkeypatch.undo()
     assert (file.read_bytes(), os.listdir(tmp_path)) == (b"old", ["config.json"])
+
+
+def test_a_body_that_fails_half_way_leaves_the_old_file_alone(tmp_path):
+    """Whatever writes it: the name that it is given ends as the file's own does."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"old")
+
+    def half() -> None:
+        with whole_file(file) as partial:
+            assert partial.suffix == file.suffix
+            partial.write_bytes(b"half")
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        half()
+    assert (file.read_bytes(), os.listdir(tmp_path)) == (b"old", ["model.safetensors"])
 
 
 def test_its_bytes_are_on_the_disk_before_its_name_is(tmp_path, monkeypatch):

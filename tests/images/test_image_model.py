@@ -31,16 +31,6 @@ def run(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_image_model(image_model(), tmp_path_factory.mktemp("images") / "model")
-
-
-@pytest.fixture(scope="module")
-def pair(folder):
-    return mlx_pararnn.load_image_model(folder)
-
-
 def changed(folder, tmp_path, **fields):
     """The folder with other fields of `images` in its config.json; None takes one away."""
     for file in folder.iterdir():
@@ -52,8 +42,8 @@ def changed(folder, tmp_path, **fields):
     return tmp_path
 
 
-def test_a_folder_holds_what_was_saved(folder, pair):
-    model, tokenizer = pair
+def test_a_folder_holds_what_was_saved(image_folder, image_pair):
+    model, tokenizer = image_pair
     ours, saved = (dict(tree_flatten(m.parameters())) for m in (model, image_model()))
     assert ours.keys() == saved.keys()
     assert all(mx.array_equal(ours[name], saved[name]) for name in ours)
@@ -61,9 +51,9 @@ def test_a_folder_holds_what_was_saved(folder, pair):
     assert model.args == image_model().args
 
 
-def test_its_language_model_is_one_for_everything_else(folder):
+def test_its_language_model_is_one_for_everything_else(image_folder):
     for load in (mlx_pararnn.load, mlx_lm.load):
-        model, _ = load(str(folder))
+        model, _ = load(str(image_folder))
         assert model(mx.array([[1, 2]])).shape == (1, 2, VOCABULARY + CODES)
 
 
@@ -92,8 +82,8 @@ def test_seeing_is_reading_the_images_embeddings(cell):
     np.testing.assert_allclose(np.array(whole), np.array(mx.concatenate(steps, axis=1)), atol=5e-5)
 
 
-def test_the_answer_is_the_likeliest_after_image_and_question(pair):
-    model, tokenizer = pair
+def test_the_answer_is_the_likeliest_after_image_and_question(image_pair):
+    model, tokenizer = image_pair
     answer = mlx_pararnn.see(model, tokenizer, PICTURE, "what is it?", max_tokens=5)
     tokens, embeddings = image_prompt(model, tokenizer, PICTURE, "what is it?")
     found = []
@@ -107,7 +97,7 @@ def test_the_answer_is_the_likeliest_after_image_and_question(pair):
     assert model.see(tokenizer, PICTURE, "what is it?", max_tokens=5) == answer
 
 
-def test_gradients_reach_both_adapters_and_the_language_model(pair):
+def test_gradients_reach_both_adapters_and_the_language_model(image_pair):
     model = image_model()
     pixels = mx.array(np.random.default_rng(1).standard_normal((2, 8, 8, 3)).astype(np.float32))
     places = mx.broadcast_to(mx.arange(1, 5), (2, 4))
@@ -125,8 +115,8 @@ def test_gradients_reach_both_adapters_and_the_language_model(pair):
     assert {name.partition(".")[0] for name in zero} == {"image_decoder"}
 
 
-def test_a_picture_is_of_its_seed(pair):
-    model, tokenizer = pair
+def test_a_picture_is_of_its_seed(image_pair):
+    model, tokenizer = image_pair
     said = []
     made = [
         mlx_pararnn.draw(
@@ -142,21 +132,21 @@ def test_a_picture_is_of_its_seed(pair):
     assert said[:7] == [(k, 7) for k in range(1, 8)]
 
 
-def test_steps_are_previewed_and_the_last_is_the_picture(pair):
+def test_steps_are_previewed_and_the_last_is_the_picture(image_pair):
     shown = []
     mx.random.seed(5)
     before = mx.array(mx.random.normal((3,)))
     mx.random.seed(5)
-    made = mlx_pararnn.draw(*pair, "a dog", seed=1, steps=3, preview=shown.append)
+    made = mlx_pararnn.draw(*image_pair, "a dog", seed=1, steps=3, preview=shown.append)
     assert len(shown) == 3
     assert (np.array(shown[0]) != np.array(shown[1])).any()
     assert (np.array(shown[-1]) == np.array(made)).all()
     assert (np.array(before) == np.array(mx.random.normal((3,)))).all()  # a seed is the picture's alone
 
 
-def test_drawing_decodes_the_tokens_that_the_language_model_writes(pair):
+def test_drawing_decodes_the_tokens_that_the_language_model_writes(image_pair):
     """With the likeliest tokens, step by step."""
-    model, tokenizer = pair
+    model, tokenizer = image_pair
     args, language = model.args, model.language_model
     tokens = [*tokenizer.encode("a dog"), args.begin_token]
     for _ in range(args.tokens):
@@ -181,9 +171,9 @@ def test_drawing_decodes_the_tokens_that_the_language_model_writes(pair):
         ("a dog", {"temp": -1}, "temp is -1"),
     ],
 )
-def test_what_cannot_be_drawn(pair, text, options, said):
+def test_what_cannot_be_drawn(image_pair, text, options, said):
     with pytest.raises(PararnnError, match=said):
-        mlx_pararnn.draw(*pair, text, **options)
+        mlx_pararnn.draw(*image_pair, text, **options)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -210,12 +200,12 @@ def test_bits_that_mlx_does_not_have():
         image_model().quantize(7)
 
 
-def test_a_folder_that_is_there_is_replaced_only_when_asked(folder, tmp_path):
+def test_a_folder_that_is_there_is_replaced_only_when_asked(image_folder, tmp_path):
     out = write_image_model(image_model(), tmp_path / "model")
     with pytest.raises(PararnnError, match="already exists"):
         write_image_model(image_model(), out)
     write_image_model(image_model(), out, force=True)
-    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in folder.iterdir())
+    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in image_folder.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
@@ -258,15 +248,15 @@ def test_a_folder_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
         ({"decoder": None}, "image_decoder.* should be absent"),
     ],
 )
-def test_a_config_that_is_wrong(folder, tmp_path, fields, said):
+def test_a_config_that_is_wrong(image_folder, tmp_path, fields, said):
     with pytest.raises(PararnnError, match=said) as error:
-        mlx_pararnn.load_image_model(changed(folder, tmp_path, **fields))
+        mlx_pararnn.load_image_model(changed(image_folder, tmp_path, **fields))
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
 
 
-def test_all_of_a_config_comes_back(pair):
-    args = pair[0].args
+def test_all_of_a_config_comes_back(image_pair):
+    args = image_pair[0].args
     assert ImageArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
 
 
@@ -305,14 +295,14 @@ def test_models_that_neither_see_nor_draw():
         mlx_pararnn.load_image_model(BUNDLED)
 
 
-def test_the_draw_command(folder, tmp_path):
+def test_the_draw_command(image_folder, tmp_path):
     out = tmp_path / "dog.png"
-    options = "-o", out, "--model", folder, "--seed", 1, "--steps", 2, "--guidance", 1.5, "--temp", 0.5
+    options = "-o", out, "--model", image_folder, "--seed", 1, "--steps", 2, "--guidance", 1.5, "--temp", 0.5
     result = run("draw", "a dog", *options)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{out}\n"
     drawn = mlx_pararnn.draw(
-        *mlx_pararnn.load_image_model(folder), "a dog", seed=1, steps=2, guidance=1.5, temp=0.5
+        *mlx_pararnn.load_image_model(image_folder), "a dog", seed=1, steps=2, guidance=1.5, temp=0.5
     )
     assert (np.array(Image.open(out)) == np.array(drawn)).all()
     result = run("draw", "a dog", *options)
@@ -347,12 +337,14 @@ def test_a_model_that_only_sees(tmp_path):
     assert run("generate", folder, "--image", tmp_path / "a.png", "-p", "what?", "-m", 2).exit_code == 0
 
 
-def test_generate_with_an_image(folder, pair, tmp_path):
+def test_generate_with_an_image(image_folder, image_pair, tmp_path):
     PICTURE.save(tmp_path / "a.png")
-    result = run("generate", folder, "--image", tmp_path / "a.png", "-p", "what is it?", "-m", 5, "--json")
+    result = run(
+        "generate", image_folder, "--image", tmp_path / "a.png", "-p", "what is it?", "-m", 5, "--json"
+    )
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert answer["text"] == mlx_pararnn.see(*pair, PICTURE, "what is it?", max_tokens=5)
+    assert answer["text"] == mlx_pararnn.see(*image_pair, PICTURE, "what is it?", max_tokens=5)
     assert answer["image"] == str(tmp_path / "a.png")
     assert answer["prompt_tokens"] == 1 + 4 + 1 + len("what is it?\n")
 
@@ -366,11 +358,11 @@ def test_generate_with_an_image(folder, pair, tmp_path):
         ("folder", "a.txt", "is not an image of a known kind"),
     ],
 )
-def test_images_that_generate_refuses(folder, tmp_path, monkeypatch, model, image, said):
+def test_images_that_generate_refuses(image_folder, tmp_path, monkeypatch, model, image, said):
     monkeypatch.chdir(tmp_path)
     PICTURE.save("a.png")
     (tmp_path / "a.txt").write_text("text")
-    models = [] if model is None else [folder if model == "folder" else model]
+    models = [] if model is None else [image_folder if model == "folder" else model]
     result = run("generate", *models, "--image", image, "-p", "what?")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert said in result.stderr

@@ -247,8 +247,8 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(PararnnError, match="lies in no folder"):
         write_picture(image, tmp_path / "none" / "a.png")
 
-    def full(*_):
-        (tmp_path / ".a.png.partial").write_bytes(b"half")
+    def full(_, path, *__):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
