@@ -1,14 +1,14 @@
 """ParaRNN language models on Apple silicon, as one more MLX-LM model.
 
 Importing this package is cheap: it neither imports MLX nor loads anything until a name below is used. What
-it does at import time is register its model and cache with MLX-LM (see `registration.py`).
+it does at import time is register its model and cache with MLX-LM (see `import_hook.py`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from . import registration
+from . import import_hook
 
 TYPE_CHECKING = False  # typing's, which is slow to import
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ __all__ = [
     "stream_generate",
 ]
 
-registration.install()
+import_hook.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """LoRA and DoRA for the recurrence's projection, which MLX-LM's adapters leave out.
 
-`registration.py` puts `with_recurrence` around MLX-LM's `linear_to_lora_layers`, so that its commands, its
+`import_hook.py` puts `with_recurrence` around MLX-LM's `linear_to_lora_layers`, so that its commands, its
 loading of adapters and `mlx-pararnn train` have them alike. Other models than this package's stay as they
 are.
 

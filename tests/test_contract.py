@@ -240,7 +240,7 @@ def test_uvicorns_protocol_has_what_the_server_watches():
 
 @pytest.mark.large
 def test_mlx_lm_is_imported_where_few_open_files_are_allowed():
-    """Its utils raise the limit as they are imported; registration.py lets that fail."""
+    """Its utils raise the limit as they are imported; import_hook.py lets that fail."""
     code = (
         "import resource\n"
         "def refuse(kind, limits): raise ValueError('not allowed to raise maximum limit')\n"
@@ -250,7 +250,7 @@ def test_mlx_lm_is_imported_where_few_open_files_are_allowed():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, (
-        f"mlx_lm changes the limit of open files somewhere else now; see registration.py: {result.stderr}"
+        f"mlx_lm changes the limit of open files somewhere else now; see import_hook.py: {result.stderr}"
     )
 
 
@@ -281,7 +281,7 @@ def test_mlx_lms_lora_trains_by_the_names_that_the_command_line_replaces():
     used = lora.train_model.__code__.co_names
     assert {"train", "print_trainable_parameters"} <= set(used), "see cli/lm_training.py"
     utils = import_module("mlx_lm.tuner.utils")
-    converted = utils.linear_to_lora_layers.__wrapped__  # registration.py put ours around it
+    converted = utils.linear_to_lora_layers.__wrapped__  # import_hook.py put ours around it
     assert list(inspect.signature(converted).parameters) == ["model", "num_layers", "config", "use_dora"]
     assert "linear_to_lora_layers" in utils.load_adapters.__code__.co_names, "see adapters.py"
     reports = {name for name in vars(TrainingCallback) if name.startswith("on_")}
@@ -309,7 +309,7 @@ def test_mlx_lm_imports_a_model_by_its_type():
     from mlx_pararnn.model import Model
 
     assert type(load_model(DEMO, lazy=True)[0]) is Model, (
-        "mlx_lm no longer imports mlx_lm.models.pararnn for this model_type; see registration.py"
+        "mlx_lm no longer imports mlx_lm.models.pararnn for this model_type; see import_hook.py"
     )
 
 

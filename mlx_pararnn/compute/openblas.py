@@ -1,7 +1,7 @@
 """A system OpenBLAS for MLX's matrix products on Linux.
 
 The BLAS that MLX's Linux wheel brings is the reference one, many times slower in float32 products. MLX binds
-its symbols when it is loaded, so this runs just before (`registration.py`).
+its symbols when it is loaded, so this runs just before (`import_hook.py`).
 """
 
 import ctypes
