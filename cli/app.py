@@ -17,7 +17,7 @@ from mlx_pararnn.process.watchdog import ending_signals
 
 from .add_tokenizer import add_tokenizer
 from .bench import bench
-from .cache import cache
+from .cache_command import cache
 from .chat import chat
 from .convert import convert
 from .doctor import doctor

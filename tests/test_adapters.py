@@ -7,7 +7,7 @@ from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_pararnn.adapters import DoRAMultiLinear, LoRAMultiLinear
-from tests.support.training import small_model
+from tests.support.training_runs import small_model
 
 X = mx.random.normal((2, 7, 64), key=mx.random.key(1))
 

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, load_prompt_cache, make_p
 import mlx_pararnn
 from mlx_pararnn.cache import RecurrentCache
 from tests.support.demo import DEMO
-from tests.support.generation import greedy, same_until_a_near_tie
+from tests.support.greedy_tokens import greedy, same_until_a_near_tie
 
 PROMPTS = ["def main(", "import os\n\nclass Reader:\n    def read(self, ", "x", "for i in range(10):\n"]
 

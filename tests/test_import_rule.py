@@ -180,9 +180,18 @@ def test_every_folder_is_in_the_wheel():
 
 
 def test_no_two_files_have_one_name():
-    """But for a command and what it calls, which differ in their folder."""
-    names = [path.name for module, path in MODULES.items() if room(module) != "cli"]
-    assert {name for name in names if names.count(name) > 1} == {"__init__.py"}
+    """In the library and its tests, but for a command and what it calls, and the names that tools ask for."""
+    commands = {
+        module
+        for module in MODULES
+        if room(module) == "cli"
+        and module.rpartition(".")[2] in {called.rpartition(".")[2] for called in GRAPH[module]}
+    }
+    names = [path.name for module, path in MODULES.items() if module not in commands]
+    names += [path.name for path in (ROOT / "tests").rglob("*.py")]
+    shared = {name for name in names if names.count(name) > 1}
+    assert shared == {"__init__.py", "__main__.py", "conftest.py"}
+    assert commands == {"cli.add_tokenizer", "cli.doctor"}
 
 
 def test_tests_import_what_is_their_rooms_or_support():

@@ -20,7 +20,7 @@ from mlx_pararnn import Model, ModelArgs, PararnnError
 from mlx_pararnn.cache import RecurrentCache
 from mlx_pararnn.chat.session import Chat
 from tests.support.demo import DEMO
-from tests.support.generation import greedy, same_until_a_near_tie
+from tests.support.greedy_tokens import greedy, same_until_a_near_tie
 from tests.support.serving import demo_in_float32
 
 TEXT = b"import os\n\nclass Reader:\n    def read(self, name):\n        return open(name)\n" * 8

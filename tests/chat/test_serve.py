@@ -12,7 +12,7 @@ import pytest
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs
 from tests.support.demo import DEMO
-from tests.support.generation import greedy, same_until_a_near_tie
+from tests.support.greedy_tokens import greedy, same_until_a_near_tie
 from tests.support.serving import KEY, client_of, folder_of, request, running
 
 PROMPTS = [f"def f{n}(self, value):\n    return {n}\n\nclass C{n * 'x'}" for n in range(16)]

@@ -162,8 +162,8 @@ def hurried(tmp_path_factory):
     """A server that gives a request three seconds to arrive."""
     folder = tmp_path_factory.mktemp("hurried")
     (folder / "hurried.py").write_text(
-        "from mlx_pararnn.chat.server import app, listen\n"
-        "listen.TIMEOUT = app.SECONDS_TO_ARRIVE = 3\n"
+        "from mlx_pararnn.chat.server import endpoints, listen\n"
+        "listen.TIMEOUT = endpoints.SECONDS_TO_ARRIVE = 3\n"
         "listen.MAX_CONNECTIONS = 20\n"
     )
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ from openai.types.responses import Response
 from starlette.testclient import TestClient
 
 from mlx_pararnn.chat.prompt_cache import PromptCache
-from mlx_pararnn.chat.server.app import make_app
+from mlx_pararnn.chat.server.endpoints import make_app
 from mlx_pararnn.chat.server.engine import Engine
 from mlx_pararnn.chat.server.metrics import Metrics
 from mlx_pararnn.chat.server.server_settings import Settings

@@ -9,7 +9,7 @@ from mlx_lm.tuner.trainer import default_loss
 
 from mlx_pararnn.cli.lm_training import cap_recurrent_weights, in_few_lengths, unfreeze_ends
 from mlx_pararnn.errors import PararnnError
-from tests.support.training import TEXT, small_model
+from tests.support.training_runs import TEXT, small_model
 
 TOKENS = mx.array([list(TEXT.encode()[i : i + 41]) for i in (0, 500)])
 LENGTHS = mx.array([[0, 41], [0, 30]])

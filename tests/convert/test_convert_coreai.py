@@ -23,7 +23,7 @@ from mlx_pararnn.cells.dual import Dual, DualFunctions
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.coreai import require_coreai as tools
 from tests.support.converting import convert
-from tests.support.coreml.exporting import failing_export, formula, small_model
+from tests.support.coreml.exports import failing_export, formula, small_model
 
 needs_coreai = pytest.mark.skipif(
     not tools.is_installed(), reason="coreai-core is not installed, or has no wheel for this Python"

@@ -30,7 +30,7 @@ from mlx_pararnn.convert.package.iterations import LIMIT, iterations_needed
 from mlx_pararnn.convert.package.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
-from tests.support.coreml.exporting import export_to_coreml, failing_export, formula, plain_model, settings
+from tests.support.coreml.exports import export_to_coreml, failing_export, formula, plain_model, settings
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import apple_gru, babylm
 

@@ -15,7 +15,7 @@ from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.coreml import mlpackage_check as package_check
 from mlx_pararnn.convert.package.constants import Plain
 from mlx_pararnn.convert.package.package_digest import stored_digest
-from tests.support.coreml.exporting import export_to_coreml, plain_model, settings
+from tests.support.coreml.exports import export_to_coreml, plain_model, settings
 from tests.support.coreml.interpreter import Package
 
 

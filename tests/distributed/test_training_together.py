@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.training.reporting import read_log
 from tests.support.ranks import PATIENCE, ranks, run_ranks, said
-from tests.support.training import SMALL, TEXT, losses, same
+from tests.support.training_runs import SMALL, TEXT, losses, same
 
 pytestmark = pytest.mark.large
 SETTINGS = {"steps": 6, "batch_size": 4, "accumulate": 2, "length": 16, "warmup": 2, "report_every": 1} | {

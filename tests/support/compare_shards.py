@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_pararnn.compute.module_arrays import named_arrays
 from mlx_pararnn.distributed import Group, all_numbers, world
 from mlx_pararnn.model import Model
-from tests.support.training import small_model
+from tests.support.training_runs import small_model
 
 WIDE = {"hidden_size": 256, "intermediate_size": 320, "num_heads": 4, "vocab_size": 259}
 # form of the model; bits of its weights, 0 for none

@@ -12,7 +12,7 @@ from mlx_pararnn.loading import load_tokenizer
 from mlx_pararnn.training import data
 from mlx_pararnn.training.data import Documents, HeldOut, Rows, Stream
 from mlx_pararnn.training.tokenizers import write_tokenizer
-from tests.support.training import TEXT
+from tests.support.training_runs import TEXT
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -16,7 +16,7 @@ from mlx_pararnn.loading import load
 from mlx_pararnn.training import run as runs
 from mlx_pararnn.training.reporting import read_log
 from mlx_pararnn.training.settings import Plan
-from tests.support.training import SMALL, TEXT, losses
+from tests.support.training_runs import SMALL, TEXT, losses
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn", "train"]
 SETTINGS = {"steps": 12, "batch_size": 2, "length": 32, "warmup": 2, "report_every": 1, "eval_every": 4} | {

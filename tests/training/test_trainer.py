@@ -13,7 +13,7 @@ from mlx_pararnn.training import checkpoints
 from mlx_pararnn.training.batches import Batch
 from mlx_pararnn.training.optimizers import decays, schedule
 from mlx_pararnn.training.settings import Settings
-from tests.support.training import TEXT, Text, losses, same, small_model, trainer
+from tests.support.training_runs import TEXT, Text, losses, same, small_model, trainer
 
 
 def test_the_loss_falls():

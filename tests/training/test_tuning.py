@@ -18,7 +18,7 @@ from mlx_pararnn.loading import STATES, load, load_states
 from mlx_pararnn.training import run as runs
 from mlx_pararnn.training.reporting import read_log
 from mlx_pararnn.training.settings import Plan, Settings
-from tests.support.training import SMALL, TEXT, losses, same, small_model
+from tests.support.training_runs import SMALL, TEXT, losses, same, small_model
 
 QUICK = {
     "steps": 6,

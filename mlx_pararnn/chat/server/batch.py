@@ -11,7 +11,7 @@ from ...mlx_lm_internals import BatchGenerator
 from ..prompt_cache import PromptCache
 from .jobs import Job
 from .reading import READ_STEP
-from .sampling import SeededSampler
+from .samplers import SeededSampler
 
 
 @dataclass(frozen=True)

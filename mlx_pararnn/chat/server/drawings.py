@@ -13,7 +13,7 @@ from ...pocket.events import Event, Finish
 from ...text.detokenizer import Detokenizer
 from .engine import Engine
 from .jobs import Job
-from .sampling import shared_sampler
+from .samplers import shared_sampler
 from .schema import ImageRequest, Refused
 from .text import AnswerText
 

@@ -21,7 +21,7 @@ from ...errors import PararnnError
 from ...process.watchdog import ending_signals, watched
 from ..prompt_cache import PromptCache
 from ..saved_prompts import SavedPromptCache
-from .app import make_app
+from .endpoints import make_app
 from .engine import Engine
 from .metrics import Metrics
 from .server_settings import Settings

@@ -24,7 +24,7 @@ from .engine import Engine
 from .jobs import Job, Piece, TokenInfo
 from .metrics import Metrics
 from .prompts import Prompt, Prompts, run_apart
-from .sampling import SeededSampler, shared_sampler
+from .samplers import SeededSampler, shared_sampler
 from .schema import ChatRequest, CompletionRequest, ImageRequest, Refused, Request
 from .server_settings import Settings
 from .text import AnswerText

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.coreml.exporting import Exports
+from tests.support.coreml.exports import Exports
 
 
 @pytest.fixture(scope="session")

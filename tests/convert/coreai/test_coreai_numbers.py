@@ -18,7 +18,7 @@ from mlx_pararnn import load_model, register_cell
 from mlx_pararnn.convert.coreai.aimodel_check import float16_bound
 from mlx_pararnn.convert.coreai.runtime import Runner
 from mlx_pararnn.loading import BUNDLED
-from tests.support.coreml.exporting import (
+from tests.support.coreml.exports import (
     GOLDEN,
     KINDS,
     QUANTIZED,

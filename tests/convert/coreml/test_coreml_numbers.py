@@ -16,7 +16,7 @@ from coremltools.proto import Model_pb2  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mlx_pararnn import load_model, register_cell  # noqa: E402
-from tests.support.coreml.exporting import (  # noqa: E402
+from tests.support.coreml.exports import (  # noqa: E402
     GOLDEN,
     KINDS,
     QUANTIZED,

@@ -10,7 +10,7 @@ ct = pytest.importorskip("coremltools", reason="coremltools has no wheel for thi
 
 from coremltools.proto import FeatureTypes_pb2, MIL_pb2  # noqa: E402
 
-from tests.support.coreml.exporting import KINDS, ONE, QUANTIZED, TRAINED, some_ids  # noqa: E402
+from tests.support.coreml.exports import KINDS, ONE, QUANTIZED, TRAINED, some_ids  # noqa: E402
 from tests.support.coreml.interpreter import shape_of  # noqa: E402
 from tests.support.coreml.record_transcript import main as record  # noqa: E402
 from tests.support.coreml.runner import Runner  # noqa: E402
