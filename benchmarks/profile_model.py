@@ -44,7 +44,7 @@ LEAVES = (
     (nn.RMSNorm, "__call__", "RMSNorm"),
     (layer_ops, "rms_norm", "RMSNorm"),
     (nn.Embedding, "__call__", "embedding"),
-    (model_file, "solve", "recurrence"),
+    (layer_ops, "solve", "recurrence"),
     (layer_ops, "conv_silu", "convolution + SiLU"),
     (layer_ops, "gated_norm", "gated RMSNorm"),
     (layer_ops, "swiglu", "SwiGLU"),

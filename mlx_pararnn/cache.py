@@ -95,10 +95,20 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         steps = mx.arange(N)
         return (steps >= begin) & (steps < end)
 
+    def offsets_after(self, n: int) -> list[int]:
+        """Tokens that each row has read after the next n, padding excepted."""
+        spans = self.spans(n) or [(0, n)] * self.batch_size
+        return [o + end - begin for o, (begin, end) in zip(self.offsets, spans, strict=True)]
+
+    def next_positions(self, n: int) -> mx.array:
+        """(B, n), how many tokens of its row stand before each of the next n; of padding any number."""
+        spans = self.spans(n) or [(0, n)] * self.batch_size
+        first = mx.array([offset - begin for offset, (begin, _) in zip(self.offsets, spans, strict=True)])
+        return first[:, None] + mx.arange(n)
+
     def advance(self, N: int) -> None:
         """Count N more positions, padding excepted, and keep the state if it is one to remember."""
-        spans = self.spans(N) or [(0, N)] * self.batch_size
-        self.offsets = [o + end - begin for o, (begin, end) in zip(self.offsets, spans, strict=True)]
+        self.offsets = self.offsets_after(N)
         if self.row_padding is not None:
             self.row_padding = [p - N for p in self.row_padding]
         if self.row_lengths is not None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 
 from .cache import RecurrentCache, held_arrays
@@ -24,11 +23,12 @@ from .compute.module_arrays import (
     Changed,
     handed_arrays,
     head_arrays,
+    named_arrays,
     norm_arrays,
     plain_arrays,
     table_arrays,
 )
-from .compute.recurrence import choice_for, recurrence, solve
+from .compute.recurrence import choice_for_layers, recurrence
 from .compute.token_trial import compared_tokens
 from .distributed import Group, world
 from .errors import PararnnError
@@ -89,26 +89,13 @@ class RecurrentLayer(nn.Module):
         mask: mx.array | None,
         every: int,
         choice: Choice,
-        *gated_norm: Any,
-        **options: Any,
-    ) -> tuple[Any, ...]:
-        """`__call__` on the backends chosen, with the states after every n-th step if n = `every` > 0.
-
-        Args:
-            gated_norm: nothing, or the gate (B, T, D), weight and eps of `layer_ops.gated_norm`, which hidden
-                then goes through.
-        """
-        if choice.step:
-            if state is None:
-                state = mx.zeros((x.shape[0], len(self._cell.slots), self.recurrent_weight.shape[1]))
-            exact = self.recurrent_weight, self._project(x), self.bias, state
-            return layer_ops.decode(self._cell, *exact, *gated_norm, backend=choice.state)
-        u = self._project(x)
-        options |= {"bias": self.bias, "mask": mask, "return_states": every}
-        hidden, *states = solve(choice, self._cell, self.recurrent_weight, u, state, **options)
-        if gated_norm:
-            hidden = layer_ops.gated_norm(hidden, *gated_norm, backend=choice.output)
-        return hidden, *states
+        *norm: Any,
+    ) -> tuple[mx.array, ...]:
+        """`__call__` in a model's layer: `layer_ops.recurrence_and_norm` of x (B, T, input_size)."""
+        u, weight = self._project(x), self.recurrent_weight
+        return layer_ops.recurrence_and_norm(
+            choice, self._cell, weight, u, self.bias, state, mask, every, *norm
+        )
 
     @property
     def cell(self) -> Cell:
@@ -126,15 +113,8 @@ class RecurrentLayer(nn.Module):
         return arrays | plain_arrays("cell_proj", self["input_proj"])
 
     def _project(self, x: mx.array) -> mx.array:
-        """u (B, heads, T, gates, D / heads) without its bias, a strided view."""
-        B, T, _ = x.shape
-        # One matrix product a head over all B * T rows; the result is read by strides, not transposed back.
-        if B * T == 1:  # MLX would copy the strided view of a single row
-            rows = x.reshape(self.num_heads, 1, -1)
-        else:
-            rows = x.reshape(B * T, self.num_heads, -1).swapaxes(0, 1)
-        u = matrix_products.linear(self.input_proj, rows)
-        return u.reshape(self.num_heads, B, T, len(self._cell.gates), -1).swapaxes(0, 1)
+        """u (B, heads, T, gates, D / heads) without its bias."""
+        return matrix_products.input_projection(self.input_proj, x, self.num_heads, len(self._cell.gates))
 
 
 class CausalConv(nn.Module):
@@ -180,15 +160,13 @@ class GatedConvMixer(nn.Module):
         self.norm = nn.RMSNorm(D, eps=args.norm_eps)
         self.out_proj = nn.Linear(D, D, bias=False)
 
-    def __call__(
-        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice, **options: Any
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes the new state and window."""
         T, window, part = x.shape[1], cache[1], self.part
         main, gate = mx.split(matrix_products.linear(self.in_proj, part.entered(x)), 2, axis=-1)
         x, cache[1] = self.conv1d(main, window, cache.spans(T), choice)
         x, norm = part.own_to_heads(x), part.cell_norm(gate, self.norm)
-        y, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, *norm, **options)
+        y, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, *norm)
         cache.keep(states, T, window, main)
         return part.normed_product(y, gate, self.norm, self.out_proj, choice.output)
 
@@ -214,13 +192,11 @@ class PlainMixer(nn.Module):
             args.cell, args.hidden_size, args.hidden_size, args.num_heads, args.activations
         )
 
-    def __call__(
-        self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice, **options: Any
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache: RecurrentCache, mask: mx.array | None, choice: Choice) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes the new state."""
         T, part = x.shape[1], self.part
         x = part.of_heads(part.entered(x))
-        hidden, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice, **options)
+        hidden, cache[0], *states = self.cell.run(x, cache[0], mask, cache.stride(T), choice)
         cache.keep(states, T)
         return part.whole(hidden)
 
@@ -278,10 +254,9 @@ class Layer(nn.Module):
         cache: RecurrentCache,
         mask: mx.array | None,
         choice: Choice = PLAIN,
-        **options: Any,
     ) -> mx.array:
         """x (B, T, D) to (B, T, D); the cache takes what the mixer keeps."""
-        mixed = self.mixer(_normed(self.norm, x, choice), cache, mask, choice, **options)
+        mixed = self.mixer(_normed(self.norm, x, choice), cache, mask, choice)
         x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
         y = self.mlp(_normed(self.mlp_norm, x, choice), choice)
         return x + y if self._mlp_residual else y
@@ -339,64 +314,48 @@ class PararnnModel(nn.Module):
         inputs: mx.array,
         cache: list[RecurrentCache],
         input_embeddings: mx.array | None = None,
-        backend: str | None = None,
-        output_wanted: bool = False,
         head: nn.Module | None = None,
         **options: Any,
     ) -> tuple[mx.array, Choice, mx.array | None]:
         """What `__call__` gives, the backends chosen, and the logits if `head` was called at once with it.
 
         Args:
-            output_wanted: the caller reads for the output, not for the state alone (`Choice.deferred`).
             head: what the caller will call with the output.
         """
-        cell = self.layers[0].mixer.cell._cell
-        if options.get("max_iters") is not None and not cell.few_iterations:
-            raise PararnnError(
-                f"max_iters={options['max_iters']}: for cell {cell.name!r} the states after a few Newton "
-                "iterations are of no use; leave max_iters out, and Newton ends with the sequential answer"
-            )
         x = self.part.embedded(self.embed_tokens, inputs) if input_embeddings is None else input_embeddings
-        B, T, D = x.shape
+        B, T, _ = x.shape
         for c in cache:
             c.open(B)
         if "embed_positions" in self:
-            x = x + self._positions(cache[0], T)
+            x = x + self.embed_positions(self._positions(cache[0], T))
         mask = cache[0].make_mask(T)
-        choice = choice_for(
-            cell,
-            lambda: [x, *held_arrays(cache), *dict(tree_flatten(self.parameters())).values()],
-            **{"rows": B, "tokens": T, "width": D, "padded": mask is not None, "backend": backend, **options},
+        choice = choice_for_layers(
+            self.layers[0].mixer.cell.cell,
+            x,
+            mask,
+            lambda: [x, *held_arrays(cache), *(array for _, array in named_arrays(self.parameters()))],
             divided=self.part.group is not None,
+            **options,
         )
         decoded = None
-        if choice.one_call:
-            plain = input_embeddings is None and "embed_positions" not in self
-            decoded = self._in_one_call(x, inputs if plain else None, cache, head)
+        if choice.one_call and (weights := self.token_weights(head)) is not None:
+            ids = inputs if input_embeddings is None else None
+            decoded = cpu_token.decode(weights, x, ids, cache, _TOKEN_TRIAL)
         if decoded is None:
-            last = choice if output_wanted else choice.deferred()
+            last = choice.deferred()
             for layer, c in zip(self.layers, cache, strict=True):
-                x = layer(x, c, mask, last if layer is self.layers[-1] else choice, **options)
+                x = layer(x, c, mask, last if layer is self.layers[-1] else choice)
             decoded = cpu_token.Decoded(_normed(self.norm, x, last), None)
         for c in cache:
             c.advance(T)
         return decoded.y, choice, decoded.logits
 
-    def _in_one_call(
-        self, x: mx.array, ids: mx.array | None, cache: list[RecurrentCache], head: nn.Module | None
-    ) -> cpu_token.Decoded | None:
-        """The one call for a token: its numbers x (B, 1, D), or its ids (B, 1) if they say all about it."""
-        weights = self.token_weights()
-        if weights is None:
-            return None
-        if ids is not None and (embedding := table_arrays("embedding", self["embed_tokens"])):
-            x, weights = ids, weights._replace(embedding=embedding)
-        if head is not None:
-            weights = weights._replace(head=head_arrays("head", head))
-        return cpu_token.decode(weights, x, cache, _TOKEN_TRIAL)
+    def token_weights(self, head: nn.Module | None = None) -> cpu_token.Weights | None:
+        """What one call for a token of all layers reads; None where modules or settings do not allow it.
 
-    def token_weights(self) -> cpu_token.Weights | None:
-        """What one call for a token of all layers reads; None where modules or settings do not allow it."""
+        Args:
+            head: what the output is for, to be called along with the layers if it can be.
+        """
         eps: float = getattr(self["norm"], "eps", math.nan)
         try:
             layers = [handed_arrays(layer, Layer, eps=eps) for layer in self["layers"]]
@@ -406,19 +365,20 @@ class PararnnModel(nn.Module):
         cell, heads, mlp_residual = first = self["layers"][0].token_constants()
         if any(layer.token_constants() != first for layer in self["layers"][1:]):
             return None
-        return cpu_token.Weights(layers, last, cell, heads, mlp_residual, eps)
+        # With learned positions a token's id does not say all that the first layer reads.
+        embedding = {} if "embed_positions" in self else table_arrays("embedding", self["embed_tokens"])
+        last_matrix = {} if head is None else head_arrays("head", head)
+        return cpu_token.Weights(layers, last, cell, heads, mlp_residual, eps, embedding, last_matrix)
 
     def _positions(self, cache: RecurrentCache, T: int) -> mx.array:
-        spans = cache.spans(T) or [(0, T)] * cache.batch_size
-        room = self.embed_positions.weight.shape[0]
-        ends = [offset + end - begin for offset, (begin, end) in zip(cache.offsets, spans, strict=True)]
-        if max(ends) > room:
+        """Where the next T tokens stand, (B, T); padding stands anywhere."""
+        room, longest = self.embed_positions.weight.shape[0], max(cache.offsets_after(T))
+        if longest > room:
             raise PararnnError(
-                f"this model has {room} learned positions and token {max(ends)} of a sequence has none; "
+                f"this model has {room} learned positions and token {longest} of a sequence has none; "
                 "shorten the prompt or generate fewer tokens"
             )
-        first = mx.array([offset - begin for offset, (begin, _) in zip(cache.offsets, spans, strict=True)])
-        return self.embed_positions(mx.clip(first[:, None] + mx.arange(T), 0, room - 1))
+        return mx.clip(cache.next_positions(T), 0, room - 1)
 
 
 class Model(nn.Module):
@@ -458,8 +418,8 @@ class Model(nn.Module):
             inputs: (B, T) token ids.
             cache: what `make_cache` gave, or None to start from zero and keep nothing.
             input_embeddings: (B, T, D), used instead of the tokens' own.
-            options: for `recurrence`, such as method="sequential"; and output_wanted=True if all tokens'
-                logits are used (without a cache it is the default): on a CPU they are then faster.
+            options: of `recurrence` backend, method, chunk, tol and max_iters; and output_wanted=True if all
+                tokens' logits are used (without a cache it is the default): on a CPU they are then faster.
         """
         note_use_of_mlx()
         options.setdefault("output_wanted", cache is None)

@@ -24,8 +24,17 @@ BACKENDS = ("metal", "cuda", "cpu", "ops")
 CHUNK = gpu.CHUNK  # steps of a chunk, in ops as in the kernels
 
 
+class Solver(NamedTuple):
+    """How the recurrence shall be solved; `recurrence` has these arguments."""
+
+    method: str = "auto"
+    chunk: int = CHUNK
+    tol: float | None = None
+    max_iters: int | None = None
+
+
 class Choice(NamedTuple):
-    """Who computes what in one call.
+    """Who computes what in one call, and how.
 
     Attributes:
         state: the backend of what makes the state: the convolution and the recurrence.
@@ -36,6 +45,8 @@ class Choice(NamedTuple):
         eager: MLX allows evaluation.
         gradient: a derivative may be asked for.
         asked: the caller named the backend: the recurrence's kernels run untried and raise their errors.
+        output_wanted: the caller reads for the output, not for the state alone.
+        solver: how the caller wants the recurrence solved.
     """
 
     state: str
@@ -46,6 +57,8 @@ class Choice(NamedTuple):
     eager: bool = True
     gradient: bool = False
     asked: bool = False
+    output_wanted: bool = False
+    solver: Solver = Solver()
 
     def deferred(self) -> "Choice":
         """For the last layer: what its output alone needs is recorded, not computed at once.
@@ -53,7 +66,9 @@ class Choice(NamedTuple):
         Whoever reads a prompt for its state, as all but the last piece of a prompt are read, never asks for
         that output, and MLX never computes what is not asked for. A derivative asks for all.
         """
-        return self._replace(output="ops") if self.output == "cpu" and not self.gradient else self
+        if self.output != "cpu" or self.output_wanted or self.gradient:
+            return self
+        return self._replace(output="ops")
 
 
 PLAIN = Choice("ops", "ops")
@@ -114,10 +129,8 @@ def choose(
     padded: bool = False,
     divided: bool = False,
     backend: str | None = None,
-    method: str = "auto",
-    chunk: int = CHUNK,
-    max_iters: int | None = None,
-    **wishes: Any,
+    output_wanted: bool = False,
+    **solver: Any,
 ) -> Choice:
     """Decide once for a call on `rows` sequences of `tokens` tokens, `width` channels each.
 
@@ -128,7 +141,7 @@ def choose(
         padded: whether some tokens are padding.
         divided: whether this process has a part of each layer, so that a token is no single call.
         backend: what the caller asks for; the environment variable MLX_PARARNN_BACKEND goes before None.
-        method, chunk, max_iters, wishes: how the recurrence shall be solved (`recurrence`).
+        output_wanted, solver: see `Choice`; and the fields of `Solver`.
 
     Raises:
         PararnnError: a backend was asked for that is unknown, not on this machine, or unable to do this.
@@ -137,25 +150,26 @@ def choose(
     here = gpu.available_backend() or "cpu"
     if asked not in (None, "ops", here):
         raise PararnnError(f"backend {asked!r} is not available on {mx.default_device()}; choose 'ops'")
-    as_usual = (method, chunk, max_iters) == ("auto", CHUNK, None) and not wishes
-    plain_token = tokens == 1 and not padded and as_usual
+    how = Solver(**solver)
+    plain = PLAIN._replace(output_wanted=output_wanted, solver=how)
+    plain_token = tokens == 1 and not padded and how == Solver()
 
     if asked != "ops" and here != "cpu":
-        if chunk == CHUNK and (asked or has_kernel(cell)):
-            return Choice(here, here, step=plain_token, asked=asked is not None)
+        if how.chunk == CHUNK and (asked or has_kernel(cell)):
+            return plain._replace(state=here, output=here, step=plain_token, asked=asked is not None)
         if asked:
             raise PararnnError(
-                f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={chunk}"
+                f"backend {asked!r} has chunks of {CHUNK} steps; choose 'ops' for chunk={how.chunk}"
             )
-    elif asked != "ops" and (asked or (method != "newton" and has_kernel(cell))):
+    elif asked != "ops" and (asked or (how.method != "newton" and has_kernel(cell))):
         one_call = plain_token and not divided and 0 < rows <= cpu.FEW_ROWS
-        on_cpu = Choice("cpu", "ops", head="cpu", one_call=one_call)
+        on_cpu = plain._replace(state="cpu", head="cpu", one_call=one_call)
         if cpu.is_large(rows * tokens * width):
             on_cpu = on_cpu._replace(output="cpu")
         elif asked is None and tokens == 1:
             # Few numbers: a token that cannot be one call is MLX's, which does not wait in the middle.
-            return on_cpu._replace(state="ops") if trial(cell, here) else PLAIN
-        if asked and method == "newton":
+            return on_cpu._replace(state="ops") if trial(cell, here) else plain
+        if asked and how.method == "newton":
             raise PararnnError("backend 'cpu' goes straight through time; choose 'ops' for method='newton'")
         if allowed := evaluation(reads()):
             if asked or trial(cell, here):
@@ -165,8 +179,13 @@ def choose(
                 "backend 'cpu' runs at once, not inside mx.compile or mx.vmap; choose 'ops' there"
             )
         else:
-            return PLAIN._replace(eager=False)
-    return PLAIN._replace(eager=tokens == 1 or evaluation(reads()) > Evaluation.NEVER)
+            return plain._replace(eager=False)
+    if tokens == 1:
+        return plain
+    eager = evaluation(reads()) > Evaluation.NEVER
+    if how.method == "auto" and eager and _on_a_gpu() and len(cell.slots) < 4:
+        plain = plain._replace(solver=how._replace(method="newton"))
+    return plain._replace(eager=eager)
 
 
 def choose_elementwise(size: int, reads: Callable[[], Sequence[mx.array]], backend: str | None = None) -> str:
@@ -181,8 +200,13 @@ def choose_elementwise(size: int, reads: Callable[[], Sequence[mx.array]], backe
     """
     if _asked(backend) not in (None, "cpu"):
         return "ops"
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return "cpu" if (backend or (on_cpu and cpu.is_large(size))) and evaluation(reads()) else "ops"
+    wanted = backend or (not _on_a_gpu() and cpu.is_large(size))
+    return "cpu" if wanted and evaluation(reads()) else "ops"
+
+
+def _on_a_gpu() -> bool:
+    """Whether MLX computes on a GPU."""
+    return mx.default_device().type == mx.DeviceType.gpu
 
 
 def _asked(backend: str | None) -> str | None:

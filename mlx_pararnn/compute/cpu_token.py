@@ -81,7 +81,7 @@ class Weights(NamedTuple):
         layers: of each layer the arrays that a token reads, by their names in struct Layer.
         last: the same of the norm after the layers.
         cell, heads, mlp_residual, eps: as `ModelArgs` has them, the same in all layers and norms.
-        embedding: (V, D), the rows that token ids stand for; empty where they are not all that is read.
+        embedding: (V, D), the rows that token ids stand for; empty where ids are not all that is read.
         head: (V, D), a last matrix without a bias that may be multiplied with too; empty for none.
     """
 
@@ -111,11 +111,14 @@ Formats = tuple[tuple[int, int], ...]  # (bits, group size) of quantized matrice
 Trial = Callable[[Cell, Formats], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
 
 
-def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) -> Decoded | None:
+def decode(
+    weights: Weights, x: mx.array, ids: mx.array | None, cache: Sequence[Any], trial: Trial
+) -> Decoded | None:
     """All layers, the norm after them and the head for one token, at once; `cache` gets the new states.
 
     Args:
-        x: (B, 1), token ids, where `weights` has an embedding; else (B, 1, D), what the first layer reads.
+        x: (B, 1, D), what the first layer reads.
+        ids: (B, 1), token ids, read instead of x where `weights` has an embedding; or None.
         cache: one `RecurrentCache` a layer.
         trial: pairs of what this gives for a cell and formats of quantized matrices, and what MLX's ops give,
             compared at the first use.
@@ -124,6 +127,10 @@ def decode(weights: Weights, x: mx.array, cache: Sequence[Any], trial: Trial) ->
         None, with the cache as it was, where this has no code for the call: weights of several dtypes or of
         other shapes than a model's, a transformation of MLX such as mx.grad, no compiler.
     """
+    if ids is None:
+        weights = weights._replace(embedding={})
+    elif weights.embedding:
+        x = ids
     if not _consistent(weights, x) or not _fits(cache, x, weights):
         return None
     reads = [x, *held_arrays(cache)]

@@ -64,7 +64,7 @@ def conv_silu(
         return _conv_ops(*arrays, spans)
     if backend in GPU and _uniform(arrays) and conv_works(backend, weight.shape[1], x.dtype):
         y, new_window = _conv_kernel(backend)(*arrays)
-    elif at_once(backend, *arrays):
+    elif taken_by_cpu(backend, *arrays):
         y, new_window = _conv_cpu()(*arrays)
     else:
         y, new_window = _conv_ops(*arrays)
@@ -73,7 +73,7 @@ def conv_silu(
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float, *, backend: str = "ops") -> mx.array:
     """RMSNorm of x (B, T, D) with weight (D,)."""
-    if at_once(backend, x, weight):
+    if taken_by_cpu(backend, x, weight):
         (y,) = _rms_norm_cpu(eps)(x, weight)
         return cast(mx.array, y)
     return mx.fast.rms_norm(x, weight, eps)
@@ -83,7 +83,7 @@ def gated_norm(
     hidden: mx.array, gate: mx.array, weight: mx.array, eps: float, *, backend: str = "ops"
 ) -> mx.array:
     """RMSNorm(hidden) * silu(gate), all of shape (B, T, D) but weight (D,)."""
-    if at_once(backend, hidden, gate, weight):
+    if taken_by_cpu(backend, hidden, gate, weight):
         (y,) = _gated_norm_cpu(eps)(hidden, gate, weight)
         return cast(mx.array, y)
     return _gated_norm_ops(eps, hidden, gate, weight)
@@ -91,7 +91,7 @@ def gated_norm(
 
 def swiglu(gate: mx.array, up: mx.array, *, backend: str = "ops") -> mx.array:
     """silu(gate) * up, any shape: one primitive, since MLX-LM compiles it."""
-    if at_once(backend, gate, up):
+    if taken_by_cpu(backend, gate, up):
         (y,) = _swiglu_cpu()(gate, up)
         return cast(mx.array, y)
     return _swiglu_ops(gate, up)
@@ -117,11 +117,41 @@ def cross_entropy(logits: mx.array, targets: mx.array, *, backend: str | None = 
         )
     rows, places = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     backend = choose_elementwise(rows.size, lambda: [rows, places], backend)
-    if at_once(backend, rows) and _gradients_work():
+    if taken_by_cpu(backend, rows) and _gradients_work():
         losses = _cross_entropy_cpu()(rows, places.astype(mx.int32))[0]
     else:
         losses = _cross_entropy_ops(rows, places)[0]
     return cast(mx.array, losses).reshape(targets.shape)
+
+
+def recurrence_and_norm(
+    choice: Choice,
+    cell: Cell,
+    params: mx.array,
+    u: mx.array,
+    bias: mx.array,
+    state: mx.array | None,
+    mask: mx.array | None,
+    every: int,
+    *norm: Any,
+) -> Arrays:
+    """The recurrence, and where there is a `norm` that of its output, on the backends chosen.
+
+    Args:
+        params, u, bias, mask: as `recurrence` has them.
+        state: (B, slots, D); None for zeros.
+        every: `return_states` of `recurrence`.
+        norm: nothing, or the gate (B, T, D), weight (D,) and eps of `gated_norm`.
+
+    Returns:
+        y (B, T, D), the last state (B, slots, D), and if every > 0 the states (B, T // every, slots, D).
+    """
+    if choice.step:
+        if state is None:
+            state = mx.zeros((u.shape[0], len(cell.slots), params.shape[1]))
+        return decode(cell, params, u, bias, state, *norm, backend=choice.state)
+    y, *states = solve(choice, cell, params, u, state, bias=bias, mask=mask, return_states=every)
+    return gated_norm(y, *norm, backend=choice.output) if norm else y, *states
 
 
 def decode(
@@ -163,7 +193,7 @@ def decode(
     return y, last
 
 
-def at_once(backend: str, *arrays: mx.array) -> bool:
+def taken_by_cpu(backend: str, *arrays: mx.array) -> bool:
     """Whether the CPU backend takes these arrays: all of one dtype, and it is right on this machine."""
     return backend == "cpu" and _uniform(arrays) and _elementwise_works()
 
@@ -262,10 +292,10 @@ def with_derivatives_of(
         if gradient is None or not _gradients_work() or not evaluation(arrays):
             return _backward(ops, primals, cotangents)
         n, m = len(primals), len(primals) + len(cotangents)
-        at_once = with_derivatives_of(
+        differentiable = with_derivatives_of(
             lambda *a: _backward(ops, a[:n], a[n:m]), lambda *a: gradient(a[:n], a[n:m], a[m:])
         )
-        return tuple(at_once(*arrays))
+        return tuple(differentiable(*arrays))
 
     @function.jvp
     def jvp(primals: Arrays, tangents: tuple[mx.array | None, ...]) -> Arrays:

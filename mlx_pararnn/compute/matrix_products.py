@@ -13,7 +13,7 @@ from mlx_lm.models.mla import MultiLinear
 
 from . import cpu
 from .choice import evaluation
-from .layer_ops import at_once, with_derivatives_of
+from .layer_ops import taken_by_cpu, with_derivatives_of
 
 # Rows from which unpacking 4-bit weights and a float32 product take less than MLX's quantized product.
 _ROWS_TO_UNPACK = 4
@@ -39,6 +39,19 @@ def linear(module: Any, x: mx.array) -> mx.array:
         y = apply(exact)
     kept = module.get("scales", module.get("weight", x))
     return cast(mx.array, y.astype(mx.result_type(x, kept)))
+
+
+def input_projection(module: Any, x: mx.array, heads: int, gates: int) -> mx.array:
+    """`linear` for all gates of a cell: x (B, T, heads * width), each head of `module` on its part.
+
+    Returns:
+        (B, heads, T, gates, D / heads), a strided view: what `recurrence` reads as u.
+    """
+    B, T, _ = x.shape
+    # One matrix product a head over all B * T rows; the result is read by strides, not transposed back. Of a
+    # single row MLX would copy a strided view.
+    rows = x.reshape(heads, 1, -1) if B * T == 1 else x.reshape(B * T, heads, -1).swapaxes(0, 1)
+    return linear(module, rows).reshape(heads, B, T, gates, -1).swapaxes(0, 1)
 
 
 _WEIGHTS = (nn.Linear, nn.Embedding, MultiLinear)  # whose product is with the transpose of their weight
@@ -104,7 +117,7 @@ def head(module: nn.Module, x: mx.array, *, backend: str = "ops") -> mx.array:
     few = is_plain(module) and x.shape[-2] == 1 and _rows(x) <= cpu.FEW_ROWS
     few = few and cpu.is_large(module.weight.size)
     # whether MLX traces the head's own weight was not asked when the call began
-    if few and at_once(backend, module.weight, x) and evaluation([module.weight, x]):
+    if few and taken_by_cpu(backend, module.weight, x) and evaluation([module.weight, x]):
         (y,) = _product_cpu()(x, module.weight)
         return cast(mx.array, y)
     return linear(module, x)

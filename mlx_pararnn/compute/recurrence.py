@@ -11,7 +11,7 @@ from ..cells import Cell
 from ..errors import PararnnError
 from . import cpu, gpu
 from .adjoint import adjoint, directional, states_adjoint, tile_of
-from .choice import CHUNK, Choice, choose, works_here
+from .choice import CHUNK, Choice, Solver, choose, works_here
 from .newton import Solution, biased, laid_out, newton, outputs, sequential, unstack
 
 METHODS = ("auto", "sequential", "newton")
@@ -103,19 +103,36 @@ def recurrence(
     Newton makes min(max_iters, T / chunk) iterations. GPU kernels need no evaluation and stop by themselves.
     """
     _check_input(cell, u)
-    wanted: dict[str, Any] = {"method": method, "chunk": chunk, "max_iters": max_iters}
     inputs = [params, u, *(a for a in (state, bias, mask) if a is not None)]
     B, heads, T, gates, width = u.shape
+    solver: dict[str, Any] = {"method": method, "chunk": chunk, "tol": tol, "max_iters": max_iters}
     choice = choice_for(
-        cell, lambda: inputs, rows=B, tokens=T, width=gates * heads * width, backend=backend, **wanted
+        cell, lambda: inputs, rows=B, tokens=T, width=gates * heads * width, backend=backend, **solver
     )
-    options = {**wanted, "tol": tol, "return_info": return_info, "bias": bias}
-    return solve(choice, cell, params, u, state, mask=mask, return_states=return_states, **options)
+    options: dict[str, Any] = {"bias": bias, "mask": mask, "return_info": return_info}
+    return solve(choice, cell, params, u, state, return_states=return_states, **options)
 
 
 def choice_for(cell: Cell, reads: Callable[[], Sequence[mx.array]], **call: Any) -> Choice:
     """`choice.choose` for a call with this cell, which the CPU backend tries at its first use."""
     return choose(cell, reads, trial=_kernels_agree, **call)
+
+
+def choice_for_layers(
+    cell: Cell, x: mx.array, mask: mx.array | None, reads: Callable[[], Sequence[mx.array]], **options: Any
+) -> Choice:
+    """`choose` for the layers of a model with this cell, that read x (B, T, D) with a mask (B, T) or None.
+
+    Raises:
+        PararnnError: as `choose`; and `max_iters` is given, where a few iterations are of no use.
+    """
+    if options.get("max_iters") is not None and not cell.few_iterations:
+        raise PararnnError(
+            f"max_iters={options['max_iters']}: for cell {cell.name!r} the states after a few Newton "
+            "iterations are of no use; leave max_iters out, and Newton ends with the sequential answer"
+        )
+    B, T, D = x.shape
+    return choice_for(cell, reads, rows=B, tokens=T, width=D, padded=mask is not None, **options)
 
 
 def solve(
@@ -128,26 +145,23 @@ def solve(
     bias: mx.array | None = None,
     mask: mx.array | None = None,
     return_states: int = 0,
-    method: str = "auto",
-    chunk: int = CHUNK,
-    tol: float | None = None,
-    max_iters: int | None = None,
     return_info: bool = False,
 ) -> tuple[Any, ...]:
-    """`recurrence` on the backend `choice.state`, which the caller chose; arguments and results as there."""
-    _check(cell, params, u, state, bias, mask, method, chunk, max_iters, return_states)
+    """`recurrence` as the caller chose: its backend and solver; arguments and results as there."""
+    _check(cell, params, u, state, bias, mask, choice.solver, return_states)
     B, heads, T, gates, width = u.shape
-    slots = len(cell.slots)
     if state is None:
-        state = mx.zeros((B, slots, heads * width))
+        state = mx.zeros((B, len(cell.slots), heads * width))
     backend = choice.state
     on_gpu = backend in ("metal", "cuda")
     if bias is not None and not (on_gpu and bias.dtype == u.dtype in gpu.DTYPES):
         u, bias = biased(u, bias), None
+    solver = choice.solver
+    if solver.method == "auto":
+        method = gpu.method_for(cell, B, T, heads * width) if on_gpu else "sequential"
+        solver = solver._replace(method=method)
+    plan = _Plan(cell, *solver, masked=mask is not None, asked=choice.asked)
     if backend != "ops":
-        if method == "auto":
-            method = gpu.method_for(cell, B, T, heads * width) if on_gpu else "sequential"
-        plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None, choice.asked)
         arrays: tuple[mx.array, ...] = (
             mx.contiguous(params.astype(mx.float32)),
             u if u.dtype in gpu.DTYPES else u.astype(mx.float32),
@@ -165,10 +179,6 @@ def solve(
         returned = _differentiable_kernel(plan, backend, every)(*arrays)
         return tuple(returned[: 3 if return_states else 2])
 
-    if method == "auto":
-        gpu_here = mx.default_device().type == mx.DeviceType.gpu
-        method = "newton" if choice.eager and gpu_here and T > 1 and slots < 4 else "sequential"
-    plan = _Plan(cell, method, chunk, tol, max_iters, mask is not None)
     arrays = laid_out(params, u, state, mask)
     if return_info:
         solution = _solve(plan, *arrays, eager=choice.eager, want_residual=True)
@@ -259,9 +269,7 @@ def _check(
     state: mx.array | None,
     bias: mx.array | None,
     mask: mx.array | None,
-    method: str,
-    chunk: int,
-    max_iters: int | None,
+    solver: Solver,
     return_states: int,
 ) -> None:
     _check_input(cell, u)
@@ -279,6 +287,7 @@ def _check(
             raise PararnnError(
                 f"{name} has shape {array.shape}; with this u, cell {cell.name!r} needs {shape}"
             )
+    method, chunk, _, max_iters = solver
     if method not in METHODS:
         raise PararnnError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if chunk < 1 or (max_iters is not None and max_iters < 1):

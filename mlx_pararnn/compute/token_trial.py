@@ -13,7 +13,6 @@ from ..cells import Cell
 from ..model_config import ModelArgs
 from .choice import PLAIN
 from .cpu_token import Formats, run
-from .module_arrays import head_arrays
 
 
 def compared_tokens(
@@ -48,7 +47,7 @@ def compared_tokens(
         x, caches = waves((2, 1, D)), [[RecurrentCache(2) for _ in model.layers] for _ in range(2)]
         for c in caches[0] + caches[1]:
             c.cache = [0.5 + waves((2, len(cell.slots), D), 0.3), waves((2, 3, D))]
-        weights = model.token_weights()._replace(head=head_arrays("head", head))
+        weights = model.token_weights(head)._replace(embedding={})
         decoded = run(weights, x, caches[0], formats)
         for layer, c in zip(model.layers, caches[1], strict=True):
             x = layer(x, c, None, PLAIN)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_pararnn import PararnnError, get_cell
 from mlx_pararnn.compute import choice, cpu, gpu
-from mlx_pararnn.compute.choice import Choice, Evaluation, evaluation
+from mlx_pararnn.compute.choice import Choice, Evaluation, Solver, evaluation
 from tests.support.random_models import make
 
 TOKENS = mx.array(np.random.default_rng(5).integers(0, 37, (2, 9)))
@@ -92,10 +92,13 @@ def test_a_gpu_is_never_asked(monkeypatch, asked):
         ({"tokens": 1, "width": 8}, Choice("ops", "ops", head="cpu", one_call=True)),
         ({"tokens": 1, "width": 8, "divided": True}, Choice("ops", "ops", head="cpu")),
         ({"tokens": 1, "width": 8, "padded": True}, Choice("ops", "ops", head="cpu")),
-        ({"tokens": 1, "width": 8, "method": "sequential"}, Choice("ops", "ops", head="cpu")),
+        (
+            {"tokens": 1, "width": 8, "method": "sequential"},
+            Choice("ops", "ops", head="cpu", solver=Solver("sequential")),
+        ),
         ({"tokens": 1, "width": 8, "rows": 17}, Choice("ops", "ops", head="cpu")),
         ({"tokens": 1, "width": 1 << 14}, Choice("cpu", "cpu", head="cpu", one_call=True)),
-        ({"tokens": 9, "width": 8, "method": "newton"}, Choice("ops", "ops")),
+        ({"tokens": 9, "width": 8, "method": "newton"}, Choice("ops", "ops", solver=Solver("newton"))),
         ({"tokens": 9, "width": 8, "backend": "ops"}, Choice("ops", "ops")),
         ({"tokens": 9, "width": 8, "trial": lambda *_: False}, Choice("ops", "ops")),
     ],

@@ -4,7 +4,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pararnn.compute import cpu_token, texts
-from mlx_pararnn.compute.module_arrays import head_arrays
 from tests.support.random_models import TOKENS, by_token, cell_of, numbers
 
 # The recorded call of one token, again and without Python: what the compilers' sanitizers look at.
@@ -76,7 +75,7 @@ int main(int count, char** argv) {
 
 def replay_text(made, dtype):
     head = made.model.embed_tokens if made.args.tie_word_embeddings else made.lm_head
-    weights = made.model.token_weights()._replace(head=head_arrays("head", head))
+    weights = made.model.token_weights(head)._replace(embedding={})
     text = texts.cpu_token_text(cell_of(made), cpu_token.formats_of(weights))
     return text + REPLAY.replace("DECODE", f"decode_{dtype}")
 
