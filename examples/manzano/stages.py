@@ -64,7 +64,7 @@ RECIPE = Recipe(
     small=(128, 2, 4, 256),
     cell="gru",
     rows=48,
-    steps={"contrastive": 2500, "alignment": 1500, "language": 2500, "decoder": 2000, "judge": 2000},
+    steps={"contrastive": 2500, "alignment": 4500, "language": 2000, "decoder": 1500, "judge": 2000},
 )
 
 
