@@ -218,6 +218,14 @@ struct Quantized {
   }
 };
 
+// The products of one format with scales of type T, as functions: another library has them (cpu_packed.cpp).
+template <typename T>
+struct PackedProduct {
+  int64_t (*arranged_size)(int64_t width);
+  void (*arrange)(const float* x, int64_t width, float* to);
+  decltype(&Quantized<4, 64>::product_rows<T>) product_rows;
+};
+
 // One weight: of a row of `width` ones, the one at number i.
 template <typename T>
 inline float unpacked(const Matrix& matrix, int64_t width, int64_t row, int64_t i) {

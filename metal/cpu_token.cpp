@@ -1,17 +1,16 @@
 // One token through all layers of a model on a CPU, in one call: what costs MLX some forty primitives a layer.
 // Comes after cpu.h, cpu_linear.h, cpu_quantized.h, cpu_elementwise.cpp, dual.h, activations.h and a cell's text
 // (mlx_pararnn/compute/texts.py assembles it, compute/cpu_token.py calls it; mlx_pararnn/model.py has the same in MLX).
-// Weights have one dtype T, or are packed in few bits with scales of that dtype; everything between them is float32.
-// PARARNN_FORMATS(F) lists the kinds of packed ones that there is code for, as F(bits, group).
+// Weights have one dtype T, or are packed in few bits with scales of that dtype, which another library multiplies with
+// (cpu_packed.cpp); everything between them is float32.
 //
 // Every thread owns a range of channels. What needs all channels (a norm) every thread computes for itself; where
 // one thread reads what others wrote, all meet.
 
 namespace pararnn {
 
-#ifndef PARARNN_FORMATS
-#define PARARNN_FORMATS(FORMAT)
-#endif
+// One of cpu_packed.cpp's functions.
+typedef const void* (*PackedProducts)(int64_t bits, int64_t group);
 
 // A null pointer: this model has no such part. Matrices as nn.Linear has them, one row an output.
 #define LAYER_FIELDS(FIELD)                                                     \
@@ -42,6 +41,7 @@ PARARNN_STRUCT(Layer, LAYER_FIELDS)
 
 #define TOKEN_FIELDS(FIELD)                                       \
   FIELD(const Layer*, layers)                                     \
+  FIELD(PackedProducts, packed) /* null: no matrix is packed */   \
   FIELD(const void*, norm)                                        \
   FIELD(const void*, norm_bias)                                   \
   FIELD(Matrix, embedding)   /* (V, D): x is rows of it */        \
@@ -171,32 +171,23 @@ class Decoder {
   // Several products with the same B vectors of `width` numbers that are x_stride numbers apart.
   template <int N>
   void multiply(const float* from, int64_t x_stride, int64_t width, const Product (&products)[N]) {
-    [[maybe_unused]] int64_t bits = 0, group = 0;  // what x is arranged for
+    const PackedProduct<T>* arranged_for = nullptr;
+    int64_t stride = 0;
     for (const Product& p : products) {
       if (!p.matrix->bits) {
         const T* rows = at(p.matrix->weight) + p.row * width;
         product_rows(rows, from, x_stride, width, B, p.y, p.stride, p.begin, p.end);
+        continue;
       }
-#define MULTIPLY(BITS, GROUP)                                                \
-  if (p.matrix->bits == BITS && p.matrix->group == GROUP) {                  \
-    const bool same = bits == BITS && group == GROUP;                        \
-    multiply_packed<Quantized<BITS, GROUP>>(from, x_stride, width, p, same); \
-    bits = BITS, group = GROUP;                                              \
-  }
-      PARARNN_FORMATS(MULTIPLY)
-#undef MULTIPLY
+      const auto* packed = static_cast<const PackedProduct<T>*>(t.packed(p.matrix->bits, p.matrix->group));
+      if (packed != arranged_for) {
+        stride = packed->arranged_size(width);
+        arranged.resize(B * stride);
+        for (int64_t b = 0; b < B; ++b) packed->arrange(from + b * x_stride, width, &arranged[b * stride]);
+        arranged_for = packed;
+      }
+      packed->product_rows(*p.matrix, p.row, arranged.data(), stride, width, B, p.y, p.stride, p.begin, p.end);
     }
-  }
-
-  template <typename Packed>
-  void multiply_packed(const float* from, int64_t x_stride, int64_t width, const Product& p, bool is_arranged) {
-    const int64_t stride = Packed::arranged_size(width);
-    if (!is_arranged) {
-      arranged.resize(B * stride);
-      for (int64_t b = 0; b < B; ++b) Packed::arrange(from + b * x_stride, width, &arranged[b * stride]);
-    }
-    Packed::template product_rows<T>(*p.matrix, p.row, arranged.data(), stride, width, B, p.y, p.stride,
-                                     p.begin, p.end);
   }
 
   template <typename Meet>

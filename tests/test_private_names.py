@@ -20,6 +20,8 @@ REASONS = {
     "compute.cpu_gradients._call": "records what the C++ functions are given",
     "compute.cpu_gradients._library": "the library, forgotten between compilers' flags",
     "compute.cpu_token._works": "the trial at first use, to forget or to skip",
+    "compute.cpu_token._packed": "the library, forgotten between compilers' flags",
+    "compute.cpu_build._prebuilt": "records which texts are asked for, in a checkout, which brings none",
     "compute.cpu_token._library": "records what the C++ function is given",
     "compute.cpu_token._shapes": "the sizes of what is recorded",
     "compute.cpu_token._MANY": "the threshold itself is under test",

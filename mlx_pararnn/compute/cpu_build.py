@@ -1,11 +1,11 @@
 """Compiles C++ texts for this machine and keeps the libraries, in a folder of the user's own.
 
-A library is kept by its text, flags and CPU, and by its own hash, which is checked before it is loaded.
+A library is kept by its text, flags and CPU, and by its own hash, which is checked before it is loaded. What
+the package brings compiled (prebuilt.py) needs no compiler.
 """
 
 import atexit
 import ctypes
-import hashlib
 import logging
 import os
 import platform
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PararnnError
+from . import prebuilt
 
 logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -60,8 +61,10 @@ def compiler() -> str:
     """
     if sys.platform == "darwin":
         # without Apple's command line tools /usr/bin/c++ would open a window that offers to install them
-        if subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
-            raise NoCompilerError("no C++ compiler; install one with: xcode-select --install")
+        try:
+            subprocess.run(["xcode-select", "-p"], capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            raise NoCompilerError("no C++ compiler; install one with: xcode-select --install") from None
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and (found := shutil.which(name)):
             return found
@@ -87,12 +90,11 @@ def _machine() -> str:
 
 
 def _flags() -> list[str]:
-    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return ["-std=c++17", "-O3", tune, "-fno-math-errno", "-shared", "-fPIC", "-pthread"]
+    return prebuilt.flags("-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
 
 
 def build(text: str, name: str, structs: tuple[type[ctypes.Structure], ...] = ()) -> ctypes.CDLL:
-    """The library compiled from `text`, out of the cache folder or built into it.
+    """The library compiled from `text`: the package's own, or out of the cache folder, or built into it.
 
     Several threads and processes may ask at once: each builds under a name of its own and renames it. A file
     that is not what was built (cut short, zeroed, of another machine) is built again.
@@ -148,8 +150,26 @@ def _check_layout(library: ctypes.CDLL, name: str, struct: type[ctypes.Structure
         )
 
 
+def is_prebuilt(text: str) -> bool:
+    """Whether `build` would take a library that the package brings."""
+    return _prebuilt(text) is not None
+
+
+def _prebuilt(text: str) -> ctypes.CDLL | None:
+    """The package's own library, unless CXX asks for a compiler: what that makes is for exactly this CPU."""
+    if shutil.which(os.environ.get("CXX", "")):
+        return None
+    try:
+        path = prebuilt.find(text)
+        return ctypes.CDLL(str(path)) if path else None
+    except OSError:  # cannot be read, or nothing may be loaded from there
+        return None
+
+
 def _built(text: str, name: str) -> ctypes.CDLL:
-    key = hashlib.sha256("\0".join([text, *_flags(), _machine()]).encode()).hexdigest()[:20]
+    if library := _prebuilt(text):
+        return library
+    key = prebuilt.key_of(text, *_flags(), _machine())
     with _lock:
         folder, reason = library_folder()
         try:
@@ -173,16 +193,12 @@ def _loaded(path: Path) -> ctypes.CDLL | None:
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         return None
-    if _digest(path) != path.stem.rpartition("-")[2]:
+    if prebuilt.digest(path) != path.stem.rpartition("-")[2]:
         return None
     try:
         return ctypes.CDLL(str(path))
     except OSError:
         return None
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
 
 
 def _compiled(text: str, name: str, key: str, folder: Path) -> Path:
@@ -198,7 +214,7 @@ def _compiled(text: str, name: str, key: str, folder: Path) -> Path:
         with open(built, "rb+") as file:
             os.fchmod(file.fileno(), 0o700)
             os.fsync(file.fileno())  # a name must not outlive a loss of power that its bytes do not
-        library = folder / f"{name}-{key}-{_digest(built)}.so"
+        library = folder / f"{name}-{key}-{prebuilt.digest(built)}.so"
         os.replace(built, library)
         return library
 

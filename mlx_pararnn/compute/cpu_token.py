@@ -19,8 +19,8 @@ from ..cells import Cell
 from ..files.quantization_formats import BITS, GROUP_SIZES
 from . import cpu
 from .choice import Evaluation, evaluation, works_here
-from .cpu_build import build, invoke
-from .texts import cpu_token_text, plain_name
+from .cpu_build import build, invoke, is_prebuilt
+from .texts import EVERY_FORMAT, cpu_packed_text, cpu_token_text, plain_name
 
 # Weights fewer than this are read by one thread: starting another takes some 50 microseconds.
 _MANY = 1 << 19
@@ -60,7 +60,7 @@ class Token(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.POINTER(Layer)),
-        *((name, ctypes.c_void_p) for name in ("norm", "norm_bias")),
+        *((name, ctypes.c_void_p) for name in ("packed", "norm", "norm_bias")),
         ("embedding", Matrix),
         *((name, ctypes.c_void_p) for name in ("ids", "x", "y")),
         ("head", Matrix),
@@ -291,7 +291,7 @@ def _shapes(cell: Cell, D: int, heads: int, taps: int, wide: int) -> dict[str, t
 
 
 def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -> Decoded:
-    """`decode` without its checks, by a library that has code for these formats of quantized matrices."""
+    """`decode` without its checks, by libraries that have code for these formats of quantized matrices."""
     first, cell, dtype = weights.layers[0], weights.cell, _dtype(weights)
     B, D, depth, taps = x.shape[0], _width(weights), len(cache), _taps(weights)
     bits, wide = _BITS[dtype], first["up"].shape[0]
@@ -304,7 +304,7 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
 
     groups = (*weights.layers, weights.last, weights.embedding, weights.head)
     of_weights = [array for arrays in groups for array in arrays.values()]
-    library = _library(cell, formats)
+    library = _library(cell)
     places, _kept = _places(library, [*held_arrays(cache), *of_weights, *([] if weights.embedding else [x])])
     layers = (Layer * depth)()
     zeros, new_state, new_window = (a.ctypes.data for a in (nothing, states, windows))
@@ -319,8 +319,10 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
         _fill(whole, table, places, {}, D)
     numbers = sum(array.size for array in first.values()) * depth
     many = numbers + sum(array.size for array in weights.head.values()) >= _MANY
+    packed: Any = getattr(_packed(formats), f"packed_{cpu.DTYPES[dtype]}") if formats else None
     token = Token(
         layers,
+        ctypes.cast(packed, ctypes.c_void_p),
         whole.norm,
         whole.norm_bias,
         whole.embedding,
@@ -382,9 +384,16 @@ def _places(library: ctypes.CDLL, arrays: list[mx.array]) -> tuple[Iterator[int]
 
 
 @lru_cache(maxsize=64)
-def _library(cell: Cell, formats: Formats = ()) -> ctypes.CDLL:
+def _library(cell: Cell) -> ctypes.CDLL:
+    return build(cpu_token_text(cell), f"decode-{plain_name(cell)}", (Matrix, Layer, Token))
+
+
+@lru_cache(maxsize=64)
+def _packed(formats: Formats) -> ctypes.CDLL:
+    if not is_prebuilt(text := cpu_packed_text(EVERY_FORMAT)):
+        text = cpu_packed_text(formats)
     kind = "".join(f"-{bits}of{group}" for bits, group in formats)
-    return build(cpu_token_text(cell, formats), f"decode-{plain_name(cell)}{kind}", (Matrix, Layer, Token))
+    return build(text, f"packed{kind}", (Matrix,))
 
 
 @lru_cache(maxsize=64)

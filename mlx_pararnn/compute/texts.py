@@ -6,14 +6,18 @@ it), a CPU (cpu.h: a vector in place of each float) and the conformance harness 
 
 import hashlib
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.resources import files
 
 import mlx.core as mx
 
-from ..cells import Cell
+from ..cells import Cell, get_cell
 from ..errors import PararnnError
+from ..files.quantization_formats import BITS, GROUP_SIZES
 
+# (bits, group size) of every quantized matrix that the CPU backend reads
+EVERY_FORMAT = tuple((bits, group) for bits in BITS for group in GROUP_SIZES)
 _METAL_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
 _ACTIVATIONS = {
     "identity": "Identity",
@@ -142,16 +146,37 @@ def cpu_gradients_text() -> str:
     return "".join(map(metal_text, ("cpu.h", "cpu_rows.h", "cpu_gradients.cpp")))
 
 
-def cpu_token_text(cell: Cell, formats: tuple[tuple[int, int], ...] = ()) -> str:
-    """The C++ text of a token through all layers; raises PararnnError for a cell without MSL.
-
-    Args:
-        formats: (bits, group size) of the quantized matrices that it shall take.
-    """
-    listed = " ".join(f"FORMAT({bits}, {group})" for bits, group in formats)
+def cpu_token_text(cell: Cell) -> str:
+    """The C++ text of a token through all layers; raises PararnnError for a cell without MSL."""
     text = cpu_elementwise_text() + metal_text("cpu_quantized.h") + cpu_text(cell_header(cell))
-    text += f"#define PARARNN_FORMATS(FORMAT) {listed}\n" if formats else ""
     return text + metal_text("cpu_token.cpp") + metal_text("cpu_buffers.h")
+
+
+def cpu_packed_text(formats: tuple[tuple[int, int], ...]) -> str:
+    """The C++ text of a token's products with quantized matrices, of these (bits, group size)."""
+    return "".join(map(metal_text, ("cpu.h", "cpu_linear.h", "cpu_quantized.h"))) + packed_products(formats)
+
+
+def packed_products(formats: tuple[tuple[int, int], ...]) -> str:
+    """What `cpu_packed_text` has beside `cpu_token_text`."""
+    listed = " ".join(f"FORMAT({bits}, {group})" for bits, group in formats)
+    return f"#define PARARNN_FORMATS(FORMAT) {listed}\n" + metal_text("cpu_packed.cpp")
+
+
+def built_in_texts() -> Iterator[tuple[str, str]]:
+    """Name and C++ text of each library that built-in cells need on a CPU, with their usual activations.
+
+    A wheel brings them compiled (prebuilt.py).
+    """
+    yield "elementwise", cpu_elementwise_text()
+    yield "gradients", cpu_gradients_text()
+    yield "packed", cpu_packed_text(EVERY_FORMAT)
+    for path in files("mlx_pararnn.metal").joinpath("cells").iterdir():
+        name = path.name.removesuffix(".h")
+        cell = get_cell(name)
+        yield f"recurrence-{name}", cpu_recurrence_text(cell)
+        yield f"adjoint-{name}", cpu_adjoint_text(cell)
+        yield f"decode-{name}", cpu_token_text(cell)
 
 
 def cuda_text(text: str) -> str:

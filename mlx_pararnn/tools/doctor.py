@@ -77,22 +77,24 @@ def _backends() -> list[Finding]:
 
 def _cpu_backend(gpu: str | None) -> Finding:
     from ..cells import get_cell
-    from ..compute import cpu, cpu_build
+    from ..compute import cpu, cpu_build, prebuilt
 
     name = "backend cpu"
     if gpu:
         return Finding(name, f"not used: the device is a GPU ({gpu})")
     try:
         begin = time.perf_counter()
-        cpu.load(get_cell("gru"))
+        library = cpu.load(get_cell("gru"))
     except cpu_build.BuildError as error:
         return Finding(name, "cannot be built: plain MLX ops take its place", str(error))
     seconds = time.perf_counter() - begin
     try:
-        compiler = cpu_build.compiler()
+        made_by = cpu_build.compiler()
     except cpu_build.NoCompilerError:
-        compiler = "built before, no compiler now"
-    return Finding(name, f"present: {compiler}, {cpu.threads()} threads, loaded in {seconds:.1f} s")
+        made_by = "built before, no compiler now"
+    if (brought := Path(library._name)).parent == prebuilt.FOLDER:
+        made_by = f"came compiled, {brought.stem.rsplit('-', 2)[0]}"
+    return Finding(name, f"present: {made_by}, {cpu.threads()} threads, loaded in {seconds:.1f} s")
 
 
 def _blas(loaded: str | None) -> Finding:

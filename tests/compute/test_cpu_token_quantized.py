@@ -18,7 +18,6 @@ from tests.support.msl.instances import DTYPES
 from tests.support.random_models import (
     TOKENS,
     by_token,
-    cell_of,
     distance,
     exact,
     make,
@@ -35,9 +34,9 @@ WIDE = {"hidden_size": 256, "intermediate_size": 192}  # so that every head has 
 def quick_to_compile(monkeypatch):
     flags = [flag for flag in cpu_build._flags() if flag != "-O3"]
     monkeypatch.setattr(cpu_build, "_flags", lambda: ["-O1", *flags])
-    cpu_token._library.cache_clear()
+    cpu_token._packed.cache_clear()
     yield
-    cpu_token._library.cache_clear()
+    cpu_token._packed.cache_clear()
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])  # a library a cell and format is built
@@ -160,11 +159,11 @@ def test_weights_that_change_between_tokens_are_seen(calls):
     [("scale.v * dots[c]", "dots[c]"), ("(1u << BITS) - 1", "(1u << BITS) - 2")],
 )
 def test_products_that_are_wrong_here_are_not_used(right, wrong, monkeypatch, calls):
-    made, text = make("slstm, layer norm", hidden_size=64, intermediate_size=64), texts.cpu_token_text
+    made, text = make("slstm, layer norm", hidden_size=64, intermediate_size=64), texts.cpu_packed_text
     quantize(made, 32, 8)
     wanted = by_token(made, TOKENS, backend="ops")
-    assert text(cell_of(made), ((8, 32),)).count(right) == 1
-    monkeypatch.setattr(cpu_token, "cpu_token_text", lambda *of: text(*of).replace(right, wrong))
+    assert text(((8, 32),)).count(right) == 1
+    monkeypatch.setattr(cpu_token, "cpu_packed_text", lambda of: text(of).replace(right, wrong))
     cpu_token._works.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="it gives other numbers than plain MLX ops"):
@@ -235,7 +234,7 @@ def test_compilers_have_nothing_to_say(cxx, tmp_path):
     if not shutil.which(cxx):
         pytest.skip(f"no {cxx}")
     formats = tuple((bits, group) for bits in BITS for group in GROUP_SIZES)
-    (tmp_path / "text.cpp").write_text(texts.cpu_token_text(cell_of(make()), formats))
+    (tmp_path / "text.cpp").write_text(texts.cpu_packed_text(formats))
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fsyntax-only"]
     for lanes in ("-march=native", "-DLANES=4"):
         command = [cxx, *flags, lanes, tmp_path / "text.cpp"]

@@ -103,10 +103,12 @@ def test_every_struct_of_a_library_is_checked(monkeypatch):
     cpu.load.__wrapped__(cell)
     cpu_adjoint.load.__wrapped__(cell)
     cpu_token._library.__wrapped__(cell)
+    cpu_token._packed.__wrapped__(((4, 64),))
     assert checked == [
         ("recurrence-nlru", cpu.Call),
         ("adjoint-nlru", cpu_adjoint.Adjoint),
         ("decode-nlru", cpu_token.Matrix),
         ("decode-nlru", cpu_token.Layer),
         ("decode-nlru", cpu_token.Token),
+        ("packed-4of64", cpu_token.Matrix),
     ]

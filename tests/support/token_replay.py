@@ -55,7 +55,7 @@ int replay(char** argv) {
     whole.emplace_back();
     memcpy(reinterpret_cast<char*>(&token) + k * sizeof(void*), &whole.back().data, sizeof(void*));
   }
-  token.layers = layers.data();
+  token.layers = layers.data(), token.packed = PACKED;
   for (int64_t n = 0; n < times; ++n) {
     if (DECODE(&token)) exit(4);
   }
@@ -76,8 +76,8 @@ int main(int count, char** argv) {
 def replay_text(made, dtype):
     head = made.model.embed_tokens if made.args.tie_word_embeddings else made.lm_head
     weights = made.model.token_weights(head)._replace(embedding={})
-    text = texts.cpu_token_text(cell_of(made), cpu_token.formats_of(weights))
-    return text + REPLAY.replace("DECODE", f"decode_{dtype}")
+    text = texts.cpu_token_text(cell_of(made)) + texts.packed_products(cpu_token.formats_of(weights))
+    return text + REPLAY.replace("DECODE", f"decode_{dtype}").replace("PACKED", f"packed_{dtype}")
 
 
 def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
@@ -132,8 +132,8 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
     library = cpu_token._library
 
     class Noting:
-        def __init__(self, cell, formats):
-            self.real = library(cell, formats)
+        def __init__(self, cell):
+            self.real = library(cell)
 
         def __getattr__(self, name):
             real = getattr(self.real, name)
