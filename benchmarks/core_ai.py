@@ -18,7 +18,7 @@ from timing import alternating
 
 from mlx_pararnn.convert.coreai.runtime import Runner
 from mlx_pararnn.convert.to_coreai import convert_to_coreai
-from mlx_pararnn.loading import BUNDLED
+from mlx_pararnn.files.hub import BUNDLED
 
 TRAINED = Path(__file__).parents[1] / "tests" / "data" / "trained" / "paragru" / "final.pt"
 CHUNK = 16

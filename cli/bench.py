@@ -133,7 +133,7 @@ def bench(
     if plot is not None and not plot.absolute().parent.is_dir():
         raise PararnnError(f"--plot: there is no folder {plot.parent}")
     options.import_modules(modules)
-    from mlx_pararnn.loading import BUNDLED
+    from mlx_pararnn.files.hub import BUNDLED
     from mlx_pararnn.tools import benchmark
 
     if plot is not None:

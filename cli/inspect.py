@@ -40,7 +40,7 @@ def inspect(
     options.import_modules(modules)
     from mlx_pararnn.convert.inspection import held_package
     from mlx_pararnn.convert.inspection import inspect as look
-    from mlx_pararnn.loading import BUNDLED
+    from mlx_pararnn.files.hub import BUNDLED
 
     found = look(path or BUNDLED)
     if as_json:

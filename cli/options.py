@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar, cast
 import typer
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.model_files import has_plain_tokenizer
+from mlx_pararnn.quick_start import start_quickly
 
 from .progress import loading
 from .report import expand_home, launched, size
@@ -203,6 +205,8 @@ def load(
     """The model that a command names, or the bundled one, and its tokenizer."""
     path = find(model, modules)
     with loading(model or "the bundled model"):
+        if has_plain_tokenizer(path):
+            start_quickly()
         from mlx_pararnn.distributed import world
         from mlx_pararnn.loading import load as load_pair
         from mlx_pararnn.pocket.protocol import find_protocol
@@ -221,6 +225,8 @@ def load_with_images(
     """As `load`, and the model that sees images where that is one."""
     path = find(model, modules)
     with loading(model or "the bundled model"):
+        if has_plain_tokenizer(path):
+            start_quickly()
         from mlx_pararnn.images.image_model import load_with_images as load_all
 
         loaded = load_all(path, adapter_path=adapters, state=state)
@@ -253,6 +259,7 @@ def load_model(
     """The same without a tokenizer: the model, its config, and its folder."""
     path = find(model, modules)
     with loading(model or "the bundled model"):
+        start_quickly()
         from mlx_pararnn.distributed import world
         from mlx_pararnn.loading import load_model as load_alone
 
@@ -297,13 +304,11 @@ def _compile(model: "Model") -> None:
 
 def find(model: str | None, modules: list[str] | None) -> Path:
     """The folder of the model that a command names; --import's modules are imported once it is known."""
-    from mlx_pararnn.files.hub import find_model
+    from mlx_pararnn.files.hub import BUNDLED, find_model
 
-    path = None if model is None else find_model(model)  # a wrong name is told before seconds of importing
+    path = BUNDLED if model is None else find_model(model)  # a wrong name is told before seconds of importing
     import_modules(modules)
-    from mlx_pararnn.loading import BUNDLED
-
-    return path or BUNDLED
+    return path
 
 
 def given_sampling(

@@ -54,20 +54,20 @@ def loading(name: str) -> Iterator[None]:
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
 
-    def compiling(record: logging.LogRecord) -> bool:
-        if record.levelno == logging.INFO:
-            show(f"Loading {name}: {record.getMessage()} ...")
-        else:
-            show("")
-        return record.levelno > logging.INFO
+    def line_of_its_own(record: logging.LogRecord) -> bool:
+        compiling = record.name == "mlx_pararnn.compute.cpu_build" and record.levelno == logging.INFO
+        show(f"Loading {name}: {record.getMessage()} ..." if compiling else "")
+        return not compiling
 
-    compiler = logging.getLogger("mlx_pararnn.compute.cpu_build")
-    compiler.addFilter(compiling)
+    handlers = list(logging.getLogger("mlx_pararnn").handlers)
+    for handler in handlers:
+        handler.addFilter(line_of_its_own)
     show(f"Loading {name} ...")
     try:
         yield
     finally:
-        compiler.removeFilter(compiling)
+        for handler in handlers:
+            handler.removeFilter(line_of_its_own)
         show("")
 
 

@@ -1,12 +1,14 @@
 """`mlx-pararnn serve`: OpenAI's protocol and a chat page, over HTTP."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import options, sampling
+from .progress import loading
 from .report import Debug, reports_errors
 
 
@@ -78,28 +80,10 @@ def serve(
     chosen = sampling.choose_sampling(
         folder, sampling.CONVERSATION, options.given_sampling(temp, top_p, top_k, min_p, None)
     )
-    from mlx_pararnn.chat.server import Settings
-    from mlx_pararnn.chat.server import serve as run
-    from mlx_pararnn.loading import BUNDLED
-
-    settings = Settings(
-        host=host,
-        port=port,
-        api_key=api_key,
-        allowed_origins=tuple(allow_origin or ()),
-        max_tokens=max_tokens,
-        temperature=chosen.temp,
-        top_p=chosen.top_p,
-        top_k=chosen.top_k,
-        min_p=chosen.min_p,
-        prompt_cache_bytes=prompt_cache_mb * 2**20,
-        prompt_cache_folder=prompt_cache_dir,
-        functions=model is None if functions is None else functions,
-        adapter_path=adapter_path,
-        initial_state=state,
-    )
+    until_ready = ExitStack()
 
     def ready(url: str) -> None:
+        until_ready.close()
         print(f"Serving at {url} (Ctrl-C stops)", file=sys.stderr)
         if open_page:
             import webbrowser
@@ -107,5 +91,27 @@ def serve(
             # Not 0.0.0.0, which is every address of this machine and none to go to.
             webbrowser.open(url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
 
-    run(model or BUNDLED, settings, ready=ready)
+    with until_ready:
+        until_ready.enter_context(loading(model or "the bundled model"))
+        from mlx_pararnn.chat.server import Settings
+        from mlx_pararnn.chat.server import serve as run
+        from mlx_pararnn.files.hub import BUNDLED
+
+        settings = Settings(
+            host=host,
+            port=port,
+            api_key=api_key,
+            allowed_origins=tuple(allow_origin or ()),
+            max_tokens=max_tokens,
+            temperature=chosen.temp,
+            top_p=chosen.top_p,
+            top_k=chosen.top_k,
+            min_p=chosen.min_p,
+            prompt_cache_bytes=prompt_cache_mb * 2**20,
+            prompt_cache_folder=prompt_cache_dir,
+            functions=model is None if functions is None else functions,
+            adapter_path=adapter_path,
+            initial_state=state,
+        )
+        run(model or BUNDLED, settings, ready=ready)
     print("Stopped.", file=sys.stderr)

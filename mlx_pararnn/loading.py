@@ -8,18 +8,15 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.tokenizer_utils
-import mlx_lm.tuner.utils
 import mlx_lm.utils
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from .compute.module_arrays import named_arrays
 from .distributed import Group
 from .errors import PararnnError, one_line
-from .files.hub import find_model
+from .files.hub import BUNDLED, find_model
 from .files.model_files import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
@@ -32,11 +29,11 @@ from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenize
 from .model import Model, RecurrentLayer
 from .model_config import ModelArgs, check_end_ids, check_layers, weight_bits
 from .process.forking import note_use_of_mlx
-from .text.chat_template import ChatTemplate
+from .quick_start import started_quickly
 from .text.detokenizer import Detokenizer
+from .text.plain_tokenizer import PlainTokenizer
 
 STATES = "initial_state.safetensors"
-BUNDLED = Path(__file__).parent / "pocket-model"  # what every command uses without a MODEL
 
 # What transformers calls a tokenizer that is its tokenizer.json and nothing else; any model type that has one
 # gives that class.
@@ -142,6 +139,8 @@ def load_adapters(model: Model, folder: Path) -> None:
             raise PararnnError(
                 f"{folder}: holds no adapters ({name} is missing); mlx-pararnn lm lora writes them"
             ) from None
+    import mlx_lm.tuner.utils
+
     _read_object(folder / "adapter_config.json")  # for its size; MLX-LM reads it itself
     try:
         mlx_lm.tuner.utils.load_adapters(model, str(folder))
@@ -258,6 +257,36 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     for name in TOKENIZER_FILES:
         if name.endswith(".json"):
             check_json(path / name)
+    try:
+        tokenizer = (_plain if started_quickly() else _by_transformers)(path, config)
+    except PararnnError:
+        raise
+    except Exception as error:  # transformers raises whatever the broken file leads it to
+        raise PararnnError(f"the tokenizer in {path} cannot be read ({one_line(error)})") from error
+    _check_templates(tokenizer.chat_template, path)
+    # MLX-LM's own drops the first space of a byte-level tokenizer's text, and slows down along a line.
+    set_detokenizer(tokenizer, Detokenizer(tokenizer))
+    if tokenizer.has_chat_template:
+        from .text.chat_template import ChatTemplate
+
+        set_chat_template(tokenizer, ChatTemplate(plain_tokenizer(tokenizer)))
+    return tokenizer
+
+
+def _plain(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    tokenizer = PlainTokenizer(path, read_json(path / "tokenizer_config.json"))
+    ends = config.get("eos_token_id")
+    wrapper = TokenizerWrapper(
+        tokenizer, Detokenizer, eos_token_ids=[ends] if isinstance(ends, int) else ends
+    )
+    wrapper.has_chat_template = False  # which MLX-LM asks transformers' classes for
+    return wrapper
+
+
+def _by_transformers(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    from transformers import PreTrainedConfig
+    from transformers.utils import logging as transformers_logging
+
     # transformers asks on stdin whether it may run a folder's Python unless it is told. Given a config it
     # does not read config.json, whose model_type it does not know and whose auto_map may name Python too.
     options: dict[str, Any] = {"trust_remote_code": False, "config": PreTrainedConfig()}
@@ -271,17 +300,9 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns of every model_type that is not its own
     try:
-        tokenizer = mlx_lm.tokenizer_utils.load(path, options, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # transformers raises whatever the broken file leads it to
-        raise PararnnError(f"the tokenizer in {path} cannot be read ({one_line(error)})") from error
+        return mlx_lm.tokenizer_utils.load(path, options, eos_token_ids=config.get("eos_token_id"))
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _check_templates(tokenizer.chat_template, path)
-    # MLX-LM's own drops the first space of a byte-level tokenizer's text, and slows down along a line.
-    set_detokenizer(tokenizer, Detokenizer(tokenizer))
-    if tokenizer.has_chat_template:
-        set_chat_template(tokenizer, ChatTemplate(plain_tokenizer(tokenizer)))
-    return tokenizer
 
 
 def check_has_tokenizer(path: Path) -> None:

@@ -44,7 +44,7 @@ class NamedTensors:
     name: str
     config: Mapping[str, Any]
     parameters: Mapping[str, Names]
-    title: str = "checkpoint read by a table of names"
+    title: str = "model described by a table of names"
 
     def detect(self, checkpoint: Checkpoint) -> bool:
         """Whether all tensors that the table names are there, of the first layer."""

@@ -16,6 +16,8 @@ from ..errors import PararnnError
 
 logger = logging.getLogger(__name__)
 
+BUNDLED = Path(__file__).parents[1] / "pocket-model"  # what every command uses without a MODEL
+
 SECONDS = 10.0  # to connect to the hub, and for each answer
 SILENT_SECONDS = 0.5  # before it is said what is waited for
 

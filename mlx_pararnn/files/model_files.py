@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
 # Any one of these holds its tokens.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
+_TOKENS_OF_USE = {"bos_token", "eos_token", "unk_token", "pad_token"}
 _LFS_POINTER = b"version https://git-lfs"
 # Of files that MLX-LM and transformers open.
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -112,6 +113,38 @@ def _read(path: Path) -> bytes:
             f"{_MAX_JSON_ENTRIES:,} entries at most); put the model's own file there"
         )
     return text
+
+
+def has_plain_tokenizer(folder: Path) -> bool:
+    """Whether a model's tokenizer is its tokenizer.json and no more: no template, class or tokens besides.
+
+    The tokens of which tokenizer_config.json says what they are for are special tokens of tokenizer.json, as
+    those that this package writes are. What cannot be read is not plain.
+    """
+    others = {"special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"}
+    if any((folder / name).exists() for name in (*others, "additional_chat_templates")):
+        return False
+    try:
+        config = read_json(folder / "tokenizer_config.json")
+        tokenizer = read_json(folder / "tokenizer.json")
+    except (PararnnError, FileNotFoundError):
+        return False
+    known = {"tokenizer_class", "clean_up_tokenization_spaces", "model_max_length", *_TOKENS_OF_USE}
+    if not isinstance(config, dict) or not isinstance(tokenizer, dict) or config.keys() - known:
+        return False
+    added = tokenizer.get("added_tokens")
+    special = [
+        token.get("content")
+        for token in (added if isinstance(added, list) else [])
+        if isinstance(token, dict) and token.get("special") is True
+    ]
+    return (
+        config.get("tokenizer_class") == "PreTrainedTokenizerFast"
+        and config.get("clean_up_tokenization_spaces") is False
+        and all(config[name] in special for name in _TOKENS_OF_USE & config.keys())
+        and tokenizer.get("truncation") is None
+        and tokenizer.get("padding") is None
+    )
 
 
 def _not_regular(path: Path) -> PararnnError:

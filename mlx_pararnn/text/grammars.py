@@ -1,11 +1,11 @@
 """Grammars that generated text must keep, for one tokenizer: JSON schemas and calls of functions."""
 
 import json
+from copy import copy
 from functools import lru_cache
 from typing import Any, cast
 
 import llguidance
-import llguidance.hf
 import mlx.core as mx
 import numpy as np
 
@@ -61,15 +61,23 @@ class Grammars:
         """
         try:
             if self._compiled is None:
-                self._compiled = llguidance.hf.from_tokenizer(
-                    plain_tokenizer(self._tokenizer), n_vocab=self._vocab_size
-                )
+                self._compiled = self._for_llguidance()
         except Exception as error:
             raise PararnnError(f"this model's tokenizer cannot keep to a grammar ({error})") from error
         matcher = llguidance.LLMatcher(self._compiled, grammar, log_level=0)
         if matcher.is_error():
             raise PararnnError(f"the schema cannot be kept to ({_reason(matcher)})")
         return matcher
+
+    def _for_llguidance(self) -> "llguidance.LLTokenizer":
+        """As `llguidance.hf` makes it, which imports transformers."""
+        tokenizer = plain_tokenizer(self._tokenizer)
+        backend = copy(tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        return llguidance.LLTokenizer(
+            backend.to_str(), n_vocab=self._vocab_size, eos_token=tokenizer.eos_token_id
+        )
 
     def call_name(self, names: list[str] | None = None) -> str:
         """The grammar of a call's JSON up to its arguments, as the protocol of tools has it.

@@ -81,6 +81,32 @@ def test_ctrl_c_while_something_is_imported(imported, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize(
+    ("imported", "arguments"),
+    [
+        ("mlx_lm.utils", ["generate", DEMO, "-p", "x"]),
+        ("mlx_pararnn.pocket.answers", ["generate", "-p", "x"]),
+        ("mlx_pararnn.chat.session", ["chat"]),
+        ("mlx_pararnn.chat.server.engine", ["serve", "--port", "0"]),
+        ("mlx_pararnn.tools.benchmark", ["bench"]),
+        ("mlx_pararnn.tools.verification", ["verify"]),
+        ("mlx_pararnn.training.trainer", ["train", __file__, "-o", "never"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_ctrl_c_before_the_first_token(imported, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, imported, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit is not kept")
 @pytest.mark.parametrize(
     "megabytes", [60, 1000]

@@ -15,7 +15,7 @@ import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.cli import options
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.loading import BUNDLED
+from mlx_pararnn.files.hub import BUNDLED
 from tests.support.demo import DEMO
 from tests.support.terminal import Terminal
 

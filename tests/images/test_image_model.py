@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn import PararnnError
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.files.hub import BUNDLED
 from mlx_pararnn.images.config import ImageArgs
 from mlx_pararnn.images.image_model import WEIGHTS
 from mlx_pararnn.images.image_prompts import question_text
 from mlx_pararnn.images.use import image_prompt
-from mlx_pararnn.loading import BUNDLED
 from tests.support import image_oracle as oracle
 from tests.support.image_models import TRANSFORMER, VOCABULARY, image_model, weights_of, write_image_model
 

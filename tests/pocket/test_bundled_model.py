@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn import Model, answer
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.loading import BUNDLED
+from mlx_pararnn.files.hub import BUNDLED
 from mlx_pararnn.pocket.answers import require_protocol
 from mlx_pararnn.pocket.events import Text
 from mlx_pararnn.pocket.functions import Functions

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from mlx_pararnn import Model, ModelArgs, load_model
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.loading import BUNDLED
+from mlx_pararnn.files.hub import BUNDLED
 from mlx_pararnn.tools import benchmark
 from mlx_pararnn.tools.plot import Panel, draw
 from tests.support.demo import DEMO

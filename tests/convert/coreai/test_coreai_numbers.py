@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_pararnn import load_model, register_cell
 from mlx_pararnn.convert.coreai.aimodel_check import float16_bound
 from mlx_pararnn.convert.coreai.runtime import Runner
-from mlx_pararnn.loading import BUNDLED
+from mlx_pararnn.files.hub import BUNDLED
 from tests.support.coreml.exports import (
     GOLDEN,
     KINDS,

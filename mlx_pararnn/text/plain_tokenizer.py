@@ -1,0 +1,70 @@
+"""A tokenizer that is its tokenizer.json and no more, by the tokenizers library alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from tokenizers import Tokenizer
+
+
+class PlainTokenizer:
+    """What MLX-LM's wrapper and this package ask of transformers' tokenizers, with the same answers.
+
+    Args:
+        folder: a model folder of which `files.model_files.has_plain_tokenizer` is true.
+        config: its tokenizer_config.json.
+
+    Attributes:
+        backend_tokenizer: the tokenizers library's.
+        bos_token, eos_token: the tokens that begin and end a text, or None.
+    """
+
+    chat_template = None
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.name_or_path = str(folder)
+        self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.bos_token: str | None = config.get("bos_token")
+        self.eos_token: str | None = config.get("eos_token")
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of `bos_token`."""
+        return None if self.bos_token is None else self.backend_tokenizer.token_to_id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of `eos_token`."""
+        return None if self.eos_token is None else self.backend_tokenizer.token_to_id(self.eos_token)
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of each token."""
+        return self.backend_tokenizer.get_vocab()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text's tokens."""
+        return list(self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, tokens: int | Sequence[int], clean_up_tokenization_spaces: bool = False) -> str:
+        """The text of tokens; spaces are never cleaned up, which such a tokenizer does not ask for."""
+        ids = [tokens] if isinstance(tokens, int) else list(tokens)
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+    def apply_chat_template(self, *messages: Any, **options: Any) -> str:
+        """There is none."""
+        raise ValueError("this tokenizer has no chat template")
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int) -> str | None: ...
+
+    @overload
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]: ...
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str | None] | None:
+        """The names of tokens; None for an id without one."""
+        if isinstance(ids, int):
+            return self.backend_tokenizer.id_to_token(ids)
+        return [self.backend_tokenizer.id_to_token(token) for token in ids]

@@ -1,0 +1,182 @@
+"""MLX-LM without transformers: the same tokens, and only for tokenizers of which that is known."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_pararnn.files.hub import BUNDLED
+from mlx_pararnn.files.model_files import has_plain_tokenizer, read_json
+from mlx_pararnn.loading import load_tokenizer
+from mlx_pararnn.text.detokenizer import Detokenizer
+from mlx_pararnn.text.plain_tokenizer import PlainTokenizer
+from mlx_pararnn.training.tokenizers import write_tokenizer
+from tests.support.demo import DEMO
+
+# Runs a command; the exit code is 99 if it imports what it should do without.
+WATCHED = """
+import os, sys
+def hook(event, arguments):
+    if event == "import" and arguments[0] in ("transformers", "huggingface_hub"):
+        os._exit(99)
+sys.addaudithook(hook)
+from mlx_pararnn.__main__ import main
+main()
+"""
+# The same, where MLX-LM asks transformers for something else.
+ANOTHER_NAME = """
+import sys
+def hook(event, arguments):
+    if event == "import" and arguments[0] == "mlx_lm.utils":
+        from transformers import PreTrainedConfig
+        assert PreTrainedConfig.__module__.startswith("transformers.")
+sys.addaudithook(hook)
+from mlx_pararnn.__main__ import main
+main()
+"""
+AFTERWARDS = """
+import sys
+from mlx_pararnn.quick_start import start_quickly, started_quickly
+start_quickly()
+assert started_quickly()
+assert not {"transformers", "huggingface_hub"} & sys.modules.keys()
+import mlx_lm.generate, mlx_lm.tokenizer_utils, mlx_lm.utils
+assert all(hasattr(mlx_lm, name) for name in mlx_lm.__all__)
+import huggingface_hub, transformers
+assert callable(transformers.AutoTokenizer.from_pretrained) and transformers.__file__
+assert huggingface_hub.snapshot_download.__module__.startswith("huggingface_hub")
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One tokenizer of each kind that this package writes."""
+    trained = tmp_path_factory.mktemp("trained")
+    write_tokenizer("bpe:400", ["the quick brown fox, the lazy dog\n" * 9, "straße 東京 😀"], trained)
+    return {"bytes": DEMO, "pocket": BUNDLED, "trained": trained}
+
+
+def both(folder):
+    return load_tokenizer(folder, {}), PlainTokenizer(folder, read_json(folder / "tokenizer_config.json"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pocket", "trained"])
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text() | st.sampled_from(["<|end|>a", "x<|endoftext|> y", " a  b , .", "<|user|>"]),
+    data=st.data(),
+)
+def test_a_plain_tokenizer_answers_as_transformers_does(kind, text, data, folders):
+    theirs, ours = both(folders[kind])
+    assert len(ours) == len(theirs)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert (ours.bos_token, ours.bos_token_id) == (theirs.bos_token, theirs.bos_token_id)
+    assert (ours.eos_token, ours.eos_token_id) == (theirs.eos_token, theirs.eos_token_id)
+    for special in (True, False):
+        assert ours.encode(text, add_special_tokens=special) == theirs.encode(
+            text, add_special_tokens=special
+        )
+    ids = data.draw(st.lists(st.integers(0, len(ours) - 1), max_size=20))
+    assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    assert ours.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
+    texts = []
+    for tokenizer in (ours, theirs):
+        detokenizer = Detokenizer(tokenizer)
+        for token in ids:
+            detokenizer.add_token(token)
+        detokenizer.finalize()
+        texts.append(detokenizer.text)
+    assert texts[0] == texts[1]
+
+
+def changed(file, **fields):
+    def change(folder):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, **fields}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed("tokenizer_config.json", tokenizer_class="GPT2Tokenizer"),
+        changed("tokenizer_config.json", tokenizer_class=None),
+        changed("tokenizer_config.json", clean_up_tokenization_spaces=True),
+        changed("tokenizer_config.json", add_bos_token=True),
+        changed("tokenizer_config.json", chat_template="{{ messages }}"),
+        changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}),
+        changed("tokenizer_config.json", eos_token="a"),
+        changed("tokenizer_config.json", eos_token={"content": "<|end|>"}),
+        changed("tokenizer_config.json", bos_token=["<|end|>"]),
+        changed("tokenizer.json", truncation={"max_length": 4}),
+        changed("tokenizer.json", padding={"strategy": "BatchLongest"}),
+        changed("tokenizer.json", added_tokens=7),
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda folder: (folder / "special_tokens_map.json").write_text("{}"),
+        lambda folder: (folder / "added_tokens.json").write_text("{}"),
+        lambda folder: (folder / "additional_chat_templates").mkdir(),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    ],
+)
+def test_what_says_more_is_left_to_transformers(change, tmp_path):
+    shutil.copytree(BUNDLED, tmp_path / "model")
+    assert has_plain_tokenizer(tmp_path / "model")
+    change(tmp_path / "model")
+    assert not has_plain_tokenizer(tmp_path / "model")
+
+
+def run(script, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_who_imports_them_later_gets_them_whole():
+    done = run(AFTERWARDS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.sampled("large", by=lambda: [0])
+@pytest.mark.parametrize(
+    ("arguments", "typed"),
+    [
+        (["generate", "-p", "how many miles are in 26 km?"], ""),
+        (["generate", DEMO, "-p", "import", "-m", "9"], ""),
+        (["generate", DEMO, "-p", "import", "--json-schema", '{"enum": [12345]}'], ""),
+        (["generate", DEMO, "--tokens", "1 2 3", "-m", "9"], ""),
+        (["chat", DEMO, "-m", "9"], "import\n/undo\nimport\n"),
+        (["chat"], "12 + 34\n/stats\n"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_that_needs_neither_imports_neither(arguments, typed):
+    quick = run(WATCHED, *arguments, input=typed)
+    assert quick.returncode == 0, quick.stderr
+    usual = run(WATCHED.replace("os._exit(99)", "pass"), *arguments, "--import", "mlx_lm", input=typed)
+    assert usual.returncode == 0, usual.stderr
+    assert quick.stdout == usual.stdout != ""
+
+
+@pytest.mark.large
+def test_another_name_brings_the_real_package():
+    done = run(ANOTHER_NAME, "generate", DEMO, "-p", "import", "-m", "9")
+    usual = run(WATCHED.replace("os._exit(99)", "pass"), "generate", DEMO, "-p", "import", "-m", "9")
+    assert (done.returncode, done.stdout) == (0, usual.stdout), done.stderr
+
+
+def test_a_tokenizer_with_a_template_is_read_by_transformers(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text("{{ messages[0].content }}")
+    done = run(WATCHED, "generate", tmp_path / "model", "-p", "import", "-m", "9")
+    assert done.returncode == 99
