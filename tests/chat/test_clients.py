@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,20 @@ def test_llm(url, tmp_path, monkeypatch):
     said = model.prompt("x", schema=Choice, max_tokens=50).text()
     Choice.model_validate_json(said)
     assert Completion("demo", **named).prompt(PROMPT, max_tokens=12).text() == SAID
+
+
+def test_llm_by_the_recipe_of_the_docs(url, tmp_path, monkeypatch):
+    pytest.importorskip("llm")
+    docs = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    recipe = docs.partition("```yaml\n- model_id")[2].partition("```")[0]
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        "- model_id" + recipe.replace("http://127.0.0.1:8080/v1", url)
+    )
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    options = ["-o", "max_tokens", "12", "-o", "temperature", "0"]
+    command = [sys.executable, "-m", "llm", "-m", "pararnn", PROMPT, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{SAID}\n"), done.stderr
 
 
 def test_litellm(url, monkeypatch):
