@@ -82,20 +82,22 @@ def verify(
     tokens = tokens[: loaded.args.max_position_embeddings]
     if len(tokens) < 2:
         raise PararnnError("the prompt is too short to compare anything; give at least two tokens")
-    checks = list(verify_methods(loaded, tokens))
-    if not (zeros := verify_weights(loaded, known)).passed:
-        checks.insert(0, zeros)
-    if logits:
-        checks.append(verify_logits(loaded, logits, quantized))
-    cost = noted_cost(config) if quantized else None
+    of_source: list[Check] = []  # first: a wrong CKPT is told before the model is run
     if against:
         from mlx_pararnn.convert.comparison import compare_with_source
         from mlx_pararnn.convert.original import cost_against, is_mlx_model
 
         if not (quantized and is_mlx_model(against)):
-            checks += compare_with_source(path, against)
-        if quantized:
-            cost = cost_against(path, against)
+            of_source = list(compare_with_source(path, against))
+    checks = list(verify_methods(loaded, tokens))
+    if not (zeros := verify_weights(loaded, known)).passed:
+        checks.insert(0, zeros)
+    if logits:
+        checks.append(verify_logits(loaded, logits, quantized))
+    checks += of_source
+    cost = noted_cost(config) if quantized else None
+    if against and quantized:
+        cost = cost_against(path, against)
     if not quantized:
         _report(checks, as_json)
     elif cost:
