@@ -29,7 +29,7 @@ HELP = """\
 /help        this list (so does /?)
 /undo        take back the last question and its answer
 /regenerate  answer the last question again
-/branch NAME remember this point of the conversation; without NAME, list what is remembered
+/branch NAME remember this point of the conversation; without NAME, list them
 /goto NAME   go back to such a point
 /reset       forget the conversation
 /save FILE   write the conversation's whole memory to FILE
@@ -38,8 +38,8 @@ HELP = """\
 /system TEXT another system prompt; without TEXT, show it
 /stats       tokens so far, size of the state, speed of the last answer
 /exit        leave (so do /quit and Ctrl-D); Ctrl-C stops an answer
-Several lines: paste them, or type them between two \"\"\", or end a line with Alt-Enter."""
-SEEING = "/image FILE  the next message asks about this image; a path alone, pasted or dropped, does the same"
+Several lines: paste them, type them between two \"\"\", or use Alt-Enter."""
+SEEING = "/image FILE  the next message asks about this image; a pasted path does too"
 DRAWING = "/draw TEXT   a picture of what TEXT says, in a new file in this folder"
 LEAVE = ("/exit", "/quit", "/bye")
 COMMANDS = (

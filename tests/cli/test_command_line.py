@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.cli.chat_commands import DRAWING, HELP, SEEING
 from mlx_pararnn.cli.report import passed_or_not
 from mlx_pararnn.cli.sampling import CONVERSATION, LIKELIEST, Sampling, choose_sampling
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
+from tests.support.terminal import Terminal
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn"]
 
@@ -107,6 +109,16 @@ def test_ctrl_c_before_the_first_token(imported, arguments, tmp_path, monkeypatc
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.parametrize("command", [["generate", "-p", "x"], ["chat"], ["serve", "--port", "0"]])
+def test_a_terminal_sees_life_before_anything_heavy_is_imported(command, tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx/__init__.py").write_text("raise ImportError('imported', name='mlx')")
+    terminal = Terminal(*command, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert terminal.exit_code() == 1
+    assert "MLX cannot be loaded here (imported)" in terminal.text
+    assert terminal.raw.startswith(b"\r\x1b[KLoading the bundled model ...")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit is not kept")
 @pytest.mark.parametrize(
     "megabytes", [60, 1000]
@@ -197,6 +209,8 @@ def test_short_help_and_summaries_that_fit():
         )  # fmt: skip
         assert "..." not in shown.stdout.partition("Commands:")[2]
         assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+    in_chat = [*HELP.splitlines(), SEEING, DRAWING]
+    assert [line for line in in_chat if len(line) > 79] == []
     assert "--temp, --temperature" in CliRunner().invoke(app, ["chat", "-h"]).stdout
 
 
