@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 def install() -> None:
     """Register with MLX-LM; called once, by the package's `__init__`."""
     if "mlx.core" in sys.modules:
+        from .compute.openblas import warn_if_late
+
+        warn_if_late()
         _secure_mlx_folder()
     if "mlx_lm.models.cache" in sys.modules:
         _import_cache()

@@ -57,6 +57,25 @@ def test_openblas_is_loaded_before_mlx():
     assert run(code).stdout.strip() == "True"
 
 
+@pytest.mark.parametrize(
+    ("code", "preload", "warned"),
+    [
+        ("import mlx.core, mlx_pararnn", {}, True),
+        ("import mlx_pararnn, mlx.core", {}, False),
+        ("import mlx.core, mlx_pararnn", {"LD_PRELOAD": "libopenblas.so.0"}, False),
+    ],
+)
+def test_mlx_imported_first_is_told(code, preload, warned):
+    from mlx_pararnn.compute.openblas import load_openblas
+
+    if load_openblas() is None:
+        pytest.skip("no OpenBLAS on this machine (Debian: libopenblas0-pthread)")
+    done = run(code, env=os.environ | preload)
+    assert done.returncode == 0, done.stderr
+    assert ("import mlx_pararnn first" in done.stderr) == warned
+    assert len(done.stderr.splitlines()) == warned
+
+
 def test_an_openblas_older_than_the_cpu_takes_the_kernels_that_fit(monkeypatch):
     """It takes a Prescott's where it does not know the CPU; a user's own choice stays."""
     from mlx_pararnn.compute import openblas

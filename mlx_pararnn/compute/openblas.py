@@ -5,8 +5,10 @@ its symbols when it is loaded, so this runs just before (`import_hook.py`).
 """
 
 import ctypes
+import logging
 import mmap
 import os
+import re
 import sys
 
 from ..process.address_space import limit
@@ -38,6 +40,19 @@ def load_openblas() -> str | None:
             _take_memory(library)
         return name
     return None
+
+
+def warn_if_late() -> None:
+    """Say so where MLX was imported first, and a system OpenBLAS could have served it."""
+    if sys.platform != "linux":
+        return
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        there = re.search(r"/libopenblas(?!64_)", maps.read())  # 64_: numpy's own, with other names inside
+    if not there and load_openblas():
+        logging.getLogger(__name__).warning(
+            "mlx was imported before mlx_pararnn, so its float32 matrix products do without the system's "
+            "OpenBLAS and are many times slower; import mlx_pararnn first"
+        )
 
 
 # What OpenBLAS allocates for each thread that computes, once, and asks for again and again, for ever, where
