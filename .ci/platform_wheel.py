@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--tools", default="", metavar="PREFIX", help="of a cross compiler's g++ and objdump")
     parser.add_argument("--only", default="", metavar="REGEX", help="libraries of these names; for a trial")
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         subprocess.run([sys.executable, "-m", "wheel", "unpack", "--dest", work, args.wheel], check=True)
         (unpacked,) = Path(work).iterdir()
