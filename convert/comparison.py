@@ -59,7 +59,7 @@ def compare_with_source(model: Path, source: str | Path) -> Iterator[Check]:
     for kind, (count, total) in differing.items():
         tensors_of = f"{count} tensor{'s' * (count != 1)}"
         name = f"{tensors_of} {_KINDS[kind]}"
-        yield Check(name, total, 0.0, "" if total else "every number is the source's", counted="numbers")
+        yield Check(name, total, 0.0, "" if total else "to the bit", counted="numbers")
 
 
 def _bits_that_differ(output: Output, stored: Tensor) -> float:

@@ -98,7 +98,7 @@ def verify_methods(model: Model, tokens: list[int]) -> Iterator[Check]:
     cache = model.make_cache()
     steps = [model(inputs[:, t : t + 1], cache=cache) for t in range(len(tokens))]
     decoded = mx.concatenate(steps, axis=1)
-    yield _check("token by token against the whole prompt", decoded, reference, tolerance)
+    yield _check("token by token against at once", decoded, reference, tolerance)
 
 
 def verify_logits(model: Model, file: str | Path, quantized: bool = False) -> Check:
@@ -140,7 +140,7 @@ def _check(name: str, a: mx.array, b: mx.array, tolerance: float | None) -> Chec
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     same = (mx.argmax(a, axis=-1) == mx.argmax(b, axis=-1)).sum().item()
     difference = cast(float, mx.abs(a - b).max().item())
-    return Check(name, difference, tolerance, f"{same} of {a[..., 0].size} likeliest tokens equal")
+    return Check(name, difference, tolerance, f"{same} of {a[..., 0].size} tokens equal")
 
 
 def _tolerance(model: Model, logits: mx.array) -> float:

@@ -111,12 +111,15 @@ def test_a_good_model_passes(converted, exported):
     result = run("verify", folder, "--logits", exported)
     assert result.exit_code == 0, result.output
     assert result.stdout.rstrip().endswith("Same numbers.")
+    against = run("verify", folder, "--against", golden_file("trained/paragru/final.pt"))
+    assert [line for line in against.stdout.splitlines() if len(line) > 79] == []
+    assert "44 tensors as in the source" in against.stdout
     checks = json.loads(run("verify", folder, "--logits", exported, "--json").stdout)
     assert checks["passed"] is True
     assert [c["name"] for c in checks["checks"]] == [
         "Newton against sequential",
         f"{gpu.available_backend() or 'cpu'} against ops",
-        "token by token against the whole prompt",
+        "token by token against at once",
         "logits of reference.safetensors",
     ]
     assert all(c["difference"] <= 5e-5 for c in checks["checks"])
