@@ -88,12 +88,15 @@ def sampler(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+    from mlx_pararnn.generation import COLDEST
+
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     top_k, penalty = sampling.top_k, sampling.repetition_penalty
+    temp = sampling.temp if sampling.temp >= COLDEST else 0.0
     return {
         "sampler": make_sampler(
-            sampling.temp, sampling.top_p, sampling.min_p, top_k=top_k if top_k < vocab_size else 0
+            temp, sampling.top_p, sampling.min_p, top_k=top_k if top_k < vocab_size else 0
         ),
         "logits_processors": make_logits_processors(repetition_penalty=None if penalty == 1 else penalty),
     }

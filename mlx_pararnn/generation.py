@@ -19,6 +19,8 @@ from .text.detokenizer import Detokenizer, StopMatcher
 
 logger = logging.getLogger(__name__)
 
+COLDEST = 1e-20  # dividing by a lower temperature overflows: the likeliest token is taken, as at 0
+
 
 def stream_generate(
     model: Model,

@@ -28,6 +28,7 @@ from .files.model_files import (
 from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenizer
 from .model import Model, RecurrentLayer
 from .model_config import ModelArgs, check_end_ids, check_layers, weight_bits
+from .process.address_space import check_room
 from .process.forking import note_use_of_mlx
 from .quick_start import started_quickly
 from .text.detokenizer import Detokenizer
@@ -97,6 +98,8 @@ def load_model(
         )
     _check_config(path, config)
     try:
+        nbytes = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+        check_room(nbytes, f"the weights in {path} take", "choose a smaller model")
         # model_file is what would make MLX-LM run Python from the folder
         model, config = mlx_lm.utils.load_model(
             path,

@@ -33,6 +33,7 @@ from .compute.token_trial import compared_tokens
 from .distributed import Group, world
 from .errors import PararnnError
 from .model_config import ModelArgs
+from .process.address_space import check_room, limit
 from .process.forking import note_use_of_mlx
 from .sharding import Shard, Whole, divide
 
@@ -385,7 +386,7 @@ class Model(nn.Module):
     """The language model.
 
     Raises PararnnError, when called, if a sequence outgrows the learned positions of a model that has them,
-    and in a process that was forked after MLX was used.
+    in a process that was forked after MLX was used, and where the address space is limited and too small.
 
     Attributes:
         recent_steps, snapshot_spacing: what new caches remember (`RecurrentCache.remember`), nothing by
@@ -422,11 +423,23 @@ class Model(nn.Module):
                 tokens' logits are used (without a cache it is the default): on a CPU they are then faster.
         """
         note_use_of_mlx()
+        self._check_room(*inputs.shape[:2])
         options.setdefault("output_wanted", cache is None)
         cache = self.make_cache(inputs.shape[0]) if cache is None else cache
         head = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
         out, choice, logits = self.model.read(inputs, cache, input_embeddings, head=head, **options)
         return self.part.logits(head, out, choice.head) if logits is None else logits
+
+    def _check_room(self, B: int, T: int) -> None:
+        args = self.args
+        floats = (2 * len(get_cell(args.cell).gates) + 8) * args.hidden_size + 4 * args.intermediate_size
+        if T > 1 and limit() is not None:
+            check_room(
+                4 * B * T * floats,
+                f"reading {T} tokens at once takes",
+                "read fewer at once (prefill_step_size)",
+                mx.get_cache_memory(),
+            )
 
     @property
     def group(self) -> Group | None:

@@ -10,7 +10,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import PararnnError
-from ..generation import check_text, check_tokens, encode, find_room, stream_generate
+from ..generation import COLDEST, check_text, check_tokens, encode, find_room, stream_generate
 from .config import RECIPE
 from .image_prompts import MARK, embeddings, lay_out, look, question_text
 from .modules import ImageModules
@@ -195,7 +195,8 @@ def _image_tokens(
     for _ in range(args.tokens):
         logits = language(mx.array([unread]), cache=cache)[0, -1]
         choices = logits[args.first_token : args.first_token + args.codes].astype(mx.float32)
-        chosen = mx.random.categorical(choices / temp, key=keys.next()) if temp else mx.argmax(choices)
+        cold = temp < COLDEST
+        chosen = mx.argmax(choices) if cold else mx.random.categorical(choices / temp, key=keys.next())
         token = cast(int, chosen.item())
         yield token
         unread = [args.first_token + token]

@@ -1,9 +1,11 @@
 """A limit of the address space (`ulimit -v`): libraries that meet it end in ways that say nothing of it.
 
 OpenBLAS's threads ask for memory again and again for ever, and no signal ends a process that waits for them;
-MLX aborts; what Python loads fails with errors of its own. So the limit is looked at before MLX is loaded.
+MLX ends the process; what Python loads fails with errors of its own. So the limit is looked at before MLX is
+loaded, and before much memory is asked for.
 """
 
+import os
 import sys
 
 from ..errors import PararnnError
@@ -19,6 +21,26 @@ def limit() -> int | None:
 
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def check_room(nbytes: int, what: str, advice: str, reusable: int = 0) -> None:
+    """Raise a PararnnError if there is a limit that `nbytes` more would exceed: MLX would end the process.
+
+    Args:
+        what: takes them; a subject for the sentence.
+        advice: what to do, beside raising the limit.
+        reusable: bytes that MLX holds and would use again.
+    """
+    most = limit()
+    if most is None:
+        return
+    with open("/proc/self/statm") as statm:
+        left = most - int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + reusable
+    if nbytes > left:
+        raise PararnnError(
+            f"{what} about {nbytes / 1e6:.0f} MB, and the address space, which is limited (ulimit -v "
+            f"{most >> 10}), has {max(left, 0) / 1e6:.0f} MB left; {advice} or raise the limit"
+        )
 
 
 def check_address_space() -> None:

@@ -24,11 +24,13 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from .. import __version__
 from ..cells import get_cell
 from ..compute.choice import BACKENDS
+from ..compute.module_arrays import named_arrays
 from ..compute.recurrence import recurrence
 from ..distributed import Group, any_rank
 from ..errors import PararnnError
 from ..model import Model
 from ..model_config import ModelArgs
+from ..process.address_space import check_room
 
 SECTIONS = ("recurrence", "prefill", "decode", "batch", "memory")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -118,10 +120,14 @@ def preset_model(name: str, cell: str = "gru", dtype: str = "float32", group: Gr
         group: processes that it is divided among.
 
     Raises:
-        PararnnError: no such preset or cell.
+        PararnnError: no such preset or cell, or a limited address space is too small for it.
     """
     mx.random.seed(0)
-    return in_dtype(Model(ModelArgs.preset(name, cell)), dtype, group)
+    model = Model(ModelArgs.preset(name, cell))
+    if group is None:
+        nbytes = sum(array.size for _, array in named_arrays(model.parameters())) * DTYPES[dtype].size
+        check_room(nbytes, f"the weights of {name} take", "choose a smaller one")
+    return in_dtype(model, dtype, group)
 
 
 def in_dtype(model: Model, dtype: str, group: Group | None = None) -> Model:

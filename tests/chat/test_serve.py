@@ -121,6 +121,13 @@ def test_sampling_and_seed(client):
 
     assert sample(1).text == sample(1).text
     assert sample(1).text != sample(2).text
+    given = {"model": "demo", "prompt": "import ", "max_tokens": 5}
+    cold = {
+        client.completions.create(**given, temperature=temp, seed=seed).choices[0].text
+        for temp in (0, 1e-30, 1e-45)
+        for seed in (1, None)
+    }
+    assert len(cold) == 1
 
 
 @pytest.mark.large

@@ -139,6 +139,37 @@ def test_a_limit_of_the_address_space_is_one_sentence(megabytes):
     assert len(done.stderr.splitlines()) == 1
 
 
+LIMITED = """
+import resource, sys
+from mlx_pararnn.process.address_space import LEAST
+resource.setrlimit(resource.RLIMIT_AS, (LEAST + (200 << 20),) * 2)
+import mlx.core as mx
+from mlx_pararnn import PararnnError, load_model
+from mlx_pararnn.tools.benchmark import preset_model
+model, _ = load_model(sys.argv[1])
+cache = model.make_cache()
+mx.eval(model(mx.zeros((1, 512), mx.int32), cache=cache))
+for ask in (lambda: model(mx.zeros((1, 1 << 20), mx.int32), cache=cache), lambda: preset_model("7b")):
+    try:
+        ask()
+    except PararnnError as error:
+        print(error)
+mx.eval(model(mx.zeros((1, 512), mx.int32), cache=cache))
+"""
+
+
+@pytest.mark.large
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit is not kept")
+def test_what_a_limit_of_the_address_space_has_no_room_for_is_refused():
+    """MLX would end the process by a signal."""
+    done = subprocess.run([sys.executable, "-c", LIMITED, DEMO], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    reading, weights = done.stdout.splitlines()
+    assert reading.startswith("reading 1048576 tokens at once takes about ")
+    assert reading.endswith("; read fewer at once (prefill_step_size) or raise the limit")
+    assert weights.startswith("the weights of 7b take about 2")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
 @pytest.mark.parametrize(
     "arguments",

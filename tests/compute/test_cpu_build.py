@@ -86,7 +86,7 @@ def test_processes_and_threads_build_at_once(monkeypatch, tmp_path):
     variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     started = [
         subprocess.Popen([sys.executable, "-c", SOLVE], env=variables, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(8)
     ]
     printed = {process.communicate()[0] for process in started}
     assert len(printed) == 1

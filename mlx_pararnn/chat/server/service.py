@@ -12,6 +12,7 @@ from typing import Any
 from mlx_lm.sample_utils import make_logits_processors
 
 from ...errors import PararnnError
+from ...generation import COLDEST
 from ...images.picture import to_base64
 from ...mlx_lm_internals import calls_tools_in_json
 from ...pocket.events import Call
@@ -341,7 +342,7 @@ class Service:
             "top_k": top_k if 0 < top_k < self.engine.model.args.vocab_size else 0,
             "min_p": chosen(request.min_p, settings.min_p),
         }
-        if arguments["temp"] == 0:
+        if arguments["temp"] < COLDEST:
             return shared_sampler(0.0)
         if request.xtc_probability:
             arguments["xtc_probability"] = request.xtc_probability
