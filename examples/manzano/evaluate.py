@@ -1,4 +1,4 @@
-"""What a model understands and draws of scenes that are held out.
+"""What a model understands and draws of scenes that are held out, or of new ones of the kind it learned from.
 
 `python -m examples.manzano.evaluate ICONS -o OUT` asks OUT/model and lets OUT's judge look at what it draws:
 shares of right answers by kind, of right drawings by kind, and the same of pictures that only went through
@@ -30,11 +30,13 @@ from .scenes import KINDS, Scene, questions
 from .stages import RECIPE, Project
 
 
-def answers(model: ImageModel, tokenizer: Any, project: Project, scenes: int, seed: int) -> dict[str, Any]:
+def answers(
+    model: ImageModel, tokenizer: Any, project: Project, scenes: int, seed: int, held_out: bool = True
+) -> dict[str, Any]:
     """Of questions of each kind the share that is answered right, word by word, and their number."""
     rng = random.Random(seed)
     counts = {kind: [0, 0] for kind in KINDS}
-    shown, images = pictures(scenes, project.sprites, rng, held_out=True)
+    shown, images = pictures(scenes, project.sprites, rng, held_out)
     for one, image in zip(shown, images, strict=True):
         for kind, question, answer in questions(one, rng):
             said = see(model, tokenizer, Image.fromarray(image), question, 24)
@@ -51,13 +53,14 @@ def drawings(
     scenes: int,
     seed: int,
     steps: int = STEPS,
+    held_out: bool = True,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Shares of right drawings and reconstructions by kind, and (scenes, 3, S, S, 3): what was judged.
 
     Also the share of the pictures themselves that the judge tells right, which bounds what it can say.
     """
     rng = random.Random(seed)
-    shown, images = pictures(scenes, project.sprites, rng, held_out=True)
+    shown, images = pictures(scenes, project.sprites, rng, held_out)
     drawn = np.array(
         [
             np.array(draw(model, tokenizer, one.caption(), seed=seed + number, steps=steps))
@@ -107,12 +110,15 @@ if __name__ == "__main__":
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--variant", choices=VARIANTS, default="hybrid", help="of the language part")
+    parser.add_argument("--learned-kind", action="store_true", help="new scenes that are not held out")
     given = parser.parse_args()
     project = Project(given.out, given.icons, replace(RECIPE, variant=given.variant))
     model, tokenizer = project.trained_model()
     print(json.dumps({"variant": given.variant, "parameters": parameters(model.language_model)}))
-    print(json.dumps({"answers": answers(model, tokenizer, project, given.scenes, given.seed)}))
-    made, judged = drawings(model, tokenizer, load_judge(project), project, given.scenes, given.seed)
+    how: dict[str, Any] = {"scenes": given.scenes, "seed": given.seed, "held_out": not given.learned_kind}
+    print(json.dumps({"answers": answers(model, tokenizer, project, **how)}), flush=True)
+    made, judged = drawings(model, tokenizer, load_judge(project), project, **how)
     print(json.dumps(made))
     name = "sheet" if given.variant == "hybrid" else f"sheet-{given.variant}"
+    name += "-learned" if given.learned_kind else ""
     contact_sheet(judged[:32]).save(given.out / f"{name}.png")
