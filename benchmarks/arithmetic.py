@@ -26,7 +26,7 @@ M4_FLOPS = 2.9e12
 # Seconds a launch: a chain of 3,200 tiny dependent kernels took 8.8 ms through MLX on an M3 Ultra (issue 4521
 # of MLX on GitHub).
 LAUNCH = 8.8e-3 / 3200
-OUTSIDE = 2  # of the layers: the last norm and the head
+OUTSIDE = 2  # of the layers: the first norm and the head
 PROMPT = 2048  # generate_step's piece
 BYTES = {"float16": 2, "4 bits": 4.5 / 8}  # affine quantization: a scale and a bias for each 64 weights
 
@@ -43,11 +43,9 @@ def activations(args):
 
     The recurrence reads its gates once: that its sweeps find them in the cache again is the kernel's design.
     """
-    norms, projections, bias = 2 * 2, (1 + 2) + (1 + 3) + (1 + 1), 3 + 3
-    convolution, cell, gated_norm, residuals = 2, 3 + 1, 3, 2 * 3
-    inside = (
-        norms + projections + bias + convolution + cell + gated_norm + residuals + 2 + 1
-    )  # the MLP's ends
+    sums_and_norms, projections, bias = 2 * 4, (1 + 2) + (1 + 3) + (1 + 1), 3 + 3
+    convolution, cell, gated_norm, ends_of_mlp = 2, 3 + 1, 3, 2 + 1
+    inside = sums_and_norms + projections + bias + convolution + cell + gated_norm + ends_of_mlp
     mlp = 2 + 3 + 1  # gate and up, SwiGLU, down
     return args.num_hidden_layers * (inside * args.hidden_size + mlp * args.intermediate_size)
 
@@ -109,7 +107,7 @@ def main():
             f"{1e6 * LAUNCH:.2f} microseconds a dependent kernel (MLX issue 4521: 3,200 of them in 8.8 ms on "
             f"an M3 Ultra). A prompt is read in pieces of {PROMPT} tokens; its activations are counted in "
             f"float16, its bound at the {M4_FLOPS / 1e12} TFLOP/s that arXiv 2502.05317 measured for float32 "
-            "products on an M4. Launches as pinned by tests/compute/test_layer_ops.py, plus the last norm "
+            "products on an M4. Launches as pinned by tests/compute/test_layer_ops.py, plus the first norm "
             "and the head.",
             header,
             found,

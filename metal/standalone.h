@@ -46,3 +46,5 @@ constant constexpr int STEPS = 16;
 #define STATES 1
 #define INFO 1
 #define GATED 1
+#define CENTERED 1
+#define SCALED 1

@@ -251,16 +251,26 @@ class Layer(nn.Module):
 
     def __call__(
         self,
-        x: mx.array,
+        x: mx.array | tuple[mx.array, mx.array],
         cache: RecurrentCache,
         mask: mx.array | None,
         choice: Choice = PLAIN,
-    ) -> mx.array:
-        """x (B, T, D) to (B, T, D); the cache takes what the mixer keeps."""
-        mixed = self.mixer(_normed(self.norm, x, choice), cache, mask, choice)
-        x = mixed + (self.residual_scale * x if "residual_scale" in self else x)
-        y = self.mlp(_normed(self.mlp_norm, x, choice), choice)
-        return x + y if self._mlp_residual else y
+        apart: bool = False,
+    ) -> Any:
+        """x (B, T, D) to (B, T, D); the cache takes what the mixer keeps.
+
+        Args:
+            x: or two arrays, whose sum it is.
+            apart: give two arrays, whose sum it is, where the MLP has a residual: the next norm adds them.
+        """
+        x, added = x if isinstance(x, tuple) else (x, None)
+        x, normed = _sum_and_norm(self.norm, x, added, None, choice)
+        mixed = self.mixer(normed, cache, mask, choice)
+        x, normed = _sum_and_norm(self.mlp_norm, x, mixed, self.get("residual_scale"), choice)
+        y = self.mlp(normed, choice)
+        if not self._mlp_residual:
+            return y
+        return (x, y) if apart else x + y
 
     def token_arrays(self, eps: float) -> dict[str, mx.array]:
         """The arrays that the one-call token reads, by their fields of `compute/cpu_token.py`."""
@@ -279,10 +289,19 @@ class Layer(nn.Module):
         return cell._cell, cell.num_heads, self._mlp_residual
 
 
-def _normed(norm: nn.RMSNorm | nn.LayerNorm, x: mx.array, choice: Choice) -> mx.array:
+def _sum_and_norm(
+    norm: nn.Module, x: mx.array, added: mx.array | None, scale: mx.array | None, choice: Choice
+) -> tuple[mx.array, mx.array]:
+    """The residual sum, added + scale * x, and its norm; x itself where nothing is to be added."""
+    backend = choice.output
+    if added is not None and type(norm) in (nn.RMSNorm, nn.LayerNorm):
+        weights = norm.weight, norm.get("bias"), norm.eps
+        return layer_ops.sum_and_norm(x, added, scale, *weights, backend=backend)
+    if added is not None:
+        x = layer_ops.residual_sum(x, added, scale)
     if isinstance(norm, nn.RMSNorm):
-        return layer_ops.rms_norm(x, norm.weight, norm.eps, backend=choice.output)
-    return norm(x)
+        return x, layer_ops.rms_norm(x, norm.weight, norm.eps, backend=backend)
+    return x, norm(x)
 
 
 class PararnnModel(nn.Module):
@@ -345,8 +364,10 @@ class PararnnModel(nn.Module):
         if decoded is None:
             last = choice.deferred()
             for layer, c in zip(self.layers, cache, strict=True):
-                x = layer(x, c, mask, last if layer is self.layers[-1] else choice)
-            decoded = cpu_token.Decoded(_normed(self.norm, x, last), None)
+                here = last if layer is self.layers[-1] else choice
+                x = layer(x, c, mask, here, apart=True)
+            x, added = x if isinstance(x, tuple) else (x, None)
+            decoded = cpu_token.Decoded(_sum_and_norm(self.norm, x, added, None, last)[1], None)
         for c in cache:
             c.advance(T)
         return decoded.y, choice, decoded.logits

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.trainer import grad_checkpoint
 
 import mlx_pararnn
 from mlx_pararnn import Model, ModelArgs, PararnnError
@@ -263,6 +264,25 @@ def test_gradients_reach_every_weight():
 
         for name, gradient in tree_flatten(mx.grad(loss)(model.trainable_parameters())):
             assert mx.abs(gradient).max() > 0, name
+
+
+def test_gradient_checkpointing_goes_through_the_layers(monkeypatch):
+    """MLX-LM puts a function of its own in the place of a layer's call."""
+    model, calls = small_model("gru"), []
+    layer = type(model.layers[0])
+    tokens = mx.random.randint(0, 50, (2, 20), key=mx.random.key(2))
+
+    def loss(parameters):
+        model.update(parameters)
+        return (model(tokens) ** 2).mean()
+
+    monkeypatch.setattr(layer, "__call__", layer.__call__)  # as it was, after this test
+    grad_checkpoint(model.layers[0])
+    checkpointed = layer.__call__
+    monkeypatch.setattr(layer, "__call__", lambda *a, **k: calls.append(a) or checkpointed(*a, **k))
+    for name, gradient in tree_flatten(mx.grad(loss)(model.trainable_parameters())):
+        assert mx.abs(gradient).max() > 0, name
+    assert len(calls) == len(model.layers)
 
 
 # The paper's Table 2 names sizes only (400M, 1B, 2.9B, 7B); these counts are those of the shapes inferred

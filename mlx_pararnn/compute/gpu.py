@@ -33,8 +33,8 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 # The cells of metal/cells/.
 CELLS = ("gru", "lstm", "slstm", "nlru")
 # Every instantiation of the kernels: for each text of metal/ what its launch function takes, each with each,
-# for all DTYPES and, but for the convolution, all CELLS and their activations. A free number (taps) stands
-# here with those that the tests take; of `every` only whether it is 0 is compiled in.
+# for all DTYPES and, but for the convolution and the norm, all CELLS and their activations. A free number
+# (taps) stands here with those that the tests take; of `every` only whether it is 0 is compiled in.
 INSTANTIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "recurrence": {
         "tiling": tuple(SHAPES),
@@ -46,12 +46,13 @@ INSTANTIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "adjoint": {"tiling": tuple(ADJOINT_SHAPES), "masked": (False, True), "every": (0, 3)},
     "decode": {"gated": (False, True)},
     "conv": {"taps": (2, 4, 7)},
+    "norm": {"centered": (False, True), "scaled": (False, True)},
 }
 _SEQUENTIAL_THREADS = 64
 # Steps whose gates the sequential kernel has under way: more than a load takes steps, few enough for
 # the steps, which are all written out, to stay in an instruction cache of 12 KB.
 _RING = 6
-# Threads that share the norm of a row when decoding: half of what a threadgroup may have, for the registers.
+# Threads that share the norm of a row: half of what a threadgroup may have, for the registers.
 _NORM_THREADS = 512
 # Steps a thread of the convolution makes: each input is read (STEPS + K - 1) / STEPS times.
 _CONV_STEPS = 16
@@ -272,6 +273,28 @@ def conv_launch(shape: tuple[int, ...], taps: int, dtype: mx.Dtype) -> Launch:
         {"OutT": dtype, "K": taps, "STEPS": _CONV_STEPS},
         (-(-D // _SEQUENTIAL_THREADS) * _SEQUENTIAL_THREADS, -(-T // _CONV_STEPS), B),
         _SEQUENTIAL_THREADS,
+    )
+
+
+@lru_cache(maxsize=256)
+def norm_launch(shape: tuple[int, ...], dtype: mx.Dtype, *, centered: bool, scaled: bool) -> Launch:
+    """A residual sum and the norm after it, RMSNorm or, if centered, LayerNorm, for x of `shape` (B, T, D).
+
+    Inputs, all read by strides: x and added (B, T, D), weight (D,), eps (1,); if centered bias (D,); if
+    scaled scale (1,), by which x is multiplied.
+    Outputs, in `dtype`: total (B, T, D), the sum, and y (B, T, D), its norm.
+    """
+    B, T, D = shape
+    threads = min(_NORM_THREADS, -(-D // 32) * 32)
+    return _assembled(
+        "norm",
+        None,
+        {"CENTERED": int(centered), "SCALED": int(scaled)},
+        ("x", "added", "weight", "eps", *(["bias"] if centered else []), *(["scale"] if scaled else [])),
+        {"total": (shape, dtype), "y": (shape, dtype)},
+        {"OutT": dtype},
+        (threads, T, B),
+        threads,
     )
 
 

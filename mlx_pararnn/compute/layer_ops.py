@@ -1,9 +1,9 @@
-"""The elementwise work around the recurrence: convolution, gates, one token's step with its norm, the loss.
+"""The elementwise work around the recurrence: convolution, gates, norms, one token's step, the loss.
 
 Each function is written in plain MLX ops, which differentiate, compile and are right everywhere. Where a GPU
-kernel saves launches (metal/conv.metal, metal/decode.metal), or a CPU's vector unit saves most of the time
-(metal/cpu_elementwise.cpp), it has that too, with the derivatives of the ops or with gradients of its own
-(metal/cpu_gradients.cpp); all compute in float32 whatever the dtype. For mx.vmap take backend="ops".
+kernel saves launches (metal/conv.metal, decode.metal, norm.metal), or a CPU's vector unit saves most of the
+time (metal/cpu_elementwise.cpp), it has that too, with the derivatives of the ops or with gradients of its
+own (metal/cpu_gradients.cpp); all compute in float32 whatever the dtype. For mx.vmap take backend="ops".
 
 Letters in shapes: B sequences, T steps, D channels, K taps of the convolution, N tokens, V vocabulary.
 """
@@ -77,6 +77,34 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float, *, backend: str = "ops")
         (y,) = _rms_norm_cpu(eps)(x, weight)
         return cast(mx.array, y)
     return mx.fast.rms_norm(x, weight, eps)
+
+
+def residual_sum(x: mx.array, added: mx.array, scale: mx.array | None = None) -> mx.array:
+    """added + scale * x, all (B, T, D) but scale (1,); None for 1."""
+    return added + (x if scale is None else scale * x)
+
+
+def sum_and_norm(
+    x: mx.array,
+    added: mx.array,
+    scale: mx.array | None,
+    weight: mx.array,
+    bias: mx.array | None,
+    eps: float,
+    *,
+    backend: str = "ops",
+) -> tuple[mx.array, mx.array]:
+    """`residual_sum`, and RMSNorm of it with weight (D,), or with a bias (D,) LayerNorm; both (B, T, D)."""
+    arrays = [a for a in (x, added, weight, bias, scale) if a is not None]
+    kind = bias is not None, scale is not None
+    D = min(x.shape[-1], _MANY_CHANNELS)
+    if backend in GPU and _uniform(arrays) and norm_works(backend, *kind, x.dtype, D):
+        total, y = _norm_kernel(*kind, eps, backend)(*arrays)
+        return total, y
+    total = residual_sum(x, added, scale)
+    if bias is not None:
+        return total, mx.fast.layer_norm(total, weight, bias, eps)
+    return total, rms_norm(total, weight, eps, backend=backend)
 
 
 def gated_norm(
@@ -273,6 +301,26 @@ def _decode_kernel(cell: Cell, eps: float, backend: str) -> Callable[..., Any]:
     return with_derivatives_of(partial(_decode_ops, cell, eps, "ops"), launch)
 
 
+@lru_cache(maxsize=16)
+def _norm_kernel(centered: bool, scaled: bool, eps: float, backend: str) -> Callable[..., Any]:
+    epsilon = mx.array([eps], mx.float32)
+    names = ["x", "added", "weight", *(["bias"] if centered else []), *(["scale"] if scaled else [])]
+
+    def named(arrays: Sequence[mx.array]) -> dict[str, mx.array]:
+        return dict(zip(names, arrays, strict=True))
+
+    def launch(*arrays: mx.array) -> list[mx.array]:
+        made = gpu.norm_launch(arrays[0].shape, arrays[0].dtype, centered=centered, scaled=scaled)
+        outputs = gpu.run(made, named(arrays) | {"eps": epsilon}, backend)
+        return [outputs["total"], outputs["y"]]
+
+    def ops(*arrays: mx.array) -> Arrays:
+        of = named(arrays)
+        return sum_and_norm(of["x"], of["added"], of.get("scale"), of["weight"], of.get("bias"), eps)
+
+    return with_derivatives_of(ops, launch)
+
+
 def with_derivatives_of(
     ops: Callable[..., Arrays],
     launch: Callable[..., list[mx.array]],
@@ -425,6 +473,31 @@ def decode_works(
 
     words = f"{cpu.DTYPES[dtype]}, {'gated' if gated else 'plain'}, {D} channels"
     return works_here(f"decoding with {cell.name!r}, {words}", backend, outcomes)
+
+
+@lru_cache(maxsize=64)
+def norm_works(
+    backend: str,
+    centered: bool = False,
+    scaled: bool = False,
+    dtype: mx.Dtype = mx.float32,
+    D: int = _MANY_CHANNELS,
+) -> bool:
+    """Try a GPU's kernel, the text and the threadgroup that a call is about to launch."""
+
+    def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
+        given = [_waves(2, 3, 2 * D)[..., :D], 1 - _waves(2, 3, D), _waves(D)]
+        given += ([_waves(D)] if centered else []) + ([mx.array([0.7])] if scaled else [])
+        rounded = [array.astype(dtype) for array in given]
+        x, added, weight, *rest = rounded
+        total = residual_sum(x, added, rest[-1] if scaled else None)  # whose rounding the norm sees
+        exact, weight = total.astype(mx.float32), weight.astype(mx.float32)
+        bias = rest[0].astype(mx.float32) if centered else None
+        _, y = sum_and_norm(exact, mx.zeros_like(exact), None, weight, bias, 1e-6)
+        yield _norm_kernel(centered, scaled, 1e-6, backend)(*rounded), (total, y)
+
+    kind = ("LayerNorm" if centered else "RMSNorm") + (", scaled" if scaled else "")
+    return works_here(f"the sum and {kind}, {cpu.DTYPES[dtype]}, {D} channels", backend, outcomes)
 
 
 @lru_cache(maxsize=1)

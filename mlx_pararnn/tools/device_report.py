@@ -93,6 +93,8 @@ def _trials(backend: str) -> Iterator[Callable[[], object]]:
         return
     for dtype in gpu.DTYPES:
         yield partial(layer_ops.conv_works, backend, 4, dtype)
+        yield partial(layer_ops.norm_works, backend, False, False, dtype)
+        yield partial(layer_ops.norm_works, backend, True, True, dtype)
     for cell in cells:
         yield from _trials_of(cell, backend)
 

@@ -30,7 +30,10 @@ def mac(monkeypatch):
 
     monkeypatch.setattr(gpu, "available_backend", lambda: "metal")
     monkeypatch.setattr(gpu, "run", run)
-    trials = kernel_works, adjoint._agrees, layer_ops.conv_works, layer_ops.decode_works
+    trials = (
+        *(kernel_works, adjoint._agrees),
+        *(layer_ops.conv_works, layer_ops.decode_works, layer_ops.norm_works),
+    )
     for trial in trials:
         trial.cache_clear()
     yield names
@@ -46,6 +49,7 @@ def launched(mac, monkeypatch):
         "adjoint._agrees",
         "layer_ops.conv_works",
         "layer_ops.decode_works",
+        "layer_ops.norm_works",
     ):
         monkeypatch.setattr(f"mlx_pararnn.compute.{trial}", lambda *_: True)
     return mac

@@ -3,7 +3,7 @@
 from .adjoint_mutants import ADJOINT, ADJOINT_MUTANTS, INPUTS
 from .mutant import BARRIER, Mutant, without_barrier
 
-__all__ = ["ADJOINT", "CONV", "DECODE", "INPUTS", "MUTANTS", "NEWTON", "STRAIGHT", "Mutant"]
+__all__ = ["ADJOINT", "CONV", "DECODE", "INPUTS", "MUTANTS", "NEWTON", "NORM", "STRAIGHT", "Mutant"]
 
 SCAN_BARRIER = f"      {BARRIER}\n\n      // Each thread scans"
 MOVED_BARRIER = f"      {BARRIER}\n      iterations += 1;"
@@ -16,7 +16,9 @@ INTO_RING = "        ring[i * Cell::GATES + g] = next[g * gate_stride];"
 STEPS_LOOP = "#pragma unroll 1\n      for (int i = 0; i < steps; ++i) {"
 RESET = "int iterations = 0;\n    for (int s = 0; s < SLOTS; ++s) {\n      growth[s] = 1.0f;\n    }"
 ENDS = "rounds = still == 0 ? iterations : rounds;"
-CONV, DECODE = "conv.metal", "decode.metal"
+CONV, DECODE, NORM = "conv.metal", "decode.metal", "norm.metal"
+MEAN_BARRIER = f"  {BARRIER}\n  float mean = 0.0f;"
+SQUARES_BARRIER = f"  {BARRIER}\n  float mean_square = 0.0f;"
 
 MUTANTS = [
     # barriers and divergence
@@ -607,6 +609,78 @@ MUTANTS = [
         "semantics convergence",
     ),
     Mutant("conv: no cast", CONV, "static_cast<OutT>(tap[k])", "tap[k]", "compile language"),
+    # the residual sum and its norm
+    Mutant("norm: no barrier", NORM, SQUARES_BARRIER, without_barrier(SQUARES_BARRIER), "semantics"),
+    Mutant(
+        "norm: no barrier before the mean", NORM, MEAN_BARRIER, without_barrier(MEAN_BARRIER), "semantics"
+    ),
+    Mutant(
+        "norm: barrier of the simdgroup only",
+        NORM,
+        SQUARES_BARRIER,
+        without_barrier(SQUARES_BARRIER, "simdgroup_barrier(mem_flags::mem_threadgroup);"),
+        "semantics",
+    ),
+    Mutant(
+        "norm: one simdgroup too few",
+        NORM,
+        "g < threads / 32; ++g) {\n    mean_square",
+        "g < threads / 32 - 1; ++g) {\n    mean_square",
+        "convergence",
+    ),
+    Mutant(
+        "norm: idle threads return early",
+        NORM,
+        "  float squares = 0.0f;\n",
+        "  float squares = 0.0f;\n  if (first >= D) return;\n",
+        "semantics",
+    ),
+    Mutant(
+        "norm: one lane's squares", NORM, "squares = simd_sum(squares);", "simd_sum(squares);", "convergence"
+    ),
+    Mutant("norm: one lane's sum", NORM, "sum = simd_sum(sum);", "simd_sum(sum);", "convergence"),
+    Mutant(
+        "norm: x by the strides of a copy",
+        NORM,
+        "b * x_strides[0] + t * x_strides[1]",
+        "row",
+        "semantics convergence",
+    ),
+    Mutant(
+        "norm: what is added by the strides of x",
+        NORM,
+        "b * added_strides[0] + t * added_strides[1]",
+        "row",
+        "semantics convergence",
+    ),
+    Mutant("norm: rows of one step", NORM, "size_t(b) * x_shape[1] + t", "size_t(b)", "semantics"),
+    Mutant("norm: no scale", NORM, "kept * float(scale[0])", "kept", "convergence"),
+    Mutant(
+        "norm: both are scaled",
+        NORM,
+        "float(added[added_row + d * added_strides[2]]) + kept",
+        "(float(added[added_row + d * added_strides[2]]) + kept / 0.7f) * 0.7f",
+        "convergence",
+    ),
+    Mutant(
+        "norm: the mean is not taken off",
+        NORM,
+        "float(total[row + d]) - mean;\n    squares",
+        "float(total[row + d]);\n    squares",
+        "convergence",
+    ),
+    Mutant("norm: sum for the mean", NORM, "mean = mean / float(D);", "", "convergence"),
+    Mutant(
+        "norm: mean over the threads",
+        NORM,
+        "mean_square / float(D)",
+        "mean_square / float(threads)",
+        "convergence",
+    ),
+    Mutant("norm: no epsilon", NORM, " + eps[0]", "", "convergence"),
+    Mutant("norm: no weight", NORM, " * float(weight[d * weight_strides[0]])", "", "convergence"),
+    Mutant("norm: no bias", NORM, "float(bias[d * bias_strides[0]])", "0.0f", "convergence"),
+    Mutant("norm: no cast", NORM, "static_cast<OutT>(away * factor", "(away * factor", "compile language"),
     Mutant("decode: no barrier", DECODE, BARRIER, "", "semantics"),
     Mutant(
         "decode: barrier of the simdgroup only",

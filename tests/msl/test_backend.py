@@ -129,6 +129,10 @@ def test_the_trial_is_of_the_kernels_of_a_token_that_are_launched(mac, D, dtype)
     layer_ops.decode(cell, wave(3, D), u, wave(1, 3 * D), wave(B, 1, D), gate, wave(D), 1e-6, backend="metal")
     assert kinds_of(mac[3:]) == ["decode"] * 2
     assert len(set(mac[3:])) == 1
+    for n, bias in enumerate((None, wave(D))):
+        layer_ops.sum_and_norm(u[:, 0, :, 0], gate, None, wave(D), bias, 1e-6, backend="metal")
+        assert kinds_of(mac[5 + 2 * n :]) == ["norm"] * 2
+        assert len(set(mac[5 + 2 * n :])) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"return_states": 7, "masked": True}], ids=str)
@@ -371,11 +375,15 @@ def test_a_model(launched):
     tokens = mx.array([list(b"def main(self, other)"), list(b"import os, sys, time,")])
     cache, ops_cache = model.make_cache(2), model.make_cache(2)
     logits = model(tokens, cache=cache)
-    assert [name.split("_")[1] for name in launched] == ["conv", "recurrence"] * 3
+    assert [name.split("_")[1] for name in launched] == [
+        "conv",
+        "recurrence",
+        "norm",
+    ] * 3  # its MLP has no residual
     reference = model(tokens, cache=ops_cache, backend="ops")
     assert mx.abs(logits - reference).max() < 0.05  # float16 logits of up to 20
     after = model(mx.array([[1], [2]]), cache=cache)
-    assert [name.split("_")[1] for name in launched[6:]] == ["conv", "decode"] * 3
+    assert [name.split("_")[1] for name in launched[9:]] == ["conv", "decode", "norm"] * 3
     assert mx.abs(after - model(mx.array([[1], [2]]), cache=ops_cache, backend="ops")).max() < 0.05
 
 

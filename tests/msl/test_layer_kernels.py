@@ -10,7 +10,7 @@ from mlx_pararnn.compute import gpu, layer_ops
 from ..support.msl import cuda
 from ..support.msl.harness import missing
 from ..support.msl.instances import CELLS, DTYPES
-from ..support.msl.layer_kernels import all_calls, conv, decode
+from ..support.msl.layer_kernels import all_calls, conv, decode, norm
 from ..support.msl.wrap import wrap
 from . import language
 from .lint import lint
@@ -38,6 +38,7 @@ def test_language(call):
 @pytest.mark.parametrize(
     "call",
     [conv(2, 40, 9, dtype=dtype) for dtype in DTYPES]
+    + [norm(2, 3, 9, dtype, centered=i > 0, scaled=i < 2) for i, dtype in enumerate(DTYPES)]
     + [
         decode(cell, 2, 18, dtype=dtype, gated=gated)
         for cell, dtype, gated in zip(
@@ -74,10 +75,23 @@ def test_decode(cell, dtype, gated):
         assert call.compare(got, tolerance=2e-5 if cell == "slstm" else 3e-6) == ""
 
 
+@pytest.mark.sampled("harness")
+@needs_harness
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_norm(scaled, centered, dtype):
+    for i, (B, T, D) in enumerate(
+        ((1, 1, 1), (2, 3, 31), (1, 2, 33), (3, 1, 512), (1, 2, 513), (2, 1, 1100))
+    ):
+        call = norm(B, T, D, dtype, centered=centered, scaled=scaled, seed=i)
+        assert call.compare(call.run(order=i % 3)) == ""
+
+
 @needs_harness
 def test_metals_own_rounding():
     """exp off by the ulps that Metal's tables allow, fused multiply-add, no denormals."""
-    for call in (conv(2, 40, 70), decode("gru", 2, 100), decode("lstm", 2, 600)):
+    for call in (conv(2, 40, 70), decode("gru", 2, 100), decode("lstm", 2, 600), norm(1, 2, 600)):
         assert call.compare(call.run(math="metal"), tolerance=1e-5) == ""
 
 
@@ -106,6 +120,10 @@ def test_offsets_beyond_32_bits():
         assert call.compare(call.run()) == ""
     for name, axis, (B, heads) in (("u", 0, (3, 1)), ("u", 1, (1, 3)), ("gate", 0, (3, 1))):
         call = decode("gru", B, 9, heads, "float16")
+        spread(call, name, axis)
+        assert call.compare(call.run()) == ""
+    for name, axis, (B, T) in (("x", 0, (3, 1)), ("added", 0, (3, 1)), ("x", 1, (1, 3))):
+        call = norm(B, T, 9, "float16")
         spread(call, name, axis)
         assert call.compare(call.run()) == ""
 
@@ -141,12 +159,22 @@ def by_decode(call, cell, backend, **changed):
     )
 
 
+def by_norm(call, backend, **changed):
+    a = arrays_of(call) | changed
+    arrays = a["x"], a["added"], a.get("scale"), a["weight"], a.get("bias")
+    return layer_ops.sum_and_norm(*arrays, 0.01, backend=backend)
+
+
 @needs_harness
 def test_kernels_are_tried_once_and_then_used(mac):
     for _ in range(2):
+        by_norm(norm(1, 1, 8), "metal")
         layer_ops.conv_silu(*arrays_of(conv(1, 3, 8)).values(), backend="metal")
         by_decode(decode("gru", 1, 8), "gru", "metal")
-    assert [name.split("_")[1] for name in mac] == ["conv"] * 3 + ["decode"] * 2 + ["conv", "decode"]
+    assert [name.split("_")[1] for name in mac] == [
+        *("norm", "norm", "conv", "conv", "conv", "decode", "decode"),
+        *("norm", "conv", "decode"),
+    ]
 
 
 @needs_harness
@@ -171,6 +199,10 @@ def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):
     with pytest.warns(RuntimeWarning, match="does not work here .decoding with 'gru'"):
         y, last = by_decode(call, "gru", "metal")
     assert call.compare({"y": np.array(y), "last": np.array(last)}) == ""
+    call = norm(2, 1, 8, centered=True, scaled=True)
+    with pytest.warns(RuntimeWarning, match="does not work here .the sum and LayerNorm, scaled"):
+        total, y = by_norm(call, "metal")
+    assert call.compare({"total": np.array(total), "y": np.array(y)}) == ""
 
 
 @needs_harness
@@ -180,9 +212,15 @@ def test_the_functions_give_what_the_kernels_do(launched, dtype):
     y, window = layer_ops.conv_silu(*arrays_of(call).values(), backend="metal")
     step = decode("lstm", 2, 30, 3, dtype)
     z, last = by_decode(step, "lstm", "metal")
-    assert [name.split("_")[1] for name in launched] == ["conv", "decode"]
-    assert {y.dtype, window.dtype, z.dtype} == {DTYPES[dtype]}
-    for one, got in ((call, {"y": y, "new_window": window}), (step, {"y": z, "last": last})):
+    sums = [norm(2, 3, 30, dtype, centered=bool(n), scaled=n < 2) for n in range(3)]
+    given = [by_norm(one, "metal") for one in sums]
+    assert [name.split("_")[1] for name in launched] == ["conv", "decode", *["norm"] * 3]
+    assert {y.dtype, window.dtype, z.dtype, *(a.dtype for pair in given for a in pair)} == {DTYPES[dtype]}
+    for one, got in (
+        (call, {"y": y, "new_window": window}),
+        (step, {"y": z, "last": last}),
+        *((one, {"total": total, "y": y}) for one, (total, y) in zip(sums, given, strict=True)),
+    ):
         stored = {n: np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for n, a in got.items()}
         assert one.compare(stored) == ""
 
@@ -227,14 +265,29 @@ def test_gradients(launched):
 
         return loss
 
-    for loss, arrays in ((conv_loss, conv_arrays), (step_loss, step_arrays)):
+    norm_call = norm(2, 3, 6, centered=True, scaled=True)
+    norm_names = ("x", "added", "weight", "bias", "scale")
+    norm_arrays = [arrays_of(norm_call)[name] for name in norm_names]
+
+    def norm_loss(backend):
+        def loss(*arrays):
+            total, y = by_norm(norm_call, backend, **dict(zip(norm_names, arrays, strict=True)))
+            return (y**3).sum() + (total**2).sum()
+
+        return loss
+
+    for loss, arrays in (
+        (conv_loss, conv_arrays),
+        (step_loss, step_arrays),
+        (norm_loss, norm_arrays),
+    ):
         every = list(range(len(arrays)))
         given = mx.grad(loss("metal"), argnums=every)(*arrays)
         wanted = mx.grad(loss("ops"), argnums=every)(*arrays)
         for a, b in zip(given, wanted, strict=True):
             assert mx.abs(b).max() > 1e-3
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    assert [name.split("_")[1] for name in launched] == ["conv", "decode"]
+    assert [name.split("_")[1] for name in launched] == ["conv", "decode", "norm"]
 
 
 @needs_harness

@@ -7,14 +7,14 @@ import pytest
 from ..support.msl.adjoint_kernel import adjoint_cases
 from ..support.msl.harness import missing
 from ..support.msl.instances import CELLS
-from ..support.msl.layer_kernels import conv_cases, decode_cases
+from ..support.msl.layer_kernels import conv_cases, decode_cases, norm_cases
 from . import language
 from .battery import newton_cases, objection, sequential_cases
-from .mutants import ADJOINT, CONV, DECODE, INPUTS, MUTANTS, NEWTON, STRAIGHT, Mutant
+from .mutants import ADJOINT, CONV, DECODE, INPUTS, MUTANTS, NEWTON, NORM, STRAIGHT, Mutant
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-CASES = {STRAIGHT: sequential_cases, CONV: conv_cases, DECODE: decode_cases}
+CASES = {STRAIGHT: sequential_cases, CONV: conv_cases, DECODE: decode_cases, NORM: norm_cases}
 CASES |= {ADJOINT: adjoint_cases, INPUTS: adjoint_cases}  # of other files: newton_cases
 
 
@@ -33,7 +33,7 @@ def cases_for():
 
 @pytest.mark.sampled("harness")
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("file", [NEWTON, STRAIGHT, CONV, DECODE, ADJOINT])
+@pytest.mark.parametrize("file", [NEWTON, STRAIGHT, CONV, DECODE, NORM, ADJOINT])
 def test_the_kernels_pass(file, cell, cases_for):
     assert objection(cases_for(file, cell), lambda launch: launch) is None
 

@@ -12,7 +12,7 @@ from . import language
 from .language import METAL
 
 FILES = sorted(METAL.glob("*.metal"), key=lambda path: path.stem)
-FLAG = re.compile(r"#define (MASKED|STATES|INFO|GATED) (\d)")
+FLAG = re.compile(r"#define (MASKED|STATES|INFO|GATED|CENTERED|SCALED) (\d)")
 
 
 def written(kernel: str, flags: dict[str, int]) -> str:

@@ -123,7 +123,7 @@ def test_all_texts_are_written_for_apples_compiler(tmp_path):
         kinds[file.stem.split("_")[3]] += 1
     rows = {kernel: len(list(gpu.options(kernel))) for kernel in gpu.INSTANTIATIONS}
     for kernel, row in rows.items():
-        cells = 1 if kernel == "conv" else len(gpu.CELLS)
+        cells = 1 if kernel in ("conv", "norm") else len(gpu.CELLS)
         assert kinds[kernel] >= row * len(gpu.DTYPES) * cells
 
 

@@ -29,6 +29,7 @@ struct bfloat {
   bfloat() = default;
   explicit bfloat(float);
   operator float() const;
+  operator float() const __constant;  // which OpenCL's generic address space leaves out
 };
 typedef bfloat bfloat16_t;
 

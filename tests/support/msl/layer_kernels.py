@@ -1,4 +1,4 @@
-"""Calls of conv.metal and decode.metal, with their data as strided views and the answer in float64."""
+"""Calls of conv.metal, decode.metal and norm.metal: data as strided views, and the answer in float64."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from mlx_pararnn.cells import get_cell
-from mlx_pararnn.compute.gpu import Launch, conv_launch, decode_launch, options
+from mlx_pararnn.compute.gpu import Launch, conv_launch, decode_launch, norm_launch, options
 from tests.support import oracle
 
 from . import harness
@@ -127,22 +127,64 @@ def decode(
     return Call("-".join(words), launch, dtype, given, single, wanted)
 
 
+def norm(
+    B: int,
+    T: int,
+    D: int,
+    dtype: str = "float32",
+    *,
+    centered: bool = False,
+    scaled: bool = False,
+    seed: int = 0,
+) -> Call:
+    rng = np.random.default_rng(seed)
+    given, exact = {}, {}
+    for name in ("x", "added"):
+        given[name], exact[name] = part(rng, dtype, B, T, D, loc=0.5)
+    for name in ("weight", *(["bias"] if centered else [])):
+        given[name], exact[name] = (a[0] for a in part(rng, dtype, 1, D))
+    given["eps"] = np.array([0.01], np.float32)  # large enough to be missed
+    x = exact["x"].astype(np.float32)
+    if scaled:
+        given["scale"], scale = rounded(np.array([0.7], np.float32), dtype)
+        x = rounded(x * scale.astype(np.float32), dtype)[1].astype(np.float32)
+    total = rounded(x + exact["added"].astype(np.float32), dtype)[1]  # as an addition of arrays rounds it
+    away = total - total.mean(-1, keepdims=True) if centered else total
+    y = away / np.sqrt((away**2).mean(-1, keepdims=True) + 0.01) * exact["weight"]
+    wanted = {"total": total, "y": y + exact["bias"] if centered else y}
+    launch = norm_launch((B, T, D), DTYPES[dtype], centered=centered, scaled=scaled)
+    words = ["norm", str(B), str(T), str(D), dtype, "centered" * centered, "scaled" * scaled]
+    return Call("-".join(words), launch, dtype, given, ("eps",), wanted)
+
+
 def all_calls() -> Iterator[Call]:
     """Those of these kernels in gpu.INSTANTIATIONS."""
     for dtype in DTYPES:
         for row in options("conv"):
             yield conv(2, 40, 9, row["taps"], dtype)
+        for row in options("norm"):
+            yield norm(2, 3, 40, dtype, **row)
         for cell in CELLS:
             for row in options("decode"):
                 yield decode(cell, 2, 18, 2, dtype, **row)
     # arrays of fewer than 8 elements are in constant memory
     yield conv(1, 1, 1, 2)
     yield decode("gru", 1, 1)
+    yield norm(1, 1, 1)
 
 
 def conv_cases(_: str = "") -> list[Call]:
     """Three runs of steps and two groups of channels; then fewer steps than the window has."""
     return [conv(2, 37, 70), conv(2, 2, 9, 5, "bfloat16")]
+
+
+def norm_cases(_: str = "") -> list[Call]:
+    """More channels than threads; fewer than a simdgroup, for whom 512 would be too many; each kind."""
+    return [
+        norm(2, 3, 1060, scaled=True),
+        norm(2, 2, 70, centered=True),
+        norm(1, 2, 9, "bfloat16", centered=True, scaled=True),
+    ]
 
 
 def decode_cases(cell: str) -> list[Call]:
