@@ -8,6 +8,7 @@ Letters in shapes: B sequences, T tokens, D channels (hidden_size), V vocabulary
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -256,13 +257,18 @@ class Layer(nn.Module):
         mask: mx.array | None,
         choice: Choice = PLAIN,
         apart: bool = False,
+        before: Sequence[mx.array | None] | None = None,
     ) -> Any:
         """x (B, T, D) to (B, T, D); the cache takes what the mixer keeps.
 
         Args:
             x: or two arrays, whose sum it is.
+            before: what the cache holds: a layer that is computed a second time for its gradient
+                (mx.checkpoint) finds it moved on.
             apart: give two arrays, whose sum it is, where the MLP has a residual: the next norm adds them.
         """
+        if before is not None:
+            cache.cache = list(before)
         x, added = x if isinstance(x, tuple) else (x, None)
         x, normed = _sum_and_norm(self.norm, x, added, None, choice)
         mixed = self.mixer(normed, cache, mask, choice)
@@ -365,7 +371,7 @@ class PararnnModel(nn.Module):
             last = choice.deferred()
             for layer, c in zip(self.layers, cache, strict=True):
                 here = last if layer is self.layers[-1] else choice
-                x = layer(x, c, mask, here, apart=True)
+                x = layer(x, c, mask, here, apart=True, before=c.cache)
             x, added = x if isinstance(x, tuple) else (x, None)
             decoded = cpu_token.Decoded(_sum_and_norm(self.norm, x, added, None, last)[1], None)
         for c in cache:

@@ -266,23 +266,33 @@ def test_gradients_reach_every_weight():
             assert mx.abs(gradient).max() > 0, name
 
 
-def test_gradient_checkpointing_goes_through_the_layers(monkeypatch):
-    """MLX-LM puts a function of its own in the place of a layer's call."""
-    model, calls = small_model("gru"), []
-    layer = type(model.layers[0])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_computes_the_same_gradient(kind, carried, monkeypatch):
+    """MLX-LM puts a function of its own in a layer's place, and calls the layer again for the gradient."""
+    model, calls = small_model(kind), []
     tokens = mx.random.randint(0, 50, (2, 20), key=mx.random.key(2))
+    first = model.layers[0].mixer.cell
+    first.add_initial_state(0.1 * mx.random.normal((len(first.cell.slots), first.recurrent_weight.shape[1])))
 
     def loss(parameters):
         model.update(parameters)
-        return (model(tokens) ** 2).mean()
+        cache = model.make_cache(2)
+        if carried:
+            model(tokens[:, :5], cache=cache)
+        return (model(tokens, cache=cache if carried else None) ** 2).mean()
 
+    gradient = mx.grad(loss)
+    wanted = dict(tree_flatten(gradient(model.trainable_parameters())))
+    layer = type(model.layers[0])
     monkeypatch.setattr(layer, "__call__", layer.__call__)  # as it was, after this test
     grad_checkpoint(model.layers[0])
     checkpointed = layer.__call__
     monkeypatch.setattr(layer, "__call__", lambda *a, **k: calls.append(a) or checkpointed(*a, **k))
-    for name, gradient in tree_flatten(mx.grad(loss)(model.trainable_parameters())):
-        assert mx.abs(gradient).max() > 0, name
-    assert len(calls) == len(model.layers)
+    for name, again in tree_flatten(gradient(model.trainable_parameters())):
+        assert mx.allclose(again, wanted[name], rtol=1e-5, atol=1e-7), name
+    assert len(calls) == len(model.layers) * (1 + carried)
+    assert mx.abs(wanted["model.layers.0.mixer.cell.initial_state"]).max() > 0
 
 
 # The paper's Table 2 names sizes only (400M, 1B, 2.9B, 7B); these counts are those of the shapes inferred
