@@ -2,6 +2,7 @@
 // them; comes after cpu.h, cpu_linear.h and cpu_quantized.h. PARARNN_FORMATS(F) lists the formats as F(bits, group).
 
 namespace pararnn {
+namespace {  // else the linker would take `all` of another library, which was loaded for other formats, for this one's
 
 template <typename T>
 const PackedProduct<T>* packed_product(int64_t bits, int64_t group) {
@@ -16,6 +17,7 @@ const PackedProduct<T>* packed_product(int64_t bits, int64_t group) {
   return nullptr;
 }
 
+}  // namespace
 }  // namespace pararnn
 
 // The products of a format for scales of a dtype; null where there is no code for it.

@@ -96,6 +96,20 @@ def test_formats_that_differ(calls):
     assert calls == [True] * 5
 
 
+def test_models_of_several_formats_in_one_process(calls):
+    """Each has a library of its own, and the linker may not take one's symbols for another's."""
+    for bits, group in ((8, 32), (4, 64), (3, 128)):
+        made = make("gru", **(WIDE | {"intermediate_size": 256}))
+        quantize(made, group, bits)
+        given, wanted = by_token(made, TOKENS), by_token(made, TOKENS, backend="ops")
+        assert distance(numbers(given), numbers(wanted)) < 2e-5
+        if tool := shutil.which("nm"):
+            library = cpu_token._packed(((bits, group),))._name
+            symbols = subprocess.run([tool, "-D", library], capture_output=True, text=True, check=True).stdout
+            assert not [line for line in symbols.splitlines() if " u " in line]
+    assert calls == [True] * 15
+
+
 def test_rows_threads_and_layouts(monkeypatch, calls):
     """The same bits for a row of a batch as for the row alone, for any threads, wherever the arrays lie."""
     made = make("gru", mx.bfloat16, **WIDE)
