@@ -64,7 +64,7 @@ RECIPE = Recipe(
     small=(128, 2, 4, 256),
     cell="gru",
     rows=48,
-    steps={"contrastive": 2500, "alignment": 4500, "language": 2000, "decoder": 1500, "judge": 2000},
+    steps={"contrastive": 2500, "alignment": 4500, "language": 2000, "decoder": 1500, "judge": 6000},
 )
 
 
@@ -266,7 +266,7 @@ def train_tokenizer(project: Project) -> None:
     if not project.train("contrastive", contrast, Scenes(seed, made), contrastive_losses, 1e-3, suffix):
         return
     tokenizer.unfreeze()
-    # The few words of answers would make it forget things: docs/images.md, a first run.
+    # The few words of answers would make it forget things: docs/images.md, runs so far.
     tokenizer.encoder.freeze()
     seed = project.seeded("alignment")
     alignment = Alignment(tokenizer, project.language_model(recipe.small, words.count))
