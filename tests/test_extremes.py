@@ -1,13 +1,25 @@
-"""Overflowing inputs, large batches, extreme sampling: finite, and as the oracle has it."""
+"""Long prompts, large batches, long conversations, extreme sampling: finite, flat, as the oracle has it."""
+
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import BatchGenerator
 
+from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.sampling import Sampling, sampler
 from mlx_pararnn.compute.recurrence import recurrence
+from mlx_pararnn.loading import load
 from tests.support import oracle
+from tests.support.demo import DEMO
+from tests.support.greedy_tokens import greedy, same_until_a_near_tie
 from tests.support.problems import problem
+from tests.support.serving import folder_of
+from tests.support.training_runs import small_model
 
 LOGPROBS = mx.array([[-3.0, -0.2, -2.0, -9.0]])
 
@@ -76,3 +88,67 @@ def test_a_batch_of_64_with_lengths_of_1_to_4096_is_the_oracles(name):
     assert np.abs(np.array(hidden) - wanted).max() < 2e-5 * scale
     ends = np.stack([state[:, -1] for state in states], axis=1)
     assert np.abs(np.array(last) - ends).max() < 2e-5 * max(1, np.abs(ends).max())
+
+
+@pytest.mark.large
+def test_a_batch_of_64_prompts_says_what_each_says_alone():
+    model = small_model()
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, length).tolist() for length in np.linspace(1, 4096, 64, dtype=int)]
+    batch, said = BatchGenerator(model), {}
+    for number, uid in enumerate(batch.insert(prompts, [3] * 64)):
+        said[uid] = (number, [])
+    while responses := batch.next_generated():
+        for response in responses:
+            said[response.uid][1].append(response.token)
+    for number, tokens in list(said.values())[::9]:
+        alone = greedy(model, prompts[number], 3)
+        assert same_until_a_near_tie(model, prompts[number], alone, tokens), number
+
+
+@pytest.mark.large
+def test_ten_thousand_turns_are_flat():
+    model, tokenizer = small_model(num_hidden_layers=1), load(DEMO)[1]
+    conversation, sizes = Chat(model, tokenizer), []
+    for turn in range(10_000):
+        for response in conversation.respond(f"{turn:4}?", max_tokens=1):
+            if turn % 100 == 0:
+                assert mx.isfinite(response.logprobs).all()
+        if turn % 100 == 99:
+            mx.eval([layer.cache for layer in conversation.cache])
+            sizes.append(mx.get_active_memory())
+            assert all(mx.isfinite(array).all() for layer in conversation.cache for array in layer.cache)
+    assert len(conversation.messages) == 20_000
+    assert conversation.undoable == 64
+    assert sizes[0] > 0
+    assert max(sizes) - min(sizes) < 10_000, sizes  # bytes: one a turn would be 9,900
+
+
+def most_memory(process):
+    """Bytes of a process that are its own, not of files, at their most until it ends."""
+    most = 0
+    while process.poll() is None:
+        with suppress(OSError), open(f"/proc/{process.pid}/status") as status:
+            sizes = [int(line.split()[1]) for line in status if line.startswith("RssAnon")]  # in kB
+            most = max([most, *(1024 * size for size in sizes)])
+        time.sleep(0.05)
+    return most
+
+
+@pytest.mark.large
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_prompt_of_a_million_tokens_from_stdin_takes_no_memory_but_its_own(tmp_path):
+    """Each token has a few hundred bytes in the tokenizer; what the model computes of it has thousands."""
+    model = small_model(hidden_size=64, intermediate_size=128)
+    folder = folder_of(tmp_path / "model", model, eos_token_id=None)
+    most = {}
+    for tokens in (100_000, 1_000_000):
+        text, said = tmp_path / "text", tmp_path / "said"
+        text.write_text("a text of bytes\n" * (tokens // 16))
+        with text.open() as stdin, said.open("w") as stderr:
+            command = [sys.executable, "-m", "mlx_pararnn", "generate", folder, "-m", "2"]
+            process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr)
+            most[tokens] = most_memory(process)
+        assert process.returncode == 0, said.read_text()
+        assert f"{tokens - 1} tokens" in said.read_text().replace(",", ""), said.read_text()
+    assert most[1_000_000] - most[100_000] < 900_000 * 400, most

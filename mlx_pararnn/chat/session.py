@@ -365,8 +365,9 @@ class Chat:
         check_text(text)
         user = {"role": "user", "content": text}
         if not self.tokenizer.has_chat_template:
-            said = "".join(message["content"] for message in self.messages)
-            return said + text if self.tokens == 0 else self._encode(text)
+            if self.tokens:
+                return self._encode(text)
+            return "".join(message["content"] for message in self.messages) + text
         if self.tokens == 0:
             return list(render(self.tokenizer, [*self.messages, user]))
         return self._without_end(self._encode(self._rest(text)))

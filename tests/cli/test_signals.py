@@ -1,13 +1,22 @@
-"""A signal ends `generate` and `chat` in time, whatever native code does."""
+"""A signal ends every command at any moment; `generate` and `chat` in time, whatever native code does."""
 
+import json
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
+from mlx_pararnn.loading import load_model
 from tests.support.demo import DEMO
+from tests.support.golden import golden_file
+from tests.support.image_models import image_model, write_image_model
+from tests.support.training_runs import SMALL, TEXT
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn"]
 
@@ -51,7 +60,7 @@ def hanging(where, folder, monkeypatch, *arguments):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", [["generate", DEMO, "-p", "x"], ["chat", DEMO]], ids=lambda c: c[0])
 @pytest.mark.parametrize("where", HANGING)
 def test_a_signal_ends_it(where, command, number, tmp_path, monkeypatch):
@@ -74,3 +83,113 @@ def test_a_second_one_ends_it_at_once(where, tmp_path, monkeypatch):
         time.sleep(0.2)
     process.wait(timeout=3)
     assert process.returncode == -signal.SIGKILL
+
+
+# The command line as it starts, from where Python itself is up.
+READY = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):  # whatever the caller of the tests ignores
+    signal.signal(number, signal.SIG_DFL)
+os.write(1, b"ready\\n")
+from mlx_pararnn.__main__ import main
+main()
+"""
+CHECKPOINT = golden_file("lm/paragru_s64/state_dict.pt")
+EVERY_COMMAND = {
+    "convert": ["convert", CHECKPOINT, "-o", "out", "--tokenizer", "bytes"],
+    "convert -q": ["convert", CHECKPOINT, "-o", "out", "-q", "--q-group-size", "32", "--tokenizer", "bytes"],
+    "convert --to coreml": ["convert", CHECKPOINT, "-o", "out", "--to", "coreml", "--tokenizer", "bytes"],
+    "convert --to torch": ["convert", DEMO, "-o", "out", "--to", "torch"],
+    "add-tokenizer": ["add-tokenizer", "model", "bytes"],
+    "generate": ["generate", DEMO, "-p", "x", "-m", "300"],
+    "draw": ["draw", "a", "-o", "picture.png", "--model", "images"],
+    "chat": ["chat", DEMO, "-m", "300"],
+    "serve": ["serve", DEMO, "--port", "0"],
+    "train": ["train", "data.txt", "-o", "out", "--config", "train.yaml"],
+    "verify": ["verify", DEMO],
+    "inspect": ["inspect", DEMO],
+    "bench": ["bench", DEMO],
+    "lm generate": ["lm", "generate", "--model", DEMO, "--prompt", "x", "-m", "300"],
+    "doctor": ["doctor"],
+    "cache": ["cache"],
+}
+LONGEST = 6.0  # seconds in which commands without an end are sent their signal
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory):
+    """What the commands read."""
+    folder = tmp_path_factory.mktemp("templates")
+    (folder / "data.txt").write_text(TEXT)
+    settings = {"steps": 100_000, "batch_size": 2, "length": 32, "save_every": 2, "model": SMALL}
+    (folder / "train.yaml").write_text(json.dumps(settings))  # JSON is YAML too
+    write_image_model(image_model(), folder / "images")
+    shutil.copytree(DEMO, folder / "model")
+    for file in (folder / "model").glob("tokenizer*"):
+        file.unlink()
+    return folder
+
+
+def begun(command, folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", READY, *map(str, EVERY_COMMAND[command])],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        text=True,
+    )
+    if command == "chat":
+        with suppress(BrokenPipeError):
+            process.stdin.write("def main(\nimport os\n/save talk\n" * 20)
+            process.stdin.flush()
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def in_a_copy(templates, tmp_path, number):
+    return shutil.copytree(templates, tmp_path / str(number))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("command", EVERY_COMMAND)
+def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_path):
+    """It ends in time and without a traceback, and what it leaves is whole."""
+    if "coreml" in command:
+        pytest.importorskip("coremltools")
+    chance = random.Random(command)
+    start = time.monotonic()
+    with begun(command, in_a_copy(templates, tmp_path, "whole")) as process:
+        try:
+            process.communicate(timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    took = time.monotonic() - start
+    for number, name in enumerate([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]):
+        folder = in_a_copy(templates, tmp_path, number)
+        with begun(command, folder) as process:
+            time.sleep(chance.uniform(0, took))
+            process.send_signal(name)
+            sent = time.monotonic()
+            said = process.communicate(timeout=60)[1]
+        assert time.monotonic() - sent < 10  # 5 on a machine without other work
+        ends = {0, -name, 128 + name}
+        if command == "train":
+            ends.add(130)
+        assert process.returncode in ends, said
+        assert "Traceback" not in said
+        assert "Exception ignored" not in said
+        if (folder / "out").exists() and command != "convert --to torch":
+            load_out(command, folder / "out")
+        if (folder / "picture.png").exists():
+            assert (folder / "picture.png").stat().st_size > 0
+        if process.returncode >= 0:
+            assert not [path.name for path in folder.glob(".*")]
+
+
+def load_out(command, out):
+    if "coreml" in command:
+        assert (out / "ParaRNN.mlpackage/Manifest.json").exists()
+    elif command != "train" or (out / "model.safetensors").exists():
+        load_model(out)
