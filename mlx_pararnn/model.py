@@ -300,7 +300,7 @@ def _sum_and_norm(
 ) -> tuple[mx.array, mx.array]:
     """The residual sum, added + scale * x, and its norm; x itself where nothing is to be added."""
     backend = choice.output
-    if added is not None and type(norm) in (nn.RMSNorm, nn.LayerNorm):
+    if added is not None and type(norm) in (nn.RMSNorm, nn.LayerNorm) and "weight" in norm:
         weights = norm.weight, norm.get("bias"), norm.eps
         return layer_ops.sum_and_norm(x, added, scale, *weights, backend=backend)
     if added is not None:
@@ -369,9 +369,11 @@ class PararnnModel(nn.Module):
             decoded = cpu_token.decode(weights, x, ids, cache, _TOKEN_TRIAL)
         if decoded is None:
             last = choice.deferred()
+            ours = all(type(layer) is Layer for layer in self.layers)  # others take and give one array
             for layer, c in zip(self.layers, cache, strict=True):
                 here = last if layer is self.layers[-1] else choice
-                x = layer(x, c, mask, here, apart=True, before=c.cache)
+                more = {"apart": True, "before": c.cache} if ours else {}
+                x = layer(x, c, mask, here, **more)
             x, added = x if isinstance(x, tuple) else (x, None)
             decoded = cpu_token.Decoded(_sum_and_norm(self.norm, x, added, None, last)[1], None)
         for c in cache:
