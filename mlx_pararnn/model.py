@@ -372,7 +372,7 @@ class PararnnModel(nn.Module):
             ours = all(type(layer) is Layer for layer in self.layers)  # others take and give one array
             for layer, c in zip(self.layers, cache, strict=True):
                 here = last if layer is self.layers[-1] else choice
-                more = {"apart": True, "before": c.cache} if ours else {}
+                more: dict[str, Any] = {"apart": True, "before": c.cache} if ours else {}
                 x = layer(x, c, mask, here, **more)
             x, added = x if isinstance(x, tuple) else (x, None)
             decoded = cpu_token.Decoded(_sum_and_norm(self.norm, x, added, None, last)[1], None)
