@@ -147,6 +147,7 @@ def test_who_imports_them_later_gets_them_whole():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.large
 @pytest.mark.sampled("large", by=lambda: [0])
 @pytest.mark.parametrize(
     ("arguments", "typed"),

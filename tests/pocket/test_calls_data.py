@@ -40,6 +40,7 @@ def result(function, arguments):
     return outcome.text
 
 
+@pytest.mark.large
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(["train", "held"]))
 def test_calls_run_and_mean_what_the_generator_meant(seed, split):

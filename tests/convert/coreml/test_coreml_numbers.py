@@ -306,6 +306,7 @@ def test_two_thousand_steps(exports, trained, state):
     assert max(pieces) < 1.25 * pieces[0]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("state", ["graph", "io"])
 def test_a_learned_state_is_where_a_package_begins(state, tmp_path):
     """An app's zeros stand for it; from a file of states, as from the model's own."""
