@@ -100,6 +100,7 @@ def test_an_openblas_older_than_the_cpu_takes_the_kernels_that_fit(monkeypatch):
     assert openblas._better_kernels("Zen") is None
 
 
+@pytest.mark.large
 def test_a_checkout_finds_its_rooms():
     """From the repository's root, without an installation: convert/ and cli/ stand beside mlx_pararnn/."""
     code = (

@@ -314,6 +314,7 @@ def bending():
     return get_cell("bending")
 
 
+@pytest.mark.large
 def test_a_cell_of_ones_own(bending, launches, monkeypatch, tmp_path):
     """With an activation, a helper, divisions and comparisons of its own, of floats that are inputs."""
     p = Slopes("bending", 70, 21, 2, every=4)

@@ -13,6 +13,7 @@ from mlx_pararnn.compute import adjoint, choice, gpu, layer_ops, recurrence
 from mlx_pararnn.tools import device_report
 
 
+@pytest.mark.large
 def test_one_block_to_paste(cpu_backend):
     """In a process of its own, as other tests make trials fail."""
     command = [sys.executable, "-m", "mlx_pararnn", "doctor", "--report"]

@@ -293,6 +293,7 @@ def test_doctor_gives_advice(tmp_path):
         assert "-> install one, for example: apt install g++" in result.stdout
 
 
+@pytest.mark.large
 def test_lm_generate():
     result = command("lm", "generate", "--model", DEMO, "--prompt", "def main(", "--max-tokens", "12")
     assert result.returncode == 0, result.stderr

@@ -156,6 +156,7 @@ def test_what_a_start_left_that_was_killed_is_removed_by_the_next(text, tmp_path
     assert (out / "run.json").exists()
 
 
+@pytest.mark.large
 def test_ctrl_c_writes_a_checkpoint_and_a_second_one_ends_at_once(text, tmp_path):
     out = tmp_path / "out"
     process = started(
