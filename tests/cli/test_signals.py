@@ -173,7 +173,8 @@ def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_pa
             process.send_signal(name)
             sent = time.monotonic()
             said = process.communicate(timeout=60)[1]
-        assert time.monotonic() - sent < 10  # 5 on a machine without other work
+        if (command, name) != ("chat", signal.SIGINT):  # which ends an answer, and the conversation goes on
+            assert time.monotonic() - sent < 10, name  # 5 on a machine without other work
         ends = {0, -name, 128 + name}
         if command == "train":
             ends.add(130)
