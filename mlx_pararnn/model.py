@@ -460,15 +460,16 @@ class Model(nn.Module):
         return self.part.logits(head, out, choice.head) if logits is None else logits
 
     def _check_room(self, B: int, T: int) -> None:
+        if T <= 1 or limit() is None:
+            return
         args = self.args
         floats = (2 * len(get_cell(args.cell).gates) + 8) * args.hidden_size + 4 * args.intermediate_size
-        if T > 1 and limit() is not None:
-            check_room(
-                4 * B * T * floats,
-                f"reading {T} tokens at once takes",
-                "read fewer at once (prefill_step_size)",
-                mx.get_cache_memory(),
-            )
+        check_room(
+            4 * B * T * floats,
+            f"reading {T} tokens at once takes",
+            "read fewer at once (prefill_step_size)",
+            mx.get_cache_memory(),
+        )
 
     @property
     def group(self) -> Group | None:

@@ -317,12 +317,12 @@ def remember_long(model: Model, longest: int) -> None:
     1804.11188); with a bias of 0 a unit forgets half at each token. Cells other than "gru" and "lstm" stay as
     they are.
     """
+    name, sign = _MEMORY_GATES.get(model.args.cell, (None, 0))
+    if name is None:
+        return
+    gates = get_cell(model.args.cell).gates
     for layer in model.layers:
         cell = layer.mixer.cell
-        name, sign = _MEMORY_GATES.get(model.args.cell, (None, 0))
-        if name is None:
-            continue
-        gates = get_cell(model.args.cell).gates
         bias = np.array(cell.bias)
         by_gate = bias.reshape(bias.shape[0], len(gates), -1)  # (heads, gates, D / heads), a view
         steps = np.geomspace(1, longest, by_gate.shape[2], dtype=np.float32)
