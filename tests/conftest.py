@@ -44,6 +44,15 @@ def pytest_collection_modifyitems(config, items):
             config.stash[LEFT_OUT] = said
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """In the quick run functions given to mx.compile run as they are: g++ takes a second for each."""
+    import mlx.core as mx
+
+    quick = not (item.config.getoption("all") or item.config.getoption("markexpr"))
+    (mx.disable_compile if quick and not item.get_closest_marker("compiled") else mx.enable_compile)()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
     said = getattr(node, "workeroutput", {}).get("left_out")

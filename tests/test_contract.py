@@ -63,6 +63,7 @@ def test_coremltools_shares_weights_between_functions_and_has_a_progress_bar_by_
     )
 
 
+@pytest.mark.compiled
 def test_mlx_calls_a_compiled_functions_python_again_only_for_new_shapes_and_where_an_input_is_traced():
     import mlx.core as mx
 

@@ -160,6 +160,7 @@ def launches(monkeypatch):
     return made
 
 
+@pytest.mark.compiled
 def test_where_it_runs_and_where_ops_do(launches):
     """Wherever MLX allows evaluation it is the kernel, else ops; every input has its gradient."""
     cell, params, u, state = problem("gru", T=140, D=20, state=True)

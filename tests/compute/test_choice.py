@@ -36,6 +36,7 @@ def test_one_place_reads_what_the_environment_asks_for():
     assert sorted(reads) == ["choice.py", "doctor.py"]  # doctor only tells it
 
 
+@pytest.mark.compiled
 def test_what_mlx_allows():
     x, known = mx.ones(3), mx.ones(3)
     mx.eval(x, known)

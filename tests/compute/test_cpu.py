@@ -213,6 +213,7 @@ def test_forward_and_second_derivatives(name):
         np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.compiled
 def test_inside_a_transformation_ops_take_over():
     cell, params, u, _ = problem("gru", T=20)
     params, u = mx.array(params), mx.array(u)
@@ -266,6 +267,7 @@ def test_elementwise(dtype, shape, however_small):
         np.testing.assert_array_equal(np.array(new.astype(mx.float32)), inputs[:, T:].astype(np.float32))
 
 
+@pytest.mark.compiled
 def test_elementwise_work_has_gradients_and_compiles(however_small):
     rng = np.random.default_rng(0)
     x, gate, window, taps, weight = (

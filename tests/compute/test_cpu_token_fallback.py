@@ -250,6 +250,7 @@ def test_gradients_of_a_large_head(calls):
         calls.clear()
 
 
+@pytest.mark.compiled
 def test_transformations(calls):
     made = make()
     path = "model.layers.0.mlp.down_proj.weight"
@@ -283,6 +284,7 @@ def test_transformations(calls):
     assert not any(calls)
 
 
+@pytest.mark.compiled
 def test_inside_compile_with_states(calls):
     made = make()
     cache, twin = made.make_cache(2), made.make_cache(2)
@@ -304,6 +306,7 @@ def test_inside_compile_with_states(calls):
         calls.clear()
 
 
+@pytest.mark.compiled
 def test_the_first_token_of_a_process_inside_a_transformation(calls):
     made = make()
     cpu_token._works.cache_clear()

@@ -63,6 +63,7 @@ def test_gated_norm_and_swiglu():
     np.testing.assert_allclose(layer_ops.swiglu(gate, hidden), g * sigmoid(g) * h, atol=2e-6)
 
 
+@pytest.mark.compiled
 @pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("function", ["conv_silu", "gated_norm", "swiglu"])
 def test_ops_differentiate_compile_and_vectorize(function):
@@ -154,6 +155,7 @@ def of_a_layer(T, **kind):
     return products, sum(n for name, n in layer.items() if name not in VIEWS | PRODUCTS)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_on_a_gpu_in_primitives(kind, recorded_as_on_a_mac):
     """At most 5 beside the matrix products for a token."""
@@ -163,6 +165,7 @@ def test_a_layer_on_a_gpu_in_primitives(kind, recorded_as_on_a_mac):
     assert of_a_layer(200, **KINDS[kind]) == (products, prompt)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_in_plain_ops_in_primitives(kind, monkeypatch):
     monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
@@ -259,6 +262,7 @@ def test_decoding_does_not_synchronise_and_does_not_grow(backend, kind, monkeypa
     assert mx.get_active_memory() < active + 2000  # no array a token: the smallest has 256 bytes
 
 
+@pytest.mark.compiled
 @pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_compiles(kind, monkeypatch):

@@ -142,6 +142,7 @@ def test_gradients_of_linear(kind, dtype):
         assert memoryview(given).c_contiguous or kind == "heads, other batch", name
 
 
+@pytest.mark.compiled
 def test_linear_has_forward_and_second_derivatives():
     module, x = nn.Linear(6, 5, bias=False), mx.random.normal((2, 20, 6), key=mx.random.key(0))
     along = mx.random.normal((2, 20, 6), key=mx.random.key(1))

@@ -215,6 +215,8 @@ def test_gradients_match_finite_differences(name, options, masked):
             assert gradient[index] == pytest.approx(difference, rel=2e-3, abs=2e-4), (which, index)
 
 
+@pytest.mark.compiled
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("method", ["auto", "sequential", "newton"])
 def test_under_compile(name, method):
@@ -230,6 +232,7 @@ def test_under_compile(name, method):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("method", ["sequential", "newton"])
 def test_twice_in_one_compiled_function(method):
     """MLX merges equal subgraphs; a split among them, as iterating over an array makes, breaks it."""
@@ -346,6 +349,7 @@ def test_a_bias_is_added_at_every_step(backend):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.compiled
 def test_only_the_mask_is_traced():
     cell, params, u, _ = problem("gru", T=20)
     arrays, mask = (mx.array(params), mx.array(u)), mx.arange(20)[None] < mx.array([[15], [20]])

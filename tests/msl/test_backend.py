@@ -319,6 +319,7 @@ GRAPHS = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_recorded_by_mlx_itself(graph, monkeypatch, tmp_path):
     """By MLX's own kernel call and not the harness: MLX records it anywhere, while a function is exported."""

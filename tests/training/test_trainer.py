@@ -109,6 +109,7 @@ def stop_after(made, step):
     made._make_step = stepping
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("settings", [{}, {"ema": 0.5, "accumulate": 2}])
 def test_a_compiled_step_is_the_same_step(settings, tmp_path):
     """As it runs on a GPU; here in MLX's ops."""
