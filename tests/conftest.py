@@ -46,11 +46,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """In the quick run functions given to mx.compile run as they are: g++ takes a second for each."""
+    """Without the mark, functions given to mx.compile run as they are: g++ takes a second for each graph."""
     import mlx.core as mx
 
-    quick = not (item.config.getoption("all") or item.config.getoption("markexpr"))
-    (mx.disable_compile if quick and not item.get_closest_marker("compiled") else mx.enable_compile)()
+    (mx.enable_compile if item.get_closest_marker("compiled") else mx.disable_compile)()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -17,6 +17,7 @@ from mlx_pararnn.cache import held_arrays
 from tests.support.golden import DATA, GOLDEN, gap, golden_of
 
 
+@pytest.mark.sampled("large", by=lambda folder, prefix, method: [folder + prefix, method])
 @pytest.mark.parametrize(
     ("source", "folder", "prefix", "options"), GOLDEN, ids=[f"{g[1].split('/')[1]}-{g[2]}" for g in GOLDEN]
 )
@@ -109,6 +110,7 @@ def states(cache):
     return mx.concatenate([a.reshape(-1) for a in held_arrays(cache)])
 
 
+@pytest.mark.sampled("large", by=lambda kind: ["one"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_mlx_lm_tests_of_every_model(kind):
     model = small_model(kind)
@@ -266,6 +268,7 @@ def test_gradients_reach_every_weight():
             assert mx.abs(gradient).max() > 0, name
 
 
+@pytest.mark.sampled("large", by=lambda carried: [carried])
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_computes_the_same_gradient(kind, carried, monkeypatch):

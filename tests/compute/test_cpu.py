@@ -268,6 +268,7 @@ def test_elementwise(dtype, shape, however_small):
 
 
 @pytest.mark.compiled
+@pytest.mark.large
 def test_elementwise_work_has_gradients_and_compiles(however_small):
     rng = np.random.default_rng(0)
     x, gate, window, taps, weight = (

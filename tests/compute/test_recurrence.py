@@ -233,6 +233,7 @@ def test_under_compile(name, method):
 
 
 @pytest.mark.compiled
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("method", ["sequential", "newton"])
 def test_twice_in_one_compiled_function(method):
     """MLX merges equal subgraphs; a split among them, as iterating over an array makes, breaks it."""
@@ -350,6 +351,7 @@ def test_a_bias_is_added_at_every_step(backend):
 
 
 @pytest.mark.compiled
+@pytest.mark.large
 def test_only_the_mask_is_traced():
     cell, params, u, _ = problem("gru", T=20)
     arrays, mask = (mx.array(params), mx.array(u)), mx.arange(20)[None] < mx.array([[15], [20]])

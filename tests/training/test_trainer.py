@@ -110,6 +110,7 @@ def stop_after(made, step):
 
 
 @pytest.mark.compiled
+@pytest.mark.large
 @pytest.mark.parametrize("settings", [{}, {"ema": 0.5, "accumulate": 2}])
 def test_a_compiled_step_is_the_same_step(settings, tmp_path):
     """As it runs on a GPU; here in MLX's ops."""

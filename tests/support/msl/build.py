@@ -39,6 +39,7 @@ MATH = {
     "fast": ["-DMSL_FAST_MATH"],
 }
 CLANG = {"expressions"}  # compiled by clang: g++ fuses across statements or not at all
+LINKER = ["-fuse-ld=gold"] if shutil.which("ld.gold") else []  # in a quarter of the time
 NO_CONTRACTION = "#pragma METAL fp contract(off)\n"
 
 POSITION = {  # an attribute, from MslPosition
@@ -181,8 +182,8 @@ def build(source: str, *, check: bool, math: str) -> Path:
         Path(cpp).write_text(source)
         compiler = clang() if math in CLANG else "g++"
         run_compiler([compiler, *flags, "-I", str(SHIM), "-c", cpp, "-o", compiled])
-        link = ["g++", "-shared", "-Wl,-Bsymbolic,-z,defs", compiled, *map(str, runtime()), "-o", linked]
-        run_compiler(link)
+        link = ["g++", *LINKER, "-shared", "-Wl,-Bsymbolic,-z,defs", compiled]
+        run_compiler([*link, *map(str, runtime()), "-o", linked])
         publish(linked, target)
     return target
 
