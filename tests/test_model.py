@@ -151,6 +151,7 @@ def test_predicates(kind):
     } <= quantized
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
@@ -171,6 +172,7 @@ def test_a_prompt_may_be_cut_anywhere(kind, data):
     assert cache[0].offsets == [T, T]
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_token_by_token_is_prefill(kind):
     model = small_model(kind)

@@ -174,6 +174,7 @@ def test_views_are_read_where_they_lie():
         assert mx.array_equal(recurrence(cell, mx.array(params), view, backend="cpu")[0], wanted)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_gradients(name):
     cell, params, u, state = problem(name, T=60, state=True)
@@ -294,6 +295,7 @@ def test_elementwise_work_has_gradients_and_compiles(however_small):
             np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.large
 def test_elementwise_work_has_forward_and_second_derivatives(however_small):
     rng = np.random.default_rng(0)
     x, gate, window, along = (mx.array(rng.normal(size=(2, T, 20)).astype(np.float32)) for T in (9, 9, 3, 9))
@@ -384,6 +386,7 @@ def test_where_no_more_threads_are_to_be_had(tmp_path):
     subprocess.run([program], check=True)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("source", ["trained/paragru/final.pt", "lm/paralstm_s96/state_dict.pt"])
 def test_a_models_logits(source, converted, however_small):
     """All of the CPU backend in a model: the same as plain ops, prompt and tokens."""

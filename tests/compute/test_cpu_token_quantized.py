@@ -96,6 +96,7 @@ def test_formats_that_differ(calls):
     assert calls == [True] * 5
 
 
+@pytest.mark.large
 def test_models_of_several_formats_in_one_process(calls):
     """Each has a library of its own, and the linker may not take one's symbols for another's."""
     for bits, group in ((8, 32), (4, 64), (3, 128)):

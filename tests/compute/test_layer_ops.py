@@ -227,6 +227,7 @@ def test_a_cell_without_metal_text_runs_in_ops(cell, kernel, recorded_as_on_a_ma
     assert ("CustomKernel" in found) == kernel
 
 
+@pytest.mark.sampled("large", by=lambda backend: [backend])
 @pytest.mark.compiled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["", "ops"])  # "": what this machine takes

@@ -92,6 +92,7 @@ def test_iterates_on_chunk_boundaries(name, chunk, iterations):
     np.testing.assert_allclose(hidden, exact, atol=tolerance, rtol=0)
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("scale", [4.0, 8.0, 16.0])
 def test_newton_ends_with_the_sequential_answer_whatever_the_weights(name, scale):
@@ -216,7 +217,7 @@ def test_gradients_match_finite_differences(name, options, masked):
 
 
 @pytest.mark.compiled
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("method", ["auto", "sequential", "newton"])
 def test_under_compile(name, method):

@@ -176,6 +176,7 @@ def test_what_cannot_be_drawn(image_pair, text, options, said):
         mlx_pararnn.draw(*image_pair, text, **options)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized(tmp_path, bits):
     """Its matrices are packed, and its answers are near; widths that no group divides stay as they are."""

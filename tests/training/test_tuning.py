@@ -89,6 +89,7 @@ def two_styles(tmp_path_factory):
     return folder / "model", folder / "up.txt"
 
 
+@pytest.mark.large
 def test_a_state_chooses_the_style_and_is_all_that_changes(two_styles, tmp_path):
     """Which way a text goes is one bit, which its second letter tells: log 2 nats in 8 letters."""
     base, lines = two_styles, []

@@ -42,6 +42,7 @@ def test_names_are_no_words_of_mil(small):
         assert all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", n) for n in names)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 def test_the_description_is_that_of_the_program(small):
     """An app asks the description what to feed; Core ML runs the program."""
     types = {MIL_pb2.FLOAT16: ARRAY_TYPES.FLOAT16, MIL_pb2.FLOAT32: ARRAY_TYPES.FLOAT32}
