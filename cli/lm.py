@@ -35,7 +35,7 @@ def lm(
 
     from mlx_pararnn.errors import PararnnError
 
-    if command == "server" and any(a.split("=")[0] == "--draft-model" for a in context.args):
+    if command == "server" and _names("--draft-model", context.args):
         raise typer.BadParameter(
             "lm server takes no --draft-model: MLX-LM's server cannot rewind a recurrent state; leave it "
             "out, or use mlx-pararnn lm generate --draft-model"
@@ -62,6 +62,11 @@ def lm(
         raise typer.Exit(1) from None
 
 
+def _names(option: str, args: list[str]) -> bool:
+    """Whether an option is among the arguments, whole or as short as argparse takes it."""
+    return any(len(arg) > 3 and option.startswith(arg.partition("=")[0]) for arg in args)
+
+
 def _watch_tokenizers(command: str, args: list[str]) -> None:
     """Without --trust-remote-code a tokenizer's Python is refused; a folder without one is told so.
 
@@ -72,7 +77,7 @@ def _watch_tokenizers(command: str, args: list[str]) -> None:
 
     from mlx_pararnn.loading import check_has_tokenizer
 
-    trusted = any(len(arg) > 3 and "--trust-remote-code".startswith(arg) for arg in args)
+    trusted = _names("--trust-remote-code", args)
     from_pretrained = AutoTokenizer.from_pretrained
 
     def refusing(*positional: Any, **options: Any) -> Any:
@@ -93,7 +98,7 @@ def _expect_our_model_type() -> None:
 
 def _remember_for_draft(args: list[str]) -> None:
     """MLX-LM makes the caches for --draft-model itself: let them remember as many steps as it guesses."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False)  # abbreviations are taken, as by MLX-LM
     parser.add_argument("--draft-model")
     parser.add_argument("--num-draft-tokens", type=int, default=0)
     known, _ = parser.parse_known_args(args)

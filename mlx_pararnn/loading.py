@@ -22,6 +22,7 @@ from .files.model_files import (
     VOCABULARY_FILES,
     check_files,
     check_json,
+    check_safetensors,
     open_regular,
     read_json,
 )
@@ -145,6 +146,7 @@ def load_adapters(model: Model, folder: Path) -> None:
     import mlx_lm.tuner.utils
 
     _read_object(folder / "adapter_config.json")  # for its size; MLX-LM reads it itself
+    check_safetensors(folder / "adapters.safetensors")
     try:
         mlx_lm.tuner.utils.load_adapters(model, str(folder))
         with safe_open(folder / "adapters.safetensors", "numpy") as file:
@@ -176,8 +178,7 @@ def load_states(model: Model, file: Path) -> None:
         PararnnError: the file cannot be read, or is of another model.
     """
     try:
-        with open_regular(file):
-            pass
+        check_safetensors(file)
         arrays = cast(dict[str, mx.array], mx.load(str(file), "safetensors"))
         mx.eval(arrays)
     except FileNotFoundError:
@@ -239,8 +240,7 @@ def _names_of_weights(path: Path) -> set[str] | None:
     files = sorted(path.glob("model*.safetensors"))
     names: set[str] = set()
     for file in files:
-        with open_regular(file):  # not a pipe, which safetensors would wait for
-            pass
+        check_safetensors(file)
         try:
             with safe_open(file, "numpy") as opened:
                 names.update(opened.keys())
@@ -352,8 +352,7 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
         )
     weights = path / "model.safetensors"
     try:
-        with open_regular(weights):  # not a pipe, which MLX would wait for
-            pass
+        check_safetensors(weights)
         layer = RecurrentLayer(
             config["cell"],
             config["input_size"],

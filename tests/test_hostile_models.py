@@ -21,6 +21,7 @@ from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.inspection import inspect
 from mlx_pararnn.convert.readers.forms import PACKAGE_KINDS
+from mlx_pararnn.loading import load_cell, load_states
 from tests.support.demo import DEMO
 
 MEMORY = 3 << 30  # bytes of data that a child may take
@@ -145,6 +146,31 @@ def test_inspect_believes_no_config_that_load_does_not(fields, folder):
     said = refusal(changed(folder, **fields))
     with pytest.raises(PararnnError, match=re.escape(said)):
         inspect(folder)
+
+
+def with_a_large_header(path):
+    """A sound safetensors file of 280,000 tensors without numbers; safetensors takes six times as many."""
+    entry = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = ("{" + ",".join(entry % n for n in range(280_000)) + "}").encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize("where", ["model", "cell", "adapters", "conversation", "states"])
+def test_headers_that_unfold(where, folder, tmp_path):
+    chat = Chat(*mlx_pararnn.load(DEMO)) if where == "conversation" else None
+    name = "adapters.safetensors" if where == "adapters" else "model.safetensors"
+    with_a_large_header(folder / name)
+    (folder / "adapter_config.json").write_text(json.dumps(LORA))
+    changed(folder, model_type="pararnn_cell" if where == "cell" else "pararnn")
+    read = {
+        "model": lambda: mlx_pararnn.load(folder),
+        "cell": lambda: load_cell(folder),
+        "adapters": lambda: mlx_pararnn.load_model(DEMO, adapter_path=folder),
+        "conversation": lambda: chat.load(folder / name),
+        "states": lambda: load_states(mlx_pararnn.load_model(DEMO)[0], folder / name),
+    }
+    with pytest.raises(PararnnError, match=rf"{name} cannot be read: its header is larger than any model's"):
+        read[where]()
 
 
 NAMES = (

@@ -13,9 +13,6 @@ _MOST_OPERATIONS = 6_000_000
 # Of a pickle: an estimate of what its values take in memory, and of what one does.
 MAX_VALUE_BYTES = 384 << 20
 VALUE_BYTES = 100
-# Of a safetensors header.
-MAX_HEADER_BYTES = 32 << 20
-MAX_HEADER_ITEMS = 3_000_000
 # Of a zip file's list of records: some 200,000 of them.
 MAX_DIRECTORY_BYTES = 16 << 20
 

@@ -43,6 +43,9 @@ class Record:
 
 # The kind of a Record that stands for a tensor whose numbers cannot be had; its argument says what it is.
 UNREADABLE_TENSOR = "unreadable tensor"
+# Its argument for a view that repeats numbers (Tensor.expand): it can be of any size.
+EXPANDED = "expanded"
+QUANTIZED = "quantized"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Unreadable(Exception):
 
 
 def scalar_key(value: Any) -> Any:
-    """`value`, for use as a key; hashing nested tuples that share their parts would take exponential time."""
+    """`value`, which is a scalar, for use as a key or as a part of a text."""
     if value is not None and not isinstance(value, (str, bytes, int, float)):
         raise TypeError("not a scalar key")
     # Larger integers can be chosen to have one hash; each look-up then goes through all of them.
@@ -80,6 +83,16 @@ def scalar_key(value: Any) -> Any:
             "the pickle inside has integers of more than 64 bits as keys, which is no checkpoint"
         )
     return value
+
+
+def as_key(value: Any) -> Any:
+    """What stands for `value` as a key of a dict or in a set."""
+    if isinstance(value, (list, dict)):
+        raise TypeError("not a key")
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return scalar_key(value)
+    # Nobody looks one up: hashing it is left out, which a file could make slow.
+    return Record("key", (value,))
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
@@ -102,9 +115,10 @@ def _rebuild_tensor(arguments: tuple[Any, ...]) -> "TensorRef | Record":
     for n, stride in zip(shape, strides, strict=True):
         numel *= n
         last += (n - 1) * stride
-    # A view with more elements than its storage overlaps itself: no model has one, and it can be of any size.
-    if numel > storage.numel or (numel and last >= storage.numel):
+    if numel and last >= storage.numel:
         raise ValueError("a tensor outside its storage")
+    if numel > storage.numel:
+        return Record(UNREADABLE_TENSOR, (EXPANDED,))
     return TensorRef(storage, offset, shape, strides)
 
 
@@ -205,7 +219,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _set(arguments: tuple[Any, ...]) -> set[Any]:
-    return {scalar_key(item) for item in _list(arguments[0])}
+    return set(map(as_key, _list(arguments[0])))
 
 
 _STORAGES = {
@@ -213,6 +227,9 @@ _STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
+    **dict.fromkeys(
+        ("QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage"), QUANTIZED
+    ),
 }  # fmt: skip
 # Formats that have no storage type of their own; those without a tag are known by name only.
 _UNTYPED = {
@@ -223,6 +240,7 @@ _UNTYPED = {
 _UNREADABLE = {
     "_rebuild_sparse_tensor": "sparse", "_rebuild_sparse_csr_tensor": "sparse",
     "_rebuild_nested_tensor": "nested", "_rebuild_meta_tensor_no_storage": "meta",
+    "_rebuild_qtensor": QUANTIZED,
 }  # fmt: skip
 # Values that stand beside the model in training checkpoints: kept as Records, never made.
 _BESIDE = {
@@ -238,6 +256,7 @@ _BESIDE = {
 _FACTORIES = ("int", "float", "str", "bool", "list", "dict", "tuple")
 _DTYPE_NAMES = (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+    "qint8", "quint8", "qint32", "quint4x2", "quint2x4",
 )  # fmt: skip
 
 _DISTRIBUTED = "torch.distributed"

@@ -15,7 +15,7 @@ from typing import Any
 from mlx_pararnn.errors import PararnnError
 
 from .budget import MAX_PICKLE_BYTES, VALUE_BYTES, Budget, OverBudget
-from .pickle_names import ALLOWED, Name, Record, StorageRef, Unreadable, scalar_key
+from .pickle_names import ALLOWED, Name, Record, StorageRef, Unreadable, as_key
 from .wording import shown
 
 _RESAVE = 'load it in PyTorch and save only the weights: torch.save(model.state_dict(), "weights.pt")'
@@ -163,10 +163,10 @@ class _Machine:
 
     def _additems(self, _: Any) -> None:
         items = self._since_mark()
-        _container(self.stack[-1], set).update(scalar_key(item) for item in items)
+        _container(self.stack[-1], set).update(map(as_key, items))
 
     def _frozenset(self, _: Any) -> None:
-        self.stack.append({scalar_key(item) for item in self._since_mark()})
+        self.stack.append(set(map(as_key, self._since_mark())))
 
     def _global(self, argument: str) -> None:
         self.stack.append(self._find(*argument.split(" ", 1)))
@@ -175,6 +175,7 @@ class _Machine:
         name, module = self.stack.pop(), self.stack.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
             raise TypeError
+        self.budget.spend((len(module) + len(name)) // _CHARACTERS_AN_OPERATION, 0)
         self.stack.append(self._find(module, name))
 
     def _find(self, module: str, name: str) -> Name:
@@ -251,23 +252,4 @@ def _set_items(target: Any, items: list[Any]) -> None:
     if len(items) % 2:
         raise ValueError("odd number of items")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        target[_key(key)] = value
-
-
-def _key(key: Any) -> Any:
-    if isinstance(key, Record):
-        return key
-    if type(key) is tuple:
-        # Nobody looks one up: hashing it is left out, which a file could make slow.
-        _check_parts(key, depth=4)
-        return Record("tuple", key)
-    return scalar_key(key)
-
-
-def _check_parts(key: tuple[Any, ...], depth: int) -> None:
-    # Not all the way down: tuples that share their parts can be exponentially deep.
-    for part in key:
-        if type(part) is tuple and depth and len(part) <= 8:
-            _check_parts(part, depth - 1)
-        else:
-            scalar_key(part)
+        target[as_key(key)] = value

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.model_files import MAX_HEADER_BYTES, MAX_HEADER_ITEMS, json_entries
 
-from .budget import MAX_HEADER_BYTES, MAX_HEADER_ITEMS
 from .dtypes import STORED_AS
 from .tensors import Tensor, file_tensor
 from .wording import shown
@@ -33,7 +33,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if length > MAX_HEADER_BYTES:
             raise PararnnError(f"{path}: the safetensors header claims {length} bytes; the file is damaged")
         raw = file.read(length)
-    if sum(raw.count(sign) for sign in (b",", b":", b"[", b"{")) > MAX_HEADER_ITEMS:
+    if json_entries(raw) > MAX_HEADER_ITEMS:
         raise _damaged(path, "its header has more entries than a checkpoint has tensors")
     header = _parse(raw, path)
     metadata = header.pop("__metadata__", None) or {}  # MLX writes null where it has none

@@ -12,12 +12,13 @@ from mlx_pararnn.errors import PararnnError
 
 from .budget import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, OverBudget
 from .dtypes import STORED_AS
-from .pickle_names import UNREADABLE_TENSOR, Record, TensorRef
+from .pickle_names import EXPANDED, QUANTIZED, UNREADABLE_TENSOR, Record, TensorRef
 from .pickles import load_pickle
 from .tensors import Tensor, file_tensor
 from .wording import shown
 
-_RESAVE = 'load it in PyTorch and save the weights: torch.save(model.state_dict(), "weights.pt")'
+_SAVE = 'torch.save(model.state_dict(), "weights.pt")'
+_RESAVE = f"load it in PyTorch and save the weights: {_SAVE}"
 _STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model", "module")
 _CONFIG_KEYS = ("cfg", "config")
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -36,17 +37,24 @@ def read_torch_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
     content = load_pickle(archive.pickle_bytes(), str(path))
     state_dict, config = _state_dict(content, path)
     for name, value in state_dict.items():
-        if isinstance(value, Record) and value.kind == UNREADABLE_TENSOR:
-            raise PararnnError(
-                f"{path}: {shown(str(name))} has the number format {value.arguments[0]}, which is not "
-                "supported"
-            )
+        # PyTorch's quantized layers keep a pair of weight and bias.
+        for part in value[:2] if isinstance(value, tuple) else (value,):
+            if isinstance(part, Record) and part.kind == UNREADABLE_TENSOR:
+                raise PararnnError(f"{path}: {shown(str(name))} {_unreadable(part.arguments[0])}")
     tensors = {
         name: archive.tensor(name, value)
         for name, value in state_dict.items()
         if isinstance(name, str) and isinstance(value, TensorRef)
     }
     return tensors, config
+
+
+def _unreadable(kind: str) -> str:
+    if kind == EXPANDED:
+        return "is an expanded view, of more numbers than the file holds; save it whole: .contiguous()"
+    if kind == QUANTIZED:
+        return f"is quantized, which cannot be converted; save the unquantized model: {_SAVE}"
+    return f"has the number format {kind}, which is not supported"
 
 
 def read_torch_slice(path: Path, start: int, length: int, name: str) -> Tensor:

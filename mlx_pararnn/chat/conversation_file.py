@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..cache import RecurrentCache
 from ..errors import PararnnError
-from ..files.model_files import open_regular
+from ..files.model_files import check_safetensors
 
 # So many answers of a loaded conversation can be undone; each adds a state to the file.
 SAVED_UNDO_LIMIT = 8
@@ -97,6 +97,7 @@ def read_conversation(
     if not path.is_file():
         reason = " (a saved conversation's name ends in .safetensors)" if given.is_file() else ""
         raise PararnnError(f"no such file: {path}{reason}")
+    check_safetensors(path)
     try:
         _check_keys(path)
         cache, metadata = load_prompt_cache(str(path), return_metadata=True)
@@ -134,8 +135,6 @@ def saved_path(path: str | Path) -> Path:
 
 def _check_keys(path: Path) -> None:
     """Raise for keys that MLX would unfold into lists of any length: a number in a key is an index."""
-    with open_regular(path):  # not a pipe
-        pass
     with safe_open(path, "numpy") as file:
         keys = [*file.keys(), *(file.metadata() or {})]
     for key in keys:

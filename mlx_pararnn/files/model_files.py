@@ -27,6 +27,9 @@ _SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 # The largest tokenizer.json in use are a third of these.
 _MAX_JSON_BYTES = 64 << 20
 _MAX_JSON_ENTRIES = 3_000_000
+# Of a safetensors header, in which a model of 100,000 tensors has a third of these.
+MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_ITEMS = 3_000_000
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -46,6 +49,25 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise _not_regular(path)
     return open(descriptor, "rb")
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse what a library would wait for, or unfold into gigabytes: safetensors' own limit is 100 MB.
+
+    Raises:
+        PararnnError: it is not a regular file, or its header is larger than any model's.
+        FileNotFoundError: there is nothing there.
+    """
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.fstat(file.fileno()).st_size:  # damaged: what reads the file next says so
+            return
+        header = file.read(min(length, MAX_HEADER_BYTES))
+    if length > MAX_HEADER_BYTES or json_entries(header) > MAX_HEADER_ITEMS:
+        raise PararnnError(
+            f"{path} cannot be read: its header is larger than any model's ({MAX_HEADER_BYTES >> 20} MB, "
+            f"{MAX_HEADER_ITEMS:,} entries at most)"
+        )
 
 
 def check_files(folder: Path) -> None:

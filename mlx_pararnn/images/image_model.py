@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import PararnnError, one_line
 from ..files.hub import find_model
-from ..files.model_files import open_regular
+from ..files.model_files import check_safetensors
 from ..loading import check_dtypes, load_model, load_tokenizer
 from ..model import Model
 from .config import RECIPE, ImageArgs
@@ -100,8 +100,7 @@ def _quantization(values: dict[str, int]) -> dict[str, int]:
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """What the header of a file of weights says."""
     try:
-        with open_regular(file):  # not a pipe, which safetensors would wait for
-            pass
+        check_safetensors(file)
         with safe_open(file, "numpy") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except FileNotFoundError:

@@ -161,12 +161,15 @@ def test_no_warning_of_our_model_type(tmp_path):
     assert "pararnn" not in result.stderr
 
 
-def test_a_server_with_a_draft_is_refused():
+@pytest.mark.parametrize(
+    "option", [["--draft-model=y"], ["--draft-model", "y"], ["--draft", "y"], ["--dr=y"]]
+)
+def test_a_server_with_a_draft_is_refused(option):
     from typer.testing import CliRunner
 
     from mlx_pararnn.cli.app import app
 
-    result = CliRunner().invoke(app, ["lm", "server", "--model", "x", "--draft-model=y"])
+    result = CliRunner().invoke(app, ["lm", "server", "--model", "x", *option])
     assert result.exit_code == 2
     assert "takes no --draft-model" in result.output
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.converting import weights
-from tests.support.pt_writer import Call, Made, Named, Raw, write_pt
+from tests.support.pt_writer import Call, Made, Named, Raw, View, write_pt
 from tests.support.small_models import apple_gru
 
 HOOKS = Call("collections", "OrderedDict", ())
@@ -32,7 +32,10 @@ BESIDE = {
     "bytes": Call("_codecs", "encode", ("abc", "latin1")),
     "the bytes of a long array": Call("_codecs", "encode", ("a" * 3_000_000, "latin1")),
     "bytearray": Call("__builtin__", "bytearray", (Call("_codecs", "encode", ("abc", "latin1")),)),
-    "tuple keys": {(0, "a"): 1, (0, "b"): 2},
+    "tuple keys": {(0, "a"): 1, (0, ("b", (1,))): 2},
+    "a number format as a key": {Named("torch", "float32"): 1},
+    "a set of tuples": Call("__builtin__", "set", ([(1, 2), (3, 4)],)),
+    "an expanded view": View(np.ones(1, np.float32), 0, (3, 1000), (0, 0)),
     "numpy scalar": Call(
         "numpy._core.multiarray", "scalar", (Call("numpy", "dtype", ("f8", False, True)), "x")
     ),
@@ -143,8 +146,11 @@ def test_what_torch_itself_writes_beside_a_model(accepted, tmp_path):
         "sparse": torch.eye(3).to_sparse(),
         "csr": torch.eye(3).to_sparse_csr(),
         "meta": torch.zeros(3, device="meta"),
+        "quantized": [torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), torch.quint8],
         "complex tensor": torch.zeros(3, dtype=torch.complex64),
-        "keys": {(0, 1): 2, (0, ("a", 1)): 3},
+        "keys": {(0, 1): 2, (0, ("a", 1)): 3, torch.float32: 4},
+        "sets": [{(1, 2)}, {torch.device("cpu")}],
+        "expanded": torch.ones(1).expand(3, 1000),
         "scalar": np.float64(1.5),
         "array": np.arange(3),
         "time": datetime.datetime(2025, 1, 2),

@@ -52,6 +52,22 @@ def test_memo_slots_that_collide(tmp_path):
     assert "damaged" in refusal(write_archive(tmp_path / "m.pt", b"\x80\x02" + code + b".", {}))
 
 
+def test_a_long_key_used_again_and_again(tmp_path):
+    """If its parts were looked at, 20,000 times 20,000 of them; and a key of keys."""
+    long = b"(" + b"K\x01" * 20_000 + b"tq\x01"
+    deep = b"0" + b"".join(b"(" + b"h\x01" * 8 + b"tq\x010" for _ in range(5))
+    for key in (long + b"0", long + deep):
+        code = b"\x80\x02}" + key + b"h\x01Ns" * 20_000 + b"."
+        message = refusal(write_archive(tmp_path / "m.pt", code, {}))
+        assert "no state dict inside" in message
+
+
+def test_a_long_name_used_again_and_again(tmp_path):
+    name = b"X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000
+    code = b"\x80\x04" + name + b"q\x010" + b"h\x01h\x01\x930" * 100_000 + b"N."
+    assert "more objects than a checkpoint has" in refusal(write_archive(tmp_path / "m.pt", code, {}))
+
+
 @pytest.mark.large
 def test_the_pickle_of_a_run_on_many_devices_is_read():
     """More instructions than a small file may have, at the five bytes each that a number takes."""

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mlx_pararnn.convert.readers.pickles import load_pickle
-from mlx_pararnn.errors import PararnnError
 from tests.support.converting import weights
 from tests.support.pt_writer import Call, Raw, View, write_archive, write_pt
 from tests.support.small_models import apple_gru
@@ -142,8 +141,7 @@ def test_shared_and_circular_parts_take_no_time():
     for _ in range(60):
         nest += b"q\x00h\x00\x86"  # a pair of itself: 2**60 leaves to anyone who walks it
     load_pickle(b"\x80\x02" + nest + b".", "x")
-    with pytest.raises(PararnnError):
-        load_pickle(b"\x80\x02}" + nest + b"Ns.", "x")
+    load_pickle(b"\x80\x02}" + nest + b"Ns.", "x")
     itself = load_pickle(b"\x80\x02}q\x00" + text("model") + b"h\x00s.", "x")
     assert itself["model"] is itself
 
@@ -209,13 +207,17 @@ VIEWS = {
     "a storage longer than its record": View(STORAGE, 0, (4,), (1,), numel=17),
     "a negative storage": View(STORAGE, 0, (4,), (1,), numel=-1),
 }
+VIEWS_ARE = {
+    "an element seen a billion times": "final_norm.weight is an expanded view",
+    "sizes whose product overflows": "final_norm.weight is an expanded view",
+    "a storage longer than its record": "missing or too short",
+}
 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_tensor_outside_its_storage_is_refused(name, refused, tmp_path):
-    assert "damaged" in refused(
-        write_pt(tmp_path / "m.pt", apple_gru() | {"final_norm.weight": VIEWS[name]})
-    ) or (name == "a storage longer than its record")
+    message = refused(write_pt(tmp_path / "m.pt", apple_gru() | {"final_norm.weight": VIEWS[name]}))
+    assert VIEWS_ARE.get(name, "damaged") in message
 
 
 def test_slices_and_transposes_are_read_as_pytorch_sees_them(accepted, tmp_path):

@@ -77,7 +77,9 @@ def test_torchscript_is_refused(refused, tmp_path):
 def test_quantized_tensors_are_refused(refused, tmp_path):
     quantized = torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8)
     torch.save(state_dict() | {"blocks.0.out_proj.weight": quantized}, tmp_path / "m.pt")
-    assert "quantized" in refused(tmp_path / "m.pt")
+    assert "blocks.0.out_proj.weight is quantized" in refused(tmp_path / "m.pt")
+    torch.save(state_dict() | {"fc._packed_params": (quantized, torch.zeros(4))}, tmp_path / "m.pt")
+    assert "fc._packed_params is quantized" in refused(tmp_path / "m.pt")
 
 
 @pytest.mark.parametrize("place", ["", "model", "model_state_dict"])

@@ -21,7 +21,7 @@ class Call:
     arguments: tuple
 
 
-@dataclass
+@dataclass(frozen=True)
 class Named:
     """A class or function that the pickle only names."""
 
