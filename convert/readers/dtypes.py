@@ -48,7 +48,7 @@ def widened(array: Array, dtype: str) -> Array:
     """The same values in a format that numpy can compute with: float32, or float64 for F64."""
     if dtype == "BF16":
         wide = np.empty(array.shape, np.uint32)
-        np.left_shift(array, np.uint32(16), out=wide)
+        np.left_shift(array, 16, out=wide, dtype=np.uint32)
         return wide.view(np.float32)
     return array if dtype in ("F64", "F32") else array.astype(np.float32)
 
