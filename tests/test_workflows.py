@@ -31,3 +31,51 @@ def test_only_what_a_virtual_macs_gpu_says_may_fail():
     mac, swift = (jobs[name]["strategy"]["matrix"]["include"] for name in ("mac", "coreml-and-swift"))
     assert {"macos-15", "macos-26"} == {one["runs-on"] for one in mac + swift}
     assert all(one.get("xcode") for one in swift)
+
+
+def test_one_commit_of_an_action_everywhere_with_its_version_beside_it():
+    used = {}
+    for path in WORKFLOWS:
+        for action, commit, version in re.findall(
+            r"uses: ([\w./-]+)@(\w+)(?:  # (v\d+\.\d+\.\d+))?$", path.read_text(encoding="utf-8"), re.M
+        ):
+            assert version, f"{path.name}: {action}"
+            used.setdefault(action, set()).add((commit, version))
+    assert len(used) >= 6
+    assert {action for action, versions in used.items() if len(versions) > 1} == set()
+
+
+def test_only_the_last_job_of_a_release_may_write():
+    for path in WORKFLOWS:
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        writing = {name for name, job in workflow["jobs"].items() if "permissions" in job}
+        assert writing == ({"publish"} if path.stem == "release" else set())
+
+
+def test_a_release_says_where_it_was_built_and_what_it_is_installed_with():
+    jobs = yaml.safe_load((WORKFLOWS[0].parent / "release.yml").read_text(encoding="utf-8"))["jobs"]
+    publish = jobs["publish"]
+    assert publish["permissions"] == dict.fromkeys(("id-token", "attestations", "artifact-metadata"), "write")
+    names = [step.get("uses", "").split("@")[0] for step in publish["steps"]]
+    attested = [
+        step["with"] for step in publish["steps"] if step.get("uses", "").startswith("actions/attest@")
+    ]
+    assert [set(given) for given in attested] == [{"subject-path"}, {"subject-path", "sbom-path"}]
+    assert {given["subject-path"] for given in attested} == {"dist/*"}
+    assert names[-1] == "pypa/gh-action-pypi-publish"  # nothing is published that is not attested
+    (made,) = (step["run"] for step in jobs["build"]["steps"] if "cyclonedx" in step.get("run", ""))
+    assert attested[1]["sbom-path"] in made
+
+
+def test_oldest_and_newest_versions_are_tried_each_week():
+    workflow = yaml.safe_load((WORKFLOWS[0].parent / "versions.yml").read_text(encoding="utf-8"))
+    (when,) = workflow[True]["schedule"]  # `on` is YAML for true
+    assert re.fullmatch(r"\d+ \d+ \* \* \d", when["cron"])
+    (job,) = workflow["jobs"].values()
+    assert job["strategy"]["matrix"] == {
+        "runs-on": ["ubuntu-latest", "macos-15"],
+        "versions": ["oldest", "newest"],
+    }
+    assert any("--resolution lowest-direct" in step.get("run", "") for step in job["steps"])
+    assert job["steps"][-1]["run"] == "pytest"
