@@ -258,7 +258,7 @@ def _finish_killed_runs(out: Path) -> bool:
 
 def _may_be_ours(name: str) -> bool:
     packages = (kind.name for kind in PACKAGE_KINDS)
-    ours = (*_OURS, *packages, *_OURS_BESIDE_A_PACKAGE, MLX_PART, _RUN)
+    ours = (*_OURS, *packages, *_OURS_BESIDE_A_PACKAGE, MLX_PART, f".{MLX_PART}-*.partial", _RUN)
     return any(fnmatch(name, pattern) for pattern in ours)
 
 

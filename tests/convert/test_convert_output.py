@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.convert.writers import output_folder
 from tests.support.converting import convert
+from tests.support.disks import small_disk
 from tests.support.golden import golden_file
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import apple_gru, torch_lm
@@ -219,33 +220,20 @@ def test_a_disk_that_fills_up(options, model, tmp_path):
     assert list(work.iterdir()) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 kB; only root can mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = os.geteuid() == 0 and sys.platform == "linux" and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, check=False
-    ).returncode == 0  # fmt: skip
-    if not mounted:
-        pytest.skip("needs to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+def test_a_file_system_that_is_really_full(tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        convert_to_it(disk.path, monkeypatch)
 
 
-def test_a_file_system_that_is_really_full(small_disk, monkeypatch):
+def convert_to_it(disk, monkeypatch):
     # Room is promised and not there, as when another program fills the disk meanwhile.
     monkeypatch.setattr(output_folder, "_check_room", lambda *_: None)
-    result = convert(
-        golden_file("lm/paragru_s64/state_dict.pt"), "-o", small_disk / "out", "--tokenizer", "none"
-    )
+    result = convert(golden_file("lm/paragru_s64/state_dict.pt"), "-o", disk / "out", "--tokenizer", "none")
     assert result.exit_code == 1
     assert "it could not be written (No space left on device); make room" in result.stderr
-    assert list(small_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
     monkeypatch.undo()
-    result = convert(
-        golden_file("lm/paragru_s64/state_dict.pt"), "-o", small_disk / "out", "--tokenizer", "none"
-    )
+    result = convert(golden_file("lm/paragru_s64/state_dict.pt"), "-o", disk / "out", "--tokenizer", "none")
     assert "the model takes 1 MB and the disk has 0 MB left" in result.stderr
 
 
@@ -345,11 +333,14 @@ def test_only_what_no_living_process_writes_is_removed(waiting, model, accepted,
     dead = out.parent / f".{out.name}-00c0ffee.partial"
     dead.mkdir()
     (dead / "model.safetensors").write_text("half")
+    of_an_export = out.parent / f".{out.name}-00c0ffe2.partial"
+    (of_an_export / ".mlx-00c0ffe3.partial").mkdir(parents=True)
+    (of_an_export / ".mlx-00c0ffe3.partial/model.safetensors").write_text("half")
     theirs = out.parent / f".{out.name}-00c0ffe1.partial"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("years of work")
     start(1, model, "-o", out, "--force")
-    [alive] = {path.name for path in out.parent.iterdir()} - {out.name, theirs.name}
+    [alive] = {path.name for path in out.parent.iterdir()} - {out.name, theirs.name}  # both others are gone
     assert convert(model, "-o", out, "--tokenizer", "none", "--force").exit_code == 0
     assert {path.name for path in out.parent.iterdir()} == {out.name, theirs.name, alive}
     assert go()[0][1] == 0
