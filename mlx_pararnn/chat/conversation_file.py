@@ -1,8 +1,10 @@
 """A conversation in a file: one of MLX-LM's prompt-cache files, with more beside it."""
 
+import glob
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..cache import RecurrentCache
 from ..errors import PararnnError
 from ..files.model_files import check_safetensors
+from ..files.whole_file import to_disk
 
 # So many answers of a loaded conversation can be undone; each adds a state to the file.
 SAVED_UNDO_LIMIT = 8
@@ -68,13 +71,16 @@ def write_conversation(
         raise PararnnError(f"no such folder: {path.parent}")
     partial = path.with_name(f".{path.stem}-{os.getpid()}.safetensors")
     try:
+        _delete_left_overs(path)
         save_prompt_cache(str(partial), now.cache, metadata)
         _add_states(partial, [t.before.cache for t in turns])
+        to_disk(partial)
         os.replace(partial, path)
-    except RuntimeError as error:  # what MLX raises where a file cannot be written
-        raise PararnnError(f"cannot write {path}: {error}") from error
+    except (OSError, RuntimeError) as error:  # the second is MLX's
+        raise PararnnError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or nothing can be changed there any more
+            partial.unlink()
     return path
 
 
@@ -131,6 +137,19 @@ def saved_path(path: str | Path) -> Path:
     if not path.name or path.is_dir():
         raise PararnnError(f"{path} is a folder; give a file name")
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
+def _delete_left_overs(path: Path) -> None:
+    """Of processes that were killed while they saved to `path`."""
+    for partial in path.parent.glob(f".{glob.escape(path.stem)}-*.safetensors"):
+        process = partial.stem.rpartition("-")[2]
+        if process.isdecimal():
+            try:
+                os.kill(int(process), 0)
+            except (ProcessLookupError, OverflowError):
+                partial.unlink(missing_ok=True)
+            except PermissionError:  # another user's, alive
+                pass
 
 
 def _check_keys(path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,15 @@ def _write(folder: Path, model: str, tokens: bytes, states: list[RecurrentCache]
                 if array is not None:
                     arrays[f"{n}.{position}.{part}"] = array
     rest = folder / f".{os.getpid()}.safetensors"
-    rest.touch(mode=0o600)
-    mx.save_safetensors(str(rest), arrays)
-    path = folder / f"{model}-{_hash(rest)}.safetensors"
-    os.replace(rest, path)
+    try:
+        rest.touch(mode=0o600)
+        mx.save_safetensors(str(rest), arrays)
+        path = folder / f"{model}-{_hash(rest)}.safetensors"
+        os.replace(rest, path)
+    except BaseException:
+        with suppress(OSError):
+            rest.unlink()
+        raise
     return path
 
 

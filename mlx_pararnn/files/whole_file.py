@@ -18,7 +18,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         to_disk(partial)
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or nothing can be changed there any more
+            partial.unlink()
         raise
     to_disk(path.parent)
 

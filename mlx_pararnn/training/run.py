@@ -107,9 +107,10 @@ class Run:
         """Train, from the newest checkpoint if there is one.
 
         Raises:
-            PararnnError: see `Trainer.run`; or another process trains in this folder.
+            PararnnError: see `Trainer.run`; or another process trains in this folder, or it cannot be
+                written to. What was written before stays, and the run can be resumed.
         """
-        with _alone(self.out):
+        with _alone(self.out), _explained_writing(self.out):
             self.trainer.resume()
             if self.group is not None:
                 share(self.group, [self.plan.to_json(), dataclasses.asdict(self.model.args)])
@@ -142,8 +143,11 @@ class Run:
         return text
 
     def _write_model(self) -> None:
-        with self.trainer.averaged():
-            tuning.write(self.model, self.plan, self.out)
+        try:
+            with self.trainer.averaged():
+                tuning.write(self.model, self.plan, self.out)
+        except RuntimeError as error:  # what MLX raises where a file cannot be written
+            raise OSError(str(error)) from error
         card = training_card(self.plan, self.model.args, self.parameters, self.trainer, self.tokens)
         write_whole(self.out / "README.md", card.encode())
 
@@ -364,3 +368,14 @@ def _alone(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _explained_writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PararnnError(
+            f"{out}: it cannot be written to ({error.strerror or error}); make room, and continue with "
+            "--resume"
+        ) from error
