@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_pararnn.compute import cpu_build
+from tests.support.disks import small_disk
 
 pytestmark = [
     pytest.mark.usefixtures("cpu_backend"),
@@ -175,6 +176,39 @@ def test_where_the_cache_cannot_be_written(fault, cache, monkeypatch, tmp_path, 
     assert message.endswith(f"; compiled kernels are kept in {folder}")
     assert folder.stat().st_mode & 0o777 == 0o700
     assert len([*folder.glob("tiny-*.so")]) == 2
+
+
+def test_a_cache_on_a_disk_that_is_read_only(monkeypatch, tmp_path, caplog):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(cpu_build.tempfile, "tempdir", str(temporary))
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        (disk.path / "mlx-pararnn").mkdir(mode=0o700)
+        disk.allow_writing(False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(disk.path))
+        cpu_build._temporary_folder.cache_clear()
+        cpu_build._say_where.cache_clear()
+        assert cpu_build.build(TEXT, "tiny").answer() == 42
+        cpu_build._temporary_folder.cache_clear()
+        folder = temporary / f"mlx-pararnn-{os.geteuid()}"
+        assert caplog.messages[-1].endswith(f"compiled kernels are kept in {folder}")
+        assert len([*folder.glob("tiny-*.so")]) == 1
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_another_users_folder_is_refused_whatever_stands_in_it(linked, cache, tmp_path):
+    if os.geteuid():
+        pytest.skip("only root gives files away")
+    assert load() == SOUND
+    place = cache
+    if linked:
+        place = cache.rename(tmp_path / "elsewhere")
+        cache.symlink_to(place)
+        assert load() == SOUND  # a link to a folder of one's own is that folder
+    os.chown(place, 65534, 65534)
+    done = python(LOAD)
+    assert f"{cache} can be written by other users" in done.stderr
+    assert done.stdout == ""
 
 
 def no_home():
