@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlx_pararnn import Model
 from mlx_pararnn.chat.saved_prompts import SavedPromptCache
@@ -50,7 +51,7 @@ def writing(write: Callable[[], object], out: Path) -> None:
     print([path.name for path in out.parent.iterdir()])
 
 
-def conversion(out: Path, **options: object) -> None:
+def conversion(out: Path, **options: Any) -> None:
     """`convert`, and with options `convert -q`."""
     source = golden_file(CHECKPOINT)
     writing(lambda: convert_to_mlx(source, out, tokenizer="bytes", force=True, **options), out)
