@@ -30,12 +30,13 @@ from mlx_pararnn.model_config import ModelArgs
 from .inspection import inspect_checkpoint
 from .package.chat_format import add_chat_format
 from .package.constants import Plain, Stored, stored, total_bytes
+from .package.description import MAX_CHUNK, PACKED
 from .package.export_memory import check_memory
 from .package.form import Form, state_dtypes, state_shapes
 from .package.iterations import iterations_needed
 from .package.package_digest import stored_digest
 from .package.program import EXPORTED
-from .package.reference import write_reference
+from .package.reference import TAIL, write_reference
 from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.forms import PACKAGE_FILE, PackageKind
 from .readers.wording import listed, shown
@@ -48,9 +49,7 @@ from .writers.tokenizer import prepare_tokenizer
 Progress = Callable[[str, float], None]
 Array = npt.NDArray[Any]
 
-PACKED = ("int8", "int4", "palette4")
 CHUNK = 64
-MAX_CHUNK = 128  # a product of more Jacobians than that leaves float16's range too easily
 # Fields of config.json that say nothing about what a model computes.
 _BESIDE = {
     "eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id", "quantization", "quantization_config",
@@ -58,7 +57,6 @@ _BESIDE = {
     "transformers_version", "_name_or_path", "use_cache", "tokenizer_class",
 }  # fmt: skip
 _SAMPLED = 128  # tokens, at least, that iterations and the cost of the stored weights are measured on
-_TAIL = 8  # tokens of the reference that are decoded one by one
 _SAMPLE = (
     "Language models read a text from left to right and guess what comes next. def tokens(text): return "
     "text.split() # one word after another. In 1997 the long short-term memory was 1 of 2 ways to remember. "
@@ -186,7 +184,7 @@ def export(
         built = Functions(args, store, form, functions, iterations or 0)
         write(folder / kind.name, built, described, shown(checkpoint.title), say)
         first = functions.get("prefill", 1)
-        count = min(len(tokens), first + _TAIL if "prefill" in functions else _TAIL)
+        count = min(len(tokens), first + TAIL if "prefill" in functions else TAIL)
         write_reference(folder, folder / kind.name, tokens[:count], logits[first - 1 : count])
     return Exported(
         path=out,

@@ -12,6 +12,7 @@ from mlx_pararnn.files.model_files import VOCABULARY_FILES, disk_bytes, read_jso
 from mlx_pararnn.model_config import ModelArgs, check_end_ids, check_layers, weight_bits
 
 from .families import find_family
+from .package.description import checked_description, state_bytes
 from .readers.checkpoint import Checkpoint, open_checkpoint
 from .readers.dtypes import NAMES, STORED_AS
 from .readers.forms import (
@@ -70,8 +71,8 @@ def inspect(path: str | Path) -> Inspection:
         PararnnError: it is none of these.
     """
     folder = _beside_package(Path(path))
-    if package_kind(folder):
-        return _with_files(_package(read_json_object(folder / PACKAGE_FILE) or {}), folder)
+    if kind := package_kind(folder):
+        return _with_files(_package(checked_description(folder, kind)), folder)
     config = read_json_object(folder / "config.json") if folder.is_dir() else None
     if config and config.get("model_type") in ("pararnn", "pararnn_cell"):
         return _with_files(_model(folder, config), folder)
@@ -127,17 +128,8 @@ def _model(folder: Path, config: dict[str, Any]) -> Inspection:
 
 
 def _package(settings: dict[str, Any]) -> Inspection:
-    try:
-        weights, parameters = str(settings["weights"]), int(settings["parameters"])
-        width = {"float32": 4.0, "float16": 2.0, "int8": 1.0}.get(weights, 0.5)
-        state = sum(
-            math.prod(state["shape"]) * (2 if state["dtype"] == "float16" else 4)
-            for state in settings["states"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise PararnnError(
-            f"{PACKAGE_FILE}: its fields are not those of a package; export it again"
-        ) from error
+    weights, parameters, state = settings["weights"], settings["parameters"], state_bytes(settings)
+    width = {"float32": 4.0, "float16": 2.0, "int8": 1.0}.get(weights, 0.5)
     return Inspection(
         "package",
         None,

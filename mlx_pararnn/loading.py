@@ -183,7 +183,7 @@ def load_states(model: Model, file: Path) -> None:
         mx.eval(arrays)
     except FileNotFoundError:
         raise PararnnError(f"{file}: no such file; --state takes what train --tune state wrote") from None
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:  # a name in it may be no UTF-8
         raise PararnnError(f"{file} cannot be read ({one_line(error)})") from error
     wanted = {}
     for number, layer in enumerate(model.layers):

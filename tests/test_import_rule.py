@@ -23,7 +23,7 @@ ARROWS = {
     "convert.comparison": "convert.writers tools",
     "convert.original": "convert.families loading tools",
     "convert.add_tokenizer": "convert.writers",
-    "convert.inspection": "convert.writers model_config",
+    "convert.inspection": "convert.writers convert.package model_config",
     "convert.overrides": "convert.writers cells",
     "convert.coreml": "convert.package tools",
     "convert.package": "convert.readers loading generation",

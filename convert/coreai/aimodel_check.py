@@ -12,7 +12,8 @@ import numpy as np
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.tools.verification import Check
 
-from ..package.reference import checked_reference
+from ..package.description import checked_description
+from ..package.reference import checked_reference, relative_difference
 from ..readers.forms import COREAI, PACKAGE_FILE, check_package_files, read_json_object
 from .require_coreai import require_coreai
 from .runtime import Runner
@@ -30,7 +31,7 @@ def verify_package(folder: Path) -> Iterator[Check]:
     """
     settings = _checked_settings(folder)
     require_coreai()
-    tokens, logits = checked_reference(folder, folder / COREAI.name)
+    tokens, logits = checked_reference(folder, folder / COREAI.name, settings)
     chunk = settings["chunk"] or 0
     half = "float16" in (settings["precision"], settings["states"][0]["dtype"])
     tolerance = float16_bound(settings) if half else TOLERANCE
@@ -68,7 +69,7 @@ def unseen() -> str:
 def _check(name: str, answers: list[Any], expected: Any, tolerance: float) -> Check:
     ours = np.stack(answers).astype(np.float32)
     same = int((ours.argmax(-1) == expected.argmax(-1)).sum())
-    difference = float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+    difference = relative_difference(ours, expected)
     note = f"{same} of {len(answers)} likeliest tokens equal"
     return Check(f"{name} against MLX in float32, relative", difference, tolerance, note)
 
@@ -76,14 +77,12 @@ def _check(name: str, answers: list[Any], expected: Any, tolerance: float) -> Ch
 def _checked_settings(folder: Path) -> dict[str, Any]:
     """pararnn.json, once the package has been found to say the same of itself."""
     check_package_files(folder)
-    settings = read_json_object(folder / PACKAGE_FILE) or {}
-    if settings.get("format_version") != 1 or settings.get("precision") not in ("float32", "float16"):
-        raise PararnnError(f"{folder / PACKAGE_FILE}: not a description this version reads; export again")
+    settings = checked_description(folder, COREAI)
     package = folder / COREAI.name
     about = read_json_object(package / "metadata.json") or {}
     try:
         inside = json.loads(about["creatorDefinedMetadata"]["pararnn"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PararnnError(f"{package}: is no whole Core AI package; export the model again") from error
     if inside != settings:
         raise PararnnError(f"{package}: is not the package that {PACKAGE_FILE} describes; export again")

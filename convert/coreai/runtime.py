@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.errors import PararnnError, one_line
 
 Array = npt.NDArray[Any]
 
@@ -46,7 +46,7 @@ class Runner:
                     functions = {name: model.load_function(name) for name in self._settings["functions"]}
             except Exception as error:  # the runtime has its own for each thing that may be wrong
                 raise PararnnError(
-                    f"{self._package}: Core AI does not load it ({error}); export the model again"
+                    f"{self._package}: Core AI does not load it ({one_line(error)}); export the model again"
                 ) from error
             self._functions, self._loop = functions, loop
             self._stack = stack.pop_all()
@@ -71,7 +71,11 @@ class Runner:
         return {name: state.numpy().copy() for name, state in self._states.items()}
 
     def call(self, name: str, tokens: Array) -> Array:
-        """The logits (vocab_size,) that a function gives after `tokens`, as many as it reads."""
+        """The logits (vocab_size,) that a function gives after `tokens`, as many as it reads.
+
+        Raises:
+            PararnnError: the program does not take or give what pararnn.json says.
+        """
         from coreai.runtime import NDArray
 
         inputs = {"tokens": NDArray(np.asarray(tokens, np.int32)[None])}
@@ -82,9 +86,17 @@ class Runner:
         async def run() -> Any:
             return await function(inputs=inputs, state=self._states)
 
-        outputs = self._loop.run(run())
+        try:
+            logits = np.array(self._loop.run(run())["logits"].numpy()).reshape(-1)
+            if logits.shape != (self._settings["vocab_size"],):
+                raise ValueError(f"{logits.size} logits")
+        except Exception as error:  # the runtime has its own for each thing that may be wrong
+            raise PararnnError(
+                f"{self._package}: is not the program that pararnn.json describes ({one_line(error)}); "
+                "export the model again"
+            ) from error
         self.position += len(tokens)
-        return np.array(outputs["logits"].numpy()).reshape(-1)
+        return logits
 
 
 @contextmanager

@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.errors import PararnnError, one_line
+from mlx_pararnn.files.model_files import open_regular
 from mlx_pararnn.tools.verification import Check
 
-from ..package.reference import checked_reference
-from ..readers.forms import PACKAGE_FILE, check_package_files, read_json_object
+from ..package.description import checked_description
+from ..package.reference import checked_reference, relative_difference
+from ..readers.forms import COREML, PACKAGE_FILE, check_package_files, read_json_object
 from .require_coremltools import quiet, require_coremltools
 
 Array = npt.NDArray[Any]
 
 # ||logits - MLX's|| / ||MLX's||. Float16 computed on paper stays under half of it (docs/coreml.md).
 TOLERANCE = 1e-2
+_MODEL, _WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"  # as the manifest names them
+_BLOBS = f"{_WEIGHTS}/weight.bin"
+_MOST_MODEL_BYTES = 128 << 20  # of a program, whose weights are beside it
 # What stands before each weight in weight.bin: a mark, its type, its size and its place.
 _BLOB, _BLOB_MARK = struct.Struct("<IIQQ"), 0xDEADBEEF
 # coremltools' names of the processors that a package may run on, and ours.
@@ -35,24 +40,29 @@ def verify_package(folder: Path) -> Iterator[Check]:
         PararnnError: the folder is not whole, or this is not a Mac that can run it.
     """
     settings = _checked_settings(folder)
-    tokens, logits = checked_reference(folder, folder / settings["package"])
+    tokens, logits = checked_reference(folder, folder / COREML.name, settings)
     if not can_predict():
         raise PararnnError(
             f"{folder}: the package is whole and says what {PACKAGE_FILE} says, but Core ML runs on macOS 15 "
             "or newer only, so none of its numbers were compared; run this on a Mac"
         )
     for unit, name in UNITS.items():
-        functions = {f: open_function(folder / settings["package"], f, unit) for f in settings["functions"]}
-        answers = _read(settings, functions, tokens)
+        try:
+            functions = {f: open_function(folder / COREML.name, f, unit) for f in settings["functions"]}
+            answers = _read(settings, functions, tokens)
+        except Exception as error:  # Core ML has its own for each thing that may be wrong
+            raise PararnnError(
+                f"{folder}: Core ML does not run it on the {name} ({one_line(error)}); export the model again"
+            ) from error
         expected = logits[-len(answers) :]
         if settings["output"] == "token":
             likeliest = np.array(answers).reshape(-1)
             difference = float((likeliest != expected.argmax(-1)).sum())
             yield Check(f"{name}: tokens that differ from MLX's", difference, 0.0, f"of {len(answers)}")
             continue
-        ours = np.stack([np.asarray(a, np.float32).reshape(-1) for a in answers])
+        ours = np.stack(answers).astype(np.float32)
         same = int((ours.argmax(-1) == expected.argmax(-1)).sum())
-        difference = float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+        difference = relative_difference(ours, expected)
         note = f"{same} of {len(answers)} likeliest tokens equal"
         yield Check(f"{name} against MLX in float32, relative", difference, TOLERANCE, note)
 
@@ -75,10 +85,9 @@ def open_function(package: Path, name: str, unit: str) -> Any:
 def _checked_settings(folder: Path) -> dict[str, Any]:
     """pararnn.json, once the package has been found to say the same of itself."""
     check_package_files(folder)
-    settings = read_json_object(folder / PACKAGE_FILE) or {}
-    if settings.get("format") != "pararnn-coreml" or settings.get("format_version") != 1:
-        raise PararnnError(f"{folder / PACKAGE_FILE}: not a description this version reads; export again")
-    package = folder / str(settings.get("package"))
+    settings = checked_description(folder, COREML)
+    package = folder / COREML.name
+    _check_manifest(package)
     require_coremltools()
     import coremltools as ct
 
@@ -87,33 +96,61 @@ def _checked_settings(folder: Path) -> dict[str, Any]:
             spec = ct.utils.load_spec(str(package))
         description = spec.description
         whole = _holds_its_weights(package, spec)
+        inside = json.loads(description.metadata.userDefined.get("pararnn", "{}"))
+        functions = [function.name for function in description.functions]
     except Exception as error:  # coremltools has its own for each thing that may be missing
-        raise PararnnError(f"{package}: is no whole Core ML package; export the model again") from error
+        raise _not_whole(package) from error
     if not whole:
         raise PararnnError(f"{package}: its weights are cut short; copy it again, or export the model again")
-    inside = description.metadata.userDefined.get("pararnn", "{}")
-    functions = [function.name for function in description.functions]
-    if json.loads(inside) != settings or functions != settings["functions"]:
+    if inside != settings or functions != settings["functions"]:
         raise PararnnError(f"{package}: is not the package that {PACKAGE_FILE} describes; export again")
     return settings
 
 
+def _check_manifest(package: Path) -> None:
+    """Raise a PararnnError for a manifest that names files elsewhere, or a program too large to be one.
+
+    coremltools reads whatever file the manifest names, all of it: /dev/zero too.
+    """
+    manifest = read_json_object(package / "Manifest.json") or {}
+    try:
+        entries = manifest["itemInfoEntries"]
+        model = entries[manifest["rootModelIdentifier"]]["path"]
+        others = {str(entry["path"]) for entry in entries.values()}
+        size = (package / "Data" / _MODEL).stat().st_size
+    except (KeyError, TypeError, AttributeError, OSError) as error:
+        raise _not_whole(package) from error
+    if model != _MODEL or not others <= {_MODEL, _WEIGHTS} or size > _MOST_MODEL_BYTES:
+        raise _not_whole(package)
+
+
+def _not_whole(package: Path) -> PararnnError:
+    return PararnnError(f"{package}: is no whole Core ML package; export the model again")
+
+
 def _holds_its_weights(package: Path, spec: Any) -> bool:
     """Whether every weight that the program names lies in its file from the first byte to the last."""
-    [model] = package.rglob("*.mlmodel")
-    for name, offset in {(value.fileName, value.offset) for value in _file_values(spec.mlProgram)}:
-        with open(model.parent / name.removeprefix("@model_path/"), "rb") as file:
+    places = {(value.fileName, value.offset) for value in file_values(spec.mlProgram)}
+    if not places:
+        return True
+    if {name for name, _ in places} != {f"@model_path/weights/{Path(_BLOBS).name}"}:
+        return False  # a file elsewhere may be a device
+    with open_regular(package / "Data" / _BLOBS) as file:
+        end = file.seek(0, os.SEEK_END)
+        for _, offset in places:
+            if offset > end:
+                return False
             file.seek(offset)
             header = file.read(_BLOB.size)
             if len(header) < _BLOB.size:
                 return False
             mark, _, nbytes, begin = _BLOB.unpack(header)
-            if mark != _BLOB_MARK or begin + nbytes > file.seek(0, os.SEEK_END):
+            if mark != _BLOB_MARK or begin + nbytes > end:
                 return False
     return True
 
 
-def _file_values(message: Any) -> Iterator[Any]:
+def file_values(message: Any) -> Iterator[Any]:
     """The references to a file of weights inside a message of the MIL program."""
     for field, value in message.ListFields():
         if field.message_type is None:
@@ -126,7 +163,7 @@ def _file_values(message: Any) -> Iterator[Any]:
             if field.name == "blobFileValue":
                 yield part
             else:
-                yield from _file_values(part)
+                yield from file_values(part)
 
 
 def _read(settings: Mapping[str, Any], functions: Mapping[str, Any], tokens: Array) -> list[Any]:
@@ -146,6 +183,8 @@ def _read(settings: Mapping[str, Any], functions: Mapping[str, Any], tokens: Arr
             functions[name].predict(inputs, state=state) if in_graph else functions[name].predict(inputs)
         )
         passed = {key: outputs[f"{key}_out"] for key in passed}
-        answers.append(outputs[settings["output"]])
+        answers.append(np.asarray(outputs[settings["output"]]).reshape(-1))
+        if len(answers[-1]) != (1 if settings["output"] == "token" else settings["vocab_size"]):
+            raise ValueError(f"{name} gives {len(answers[-1])} numbers")
         position += len(piece)
     return answers

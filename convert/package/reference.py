@@ -1,5 +1,6 @@
 """reference.safetensors: a few tokens, the logits they must give, and the hash of the package's weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from safetensors.numpy import save
 
 from mlx_pararnn.errors import PararnnError
 
-from ..readers.forms import PACKAGE_REFERENCE
+from ..readers.forms import PACKAGE_FILE, PACKAGE_REFERENCE
+from .description import MAX_CHUNK
 from .package_digest import DIGEST, weights_digest
 
 Array = npt.NDArray[Any]
+
+TAIL = 8  # tokens of the reference that are decoded one by one
 
 
 def write_reference(folder: Path, package: Path, tokens: list[int], logits: Array) -> None:
@@ -22,11 +26,14 @@ def write_reference(folder: Path, package: Path, tokens: list[int], logits: Arra
     (folder / PACKAGE_REFERENCE).write_bytes(save(arrays, {DIGEST: weights_digest(package)}))
 
 
-def checked_reference(folder: Path, package: Path) -> tuple[Array, Array]:
+def checked_reference(folder: Path, package: Path, settings: Mapping[str, Any]) -> tuple[Array, Array]:
     """Its tokens (n,) and logits (m, V), once the package's weights are found to be those of the export.
 
+    Args:
+        settings: pararnn.json, from `checked_description`.
+
     Raises:
-        PararnnError: it cannot be read, or the weights are others.
+        PararnnError: it cannot be read or is not of this model, or the weights are others.
     """
     try:
         with safe_open(folder / PACKAGE_REFERENCE, "numpy") as reference:
@@ -34,9 +41,31 @@ def checked_reference(folder: Path, package: Path) -> tuple[Array, Array]:
             digest = (reference.metadata() or {}).get(DIGEST)
     except Exception as error:
         raise PararnnError(f"{folder / PACKAGE_REFERENCE}: cannot be read; export the model again") from error
+    vocabulary = settings["vocab_size"]
+    count, steps = tokens.size, settings["chunk"] or 1
+    if (
+        tokens.shape != (count,)
+        or tokens.dtype != np.int32
+        or not steps <= count <= MAX_CHUNK + TAIL
+        or not ((tokens >= 0) & (tokens < vocabulary)).all()
+        or logits.shape != (count - steps + 1, vocabulary)
+        or logits.dtype != np.float32
+        or not np.isfinite(logits).all()
+        or not logits.any()
+    ):
+        raise PararnnError(
+            f"{folder / PACKAGE_REFERENCE}: is not of the model that {PACKAGE_FILE} describes; export the "
+            "model again"
+        )
     if digest is not None and weights_digest(package) != digest:
         raise PararnnError(
             f"{package}: its weights are not those that were exported; copy it again, or export the model "
             "again"
         )
     return tokens, logits
+
+
+def relative_difference(logits: Array, expected: Array) -> float:
+    """||logits - expected|| / ||expected||; NaN where a logit is none."""
+    expected = expected.astype(np.float64)
+    return float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))

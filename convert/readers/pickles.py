@@ -237,8 +237,12 @@ class _Machine:
                 numel >= 0 and not isinstance(numel, bool)
             ):
                 self.stack.append(StorageRef(key, dtype, numel))
-            case _:
+            case ("storage", *_):
                 raise TypeError("not a storage")
+            case _:
+                raise self._refusal(
+                    "the pickle inside asks for an object that is no tensor's storage (BINPERSID)"
+                )
 
 
 def _container(value: Any, kind: type) -> Any:

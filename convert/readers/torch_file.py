@@ -79,8 +79,10 @@ class _Archive:
     def __init__(self, path: Path, start: int = 0, length: int | None = None) -> None:
         self.path = path
         self.start = start
+        self.begins: dict[str, int] = {}
         self.size = path.stat().st_size if length is None else length
         self.records = self._directory()
+        self._check_layout()
         pickles = [name for name in self.records if name.count("/") == 1 and name.endswith("/data.pkl")]
         if any("/code/" in name or name.endswith("/constants.pkl") for name in self.records):
             raise PararnnError(
@@ -127,18 +129,43 @@ class _Archive:
                 f"{self.path}: its records are compressed, which torch.save never does; unzip and re-zip it "
                 f"without compression, or {_RESAVE}"
             )
-        if record.header_offset >= self.size:
+        if record.flag_bits & 1:
+            raise PararnnError(
+                f"{self.path}: its records are encrypted, which torch.save never does; {_RESAVE}"
+            )
+        return self.start + self.begins[record.filename]
+
+    def _check_layout(self) -> None:
+        """Find where each record's bytes begin, and refuse an archive that others may read as another one.
+
+        torch.save writes records one behind the other from the first byte on, each with its name before it.
+        """
+        end = 0
+        if any(record.header_offset >= self.size for record in self.records.values()):
             raise self._damaged()
         with open(self.path, "rb") as file:
-            file.seek(self.start + record.header_offset)
-            header = file.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size or record.flag_bits & 1:
-            raise self._damaged()
-        signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        start = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if signature != b"PK\x03\x04" or start + record.file_size > self.size:
-            raise self._damaged()
-        return self.start + int(start)
+            for name, record in sorted(self.records.items(), key=lambda item: item[1].header_offset):
+                file.seek(self.start + record.header_offset)
+                header = file.read(_LOCAL_HEADER.size)
+                if len(header) < _LOCAL_HEADER.size:
+                    raise self._damaged()
+                signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+                start = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+                if signature != b"PK\x03\x04" or start + record.compress_size > self.size:
+                    raise self._damaged()
+                if not self.begins and record.header_offset:
+                    raise self._untidy("bytes stand before its first record")
+                if record.header_offset < end:
+                    raise self._untidy(f"{shown(name)} lies inside another record")
+                if file.read(name_length) != name.encode():
+                    raise self._untidy(f"{shown(name)} is called otherwise where it stands")
+                if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+                    raise self._untidy(f"{shown(name)} is the name of a file elsewhere")
+                self.begins[name] = start
+                end = start + record.compress_size
+
+    def _untidy(self, what: str) -> PararnnError:
+        return PararnnError(f"{self.path}: {what}, as in no file of torch.save; {_RESAVE}")
 
     def _directory(self) -> dict[str, zipfile.ZipInfo]:
         try:

@@ -197,8 +197,10 @@ def test_a_model_folder_says_what_else_is_there(converted, tmp_path):
 def test_a_core_ml_package(tmp_path):
     settings = {
         "format": "pararnn-coreml", "format_version": 1, "package": "model.mlpackage",
-        "functions": ["decode"], "states": [{"name": "h", "shape": [2, 1, 64], "dtype": "float16"}],
-        "weights": "int8", "cell": "gru", "parameters": 1000, "eos_token_id": [3],
+        "functions": ["decode"], "states": [{"name": "cell_state", "shape": [2, 1, 64], "dtype": "float16"}],
+        "weights": "int8", "cell": "gru", "parameters": 1000, "eos_token_id": [3], "state": "graph",
+        "output": "logits", "chunk": None, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 9,
+        "intermediate_size": 8, "mixer": "plain",
     }  # fmt: skip
     (tmp_path / "model.mlpackage").mkdir()
     (tmp_path / "pararnn.json").write_text(json.dumps(settings))
@@ -206,7 +208,7 @@ def test_a_core_ml_package(tmp_path):
         package = found(path)
         assert (package["kind"], package["parameters"], package["state_bytes"]) == ("package", 1000, 256)
         assert (package["quantization"], package["end_tokens"], package["tokenizer"]) == ("int8", [3], None)
-    assert run("inspect", tmp_path).stdout.startswith("kind           Core ML package\n")
+    assert run("inspect", tmp_path).stdout.split("\n")[0].split(maxsplit=1) == ["kind", "Core ML package"]
     (tmp_path / "pararnn.json").write_text(json.dumps({**settings, "states": 3}))
     result = run("inspect", tmp_path)
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)

@@ -1,8 +1,6 @@
 """A checkpoint is data: whatever its pickle says, nothing of it is run."""
 
-import os
 import pickle
-import struct
 import zipfile
 
 import numpy as np
@@ -10,90 +8,11 @@ import pytest
 
 from mlx_pararnn.convert.readers.pickles import load_pickle
 from tests.support.converting import weights
+from tests.support.hostile import Touch, attacks, text
 from tests.support.pt_writer import Call, Raw, View, write_archive, write_pt
 from tests.support.small_models import apple_gru
 
 RESAVE = 'torch.save(model.state_dict(), "weights.pt")'
-
-
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def attacks(path) -> dict[str, bytes]:
-    """Pickles that make `path` when Python's own pickle module loads them, or use what such pickles use."""
-    command = f"touch {path}"
-    make = f"open({str(path)!r}, 'w')"
-    run = text(make) + b"\x85R."
-    return {
-        "os.system": pickle.dumps(Touch(path), 2),
-        "os.system, protocol 4": pickle.dumps(Touch(path), 4),
-        "posix.system inside a dict": b"\x80\x02}" + text("w") + b"cposix\nsystem\n" + text(command)
-        + b"\x85Rs.",
-        "builtins.eval": b"\x80\x02cbuiltins\neval\n" + run,
-        "__builtin__.eval": b"\x80\x02c__builtin__\neval\n" + run,
-        "builtins.exec": b"\x80\x02cbuiltins\nexec\n" + run,
-        "getattr chain": b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\n" + text("os")
-        + b"\x85R" + text("system") + b"\x86R" + text(command) + b"\x85R.",
-        "getattr of a function": b"\x80\x02cbuiltins\ngetattr\nctorch._utils\n_rebuild_tensor_v2\n"
-        + text("__globals__") + b"\x86R.",
-        "getattr of a name in a string": b"\x80\x02cbuiltins\ngetattr\n" + text("_MEM_FORMAT_ENCODING")
-        + text("__class__") + b"\x86R.",
-        "dotted name, protocol 4": b"\x80\x04" + text("collections")
-        + text("OrderedDict.__init__.__globals__") + b"\x93.",
-        "dotted module": b"\x80\x04" + text("torch.serialization") + text("os.system") + b"\x93"
-        + text(command) + b"\x85R.",
-        "torch.load": b"\x80\x02ctorch\nload\n" + text(str(path)) + b"\x85R.",
-        "torch.hub": b"\x80\x02ctorch.hub\nload\n" + text("a/b") + text("c") + b"\x86R.",
-        "copyreg": b"\x80\x02ccopy_reg\n_reconstructor\nccollections\nOrderedDict\nc__builtin__\nobject\n"
-        b"N\x87R.",
-        "copyreg.add_extension": b"\x80\x02ccopyreg\nadd_extension\n" + text("os") + text("system")
-        + b"K\x07\x87R.",
-        "extension registry 1": b"\x80\x02\x82\x07.",
-        "extension registry 2": b"\x80\x02\x83\x07\x00.",
-        "extension registry 4": b"\x80\x02\x84\x07\x00\x00\x00.",
-        "INST": b"(S'" + command.encode() + b"'\nios\nsystem\n.",
-        "INST without string": b"(" + text(command) + b"ios\nsystem\n.",
-        "OBJ": b"(cos\nsystem\n" + text(command) + b"o.",
-        "OBJ of an allowed class": b"(ccollections\nOrderedDict\no.",
-        "NEWOBJ": b"\x80\x02ccollections\nOrderedDict\n)\x81.",
-        "NEWOBJ_EX": b"\x80\x04ccollections\nOrderedDict\n)}\x92.",
-        "call of a called thing": b"\x80\x02ccollections\nOrderedDict\n)R)R.",
-        "call of a string": b"\x80\x02" + text("os.system") + text(command) + b"\x85R.",
-        "call of a storage": b"\x80\x02ctorch\nFloatStorage\n)R.",
-        "call of a dtype": b"\x80\x02ctorch\nfloat32\n)R.",
-        "OrderedDict with arguments": b"\x80\x02ccollections\nOrderedDict\n](\x85R.",
-        "BUILD on a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}" + text("call") + b"K\x01sb.",
-        "BUILD on a storage": b"\x80\x02ctorch\nFloatStorage\n}" + text("dtype") + text("F64") + b"sb.",
-        "BUILD on a tuple": b"\x80\x02)}" + text("__class__") + b"K\x01sb.",
-        "persistent id that is no tuple": b"\x80\x02" + text("storage") + b"Q.",
-        "persistent id of another kind": b"\x80\x02(" + text("module") + b"ctorch\nFloatStorage\n" + text("0")
-        + text("cpu") + b"K\x01tQ.",
-        "persistent id, a string for its storage": b"\x80\x02(" + text("storage") + text("F32") + text("0")
-        + text("cpu") + b"K\x01tQ.",
-        "persistent id in text": b"\x80\x02Pstorage\n.",
-        "parameter that is no tensor": b"\x80\x02ctorch._utils\n_rebuild_parameter\n" + text("x")
-        + b"\x89N\x87R.",
-        "memo slot of four billion": b"\x80\x02Nr\xff\xff\xff\xff.",
-        "negative memo slot": b"\x80\x02Np-1\n.",
-        "buffer": b"\x80\x05\x97.",
-        "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",
-        "huge string": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 60) + b".",
-        "list as a key": b"\x80\x02}]Ns.",
-        "tuple as a key": b"\x80\x02})Ns.",
-        "append to a dict": b"\x80\x02}Na.",
-        "stack underflow": b"\x80\x02R.",
-        "no STOP": b"\x80\x02N",
-        "nothing": b"",
-    }  # fmt: skip
 
 
 NAMES = sorted(attacks("x"))
