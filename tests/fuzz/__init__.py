@@ -5,3 +5,5 @@
 
 targets.py has what is tried, __main__.py tries it. With atheris installed the changes are guided by coverage.
 """
+
+import mlx_pararnn  # noqa: F401 - before MLX, as it wishes

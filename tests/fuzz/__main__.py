@@ -2,14 +2,16 @@
 
 A finding is kept as a file in the working folder, and --input tries it again; in tests/fuzz/found it is among
 the first inputs from then on. Changes are drawn from a seed; with --atheris they are guided by coverage
-(pip install atheris), which is one target at a time and ends at the first finding.
+(pip install "mlx-pararnn[fuzz]", Python 3.11 to 3.13), which is one target at a time.
 """
 
 import argparse
+import atexit
 import hashlib
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from .changes import changed
 FOUND = Path(__file__).with_name("found")
 SECONDS = 5  # of the processor that one input may take
 WAITING = 60  # that it may take by the clock, on a machine with other work
+TICKS = 4  # that those are counted in: to a process that was stopped meanwhile but one comes late
 MEMORY = 1 << 30  # bytes that all of them together may add
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Events of Python's own that no input may cause.
@@ -45,12 +48,13 @@ class Watch:
 
     def __init__(self, folder: Path, processes: bool, last: Path) -> None:
         self.folder, self.processes, self.active = str(folder.resolve()), processes, False
+        self.ticks = 0
         # What native code hangs or fails in is there afterwards.
         self.last = last
         self._file = os.open(last, os.O_WRONLY | os.O_CREAT, 0o600)
         sys.addaudithook(self._see)
         signal.signal(signal.SIGPROF, self._too_long)
-        signal.signal(signal.SIGALRM, self._too_long)
+        signal.signal(signal.SIGALRM, self._tick)
 
     def run(self, target: Any, data: bytes) -> None:
         os.pwrite(self._file, data, 0)
@@ -65,7 +69,8 @@ class Watch:
 
     def _limit(self, seconds: int, waiting: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, waiting)
+        self.ticks = 0
+        signal.setitimer(signal.ITIMER_REAL, waiting / TICKS, waiting / TICKS)
         # Native code keeps Python's handlers waiting: this one has none, and ends the process.
         signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)
 
@@ -80,6 +85,11 @@ class Watch:
                     raise Finding(f"{path} is opened for writing")
         elif event in FORBIDDEN or (event in OF_PROCESSES and not self.processes):
             raise Finding(f"{event} {arguments!r:.200}")
+
+    def _tick(self, number: int, frame: FrameType | None) -> None:
+        self.ticks += 1
+        if self.ticks >= TICKS:
+            self._too_long(number, frame)
 
     def _too_long(self, number: int, frame: FrameType | None) -> None:
         if self.active:  # else the input had ended when the signal came
@@ -140,28 +150,47 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
 
 
-def _by_coverage(name: str, runs: int, seconds: float, seed: int) -> None:
+def _by_coverage(name: str, runs: int, seconds: float, seed: int, corpus: Path | None) -> None:
+    """Ends the process; what reaches new lines stays in the folder `corpus`, for a later run."""
     import atheris  # type: ignore[import-not-found]
 
     with atheris.instrument_imports(include=["mlx_pararnn"]):
         from .targets import TARGETS
-    work = Path(tempfile.mkdtemp())
-    for folder in ("work", "corpus"):
-        (work / folder).mkdir()
-    target = TARGETS[name](work / "work")
-    for n, data in enumerate(target.seeds):
-        (work / "corpus" / str(n)).write_bytes(data)
+    work = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
+    (work / "target").mkdir()
+    target = TARGETS[name](work / "target")
+    corpus = corpus or work / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for data in [*target.seeds, *(path.read_bytes() for path in FOUND.glob(f"{name}-*"))]:
+        (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)  # as libFuzzer names them
+    watch = Watch(work / "target", target.processes, work / "last")
+    findings = Findings(name)
+
+    def one(data: bytes) -> None:
+        try:
+            watch.run(target, data)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            findings.add(error, data)
+
+    def mutated(data: bytes, longest: int, number: int) -> bytes:
+        rng = random.Random(number)
+        if rng.random() < 0.5:
+            return bytes(atheris.Mutate(data, longest))
+        inside = target.inside
+        try:
+            return changed([data], target.words, rng, inside)[:longest]
+        except Exception:  # it is no container any more
+            return changed([data], target.words, rng)[:longest]
+
     longest = max(4096, 2 * max(map(len, target.seeds)))
-    watch = Watch(work / "work", target.processes, work / "last")
-    options = [
-        f"-runs={runs}",
-        f"-max_total_time={int(seconds)}",
-        f"-seed={seed + 1}",
-        f"-timeout={WAITING}",
-    ]
+    options = [f"-runs={runs}", f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", f"-timeout={WAITING}"]
     atheris.Setup(
-        [sys.argv[0], *options, f"-max_len={longest}", "-rss_limit_mb=4096", str(work / "corpus")],
-        lambda data: watch.run(target, data),
+        [sys.argv[0], *options, f"-max_len={longest}", "-rss_limit_mb=4096", str(corpus)],
+        one,
+        custom_mutator=mutated,
         enable_python_coverage=True,
     )
     atheris.Fuzz()
@@ -177,10 +206,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--input", type=Path, help="try this file alone")
     parser.add_argument("--atheris", action="store_true", help="guided by coverage")
+    parser.add_argument("--corpus", type=Path, help="with --atheris: the folder of inputs that it keeps")
     args = parser.parse_args()
     sys.dont_write_bytecode = True  # nothing that is watched imports for the first time and writes
     if args.atheris and args.targets:
-        _by_coverage(args.targets[0], args.runs, args.seconds, args.seed)
+        _by_coverage(args.targets[0], args.runs, args.seconds, args.seed, args.corpus)
         return 0
     from .targets import TARGETS
 

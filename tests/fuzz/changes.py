@@ -6,7 +6,7 @@ import json
 import pickletools
 import random
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 VALUES = [None, True, -1, 0, 1, 2, 2**31, 2**70, 1e308, 1e-308, float("nan"), "", "x", [], {}, [1], {"a": 1},
@@ -28,10 +28,11 @@ def changed(
 
 def _changed(content: bytes, seeds: list[bytes], words: tuple[bytes, ...], rng: random.Random) -> bytes:
     if content[:1] in (b"{", b"[") and rng.random() < 0.6:
-        with contextlib.suppress(ValueError):  # a template begins so too
+        with contextlib.suppress(ValueError, RecursionError):  # a template begins so too
             return _changed_json(content, rng)
-    if content[:1] == b"\x80" and rng.random() < 0.6:
-        return _changed_instructions(content, words, rng)
+    if content[:1] == b"\x80" and words and rng.random() < 0.6:
+        with contextlib.suppress(ValueError):  # instructions are changed already
+            return _changed_instructions(content, words, rng)
     data = bytearray(content)
     for _ in range(rng.randint(1, 5)):
         # Half of the changes fall into the first or last kilobyte, where headers and directories stand.
@@ -114,7 +115,7 @@ def _changed_instructions(content: bytes, words: tuple[bytes, ...], rng: random.
     return b"".join(code)
 
 
-@cache
+@lru_cache(64)
 def _instructions(content: bytes) -> tuple[bytes, ...]:
     begins = [begin for _, _, begin in pickletools.genops(content)]
     return tuple(content[begin:end] for begin, end in zip(begins, [*begins[1:], len(content)], strict=True))

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import zlib
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -147,6 +148,39 @@ def header_in(content: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
     """Of a file of safetensors: its header, and the file with another one."""
     end = 8 + int.from_bytes(content[:8], "little")
     return content[8:end], lambda header: len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def content_in(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """Of a file of a folder, whose name stands in a line before it: its content."""
+    name, _, content = data.partition(b"\n")
+    return content, lambda changed: name + b"\n" + changed
+
+
+def header_in_named(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """The same, but of a file of safetensors its header."""
+    content, named = content_in(data)
+    if content[8:9] != b"{":
+        return content, named
+    header, whole = header_in(content)
+    return header, lambda changed: named(whole(changed))
+
+
+def checked_chunks(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """An image file; where it is a PNG, each part's checksum is right again after a change."""
+
+    def mended(changed: bytes) -> bytes:
+        if changed[:4] != b"\x89PNG":
+            return changed
+        out, at = bytearray(changed), 8
+        while at + 12 <= len(out):
+            end = at + 8 + int.from_bytes(out[at : at + 4], "big")
+            if end + 4 > len(out):
+                break
+            out[end : end + 4] = zlib.crc32(out[at + 4 : end]).to_bytes(4, "big")
+            at = end + 4
+        return bytes(out)
+
+    return data, mended
 
 
 def _checkpoints() -> list[Any]:

@@ -6,11 +6,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import mlx.core as mx
+import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -31,9 +34,11 @@ from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli import chat_commands
 from mlx_pararnn.cli.sampling import LIKELIEST
 from mlx_pararnn.cli.tool_lines import ToolLines
+from mlx_pararnn.convert.inspection import inspect
 from mlx_pararnn.convert.readers.forms import read_weights
 from mlx_pararnn.convert.readers.pickles import load_pickle
-from mlx_pararnn.loading import load_model, load_tokenizer
+from mlx_pararnn.images.picture import read_picture
+from mlx_pararnn.loading import load_model, load_states, load_tokenizer
 from mlx_pararnn.pocket.answers import assistant_functions
 from mlx_pararnn.pocket.protocol import Command, find_protocol
 from mlx_pararnn.process.watchdog import Watchdog
@@ -47,7 +52,10 @@ from tests.fuzz.inputs import (
     TEMPLATE,
     TEMPLATES,
     ZIP_WORDS,
+    checked_chunks,
+    content_in,
     header_in,
+    header_in_named,
     pickle_in,
     pickles,
     small_model,
@@ -124,11 +132,13 @@ def distributed(folder: Path) -> Target:
 
 
 def config(folder: Path) -> Target:
-    """config.json, into a model."""
+    """config.json, into a model, and as `inspect` shows it."""
     small_model(folder)
 
     def run(data: bytes) -> None:
         (folder / "config.json").write_bytes(data)
+        with contextlib.suppress(PararnnError):
+            json.dumps(asdict(inspect(folder)))
         with contextlib.suppress(PararnnError):
             load_model(folder)
 
@@ -348,11 +358,236 @@ def training(folder: Path) -> Target:
     return Target(run, [json.dumps(row).encode() for row in rows], JSON_WORDS, processes=True)
 
 
+def tokenizer_files(folder: Path) -> Target:
+    """What stands beside tokenizer.json, and the vocabularies of older tokenizers."""
+    words = {"[UNK]": 0, "a": 1, "b": 2, "ab": 3}
+    beside = small_model(folder / "beside")
+    about = (beside / "tokenizer_config.json").read_bytes()
+    kept = {
+        "beside/tokenizer_config.json": about,
+        "beside/special_tokens_map.json": b'{"eos_token": {"content": "b", "lstrip": true}}',
+        "beside/added_tokens.json": b'{"x": 300}',
+        "beside/generation_config.json": b'{"eos_token_id": [0, 1], "bos_token_id": 1}',
+        "beside/chat_template.jinja": TEMPLATE.encode(),
+        "pairs/tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer", "eos_token": "b"}',
+        "pairs/vocab.json": json.dumps(words).encode(),
+        "pairs/merges.txt": b"#version: 0.2\na b\n",
+        "lines/tokenizer_config.json": b'{"tokenizer_class": "BertTokenizer"}',
+        "lines/vocab.txt": "\n".join(words).encode(),
+    }
+    for name in ("pairs", "lines"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_bytes((beside / "config.json").read_bytes())
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    for name in ("beside", "pairs", "lines"):
+        load_tokenizer(folder / name, {"eos_token_id": 0})
+
+    def run(data: bytes) -> None:
+        if not (name := _put(folder, list(kept), data)):
+            return
+        try:
+            with contextlib.suppress(PararnnError):
+                inspect((folder / name).parent)
+            with contextlib.suppress(PararnnError):
+                load_tokenizer((folder / name).parent, {"eos_token_id": 0})
+        finally:
+            (folder / name).write_bytes(kept[name])
+
+    seeds = [_named(name, content) for name, content in kept.items()]
+    return Target(run, seeds, JSON_WORDS, inside=content_in)
+
+
+def weights(folder: Path) -> Target:
+    """A model's weights, initial states and adapters, as MLX reads them."""
+    small_model(folder)
+    model = load_model(folder)[0]
+    states = {f"layers.{n}": mx.zeros((1, 16)) for n in range(len(model.layers))}
+    mx.save_safetensors(str(folder / "states"), states)
+    lora = {"model.layers.0.mixer.out_proj.lora_a": mx.zeros((16, 2)),
+            "model.layers.0.mixer.out_proj.lora_b": mx.zeros((2, 16))}  # fmt: skip
+    mx.save_safetensors(str(folder / "adapters"), lora)
+    how = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["mixer.out_proj"]}
+    config = json.dumps({"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": how}).encode()
+    seeds = {
+        "model.safetensors": (folder / "model.safetensors").read_bytes(),
+        "states.safetensors": (folder / "states.safetensors").read_bytes(),
+        "adapters.safetensors": (folder / "adapters.safetensors").read_bytes(),
+        "adapter_config.json": config,
+    }
+    (folder / "adapter_config.json").write_bytes(config)
+    load_model(folder, adapter_path=folder)
+
+    def run(data: bytes) -> None:
+        name = _put(folder, list(seeds), data)
+        try:
+            with contextlib.suppress(PararnnError):
+                if name == "model.safetensors":
+                    inspect(folder)
+                    load_model(folder)
+                elif name == "states.safetensors":
+                    load_states(model, folder / name)
+                else:
+                    load_model(folder, adapter_path=folder)
+        finally:
+            if name:
+                (folder / name).write_bytes(seeds[name])
+
+    named = [_named(name, content) for name, content in seeds.items()]
+    return Target(run, named, JSON_WORDS, inside=header_in_named)
+
+
+def coreml(folder: Path) -> Target:
+    """Core ML packages, given to `inspect` and `verify`; a stand-in runs the program."""
+    import coremltools as ct
+
+    from mlx_pararnn.convert.coreml import mlpackage_check
+    from mlx_pararnn.convert.to_coreml import convert_to_coreml
+
+    model = small_model(folder / "model")
+    out = folder / "out"
+    convert_to_coreml(model, out, chunk=2, iterations=1, tokenizer="none")
+    program = "model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
+    blobs = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    spec = ct.utils.load_spec(str(out / "model.mlpackage"))
+
+    def agreeing(text: bytes) -> bytes:
+        spec.description.metadata.userDefined["pararnn"] = text.decode(errors="replace")
+        return spec.SerializeToString()  # type: ignore[no-any-return]
+
+    class Function:
+        def make_state(self) -> None:
+            return None
+
+        def predict(self, inputs: dict[str, Any], state: Any = None) -> dict[str, Any]:
+            return {"logits": np.zeros((1, 1, 256), np.float16)}
+
+    mlpackage_check.can_predict = lambda: True
+    mlpackage_check.open_function = lambda package, name, unit: Function()
+    names = ("model.mlpackage/Manifest.json", program, blobs, "reference.safetensors")
+    return _package_target(out, names, program, agreeing, mlpackage_check.verify_package)
+
+
+def coreai(folder: Path) -> Target:
+    """Core AI packages, given to `inspect` and `verify`; a stand-in runs the program."""
+    from mlx_pararnn.convert.coreai import aimodel_check
+    from mlx_pararnn.convert.to_coreai import convert_to_coreai
+
+    model = small_model(folder / "model")
+    out = folder / "out"
+    convert_to_coreai(model, out, chunk=2, iterations=1, tokenizer="none")
+    about = json.loads((out / "model.aimodel" / "metadata.json").read_text())
+
+    def agreeing(text: bytes) -> bytes:
+        inside = {"pararnn": text.decode(errors="replace")}
+        return json.dumps(about | {"creatorDefinedMetadata": inside}).encode()
+
+    class Runner:
+        def __init__(self, package: Path, settings: dict[str, Any]) -> None:
+            self.states = {s["name"]: np.zeros(s["shape"], s["dtype"]) for s in settings["states"]}
+
+        def __enter__(self) -> "Runner":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def reset(self) -> None:
+            pass
+
+        def call(self, name: str, tokens: Any) -> Any:
+            return np.zeros(256, np.float32)
+
+    aimodel_check.Runner = Runner  # type: ignore[misc, assignment]
+    names = ("model.aimodel/metadata.json", "reference.safetensors")
+    return _package_target(out, names, "model.aimodel/metadata.json", agreeing, aimodel_check.verify_package)
+
+
+def _package_target(
+    out: Path,
+    names: tuple[str, ...],
+    agreed: str,
+    agreeing: Callable[[bytes], bytes],
+    verify: Callable[[Path], Iterable[Any]],
+) -> Target:
+    """One file of a package is changed; of pararnn.json, `agreed` says the same."""
+    kept = {name: (out / name).read_bytes() for name in ("pararnn.json", *names)}
+
+    def run(data: bytes) -> None:
+        name = _put(out, list(kept), data)
+        if name == "pararnn.json":
+            (out / agreed).write_bytes(agreeing((out / name).read_bytes()))
+        try:
+            with contextlib.suppress(PararnnError):
+                json.dumps(asdict(inspect(out)))
+            with contextlib.suppress(PararnnError):
+                list(verify(out))
+        finally:
+            for changed in (name, agreed) if name == "pararnn.json" else (name,) if name else ():
+                (out / changed).write_bytes(kept[changed])
+
+    seeds = [_named(name, content) for name, content in kept.items()]
+    # What is said is most of what there is to read: the description three times as often as the others.
+    seeds += 2 * seeds[:1]
+    return Target(run, seeds, (*JSON_WORDS, b"/dev/zero", b"../"), inside=header_in_named)
+
+
+def picture(_: Path) -> Target:
+    """Image files."""
+    import PIL.Image
+
+    image = PIL.Image.effect_noise((24, 18), 60).convert("RGB")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    saved: list[tuple[str, str, dict[str, Any]]] = [
+        ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "RGBA", {}), ("PNG", "1", {}), ("PNG", "I;16", {}),
+        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"progressive": True}),
+        ("WEBP", "RGB", {}), ("WEBP", "RGBA", {"lossless": True}), ("GIF", "P", {"transparency": 3}),
+        ("BMP", "RGB", {}), ("BMP", "P", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+        ("TIFF", "CMYK", {}), ("TIFF", "1", {"compression": "group4"}),
+        ("TIFF", "RGB", {"compression": "jpeg"}),
+    ]  # fmt: skip
+    seeds = []
+    for kind, mode, options in saved:
+        file = io.BytesIO()
+        image.convert("L" if mode == "I;16" else mode).convert(mode).save(file, kind, **options)
+        seeds.append(file.getvalue())
+    frames = io.BytesIO()
+    image.save(frames, "GIF", save_all=True, append_images=[image.rotate(90)])
+    seeds.append(frames.getvalue())
+    words = (b"\xff\xd8", b"\xff\xc0", b"\xff\xda", b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"eXIf",
+             b"iCCP", b"RIFF", b"VP8 ", b"VP8L", b"VP8X", b"ANMF", b"II*\0", b"MM\0*",
+             b"\xff\xff\xff\x7f")  # fmt: skip
+
+    def run(data: bytes) -> None:
+        # of a small size, so that the whole is made of what a small file says
+        with contextlib.suppress(PararnnError):
+            found = read_picture(data, 16, 1 << 20)
+            assert (found.shape, found.dtype) == ((16, 16, 3), np.uint8)
+
+    return Target(run, seeds, words, inside=checked_chunks)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     make.__name__.replace("_", "-"): make
     for make in (pickle, torch_file, safetensors, index, distributed, config, state, tokenizer, template,
-                 calls, detokenizer, commands, bodies, training)
+                 calls, detokenizer, commands, bodies, training, tokenizer_files, weights, coreml, coreai,
+                 picture)
 }  # fmt: skip
+
+
+def _named(name: str, content: bytes) -> bytes:
+    """A file of a folder, as one input."""
+    return name.encode() + b"\n" + content
+
+
+def _put(folder: Path, names: list[str], data: bytes) -> str | None:
+    """Write the file that an input names; None where it names none of these."""
+    name, _, content = data.partition(b"\n")
+    found = next((known for known in names if known.encode() == name), None)
+    if found:
+        (folder / found).write_bytes(content)
+    return found
 
 
 def _reading(folder: Path, name: str) -> Callable[[bytes], None]:

@@ -1,5 +1,6 @@
 """Changed inputs of every kind: a few of the readers', and with --all 1.5 seconds of each target."""
 
+import contextlib
 import os
 import random
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz import native
 from tests.fuzz.__main__ import FOUND
 from tests.fuzz.changes import changed
 from tests.fuzz.targets import TARGETS
@@ -36,7 +38,8 @@ def test_changed_checkpoints_are_read_or_refused(name, tmp_path):
 def test_what_was_found_belongs_to_a_target():
     kept = [path.name for path in FOUND.iterdir()]
     assert kept
-    assert all(name.startswith(tuple(f"{target}-" for target in TARGETS)) for name in kept)
+    targets = [*TARGETS, *(f"cpu-{target}" for target in native.TEXTS)]
+    assert all(name.startswith(tuple(f"{target}-" for target in targets)) for name in kept)
 
 
 # Readers with a fault, and one that is as it should be; the limits are made small.
@@ -101,3 +104,36 @@ def test_no_input_is_a_finding(tmp_path):
     counts = dict(re.findall(r"^([a-z-]+): ([0-9,]+) runs", done.stdout, re.M))
     assert counts.keys() == TARGETS.keys()
     assert all(int(count.replace(",", "")) > 20 for count in counts.values()), counts
+
+
+def native_run(tmp_path, target, text=None, lanes=8):
+    if not native.compiler():
+        pytest.skip("there is no Clang with a fuzzer's library")
+    program = native.compiled(target, tmp_path, lanes, text)
+    (tmp_path / "found").mkdir()
+    with contextlib.chdir(tmp_path / "found"):
+        return native.fuzz(program, target, 300, 60, 1, None), [*(tmp_path / "found").iterdir()]
+
+
+@pytest.mark.large
+@pytest.mark.toolchain
+@pytest.mark.parametrize("target", ["recurrence-gru", "adjoint-slstm", "elementwise", "gradients"])
+def test_the_cpu_backends_own_text_has_no_finding(target, tmp_path):
+    assert native_run(tmp_path, target) == (0, [])
+
+
+@pytest.mark.large
+@pytest.mark.toolchain
+@pytest.mark.parametrize(
+    ("sound", "broken"),
+    [
+        ("const int left = count - i * LANES;", "const int left = LANES;"),  # beyond the arrays' ends
+        ("t < to; ++t, u +=", "t < to - (call.threads > 1); ++t, u +="),  # a step left out by threads
+    ],
+)
+def test_a_broken_text_is_found(sound, broken, tmp_path):
+    text = native.TEXTS["recurrence-gru"]()
+    assert sound in text
+    status, kept = native_run(tmp_path, "recurrence-gru", text.replace(sound, broken))
+    assert status
+    assert len(kept) == 1
