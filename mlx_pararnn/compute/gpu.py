@@ -23,9 +23,9 @@ CHUNK = 16  # steps of a chunk
 SHAPES = {"wide": (32, CHUNK, 8), "medium": (16, CHUNK, 8), "narrow": (8, CHUNK, 8)}
 # The gradient's have one more: a single chunk, straight back through time, for cells of many slots.
 ADJOINT_SHAPES = {**SHAPES, "straight": (32, CHUNK, 1)}
-# From so many channels a core on, a thread for each keeps the core busy, and Newton, which makes each step
-# several times, is the slower method. By arithmetic (metal/README.md), until a GPU has been timed.
-FULL_CORE = 96
+# With more channels a core than these, Newton, which makes each step twice or (float32) three times, is the
+# slower method. By arithmetic (metal/README.md), until a GPU has been timed.
+FULL_CORE = {mx.float16: 64, mx.bfloat16: 64, mx.float32: 32}
 # Bytes of threadgroup memory that every Apple GPU has.
 THREADGROUP_MEMORY = 32768
 # What u and hidden may be.
@@ -106,12 +106,12 @@ def tiling_for(B: int, D: int) -> str:
     return "narrow"
 
 
-def method_for(cell: Cell, B: int, T: int, D: int) -> str:
-    """ "newton" or "sequential": what is faster for B rows of T steps of D channels, by arithmetic.
+def method_for(cell: Cell, B: int, T: int, D: int, dtype: mx.Dtype) -> str:
+    """ "newton" or "sequential": by arithmetic, the faster for u of `dtype`, B rows of T steps of D channels.
 
     sLSTM, of four slots, needs too many of Newton's iterations.
     """
-    few = B * D / gpu_cores() < FULL_CORE
+    few = B * D / gpu_cores() <= FULL_CORE.get(dtype, FULL_CORE[mx.float32])
     return "newton" if T > 1 and few and len(cell.slots) < 4 else "sequential"
 
 

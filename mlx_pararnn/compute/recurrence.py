@@ -158,7 +158,7 @@ def solve(
         u, bias = biased(u, bias), None
     solver = choice.solver
     if solver.method == "auto":
-        method = gpu.method_for(cell, B, T, heads * width) if on_gpu else "sequential"
+        method = gpu.method_for(cell, B, T, heads * width, u.dtype) if on_gpu else "sequential"
         solver = solver._replace(method=method)
     plan = _Plan(cell, *solver, masked=mask is not None, asked=choice.asked)
     if backend != "ops":
@@ -226,8 +226,8 @@ def kernel_works(
         tiling: Newton's shape, one of `gpu.SHAPES`.
         masked, states, info: as the call has a mask, returned states and a `NewtonInfo`.
     """
-    B, heads, W = 2, 2, 20
-    T = 22 + (gpu.tile_steps(tiling) if method == "newton" else 128)
+    B, heads, W = 2, 2, 21
+    T = 23 + (gpu.tile_steps(tiling) if method == "newton" else 128)
 
     def waves(*shape: int) -> mx.array:
         return mx.sin(mx.arange(math.prod(shape))).reshape(shape)

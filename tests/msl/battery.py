@@ -54,7 +54,8 @@ class Case:
         typed = mx.array(wide).astype(DTYPES[made.dtype])
         values = np.array(typed.astype(mx.float32))
         stored = np.array(typed.view(mx.uint16) if made.dtype == "bfloat16" else typed)
-        self.u = stored[..., :W].transpose(0, 3, 1, 2, 4)
+        # every second number of an array, so that no axis has neighbours side by side
+        self.u = np.repeat(stored[..., :W], 2, axis=-1)[..., ::2].transpose(0, 3, 1, 2, 4)
         self.values = values[..., :W].reshape(B, T, gates, heads * W)
         P, slots, D = len(made.cell.params), len(made.cell.slots), heads * W
         # of its own numbers, so that the others do not depend on it
@@ -136,13 +137,14 @@ class Case:
 
 
 def newton_cases(cell: str) -> list[Case]:
-    """Three tiles and two channel groups, ragged, heads of 20; then the narrow shape, with all options."""
+    """Three tiles, two channel groups, ragged, heads of 20; all options, in the narrow shape and for rows."""
     plain = instance(cell, "float32", "wide", info=True, shape=(2, 2, 300, 20))
     options = {"masked": True, "every": 3, "info": True}
     # sLSTM's first iterates grow to 1e8 over many chunks, where float32 decides nothing: fewer for it
     steps = 60 if cell == "slstm" else 530
     rich = instance(cell, "bfloat16", "narrow", shape=(1, 1, steps, 9), **options)
-    return [Case(plain, "wide"), Case(rich, "narrow", every=3)]
+    rows = instance(cell, "float16", "medium", masked=True, every=3, shape=(2, 1, 60, 9))
+    return [Case(plain, "wide"), Case(rich, "narrow", every=3), Case(rows, "medium", every=3)]
 
 
 def sequential_cases(cell: str) -> list[Case]:

@@ -789,4 +789,71 @@ MUTANTS = [
     ),
     Mutant("decode: a double literal", DECODE, "1.0f / metal", "1.0 / metal", "language compile"),
 ]
+MUTANTS += [
+    # axes whose neighbours are not side by side
+    Mutant(f"{name} by a stride of 1", file, f"{axis} * {name.split()[-1]}_strides[{n}]", axis, "convergence")
+    for name, file, axis, n in (
+        ("u", NEWTON, "(d % W)", 4),
+        ("straight: u", STRAIGHT, "(d % W)", 4),
+        ("conv: x", CONV, "d", 2),
+        ("conv: window", CONV, "d", 2),
+        ("conv: bias", CONV, "d", 0),
+        ("decode: gate", DECODE, "d", 2),
+        ("decode: weight", DECODE, "d", 0),
+        ("decode: params", DECODE, "d", 1),
+        ("decode: initial", DECODE, "d", 2),
+        ("decode: u", DECODE, "column", 4),
+        ("norm: x", NORM, "d", 2),
+        ("norm: added", NORM, "d", 2),
+        ("norm: weight", NORM, "d", 0),
+        ("norm: bias", NORM, "d", 0),
+        ("adjoint: u", ADJOINT, "(d % W)", 4),
+        ("adjoint: d_hidden", ADJOINT, "d", 2),
+    )
+]
+MUTANTS += [
+    # rows of a batch
+    Mutant("the mask of the first row", NEWTON, "mask[size_t(b) * T + begin", "mask[begin", "convergence"),
+    Mutant("states of the first row", NEWTON, "size_t(b) * (T / interval)", "size_t(0)", "semantics"),
+    Mutant(
+        "straight: the mask of the first row",
+        STRAIGHT,
+        "    kept[i] = mask[size_t(b) * T + read];\n#endif\n    next",
+        "    kept[i] = mask[read];\n#endif\n    next",
+        "convergence",
+    ),
+    Mutant(
+        "adjoint: the mask of the first row", ADJOINT, "mask[size_t(b) * T + (i", "mask[(i", "convergence"
+    ),
+    Mutant(
+        "adjoint: the last state's gradient of the first row",
+        ADJOINT,
+        "d_last[(size_t(b) * SLOTS",
+        "d_last[(size_t(0) * SLOTS",
+        "convergence",
+    ),
+    # places in time
+    Mutant("the mask backwards", NEWTON, "kept >> i & 1u", "kept >> (C - 1 - i) & 1u", "convergence"),
+    Mutant(
+        "adjoint: a boundary for a part of a chunk",
+        ADJOINT,
+        "size_t(b) * (T / C) +",
+        "size_t(b) * ((T + C - 1) / C) +",
+        "semantics",
+    ),
+    Mutant(
+        "adjoint: masked steps give to their chunk's start",
+        ADJOINT,
+        "      if (keep[i]) {\n        float x",
+        "      if (i < steps) {\n        float x",
+        "convergence",
+    ),
+    Mutant(
+        "in 16 bits, the carry is corrected the wrong way",
+        NEWTON,
+        "state[s].v + correction : state[s].v",
+        "state[s].v - correction : state[s].v",
+        "promised",
+    ),
+]
 MUTANTS += ADJOINT_MUTANTS
