@@ -36,7 +36,7 @@ OURS = {"32": "float32", "8": "float32, 8 bits", "4": "float32, 4 bits"}
 # Answers each line, "file tokens", with the milliseconds of each of so many tokens.
 NODE = """
 import readline from "node:readline";
-const [folder, threads] = [process.argv[1], Number(process.argv[2])];
+const [folder, threads] = [process.argv[2], Number(process.argv[3])];
 const { getLlama } = await import(`file://${folder}/node_modules/node-llama-cpp/dist/index.js`);
 const llama = await getLlama({ gpu: false, build: "never", maxThreads: threads, logLevel: "error" });
 const sequences = new Map();
@@ -113,8 +113,9 @@ def write_llama(file, kind):
 class Llama:
     """llama.cpp in a process of its own, which waits between the questions."""
 
-    def __init__(self, folder, threads):
-        command = ["node", "--input-type=module", "-e", NODE, str(folder), str(threads)]
+    def __init__(self, folder, threads, script):
+        script.write_text(NODE)  # not as an argument: node-llama-cpp starts a node with the same ones
+        command = ["node", str(script), str(folder), str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def milliseconds(self, file, tokens):
@@ -127,7 +128,7 @@ def measure(folder, files, threads, rounds):
     os.environ["OMP_NUM_THREADS"] = str(threads)
     ours = {bits: quantization.at(precision) for bits, precision in OURS.items()}
     llama, found = (
-        Llama(folder, threads),
+        Llama(folder, threads, files["32"].with_name("llama.mjs")),
         {(bits, who): [] for bits in TYPES for who in ("here", "llama.cpp")},
     )
     for turn in range(-1, rounds):

@@ -65,6 +65,11 @@ struct Quantized {
         }
       }
     }
+    sums(x, width, to);
+  }
+
+  // of x over groups
+  static void sums(const float* x, int64_t width, float* to) {
     for (int64_t first = 0; first < width; first += GROUP) {
       Vec sum(0.0f);
       vectors(GROUP, [&](int64_t i, int n) { sum = sum + load(x + first + i, n); });
@@ -177,8 +182,8 @@ struct Quantized {
   }
 
   // y[b * y_stride + begin ... end) = rows of a matrix, `first` being the one for y[0], times x[b], arranged at
-  // b * x_stride
-  template <typename T>
+  // b * x_stride, as `Form` arranges it
+  template <typename T, typename Form = Quantized>
   static void product_rows(const Matrix& matrix,
                            int64_t first,
                            const float* x,
@@ -202,8 +207,8 @@ struct Quantized {
       for (int64_t b = 0; b < B; b += columns) {
         columns = B - b < MOST_COLUMNS ? 1 : MOST_COLUMNS;
         const auto multiply = [&](auto n, auto m) {
-          dot_products<n(), m()>(weight, scales, biases, x + b * x_stride, x_stride, width,
-                                 y + b * y_stride + row, y_stride);
+          Form::template dot_products<n(), m()>(weight, scales, biases, x + b * x_stride, x_stride, width,
+                                                y + b * y_stride + row, y_stride);
         };
         using One = std::integral_constant<int, 1>;
         using ManyRows = std::integral_constant<int, MOST_ROWS>;

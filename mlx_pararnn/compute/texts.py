@@ -160,7 +160,8 @@ def cpu_packed_text(formats: tuple[tuple[int, int], ...]) -> str:
 def packed_products(formats: tuple[tuple[int, int], ...]) -> str:
     """What `cpu_packed_text` has beside `cpu_token_text`."""
     listed = " ".join(f"FORMAT({bits}, {group})" for bits, group in formats)
-    return f"#define PARARNN_FORMATS(FORMAT) {listed}\n" + metal_text("cpu_packed.cpp")
+    formats_text = f"#define PARARNN_FORMATS(FORMAT) {listed}\n"
+    return formats_text + metal_text("cpu_digits.h") + metal_text("cpu_packed.cpp")
 
 
 def built_in_texts() -> Iterator[tuple[str, str]]:

@@ -1,6 +1,11 @@
-"""Products of packed matrices and few vectors on a CPU (metal/cpu_quantized.h), apart from any model."""
+"""Products of packed matrices and few vectors on a CPU, apart from any model.
+
+By metal/cpu_quantized.h and, where the processor has AVX-512 VNNI, by metal/cpu_digits.h.
+"""
 
 import ctypes
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 TYPES = {"float32": "float", "float16": "pararnn::Float16", "bfloat16": "pararnn::Bfloat16"}
 LIBRARY = """
 namespace pararnn {
-template <typename Packed, typename T>
+template <typename Form, typename T>
 void multiply(const Matrix& m, const float* x, const int64_t* size, float* y) {
   const int64_t first = size[0], rows = size[1], width = size[2], B = size[3];
-  const int64_t stride = Packed::arranged_size(width);
+  const int64_t stride = Form::arranged_size(width);
   std::vector<float> arranged(B * stride);
-  for (int64_t b = 0; b < B; ++b) Packed::arrange(x + b * width, width, &arranged[b * stride]);
-  Packed::template product_rows<T>(m, first, arranged.data(), stride, width, B, y, rows, 0, rows);
+  for (int64_t b = 0; b < B; ++b) Form::arrange(x + b * width, width, &arranged[b * stride]);
+  Form::template product_rows<T, Form>(m, first, arranged.data(), stride, width, B, y, rows, 0, rows);
 }
 template <typename T>
 void row(const Matrix& m, int64_t width, int64_t number, float* to) {
@@ -32,7 +37,7 @@ void row(const Matrix& m, int64_t width, int64_t number, float* to) {
 EXPORTS = """
 extern "C" void multiply_{name}(
     const pararnn::Matrix* m, const float* x, const int64_t* size, float* y) {{
-  pararnn::multiply<pararnn::Quantized<{bits}, {group}>, {type}>(*m, x, size, y);
+  pararnn::multiply<pararnn::{form}<{bits}, {group}>, {type}>(*m, x, size, y);
 }}
 extern "C" void row_{name}(const pararnn::Matrix* m, int64_t width, int64_t number, float* to) {{
   pararnn::row<{type}>(*m, width, number, to);
@@ -40,12 +45,21 @@ extern "C" void row_{name}(const pararnn::Matrix* m, int64_t width, int64_t numb
 """
 
 
-def built(bits, group, monkeypatch):
+def built(bits, group, monkeypatch, form="Quantized"):
+    if form == "Digits" and not has_vnni():
+        pytest.skip("this processor has no AVX-512 VNNI")
     flags = ["-std=c++17", "-O1", "-march=native", "-shared", "-fPIC", "-pthread"]
     monkeypatch.setattr(cpu_build, "_flags", lambda: flags)
-    text = "".join(map(texts.metal_text, ("cpu.h", "cpu_linear.h", "cpu_quantized.h"))) + LIBRARY
-    text += "".join(EXPORTS.format(bits=bits, group=group, name=name, type=t) for name, t in TYPES.items())
+    files = "cpu.h", "cpu_linear.h", "cpu_quantized.h", "cpu_digits.h"
+    text = "".join(map(texts.metal_text, files)) + LIBRARY
+    of = {"bits": bits, "group": group, "form": form}
+    text += "".join(EXPORTS.format(**of, name=name, type=t) for name, t in TYPES.items())
     return cpu_build.build(text, f"packed-{bits}-{group}", (cpu_token.Matrix,))
+
+
+def has_vnni():
+    about = Path("/proc/cpuinfo")
+    return about.exists() and bool(re.search(r"\bavx512_vnni\b", about.read_text()))
 
 
 def quantized(rng, rows, width, bits, group, dtype):
@@ -73,12 +87,18 @@ def multiply(library, arrays, bits, group, x, first, rows):
     return y
 
 
-@pytest.mark.sampled("large", by=lambda bits, group: [bits] if (bits, group) in ((4, 64), (3, 32)) else [])
+FORMS = [("Quantized", bits) for bits in BITS] + [("Digits", 4), ("Digits", 8)]
+SAMPLES = (("Quantized", 4, 64), ("Quantized", 3, 32), ("Digits", 4, 64), ("Digits", 8, 32))
+
+
+@pytest.mark.sampled(
+    "large", by=lambda form, bits, group: [form, bits] if (form, bits, group) in SAMPLES else []
+)
 @pytest.mark.parametrize("group", GROUP_SIZES)
-@pytest.mark.parametrize("bits", BITS)
-def test_products(bits, group, monkeypatch):
+@pytest.mark.parametrize(("form", "bits"), FORMS)
+def test_products(form, bits, group, monkeypatch):
     """Of every dtype, of widths that fill no block, of 1 to 16 rows."""
-    library, rng = built(bits, group, monkeypatch), np.random.default_rng(bits)
+    library, rng = built(bits, group, monkeypatch, form), np.random.default_rng(bits)
     for n, width in enumerate((group, 3 * group, 5 * group, 1024 + group)):
         for name, dtype in DTYPES.items():
             arrays, weight = quantized(rng, 23, width, bits, group, dtype)
@@ -94,8 +114,8 @@ def test_products(bits, group, monkeypatch):
                 alone = multiply(library, arrays, bits, group, x[-1:].copy(), 0, 23)
                 np.testing.assert_array_equal(alone, given[-1:])  # and whichever vectors
             if name == "float32":
-                form = {"group_size": group, "bits": bits}
-                by_mlx = np.array(mx.quantized_matmul(mx.array(x), *arrays, transpose=True, **form))
+                of = {"group_size": group, "bits": bits}
+                by_mlx = np.array(mx.quantized_matmul(mx.array(x), *arrays, transpose=True, **of))
                 np.testing.assert_allclose(given, by_mlx, rtol=0, atol=2 * step)
             row = np.empty(width, np.float32)
             library[f"row_{name}"](
@@ -107,9 +127,10 @@ def test_products(bits, group, monkeypatch):
             np.testing.assert_allclose(row, weight[11], rtol=0, atol=1e-6 * np.abs(weight).max())
 
 
-def test_numbers_that_are_none(monkeypatch):
+@pytest.mark.parametrize("form", ["Quantized", "Digits"])
+def test_numbers_that_are_none(form, monkeypatch):
     """Infinite and undefined ones of x and of scales reach the rows that they belong to, and no others."""
-    library, rng = built(4, 64, monkeypatch), np.random.default_rng(0)
+    library, rng = built(4, 64, monkeypatch, form), np.random.default_rng(0)
     (packed, scales, biases), _ = quantized(rng, 8, 192, 4, 64, mx.float32)
     x = np.ones((1, 192), np.float32)
     scales[3, 2] = float("nan")
@@ -117,3 +138,26 @@ def test_numbers_that_are_none(monkeypatch):
     assert np.isnan(y[0]).tolist() == [n == 3 for n in range(8)]
     x[0, 70] = np.inf
     assert not np.isfinite(multiply(library, (packed, scales, biases), 4, 64, x, 0, 8)).any()
+    x[0, 70] = np.nan
+    assert np.isnan(multiply(library, (packed, scales, biases), 4, 64, x, 0, 8)).all()
+
+
+@pytest.mark.parametrize(("form", "bits"), [("Quantized", 4), ("Digits", 4), ("Digits", 8)])
+def test_numbers_of_every_size(form, bits, monkeypatch):
+    """Sums as large as there can be; groups of small numbers beside one of large ones, all as exact."""
+    library, width = built(bits, 64, monkeypatch, form), 192
+    most, rng = 2**bits - 1, np.random.default_rng(1)
+    full = (mx.full((3, width // 32 * bits), 2**32 - 1, mx.uint32), mx.ones((3, 3)), mx.zeros((3, 3)))
+    for size in (1e-25, 1.0, 1e30):
+        for sign in (1, -1):
+            x = np.full((1, width), sign * size, np.float32)
+            y = multiply(library, full, bits, 64, x, 0, 3)
+            np.testing.assert_allclose(y, x[0, 0].astype(np.float64) * most * width, rtol=1e-6)
+    # row r reads group r alone
+    alone = (full[0], mx.eye(3), mx.zeros((3, 3)))
+    x = (rng.normal(size=(1, width)) * np.repeat([1e-20, 1.0, 1e10], 64)).astype(np.float32)
+    y = multiply(library, alone, bits, 64, x, 0, 3)
+    groups = x.astype(np.float64).reshape(3, 64)
+    wanted, size = most * groups.sum(axis=1), most * np.abs(groups).sum(axis=1)
+    assert np.all(np.abs(y[0] - wanted) <= 1e-6 * size)
+    assert not multiply(library, full, bits, 64, np.zeros((1, width), np.float32), 0, 3).any()

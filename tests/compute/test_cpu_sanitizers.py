@@ -154,6 +154,47 @@ def test_elementwise_work(flag, tmp_path):
     runs_clean(compiled(texts.cpu_elementwise_text() + NUMBERS + ELEMENTWISE, tmp_path, flag))
 
 
+PACKED_PRODUCTS = """
+template <typename T>
+int all(const void* (*of)(int64_t, int64_t)) {
+  using namespace pararnn;
+  for (const int64_t bits : {3, 4, 8}) {
+    for (const int64_t group : {32, 64, 128}) {
+      const auto& form = *static_cast<const PackedProduct<T>*>(of(bits, group));
+      for (const int64_t width : {group, 3 * group, 5 * group}) {
+        for (const int64_t B : {1, 5}) {
+          const int64_t rows = 7, stride = form.arranged_size(width);
+          const auto x = many<float>(B * width);
+          const auto scales = many<T>(rows * width / group), biases = many<T>(rows * width / group);
+          const std::vector<uint32_t> words(rows * width / 32 * bits, 0xfffefdfcu);
+          std::vector<float> arranged(B * stride), y(B * rows);
+          for (int64_t b = 0; b < B; ++b) form.arrange(&x[b * width], width, &arranged[b * stride]);
+          const Matrix matrix{words.data(), scales.data(), biases.data(), bits, group};
+          form.product_rows(matrix, 0, arranged.data(), stride, width, B, y.data(), rows, 0, rows);
+          for (const float one : y) {
+            if (!(one - one == 0.0f)) return 1;
+          }
+        }
+      }
+    }
+  }
+  return 0;
+}
+int main() {
+  return all<float>(packed_float32) + all<pararnn::Float16>(packed_float16) +
+         all<pararnn::Bfloat16>(packed_bfloat16);
+}
+"""
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("processor", ["-DANY", "-march=native"])
+def test_packed_products(processor, tmp_path):
+    """By floats, and where this processor has bytes multiplied by bytes."""
+    text = texts.cpu_packed_text(tuple((bits, group) for bits in (3, 4, 8) for group in (32, 64, 128)))
+    runs_clean(compiled(text + NUMBERS + PACKED_PRODUCTS, tmp_path, SANITIZERS[0], processor))
+
+
 # Every allocation of the whole is refused once: `refused` counts down to it.
 REFUSING = """
 #include <cstdlib>

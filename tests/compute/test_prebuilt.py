@@ -250,3 +250,40 @@ def test_an_installed_wheel_needs_no_compiler(tmp_path):
     command = [sys.executable, "-m", "mlx_pararnn", "doctor"]
     report = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path).stdout
     assert f"present: came compiled, recurrence-gru-{best}," in report
+
+
+LOADER = """
+#include <cstdio>
+#include <dlfcn.h>
+int main(int count, char** names) {
+  for (int i = 1; i < count; ++i) {
+    if (!dlopen(names[i], RTLD_NOW)) return fprintf(stderr, "%s\\n", dlerror()), 1;
+  }
+}
+"""
+
+
+@pytest.mark.toolchain
+@pytest.mark.large
+def test_a_wheel_for_another_machine(tmp_path):
+    """Its tag is that machine's, and there its libraries load, with every name that they ask for."""
+    pytest.importorskip("wheel")
+    tools, emulator = "aarch64-linux-gnu-", "qemu-aarch64"
+    if missing := [name for name in (f"{tools}g++", emulator) if not shutil.which(name)]:
+        pytest.skip(f"no {' and no '.join(missing)} (apt install g++-aarch64-linux-gnu qemu-user)")
+    command = [sys.executable, ROOT / ".ci" / "platform_wheel.py", pure_wheel(tmp_path), tmp_path / "made"]
+    command += ["--machine", "aarch64", "--tools", tools, "--only", "^(elementwise|recurrence-nlru)"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
+    (made,) = (tmp_path / "made").iterdir()
+    assert re.fullmatch(r"mlx_pararnn-[\d.]+-py3-none-manylinux_2_\d+_aarch64\.whl", made.name)
+    with zipfile.ZipFile(made) as whole:
+        brought = [name for name in whole.namelist() if name.endswith(".so")]
+        whole.extractall(tmp_path, brought)
+    key = prebuilt.key_of(texts.cpu_elementwise_text(), *prebuilt.flags("-march=armv8-a"))
+    assert any(f"elementwise-armv8-a-{key}-" in name for name in brought)
+    assert len(brought) == 2
+    program, source = tmp_path / "loader", tmp_path / "loader.cpp"
+    source.write_text(LOADER)
+    subprocess.run([f"{tools}g++", "-o", program, source, "-ldl"], check=True)
+    prefix = [emulator, "-L", "/usr/aarch64-linux-gnu"]
+    subprocess.run([*prefix, program, *(tmp_path / name for name in brought)], check=True)

@@ -1,0 +1,153 @@
+// The products of cpu_quantized.h on x86-64 with AVX-512 VNNI, for weights of 4 and 8 bits: four times as many
+// multiplications an instruction as of floats, since it multiplies bytes and adds in 32 bits, exactly.
+//
+// x becomes whole numbers: in each group of weights multiples of a step, a fraction of the group's largest number so
+// small that they keep as much of x as the largest number's float does (8 bits: four times less). Of each number the
+// three digits of base 256 are multiplied, one after the other; no sum is rounded before all digits are in it.
+
+#if LANES == 16 && defined(__AVX512BW__)
+#define PARARNN_DIGITS __attribute__((target("avx512vnni")))
+
+namespace pararnn {
+
+template <int BITS, int GROUP>
+struct Digits : Quantized<BITS, GROUP> {
+  typedef Quantized<BITS, GROUP> Base;
+  static constexpr int VALUES = Base::VALUES, BLOCK = Base::BLOCK;
+  static constexpr int DIGITS = 3, BYTES = 64;
+  static constexpr int A_BYTE = 8 / BITS;                     // weights in it
+  static constexpr int X_BLOCK = DIGITS * BLOCK / 4 + LANES;  // as floats: digits, then the lanes' steps
+  // The largest number in steps: three digits of -128 to 127 hold it, and 32 bits 32 / BITS of its products with the
+  // largest weight, whatever is lost in 1 / step.
+  static constexpr float MOST = BITS == 4 ? 8.355e6f : 2.097e6f;
+  // A group without a larger number counts as 0: its step would be denormal.
+  static constexpr float LEAST = 1e-30f;
+
+  // What a product reads of one x: digits and steps, block after block, and its sums over groups.
+  static int64_t arranged_size(int64_t width) {
+    return Base::blocks(width) * X_BLOCK + (width / GROUP + LANES - 1) / LANES * LANES;
+  }
+
+  static void arrange(const float* x, int64_t width, float* to) {
+    for (int64_t first = 0; first < width; first += BLOCK, to += X_BLOCK) {
+      float* steps = to + X_BLOCK - LANES;
+      float per_step[LANES] = {};  // of the lanes' groups; 0: nothing of x there, or nothing that is finite
+      for (int lane = 0; lane < LANES; lane += GROUP / VALUES) {
+        const int64_t begin = (first + lane * VALUES) / GROUP * GROUP;  // which may stand before the block
+        const float step = begin < width ? step_of(x + begin) : 0.0f;
+        for (int i = lane; i < lane + GROUP / VALUES && i < LANES; ++i) {
+          steps[i] = step;
+          per_step[i] = step > 0.0f && step < INFINITY ? 1.0f / step : 0.0f;
+        }
+      }
+      // Byte 4 lane + i of a vector: the weights A_BYTE (4 lane + i) on, of which `s` is at a time.
+      for (int s = 0; s < A_BYTE; ++s) {
+        for (int part = 0; part < BYTES / LANES; ++part) {
+          const int64_t from = first + part * LANES * A_BYTE + s;
+          Floats v;
+          for (int i = 0; i < LANES; ++i) v[i] = from + i * A_BYTE < width ? x[from + i * A_BYTE] : 0.0f;
+          const float scale = per_step[part * LANES * A_BYTE / VALUES];
+          __m512i number = _mm512_cvtps_epi32((__m512)(scale > 0.0f ? v * scale : Floats{}));
+          for (int digit = DIGITS - 1; digit >= 0; --digit) {  // the lowest first
+            const __m128i low = _mm512_cvtepi32_epi8(number);
+            memcpy(reinterpret_cast<char*>(to) + (digit * A_BYTE + s) * BYTES + part * LANES, &low, sizeof low);
+            number = _mm512_srai_epi32(_mm512_sub_epi32(number, _mm512_cvtepi8_epi32(low)), 8);
+          }
+        }
+      }
+    }
+    Base::sums(x, width, to);
+  }
+
+  // Of a group; NaN if one of its numbers is that or infinite.
+  static float step_of(const float* x) {
+    Floats most{}, sum{};
+    for (int i = 0; i < GROUP; i += LANES) {
+      const Vec v = load(x + i, LANES), size = metal::fabs(v);
+      most = size.v > most ? size.v : most;
+      sum += v.v - v.v;  // not a number where v is none or infinite
+    }
+    float largest = sum_of(sum);
+    for (int i = 0; i < LANES; ++i) largest = most[i] > largest ? most[i] : largest;
+    return largest < LEAST ? 0.0f : largest / MOST;
+  }
+
+  // sums[r][c] += what the block of `lanes` lanes at number i of the rows r comes to with the columns c, at `x`
+  template <int ROWS, int COLUMNS, typename T>
+  PARARNN_DIGITS static inline void add_block(const uint32_t* weight,
+                                              int64_t row_words,
+                                              const T* scales,
+                                              int64_t groups,
+                                              const float* x,
+                                              int64_t x_stride,
+                                              int64_t i,
+                                              int lanes,
+                                              Vec (*sums)[COLUMNS]) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int r = 0; r < ROWS; ++r) {
+      Words words;
+      Base::load_words(weight + r * row_words + i / VALUES, lanes, &words);
+      __m512i weights[A_BYTE] = {(__m512i)words};
+      if (BITS == 4) {
+        weights[A_BYTE - 1] = _mm512_and_si512(_mm512_srli_epi32(weights[0], 4), low);
+        weights[0] = _mm512_and_si512(weights[0], low);
+      }
+      const Vec scale = Base::scales_of(scales + r * groups + i / GROUP, lanes);
+      for (int c = 0; c < COLUMNS; ++c) {
+        const float* digits = x + c * x_stride;
+        __m512i total = _mm512_setzero_si512();
+        for (int digit = 0; digit < DIGITS; ++digit) {
+          total = _mm512_slli_epi32(total, 8);
+          for (int s = 0; s < A_BYTE; ++s) {
+            const __m512i of_x = _mm512_loadu_si512(digits + (digit * A_BYTE + s) * (BYTES / 4));
+            total = _mm512_dpbusd_epi32(total, weights[s], of_x);
+          }
+        }
+        const Floats step = load(digits + X_BLOCK - LANES, LANES).v;
+        sums[r][c].v = sums[r][c].v + scale.v * step * (Floats)_mm512_cvtepi32_ps(total);
+      }
+    }
+  }
+
+  // y[c * y_stride + r] = row r times the arranged x at c * x_stride
+  template <int ROWS, int COLUMNS, typename T>
+  PARARNN_DIGITS static void dot_products(const uint32_t* weight,
+                                          const T* scales,
+                                          const T* biases,
+                                          const float* x,
+                                          int64_t x_stride,
+                                          int64_t width,
+                                          float* y,
+                                          int64_t y_stride) {
+    const int64_t row_words = width / 32 * BITS, groups = width / GROUP;
+    Vec sums[ROWS][COLUMNS];
+    for (int r = 0; r < ROWS; ++r) {
+      for (int c = 0; c < COLUMNS; ++c) sums[r][c] = Vec(0.0f);
+    }
+    const float* at = x;
+    int64_t i = 0;
+    for (; i + BLOCK <= width; i += BLOCK, at += X_BLOCK) {
+      for (int r = 0; r < ROWS; ++r) {  // of the rows that come next
+        __builtin_prefetch(weight + (ROWS + r) * row_words + i / VALUES, 0, 2);
+      }
+      add_block<ROWS, COLUMNS>(weight, row_words, scales, groups, at, x_stride, i, LANES, sums);
+    }
+    if (i < width) {
+      const int lanes = int((width - i) / VALUES);
+      add_block<ROWS, COLUMNS>(weight, row_words, scales, groups, at, x_stride, i, lanes, sums);
+    }
+    const float* group_sums = x + Base::blocks(width) * X_BLOCK;
+    for (int r = 0; r < ROWS; ++r) {
+      for (int64_t g = 0; g < groups; g += LANES) {
+        const Floats bias = load(biases + r * groups + g, groups - g < LANES ? int(groups - g) : LANES).v;
+        for (int c = 0; c < COLUMNS; ++c) {
+          sums[r][c].v = sums[r][c].v + bias * load(group_sums + c * x_stride + g, LANES).v;
+        }
+      }
+      for (int c = 0; c < COLUMNS; ++c) y[c * y_stride + r] = sum_of(sums[r][c]);
+    }
+  }
+};
+
+}  // namespace pararnn
+#endif
