@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -15,26 +16,48 @@ from typer.core import TyperGroup
 import mlx_pararnn
 from mlx_pararnn.process.watchdog import ending_signals
 
-from .add_tokenizer import add_tokenizer
-from .bench import bench
-from .cache_command import cache
-from .chat import chat
-from .convert import convert
-from .doctor import doctor
-from .draw import draw
-from .generate import generate
-from .inspect import inspect
-from .lm import lm
 from .report import leave_the_word_to_rank_0
-from .serve import serve
-from .train import train
-from .verify import verify
 
 UsageError: Any = typer.BadParameter.__base__  # Typer has no public name for it
 
 
+# The file of this folder that holds each command; it is imported when the command is asked for.
+COMMANDS = {
+    "convert": "convert",
+    "add-tokenizer": "add_tokenizer",
+    "generate": "generate",
+    "draw": "draw",
+    "chat": "chat",
+    "serve": "serve",
+    "train": "train",
+    "verify": "verify",
+    "inspect": "inspect",
+    "bench": "bench",
+    "lm": "lm",
+    "doctor": "doctor",
+    "cache": "cache_command",
+}
+# `lm` hands what follows its COMMAND on.
+_SETTINGS: dict[str, Any] = {
+    "lm": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+}
+
+
 class Commands(TyperGroup):
     """The commands; wrong usage is told as every other error is, in one line."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """One of them; None for another name, after which all are known, for the one that was meant."""
+        if cmd_name not in COMMANDS:
+            self.commands.update((name, _command(name)) for name in COMMANDS)
+            return None
+        if cmd_name not in self.commands:
+            self.commands[cmd_name] = _command(cmd_name)
+        return self.commands[cmd_name]
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run a command line, as Typer's groups do."""
@@ -49,6 +72,13 @@ class Commands(TyperGroup):
         except typer.Abort:
             sys.exit(1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _command(name: str) -> Any:
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    function = getattr(import_module(f".{COMMANDS[name]}", __package__), name.replace("-", "_"))
+    alone.command(name, context_settings=_SETTINGS.get(name))(function)
+    return typer.main.get_command(alone)
 
 
 def _say_usage_error(error: Any) -> None:
@@ -67,25 +97,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(convert)
-app.command("add-tokenizer")(add_tokenizer)
-app.command()(generate)
-app.command()(draw)
-app.command()(chat)
-app.command()(serve)
-app.command()(train)
-app.command()(verify)
-app.command()(inspect)
-app.command()(bench)
-app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-    }
-)(lm)
-app.command()(doctor)
-app.command()(cache)
 
 
 def _print_version(value: bool) -> None:

@@ -126,7 +126,7 @@ def bench(
 
     Timed are the recurrence alone, reading prompts, generating, and batches. Ctrl-C prints what there is.
 
-    Example: mlx-pararnn bench my-model --only decode --contexts 0,8192 --plot speed.svg
+    Example: mlx-pararnn bench my-model --only decode --contexts 0,8192
     """
     if model is not None and (preset or cell or dtype):
         raise PararnnError("give a MODEL or a --preset (with --cell and --dtype), not both")

@@ -58,7 +58,7 @@ def draw(
 ) -> None:
     """Draw what a text says, with a model that draws.
 
-    Example: mlx-pararnn draw "a red apple on blue" -o apple.png --model my-model --seed 1
+    Example: mlx-pararnn draw "a red apple on blue" -o apple.png --model my-model
     """
     from mlx_pararnn.images.picture import check_output, write_picture
 

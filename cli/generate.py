@@ -85,7 +85,7 @@ def generate(
 
     The text goes to stdout, statistics go to stderr. A model with a chat template or with tools answers.
 
-    Example: mlx-pararnn generate my-model -p "Once upon a time" --temp 0.8 --seed 1
+    Example: mlx-pararnn generate my-model -p "Once upon a time" --temp 0.8
     """
     given = options.given_sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     if prompt is None and file is None and token_ids is None:

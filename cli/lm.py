@@ -10,40 +10,49 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.process.watchdog import ending_signals
+
+from .report import Debug, reports_errors, show_tracebacks
 
 COMMANDS = (
     *("awq", "benchmark", "cache_prompt", "chat", "convert", "dwq", "dynamic_quant", "evaluate", "fuse"),
     *("generate", "gptq", "lora", "manage", "perplexity", "server", "share", "upload"),
 )
+# Options of theirs that name a model to be read, and folders of adapters.
+MODELS = ("--model", "--hf-path", "--quantized-model", "--draft-model")
+ADAPTERS = "--adapter-path"
 
 
+@reports_errors
 def lm(
     context: typer.Context,
     command: Annotated[str, typer.Argument(metavar="COMMAND", help=f"One of: {', '.join(COMMANDS)}.")],
+    debug: Debug = False,
 ) -> None:
     """Run an MLX-LM command on ParaRNN models.
 
-    Everything after COMMAND goes to it.
+    Everything after COMMAND goes to it, but for --debug.
 
     Example: mlx-pararnn lm generate --model my-model --prompt "import os"
     """
-    # MLX-LM parses and reports for itself, so of what it raises only this package's errors are caught.
     if command not in COMMANDS:
         raise typer.BadParameter(f"no MLX-LM command {command!r}; one of: {', '.join(COMMANDS)}")
-    from mlx_lm.cli import main
-
-    from mlx_pararnn.errors import PararnnError
-
-    if command == "server" and _names("--draft-model", context.args):
+    args = [arg for arg in context.args if arg != "--debug"]
+    if len(args) < len(context.args):
+        show_tracebacks(True)
+    if command == "server" and _names("--draft-model", args):
         raise typer.BadParameter(
             "lm server takes no --draft-model: MLX-LM's server cannot rewind a recurrent state; leave it "
             "out, or use mlx-pararnn lm generate --draft-model"
         )
-    _watch_tokenizers(command, context.args)
+    _check_folders(command, args)
+    from mlx_lm.cli import main
+
+    _watch_tokenizers(command, args)
     _expect_our_model_type()
     if command == "generate":
-        _remember_for_draft(context.args)
+        _remember_for_draft(args)
     if command in ("convert", "fuse"):
         _dequantize_every_matrix(command)
     if command in ("dwq", "lora", "perplexity"):
@@ -54,12 +63,24 @@ def lm(
         train_as_our_models_need()
     for number in ending_signals()[1:]:
         signal.signal(number, signal.SIG_DFL)  # a server's threads would outlive ours
-    sys.argv = ["mlx_lm", command, *context.args]
-    try:
-        main()
-    except PararnnError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    sys.argv = ["mlx_lm", command, *args]
+    main()
+
+
+def _check_folders(command: str, args: list[str]) -> None:
+    """Say what MLX-LM would end in a traceback for: models and adapters that are not there."""
+    from mlx_pararnn.files.hub import find_model
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in (*MODELS, ADAPTERS):
+        parser.add_argument(option, dest=option)
+    given = vars(parser.parse_known_args(args)[0])
+    for option in MODELS:
+        if given[option] is not None:
+            find_model(given[option])
+    adapters = given[ADAPTERS]
+    if adapters is not None and command != "lora" and not Path(adapters).is_dir():  # which makes the folder
+        raise PararnnError(f"{adapters}: no such folder of adapters; mlx-pararnn lm lora writes them")
 
 
 def _names(option: str, args: list[str]) -> bool:

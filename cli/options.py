@@ -205,8 +205,7 @@ def load(
     """The model that a command names, or the bundled one, and its tokenizer."""
     path = find(model, modules)
     with loading(model or "the bundled model"):
-        if has_plain_tokenizer(path):
-            start_quickly()
+        _start(path)
         from mlx_pararnn.distributed import world
         from mlx_pararnn.loading import load as load_pair
         from mlx_pararnn.pocket.protocol import find_protocol
@@ -225,8 +224,7 @@ def load_with_images(
     """As `load`, and the model that sees images where that is one."""
     path = find(model, modules)
     with loading(model or "the bundled model"):
-        if has_plain_tokenizer(path):
-            start_quickly()
+        _start(path)
         from mlx_pararnn.images.image_model import load_with_images as load_all
 
         loaded = load_all(path, adapter_path=adapters, state=state)
@@ -267,6 +265,12 @@ def load_model(
         _compile(alone)
     say_parts(alone)
     return alone, config, path
+
+
+def _start(path: Path) -> None:
+    """Have MLX-LM without transformers where the model's tokenizer does not need it."""
+    if has_plain_tokenizer(path):
+        start_quickly()
 
 
 def say_parts(model: "Model") -> None:

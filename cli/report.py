@@ -22,7 +22,8 @@ SHARED = {"train", "generate", "chat", "bench", "serve", "lm"}
 _debug = False
 
 
-def _set_debug(value: bool) -> bool:
+def show_tracebacks(value: bool) -> bool:
+    """What --debug does."""
     global _debug
     _debug = value
     return value
@@ -30,7 +31,8 @@ def _set_debug(value: bool) -> bool:
 
 # Every command takes this option; its callback is all there is to it.
 Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, help="Show Python's traceback when a command fails.")
+    bool,
+    typer.Option("--debug", callback=show_tracebacks, help="Show Python's traceback when a command fails."),
 ]
 
 

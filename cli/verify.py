@@ -50,7 +50,7 @@ def verify(
     A Core ML package is run on this Mac's CPU, GPU and Neural Engine, against what MLX gave at its export; a
     Core AI package on a Mac or on Linux.
 
-    Example: mlx-pararnn verify my-model --against final.pt --logits reference.safetensors
+    Example: mlx-pararnn verify my-model --against final.pt
 
     Exits with code 1 if anything differs by more than rounding.
     """

@@ -24,6 +24,7 @@ from .files.model_files import (
     check_json,
     check_safetensors,
     open_regular,
+    plain_tokenizer_parts,
     read_json,
 )
 from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenizer
@@ -277,12 +278,12 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
 
 
 def _plain(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    tokenizer = PlainTokenizer(path, read_json(path / "tokenizer_config.json"))
+    tokenizer = PlainTokenizer(path, *plain_tokenizer_parts(path))
     ends = config.get("eos_token_id")
     wrapper = TokenizerWrapper(
         tokenizer, Detokenizer, eos_token_ids=[ends] if isinstance(ends, int) else ends
     )
-    wrapper.has_chat_template = False  # which MLX-LM asks transformers' classes for
+    wrapper.has_chat_template = tokenizer.chat_template is not None  # MLX-LM asks transformers' classes
     return wrapper
 
 

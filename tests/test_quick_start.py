@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_pararnn.files.hub import BUNDLED
-from mlx_pararnn.files.model_files import has_plain_tokenizer, read_json
+from mlx_pararnn.files.model_files import has_plain_tokenizer, plain_tokenizer_parts
 from mlx_pararnn.loading import load_tokenizer
+from mlx_pararnn.mlx_lm_internals import plain_tokenizer
+from mlx_pararnn.text.chat_template import ChatTemplate
 from mlx_pararnn.text.detokenizer import Detokenizer
 from mlx_pararnn.text.plain_tokenizer import PlainTokenizer
 from mlx_pararnn.training.tokenizers import write_tokenizer
@@ -61,7 +63,7 @@ def folders(tmp_path_factory):
 
 
 def both(folder):
-    return load_tokenizer(folder, {}), PlainTokenizer(folder, read_json(folder / "tokenizer_config.json"))
+    return load_tokenizer(folder, {}), PlainTokenizer(folder, *plain_tokenizer_parts(folder))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pocket", "trained"])
@@ -108,7 +110,8 @@ def changed(file, **fields):
         changed("tokenizer_config.json", tokenizer_class=None),
         changed("tokenizer_config.json", clean_up_tokenization_spaces=True),
         changed("tokenizer_config.json", add_bos_token=True),
-        changed("tokenizer_config.json", chat_template="{{ messages }}"),
+        changed("tokenizer_config.json", chat_template=[{"name": "default", "template": "a"}]),
+        changed("tokenizer_config.json", added_tokens_decoder={"3": {"content": "a", "special": True}}),
         changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}),
         changed("tokenizer_config.json", eos_token="a"),
         changed("tokenizer_config.json", eos_token={"content": "<|end|>"}),
@@ -116,8 +119,9 @@ def changed(file, **fields):
         changed("tokenizer.json", truncation={"max_length": 4}),
         changed("tokenizer.json", padding={"strategy": "BatchLongest"}),
         changed("tokenizer.json", added_tokens=7),
-        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda folder: (folder / "chat_template.jinja").write_text("{#" + "-" * 2**20 + "#}"),
         lambda folder: (folder / "special_tokens_map.json").write_text("{}"),
+        lambda folder: (folder / "special_tokens_map.json").write_text('{"eos_token": "a"}'),
         lambda folder: (folder / "added_tokens.json").write_text("{}"),
         lambda folder: (folder / "additional_chat_templates").mkdir(),
         lambda folder: (folder / "tokenizer.json").unlink(),
@@ -169,6 +173,23 @@ def test_a_command_that_needs_neither_imports_neither(arguments, typed):
     assert quick.stdout == usual.stdout != ""
 
 
+FIRST_TOKEN = """
+import sys
+from mlx_pararnn.quick_start import start_quickly
+start_quickly()
+from mlx_pararnn import load
+from mlx_pararnn.pocket.answers import stream_answer
+next(iter(stream_answer(*load(), "what is 12 + 34?")))
+print(sorted({"pydantic", "rich", "jinja2", "uvicorn", "yaml"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.large
+def test_the_first_token_waits_for_nothing_that_it_does_not_need():
+    done = run(FIRST_TOKEN)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 @pytest.mark.large
 def test_another_name_brings_the_real_package():
     done = run(ANOTHER_NAME, "generate", DEMO, "-p", "import", "-m", "9")
@@ -176,8 +197,75 @@ def test_another_name_brings_the_real_package():
     assert (done.returncode, done.stdout) == (0, usual.stdout), done.stderr
 
 
-def test_a_tokenizer_with_a_template_is_read_by_transformers(tmp_path):
+def with_template(folder, to, **more):
+    """A model folder as others write them: tokens told three times, and a template that uses them."""
+    shutil.copytree(folder, to)
+    tokenizer = json.loads((to / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [
+        {
+            "id": 300 + i,
+            "content": text,
+            "special": True,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for i, text in enumerate(("<|bos|>", "<|eos|>"))
+    ]
+    (to / "tokenizer.json").write_text(json.dumps(tokenizer))
+    decoder = {str(token.pop("id")): token for token in tokenizer["added_tokens"]}
+    config = json.loads((to / "tokenizer_config.json").read_text())
+    tokens = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+    config |= tokens | {"added_tokens_decoder": decoder, "chat_template": "not this one"} | more
+    (to / "tokenizer_config.json").write_text(json.dumps(config))
+    as_objects = {name: {"content": text, "lstrip": False} for name, text in tokens.items()}
+    (to / "special_tokens_map.json").write_text(json.dumps(as_objects))
+    (to / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}\n{{ m.role[0] }}: {{ m['content'] | trim }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}\na: {% endif %}{{ tools }}{{ enable_thinking }}"
+    )
+    return to
+
+
+def test_a_template_is_rendered_as_by_transformers(tmp_path):
+    folder = with_template(DEMO, tmp_path / "model")
+    assert has_plain_tokenizer(folder)
+    theirs, ours = both(folder)
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert len(ours) == len(theirs)
+    told = [{"role": "system", "content": " Be <|eos|> brief."}, {"role": "user", "content": "ä?\n"}]
+    plain = ChatTemplate(ours)
+    for more in ({}, {"enable_thinking": False}, {"tools": [{"name": "f"}]}, {"documents": [], "other": 1}):
+        for messages in (told, [{**told[0], "name": None}], [{"role": "user", "content": [{"text": "x"}]}]):
+            wanted = plain_tokenizer(theirs).apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **more
+            )
+            assert plain(messages, add_generation_prompt=True, **more) == wanted
+    text = plain(told, continue_final_message=True)
+    assert text == plain_tokenizer(theirs).apply_chat_template(
+        told, tokenize=False, continue_final_message=True
+    )
+    assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("arguments", [["generate", "-p", "import", "-m", "9"], ["chat", "-m", "9"]])
+def test_a_model_with_a_template_needs_neither(arguments, tmp_path):
+    """Nor to go on with a conversation, for which the template is rendered again."""
+    command, *rest = arguments
+    model = with_template(DEMO, tmp_path / "model", chat_template=None)
+    (model / "chat_template.jinja").write_text(  # without the tokens that the model has not
+        "{% for m in messages %}{{ m.role[0] }}: {{ m.content | trim }}\n{% endfor %}"
+        "{% if add_generation_prompt %}a: {% endif %}"
+    )
+    quick = run(WATCHED, command, model, *rest, input="import\n/undo\nimport\nand\n")
+    assert quick.returncode == 0, quick.stderr
+    slow = [command, model, *rest, "--import", "mlx_lm"]
+    usual = run(WATCHED.replace("os._exit(99)", "pass"), *slow, input="import\n/undo\nimport\nand\n")
+    assert usual.returncode == 0, usual.stderr
+    assert quick.stdout == usual.stdout != ""
+
+
+def test_a_tokenizer_of_another_class_is_read_by_transformers(tmp_path):
     shutil.copytree(DEMO, tmp_path / "model")
-    (tmp_path / "model/chat_template.jinja").write_text("{{ messages[0].content }}")
+    changed("tokenizer_config.json", tokenizer_class="GPT2Tokenizer")(tmp_path / "model")
     done = run(WATCHED, "generate", tmp_path / "model", "-p", "import", "-m", "9")
     assert done.returncode == 99

@@ -30,6 +30,7 @@ _MAX_JSON_ENTRIES = 3_000_000
 # Of a safetensors header, in which a model of 100,000 tensors has a third of these.
 MAX_HEADER_BYTES = 32 << 20
 MAX_HEADER_ITEMS = 3_000_000
+_MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -138,35 +139,76 @@ def _read(path: Path) -> bytes:
 
 
 def has_plain_tokenizer(folder: Path) -> bool:
-    """Whether a model's tokenizer is its tokenizer.json and no more: no template, class or tokens besides.
+    """Whether a tokenizer is its tokenizer.json and at most a chat template: no class or tokens besides.
 
-    The tokens of which tokenizer_config.json says what they are for are special tokens of tokenizer.json, as
-    those that this package writes are. What cannot be read is not plain.
+    What tokenizer_config.json and special_tokens_map.json say of tokens, tokenizer.json says too: those that
+    have a use are special tokens there. What cannot be read is not plain.
     """
-    others = {"special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"}
-    if any((folder / name).exists() for name in (*others, "additional_chat_templates")):
+    others = ("added_tokens.json", "chat_template.json", "additional_chat_templates")
+    if any((folder / name).exists() for name in others):
         return False
+    template = folder / "chat_template.jinja"
     try:
         config = read_json(folder / "tokenizer_config.json")
         tokenizer = read_json(folder / "tokenizer.json")
-    except (PararnnError, FileNotFoundError):
+        has_map = (folder / "special_tokens_map.json").exists()
+        named = read_json(folder / "special_tokens_map.json") if has_map else None
+        if template.exists() and template.stat().st_size > _MAX_TEMPLATE_BYTES:
+            return False
+    except (PararnnError, OSError):
         return False
-    known = {"tokenizer_class", "clean_up_tokenization_spaces", "model_max_length", *_TOKENS_OF_USE}
+    known = {
+        *("tokenizer_class", "clean_up_tokenization_spaces", "model_max_length"),
+        *("chat_template", "added_tokens_decoder", *_TOKENS_OF_USE),
+    }
     if not isinstance(config, dict) or not isinstance(tokenizer, dict) or config.keys() - known:
         return False
-    added = tokenizer.get("added_tokens")
-    special = [
-        token.get("content")
-        for token in (added if isinstance(added, list) else [])
-        if isinstance(token, dict) and token.get("special") is True
-    ]
+    added = _by_id(tokenizer.get("added_tokens"))
+    if added is None or config.get("added_tokens_decoder", added) != added:
+        return False
+    special = [token["content"] for token in added.values() if token.get("special") is True]
+    uses = _tokens_of_use(config)
     return (
         config.get("tokenizer_class") == "PreTrainedTokenizerFast"
         and config.get("clean_up_tokenization_spaces") is False
-        and all(config[name] in special for name in _TOKENS_OF_USE & config.keys())
+        and isinstance(config.get("chat_template"), str | None)
+        and uses.keys() == _TOKENS_OF_USE & config.keys()
+        and all(token in special for token in uses.values())
+        and (named is None or (isinstance(named, dict) and _texts(named) == uses))
         and tokenizer.get("truncation") is None
         and tokenizer.get("padding") is None
     )
+
+
+def plain_tokenizer_parts(folder: Path) -> tuple[dict[str, str], str | None]:
+    """Of a plain tokenizer its tokens by what they are for, as "eos_token", and its chat template or None."""
+    config = read_json(folder / "tokenizer_config.json")
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    return _tokens_of_use(config), template
+
+
+def _tokens_of_use(config: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: token for name, token in config.items() if name in _TOKENS_OF_USE and isinstance(token, str)
+    }
+
+
+def _texts(tokens: dict[str, Any]) -> dict[str, Any]:
+    """The texts of tokens, which are texts or objects that have one."""
+    return {
+        name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()
+    }
+
+
+def _by_id(added: Any) -> dict[str, dict[str, Any]] | None:
+    """A tokenizer.json's added tokens, as tokenizer_config.json lists them; None if they are not such."""
+    if not isinstance(added, list):
+        return {} if added is None else None
+    tokens = [token for token in added if isinstance(token, dict) and isinstance(token.get("content"), str)]
+    if len(tokens) < len(added):
+        return None
+    return {str(token.get("id")): {k: v for k, v in token.items() if k != "id"} for token in tokens}
 
 
 def _not_regular(path: Path) -> PararnnError:

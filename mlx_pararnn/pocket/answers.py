@@ -75,7 +75,7 @@ def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: A
 
 def assistant_functions() -> Functions:
     """The functions of a new `Assistant`, with its own timers, reminders and lists."""
-    return Functions(Assistant().functions())
+    return Functions(Assistant().functions(), known=True)
 
 
 def require_protocol(tokenizer: TokenizerWrapper) -> Protocol:

@@ -9,15 +9,14 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic.errors import PydanticUserError
-from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import PydanticUndefined, to_json
-
-from ..errors import PararnnError, first_line
+from ..errors import PararnnError
 from ..process.interrupt import interrupt
+
+if TYPE_CHECKING:
+    from .arguments import Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +41,26 @@ class Function:
 
     Attributes:
         name, description: the description is the first paragraph of the docstring.
-        parameters: the JSON schema of its arguments, from the signature.
+        types: type and default of each parameter, `inspect.Parameter.empty` for none.
     """
 
     name: str
     description: str
-    parameters: dict[str, Any]
+    types: dict[str, tuple[Any, Any]]
     target: Callable[..., Any]
-    arguments: type[BaseModel]
     seconds: float | None
+
+    @cached_property
+    def arguments(self) -> "Arguments":
+        """What it is called with."""
+        from .arguments import Arguments
+
+        return Arguments(self.name, self.types)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The JSON schema of its arguments, from the signature."""
+        return self.arguments.schema
 
 
 class Functions:
@@ -60,6 +70,7 @@ class Functions:
         functions: Python functions with a type for every parameter.
         seconds: how long a call may take; None runs it in the calling thread, without a limit.
         result_bytes: longer results are cut, and say so.
+        known: the types are known to have JSON schemas, which are made when they are needed.
 
     Raises:
         PararnnError: a function cannot be described; the sentence names it and the parameter.
@@ -71,20 +82,23 @@ class Functions:
         *,
         seconds: float | None = SECONDS,
         result_bytes: int = RESULT_BYTES,
+        known: bool = False,
     ) -> None:
         self._functions: dict[str, Function] = {}
         self._seconds, self._result_bytes = seconds, result_bytes
         self._late: dict[str, threading.Thread] = {}  # calls that took too long and may still run
         for function in functions:
-            self.add(function)
+            self._add(describe(function, None, seconds, known))
 
     def add(self, function: Target, name: str | None = None) -> Target:
         """Allow one more function; also a decorator. Raises as the class does, or where the name is taken."""
-        described = describe(function, name, self._seconds)
+        self._add(describe(function, name, self._seconds))
+        return function
+
+    def _add(self, described: Function) -> None:
         if described.name in self._functions:
             raise PararnnError(f"there are two functions {described.name!r}; give one of them another name")
         self._functions[described.name] = described
-        return function
 
     def __contains__(self, name: object) -> bool:
         return name in self._functions
@@ -121,13 +135,9 @@ class Functions:
             names = ", ".join(self._functions) or "none"
             return _error(f"there is no function {name[:64]!r}; there are: {names}")
         try:
-            given = function.arguments.model_validate_json(arguments)
-        except ValidationError as error:
-            return _error(_what_is_wrong(error))
-        keywords = {
-            str(function.arguments.model_fields[field].alias): getattr(given, field)
-            for field in given.model_fields_set
-        }
+            keywords = function.arguments.read(arguments)
+        except ValueError as error:
+            return _error(str(error))
         late = self._late.get(name)
         if late is not None and late.is_alive():
             return _error(f"{name} is still busy with an earlier call")
@@ -160,9 +170,16 @@ class Functions:
 
 
 def describe(
-    function: Callable[..., Any], name: str | None = None, seconds: float | None = SECONDS
+    function: Callable[..., Any],
+    name: str | None = None,
+    seconds: float | None = SECONDS,
+    known: bool = False,
 ) -> Function:
     """What a model must know of a function, from its signature and docstring.
+
+    Args:
+        function, name: the function, and what models call it if that is not its own name.
+        seconds, known: as for `Functions`.
 
     Raises:
         PararnnError: it has a parameter without a type, or one that cannot be given by name.
@@ -179,8 +196,7 @@ def describe(
         parameters = inspect.signature(function).parameters
     except (NameError, TypeError, ValueError) as error:
         raise PararnnError(f"function {name}: its types cannot be read ({error})") from error
-    fields: dict[str, Any] = {}
-    for n, parameter in enumerate(parameters.values()):
+    for parameter in parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise PararnnError(f"function {name}: parameter {parameter} cannot be given by name")
         if parameter.name not in types:
@@ -188,30 +204,22 @@ def describe(
                 f"function {name}: parameter {parameter.name} has no type; write one, such as "
                 f"{parameter.name}: str"
             )
-        default = PydanticUndefined if parameter.default is parameter.empty else parameter.default
-        # Numbered: a parameter may be called as an attribute of pydantic's models is.
-        fields[f"argument{n}"] = (types[parameter.name], Field(default, alias=parameter.name))
-    try:
-        arguments = create_model(name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-        schema = arguments.model_json_schema(schema_generator=_Untitled)
-    except (PydanticUserError, TypeError) as error:
-        raise PararnnError(f"function {name}: no JSON schema for its types ({first_line(error)})") from error
-    schema.pop("title", None)
     description = " ".join(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].split())
-    return Function(name, description, schema, function, arguments, seconds)
-
-
-class _Untitled(GenerateJsonSchema):
-    """Without the titles that would be made of the parameters' names."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
+    typed = {parameter.name: (types[parameter.name], parameter.default) for parameter in parameters.values()}
+    described = Function(name, description, typed, function, seconds)
+    if not known:
+        described.arguments  # noqa: B018 - it raises for types without a schema
+    return described
 
 
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return "ok" if value is None else to_json(value, fallback=str).decode()
+    if value is None:
+        return "ok"
+    from .arguments import in_json
+
+    return in_json(value)
 
 
 def _cut(text: str, most: int) -> str:
@@ -224,12 +232,6 @@ def _cut(text: str, most: int) -> str:
 
 def _error(sentence: str) -> Outcome:
     return Outcome(f"error: {sentence}", True)
-
-
-def _what_is_wrong(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the arguments"
-    return f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"[:_ERROR_CHARACTERS]
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -6,16 +6,20 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from inspect import signature
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import markupsafe
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import PararnnError
+from .plain_tokenizer import PlainTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SECONDS = 5
 STARTING = 60  # of them until its process has imported Jinja
@@ -26,11 +30,22 @@ IDLE = 2  # processes that are kept for the next template
 # What transformers hands to a template, as JSON: it drops and renames fields of messages, and makes JSON
 # schemas of functions.
 _GIVEN = "{{ {'messages': messages, 'tools': tools, 'documents': documents}|tojson }}"
-# Options of transformers that change more than what the template is given.
-_OTHERS = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+# Fields of messages that it hands over as they are, and an option that it leaves to the template.
+_PLAIN_FIELDS = {"role", "content"}
+_PLAIN_OPTIONS = {"enable_thinking"}
+# Its own options that change no more than what the template is given.
+_TEMPLATES_OWN = {
     "self", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
     "return_dict", "kwargs",
 }  # fmt: skip
+
+
+@cache
+def _others() -> set[str]:
+    """Options of transformers that change more than what the template is given."""
+    from transformers import PreTrainedTokenizerBase
+
+    return set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - _TEMPLATES_OWN
 
 
 class ChatTemplate:
@@ -38,10 +53,11 @@ class ChatTemplate:
 
     The text is the one that `tokenizer.apply_chat_template` gives. With an option of that function that
     changes more than what the template is given (`continue_final_message`, `padding`, ...) it is called
-    itself, in this process and without limits; no command does so.
+    itself, in this process and without limits; no command does so. Messages that are texts alone need no
+    transformers.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | PlainTokenizer") -> None:
         self._tokenizer = tokenizer
 
     def __call__(
@@ -60,15 +76,29 @@ class ChatTemplate:
             PararnnError: the template takes too much memory or time.
             jinja2.TemplateError: it fails.
         """
+        more: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        more |= self._tokenizer.special_tokens_map | kwargs
+        plain = tools is None and documents is None and kwargs.keys() <= _PLAIN_OPTIONS
+        if plain and _are_texts(conversation):
+            template = self._tokenizer.get_chat_template(chat_template)
+            return _render(template, {"messages": conversation, "tools": None, "documents": None} | more)
         given: dict[str, Any] = {"tools": tools, "documents": documents, "tokenize": False}
-        if _OTHERS & kwargs.keys() or (conversation and isinstance(conversation[0], list | tuple)):
+        if _others() & kwargs.keys() or (conversation and isinstance(conversation[0], list | tuple)):
             given |= {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
             return self._tokenizer.apply_chat_template(conversation, **given, **kwargs)
         template = self._tokenizer.get_chat_template(chat_template, tools)
         text = self._tokenizer.apply_chat_template(conversation, chat_template=_GIVEN, **given)
-        names = json.loads(str(text))
-        names |= {"add_generation_prompt": add_generation_prompt} | self._tokenizer.special_tokens_map
-        return _render(template, names | kwargs)
+        return _render(template, json.loads(str(text)) | more)
+
+
+def _are_texts(conversation: Any) -> bool:
+    """Whether it is messages of texts alone, at least one."""
+    return bool(conversation) and all(
+        type(message) is dict
+        and message.keys() <= _PLAIN_FIELDS
+        and all(type(value) is str for value in message.values())
+        for message in conversation
+    )
 
 
 class _Process:

@@ -12,20 +12,23 @@ class PlainTokenizer:
 
     Args:
         folder: a model folder of which `files.model_files.has_plain_tokenizer` is true.
-        config: its tokenizer_config.json.
+        special_tokens_map: tokens by what they are for, as "eos_token".
+        chat_template: Jinja's text, or None.
 
     Attributes:
         backend_tokenizer: the tokenizers library's.
         bos_token, eos_token: the tokens that begin and end a text, or None.
     """
 
-    chat_template = None
-
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, special_tokens_map: dict[str, str], chat_template: str | None = None
+    ) -> None:
         self.name_or_path = str(folder)
         self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.bos_token: str | None = config.get("bos_token")
-        self.eos_token: str | None = config.get("eos_token")
+        self.special_tokens_map = special_tokens_map
+        self.bos_token = special_tokens_map.get("bos_token")
+        self.eos_token = special_tokens_map.get("eos_token")
+        self.chat_template = chat_template
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size()
@@ -53,9 +56,22 @@ class PlainTokenizer:
         ids = [tokens] if isinstance(tokens, int) else list(tokens)
         return self.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
-    def apply_chat_template(self, *messages: Any, **options: Any) -> str:
-        """There is none."""
-        raise ValueError("this tokenizer has no chat template")
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The template that is given, or the tokenizer's own."""
+        if chat_template is None and self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template")
+        return chat_template or self.chat_template or ""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """By transformers, in this process; `text.chat_template` asks for it where it has to."""
+        from transformers import PreTrainedTokenizerFast
+
+        theirs = PreTrainedTokenizerFast(
+            tokenizer_object=self.backend_tokenizer,
+            chat_template=self.chat_template,
+            **self.special_tokens_map,
+        )
+        return theirs.apply_chat_template(conversation, **options)
 
     @overload
     def convert_ids_to_tokens(self, ids: int) -> str | None: ...

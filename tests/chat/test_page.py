@@ -427,7 +427,7 @@ STATES = {
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800)])
 def test_what_a_screen_reader_needs(server, width, height, dark):
-    """axe-core finds nothing to mend in any state. MLX_PARARNN_SCREENSHOTS=docs/images writes pictures."""
+    """axe-core finds nothing to mend in any state. MLX_PARARNN_SCREENSHOTS=docs/page writes pictures."""
     axe = (files("axe_core_python") / "axe.min.js").read_text()
     pictures = os.environ.get("MLX_PARARNN_SCREENSHOTS")
     with Browser() as page:
@@ -443,7 +443,7 @@ def test_what_a_screen_reader_needs(server, width, height, dark):
                 "axe.run().then((found) => found.violations.map((v) => [v.id, v.nodes.map((n) => n.html)]))"
             )
             assert found == [], (state, found)
-            if pictures and state in ("empty", "long", "error"):
+            if pictures and state in ("empty", "streaming", "long", "error"):
                 name = f"page-{width}x{height}-{'dark' if dark else 'light'}-{state}.png"
                 with open(os.path.join(pictures, name), "wb") as file:
                     file.write(page.screenshot())

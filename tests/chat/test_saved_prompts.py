@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,11 @@ from mlx_pararnn.chat.saved_prompts import SavedPromptCache
 from tests.support.serving import client_of, running
 
 TEXT = [1, 2, 3] * 70
+
+
+@dataclass
+class Later(ModelArgs):
+    said_by_later_versions: int | None = None
 
 
 def make_model(seed=0, **changes):
@@ -85,6 +91,17 @@ def test_another_models_states_are_left_alone(tmp_path, model):
     changed = make_model()
     changed.model.norm.weight = changed.model.norm.weight.at[3].add(1e-3)
     assert fingerprint(changed) != fingerprint(model)
+    changed = make_model()
+    changed.args.norm_eps *= 2
+    assert fingerprint(changed) != fingerprint(model)
+
+
+def test_a_saved_state_outlives_what_later_versions_add_to_configurations(model):
+    later = make_model()
+    later.args = Later(**vars(later.args))
+    assert fingerprint(later) == fingerprint(model)
+    later.args.said_by_later_versions = 1
+    assert fingerprint(later) != fingerprint(model)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])

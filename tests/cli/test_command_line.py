@@ -1,7 +1,10 @@
 """What holds for every command: its streams, paths, interrupts, and errors that are nobody's."""
 
+import ast
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mlx_pararnn
-from mlx_pararnn.cli.app import app
+from mlx_pararnn.cli.app import COMMANDS, app
 from mlx_pararnn.cli.chat_commands import DRAWING, HELP, SEEING
 from mlx_pararnn.cli.report import passed_or_not
 from mlx_pararnn.cli.sampling import CONVERSATION, LIKELIEST, Sampling, choose_sampling
@@ -245,12 +248,32 @@ def test_short_help_and_summaries_that_fit():
     assert "--temp, --temperature" in CliRunner().invoke(app, ["chat", "-h"]).stdout
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_help_fits_and_its_example_stands_on_one_line(name):
+    shown = CliRunner().invoke(app, [name, "-h"], env={"COLUMNS": "80"}).stdout
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    example = re.search(r"^ *(?:Example: |echo .*\| )(mlx-pararnn .*)$", shown, re.M)
+    assert example is not None
+    assert shlex.split(example[1])[1] == name  # an example that is broken lacks its last quote or a word
+    assert not re.search(r"^ *Example: .*\n *\S", shown, re.M)
+
+
+def test_a_command_imports_no_other():
+    code = "import sys; from mlx_pararnn.cli.app import app; app(['cache', '-h'], standalone_mode=False)"
+    code += "; print({name for name in sys.modules if name.startswith('mlx_pararnn.cli.')})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert "mlx_pararnn.cli.cache_command" in imported
+    assert not imported & {f"mlx_pararnn.cli.{name}" for name in ("chat", "convert", "generate", "serve")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["generate", "--nonsense"], "No such option: --nonsense"),
         (["generate", "--temp", "hot"], "Invalid value for '--temp'"),
         (["nonsense"], "No such command 'nonsense'"),
+        (["generat"], "No such command 'generat'. Did you mean 'generate'?"),
         (["convert"], "Missing argument"),
     ],
 )

@@ -237,3 +237,29 @@ def test_a_model_without_a_tokenizer_is_one_sentence(command, converted, tmp_pat
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert f"error: no tokenizer in {model}; mlx-pararnn add-tokenizer" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--model", "no/such/folder"], "no such model folder: no/such/folder; give one that"),
+        (["convert", "--hf-path=nowhere"], "no such model folder: nowhere; give one that"),
+        (["chat", "--model", "model/config.json"], "model/config.json is a file, not a model folder"),
+        (["generate", "--model", "model", "--adapter-path", "none"], "none: no such folder of adapters"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_mlx_lm_cannot_use_is_one_sentence(arguments, said, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+
+    def run(*more):
+        return subprocess.run(
+            [sys.executable, "-m", "mlx_pararnn.cli.app", "lm", *arguments, *more],
+            capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    done = run()
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {said}")
+    assert "Traceback" in run("--debug").stderr
