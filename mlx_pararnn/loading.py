@@ -265,7 +265,10 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
         tokenizer = (_plain if started_quickly() else _by_transformers)(path, config)
     except PararnnError:
         raise
-    except Exception as error:  # transformers raises whatever the broken file leads it to
+    except BaseException as error:  # transformers raises whatever the broken file leads it to
+        # a panic of the library in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise PararnnError(f"the tokenizer in {path} cannot be read ({one_line(error)})") from error
     _check_templates(tokenizer.chat_template, path)
     # MLX-LM's own drops the first space of a byte-level tokenizer's text, and slows down along a line.
