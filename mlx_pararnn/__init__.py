@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     __version__: str
     from .cells import Cell, get_cell, register_cell
+    from .drafts import generate_with_draft
     from .errors import PararnnError
     from .generation import generate, stream_generate
     from .images.image_model import load_image_model
@@ -35,6 +36,7 @@ _HOME = {
     "answer": "pocket.answers",
     "draw": "images.use",
     "generate": "generation",
+    "generate_with_draft": "drafts",
     "get_cell": "cells",
     "load": "loading",
     "load_cell": "loading",
@@ -57,6 +59,7 @@ __all__ = [
     "cells",
     "draw",
     "generate",
+    "generate_with_draft",
     "get_cell",
     "load",
     "load_cell",

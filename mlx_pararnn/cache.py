@@ -188,26 +188,34 @@ class RecurrentCache(mlx_lm_cache.ArraysCache):
         """The lengths in tokens that a row can be rewound to, in ascending order; its own is the last."""
         return sorted({0, *self.kept[row], self.offsets[row]})
 
-    def rewind(self, n: int) -> None:
+    def rewind(self, n: int | Sequence[int]) -> None:
         """Go back to the state before the last n tokens, the very one that was computed then.
+
+        Args:
+            n: of all rows, or of each row.
 
         Raises:
             PararnnError: some row has not kept it, or padding is pending. Nothing is changed then.
         """
-        if n == 0:
+        steps = [n] * self.batch_size if isinstance(n, int) else list(n)
+        if not any(steps):
             return
-        targets = [offset - n for offset in self.offsets]
+        targets = [offset - step for offset, step in zip(self.offsets, steps, strict=True)]
         at_start = not any(targets)
-        known = all(t in kept for t, kept in zip(targets, self.kept, strict=True))
-        if n < 0 or not self.finalized or not (at_start or known):
-            raise PararnnError(
-                f"the state cannot go back by {n} tokens: of {self.offset} that were read it can return to "
-                f"{self.positions()}; RecurrentCache.remember makes it keep more"
-            )
+        for row, (step, target) in enumerate(zip(steps, targets, strict=True)):
+            known = at_start or step == 0 or target in self.kept[row]
+            if step < 0 or not self.finalized or not known:
+                raise PararnnError(
+                    f"the state cannot go back by {step} tokens: of {self.offsets[row]} that were read it "
+                    f"can return to {self.positions(row)}; RecurrentCache.remember makes it keep more"
+                )
         if at_start:
             self.cache = [None, None]
         else:
-            rows = [kept[t] for t, kept in zip(targets, self.kept, strict=True)]
+            rows = [
+                self.kept[row][target] if step else tuple(self._row(row))
+                for row, (step, target) in enumerate(zip(steps, targets, strict=True))
+            ]
             parts: list[Any] = [list(part) for part in zip(*rows, strict=True)]
             self.cache = [
                 None if part[0] is None else part[0] if len(part) == 1 else mx.concatenate(part)
