@@ -3,9 +3,11 @@
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from inspect import signature
 from multiprocessing import Pipe
@@ -21,7 +23,8 @@ from .plain_tokenizer import PlainTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 5
+SECONDS = 5  # of a processor
+MOST_SECONDS = 60  # that pass meanwhile, on a busy machine
 STARTING = 60  # of them until its process has imported Jinja
 MEMORY = 1 << 30  # bytes
 SPARE = 1 << 20  # characters that a template may write besides what it is given, eight times over
@@ -135,14 +138,19 @@ class _Process:
 
     def ask(self, request: bytes) -> dict[str, str]:
         """Its answer; {"exceeded": what} where it takes too much."""
-        self._socket.send_bytes(request)
-        deadline = time.monotonic() + SECONDS
-        while not self._socket.poll(0.2):
-            if time.monotonic() > deadline:
-                return {"exceeded": "time"}
-            if sys.platform == "darwin" and self._resident() > MEMORY:  # which does not keep such limits
-                return {"exceeded": "memory"}
-        answer: dict[str, str] = json.loads(self._socket.recv_bytes())
+        deadline = time.monotonic() + MOST_SECONDS
+        try:
+            self._socket.send_bytes(request)
+            while not self._socket.poll(0.2):
+                if time.monotonic() > deadline:
+                    return {"exceeded": "time"}
+                if sys.platform == "darwin" and self._resident() > MEMORY:  # which does not keep such limits
+                    return {"exceeded": "memory"}
+            answer: dict[str, str] = json.loads(self._socket.recv_bytes())
+        except (EOFError, OSError):  # the system ended it
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+            return {"exceeded": "time" if self._process.returncode == -signal.SIGXCPU else "memory"}
         return answer
 
     def lives(self) -> bool:
@@ -173,8 +181,6 @@ def _render(template: str, names: dict[str, Any]) -> str:
     try:
         answer = process.ask(request)
         keep = "exceeded" not in answer
-    except (EOFError, OSError):  # the system ended it
-        answer = {"exceeded": "memory"}
     finally:  # after Ctrl-C too
         if keep and len(_idle) < IDLE:
             _idle.append(process)
@@ -182,7 +188,7 @@ def _render(template: str, names: dict[str, Any]) -> str:
             process.end()
     if "exceeded" in answer:
         what = {
-            "time": f"takes more than {SECONDS} seconds",
+            "time": f"takes more than {SECONDS} seconds of a processor",
             "memory": f"takes more than {MEMORY >> 30} GB of memory",
             "text": f"writes more than {longest:,} characters",
         }[answer["exceeded"]]

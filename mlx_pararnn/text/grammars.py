@@ -45,13 +45,17 @@ class Grammars:
             properties = {"name": {"const": function["name"]}, "arguments": prepared(parameters, place)}
             body = {"type": "object", "properties": properties, "required": ["name", "arguments"]}
             bodies.append({**body, "additionalProperties": False})
-        special = start in self._tokenizer.all_special_tokens
-        first, last = (tag if special else json.dumps(tag) for tag in (start, end))
+        first, last = (tag if self._is_special(tag) else json.dumps(tag) for tag in (start, end))
         any_call = _schema_text({"anyOf": bodies, "x-guidance": {"whitespace_flexible": False}})
+        tool = f'tool: {first} "\\n"? call "\\n"? {last}\ncall: %json {any_call}\n'
         if required:
-            return f'start: {first} "\\n"? call "\\n"? {last}\ncall: %json {any_call}\n'
-        tag = llguidance.StructTag(trigger=start, begin=start, grammar=any_call, end="" if special else end)
-        return str(llguidance.StructTag.to_grammar([tag], assume_special=special))
+            return f"start: tool\n{tool}"
+        if self._is_special(start):  # no text of a grammar matches it, so a call is the end of a text
+            return f"start: (TEXT? tool)* TEXT?\nTEXT: /(.|\\n)+/\n{tool}"
+        tag = llguidance.StructTag(
+            trigger=start, begin=start, grammar=any_call, end="" if self._is_special(end) else end
+        )
+        return str(llguidance.StructTag.to_grammar([tag], assume_special=False))
 
     def compile(self, grammar: str) -> "llguidance.LLMatcher":
         """A matcher at the beginning of an answer.
@@ -59,15 +63,26 @@ class Grammars:
         Raises:
             PararnnError: the grammar, or this tokenizer, cannot be used.
         """
+        matcher = llguidance.LLMatcher(self._tokens(), grammar, log_level=0)
+        if matcher.is_error():
+            raise PararnnError(f"the schema cannot be kept to ({_reason(matcher)})")
+        return matcher
+
+    def _tokens(self) -> "llguidance.LLTokenizer":
         try:
             if self._compiled is None:
                 self._compiled = self._for_llguidance()
         except Exception as error:
             raise PararnnError(f"this model's tokenizer cannot keep to a grammar ({error})") from error
-        matcher = llguidance.LLMatcher(self._compiled, grammar, log_level=0)
-        if matcher.is_error():
-            raise PararnnError(f"the schema cannot be kept to ({_reason(matcher)})")
-        return matcher
+        return self._compiled
+
+    def _is_special(self, tag: str) -> bool:
+        """Whether llguidance takes it for one special token, which no text of a grammar matches.
+
+        It takes `<tool_call>` for one wherever it was added to a vocabulary, special for transformers or not.
+        """
+        tokens = self._tokenizer.encode(tag, add_special_tokens=False)
+        return len(tokens) == 1 and bool(self._tokens().is_special_token(tokens[0]))
 
     def _for_llguidance(self) -> "llguidance.LLTokenizer":
         """As `llguidance.hf` makes it, which imports transformers."""

@@ -67,9 +67,9 @@ def _answer(
 
 
 def _limit_time(seconds: int) -> None:
-    """For one template; should nobody be left to wait for it, the system ends it."""
+    """Of a processor, for one template; then the system ends this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    most = int(used.ru_utime + used.ru_stime) + seconds + 2
+    most = int(used.ru_utime + used.ru_stime) + seconds + 1
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CPU, (most, hard))

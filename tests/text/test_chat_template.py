@@ -125,6 +125,14 @@ def test_none_takes_the_machine(name, tokenizer, monkeypatch):
     assert tokenizer.apply_chat_template(message, chat_template="x", tokenize=False) == "x"
 
 
+def test_an_endless_one_is_ended_by_what_it_uses(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "_idle", [])  # their limit is another
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(PararnnError, match="takes more than 1 seconds of a processor"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=loop)
+
+
 @pytest.mark.parametrize(
     ("template", "role"),
     [("{{ messages[0]['role'] }}", "\ud800"), (r"{{ '\ud800' }}", "user")],

@@ -8,10 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
-from mlx_pararnn.text.grammars import GrammarProcessor, Grammars
+from mlx_pararnn.mlx_lm_internals import plain_tokenizer
+from mlx_pararnn.text.grammars import GrammarProcessor, Grammars, allowed_tokens
 from tests.support.demo import DEMO
 from tests.support.schemas import is_valid, published, random_text
 
@@ -86,6 +89,35 @@ def test_references_inside_of_a_tools_parameters_are_its_own(grammars):
         assert is_plain_node(call["arguments"]["list"]) if call["name"] == "first" else True
         called.add(call["name"])
     assert called == {"first", "second"}
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("required", [True, False])
+def test_marks_of_calls_that_are_tokens_of_their_own(special, required):
+    """Qwen's `<tool_call>` is one that transformers does not call special, and llguidance does."""
+    _, tokenizer = mlx_pararnn.load(DEMO)
+    added = Tokenizer.from_str(plain_tokenizer(tokenizer).backend_tokenizer.to_str())
+    marks = [AddedToken(mark, special=special) for mark in ("<tool_call>", "</tool_call>")]
+    added.add_tokens(marks)
+    first = added.token_to_id("<tool_call>")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=added, eos_token=tokenizer.eos_token)
+    grammars = Grammars(wrapped, first + 2)
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    functions = [{"name": name, "parameters": schema} for name in ("one", "two")]
+    matcher = grammars.compile(grammars.calls(functions, "<tool_call>", "</tool_call>", required))
+    chance, said = np.random.default_rng(0), []
+    while not matcher.is_stopped() and len(said) < 300:
+        allowed = np.flatnonzero(allowed_tokens(matcher, first + 2))
+        said.append(
+            first if first in allowed and (required or len(said) > 5) else int(chance.choice(allowed))
+        )
+        matcher.consume_token(said[-1])
+    calls = added.decode(said, skip_special_tokens=False).split("<tool_call>")[1:]
+    assert len(calls) == 1 if required else len(calls) > 4
+    for call in calls if required else calls[:-1]:
+        call = json.loads(call.removesuffix("</tool_call>"))  # each is closed before another begins
+        assert call["name"] in ("one", "two")
+        assert call["arguments"]["a"] in (1, 2)
 
 
 def is_plain_node(node):
