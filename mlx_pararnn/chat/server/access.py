@@ -7,9 +7,10 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import time
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -38,6 +39,7 @@ class Access:
         """Let a request through, or answer it with what is wrong."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        _to_origin_form(scope)
         headers = Headers(scope=scope)
         scope["path"] = scope["path"].rstrip("/") or "/"
         cors = self._cors(headers)
@@ -153,6 +155,19 @@ async def read_json(request: Request, seconds: float) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the request is not JSON ({error})") from None
+
+
+def _to_origin_form(scope: Scope) -> None:
+    """Take a target as a proxy is sent it, `GET http://name/path`: that name counts, not the Host header.
+
+    RFC 9112, 3.2.2.
+    """
+    match = re.fullmatch(rb"https?://([^/]*)(/.*)?", scope["raw_path"], re.IGNORECASE | re.DOTALL)
+    if match is not None:
+        scope["raw_path"] = match[2] or b"/"
+        scope["path"] = unquote(scope["raw_path"].decode("latin-1"))
+        others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+        scope["headers"] = [*others, (b"host", match[1])]
 
 
 def _has_key(headers: Headers, key: str) -> bool:

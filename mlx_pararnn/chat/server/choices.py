@@ -29,10 +29,19 @@ class Part:
 
 
 class MessageParser:
-    """Divides an answer's text into what is said, what is thought and which tools are called."""
+    """Divides an answer's text into what is said, what is thought and which tools are called.
 
-    def __init__(self, tokenizer: Any, tools: list[dict[str, Any]], reasoning: bool) -> None:
-        self._tokenizer, self._tools = tokenizer, tools
+    Args:
+        tokenizer: MLX-LM's wrapper.
+        tools: OpenAI's, those that can be called.
+        reasoning: whether the answer begins inside of a reasoning.
+        most_calls: further calls are left out; None for no limit.
+    """
+
+    def __init__(
+        self, tokenizer: Any, tools: list[dict[str, Any]], reasoning: bool, most_calls: int | None = None
+    ) -> None:
+        self._tokenizer, self._tools, self._most_calls = tokenizer, tools, most_calls
         has_states = tokenizer.has_thinking or tokenizer.has_tool_calling
         self._states = MessageStates(tokenizer, reasoning) if has_states else None
         self._call = ""
@@ -66,6 +75,8 @@ class MessageParser:
         try:
             parsed = self._tokenizer.tool_parser(text, self._tools)
             for call in parsed if isinstance(parsed, list) else [parsed]:
+                if self.calls == self._most_calls:
+                    break
                 arguments = call["arguments"]
                 part.calls.append(
                     {

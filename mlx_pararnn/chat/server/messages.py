@@ -52,6 +52,7 @@ def read_messages(body: Any) -> ChatRequest:
             chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
         else:
             chat["tool_choice"] = CHOICES.get(str(choice.get("type")), "no such choice")
+        chat["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use", False)
     return read_request(ChatRequest, chat)
 
 

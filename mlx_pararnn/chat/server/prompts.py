@@ -2,9 +2,13 @@
 
 import asyncio
 import json
+import os
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +21,8 @@ from ...process.interrupt import Interrupted, interrupt
 from .schema import ChatRequest, Refused
 from .sent_images import open_images, url_of
 
-SECONDS = 5  # for a chat template and a tokenizer
+SECONDS = 5  # of a processor, for a chat template and a tokenizer
+MOST_SECONDS = 60  # that pass meanwhile, on a busy machine
 MOST_THREADS = 32  # of these at a time
 Result = TypeVar("Result")
 
@@ -140,10 +145,21 @@ def _plain_call(call: Any) -> Any:
 _threads: set[threading.Thread] = set()
 
 
+def _used(thread: threading.Thread, passed: float) -> float:
+    """Seconds of a processor that a thread has used; `passed` where the system does not tell."""
+    try:
+        said = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+    except OSError:  # not on Linux; or it has just ended
+        return 0.0 if sys.platform == "linux" else passed
+    ticks = said.rpartition(")")[2].split()[11:13]  # in user mode, in the system's
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
 async def run_apart(function: Callable[..., Result], *args: Any) -> Result:
     """What a function returns that may take for ever: a chat template, a tokenizer.
 
-    After `SECONDS` it is interrupted; native code cannot be, and keeps its thread.
+    After `SECONDS` of a processor it is interrupted, or after `MOST_SECONDS` in any case; native code cannot
+    be, and keeps its thread. Where a thread's own time cannot be asked for (macOS) all time counts as its.
 
     Raises:
         Refused: it takes too long, or fails in whatever way, a panic of native code among them.
@@ -179,12 +195,17 @@ async def run_apart(function: Callable[..., Result], *args: Any) -> Result:
     thread = threading.Thread(target=run, name="prompt", daemon=True)
     _threads.add(thread)
     thread.start()
+    begin = time.monotonic()
     try:
-        return await asyncio.wait_for(future, SECONDS)
-    except TimeoutError:
-        raise Refused(
-            400, f"the chat template or the tokenizer takes more than {SECONDS} seconds for this prompt"
-        ) from None
+        while not future.done():
+            passed = time.monotonic() - begin
+            used = _used(thread, passed)
+            if used > SECONDS or passed > MOST_SECONDS:
+                limit = f"{SECONDS} seconds of a processor" if used > SECONDS else f"{MOST_SECONDS} seconds"
+                what = "the chat template or the tokenizer"
+                raise Refused(400, f"{what} takes more than {limit} for this prompt")
+            await asyncio.wait({future}, timeout=0.2)
+        return future.result()
     finally:
         if thread in _threads:
             interrupt(thread)

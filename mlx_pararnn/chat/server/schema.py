@@ -30,7 +30,6 @@ WITHOUT_EFFECT = {
         "prompt_cache_retention",
         "reasoning_effort",
         "verbosity",
-        "parallel_tool_calls",
         "include",
         "truncation",
     ),

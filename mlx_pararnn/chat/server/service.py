@@ -194,7 +194,9 @@ class Service:
 
     def parser(self, conversation: Conversation) -> MessageParser:
         """For one of a conversation's answers."""
-        return MessageParser(self.engine.tokenizer, conversation.request.tools, conversation.prompt.reasoning)
+        request = conversation.request
+        most = None if request.parallel_tool_calls else 1
+        return MessageParser(self.engine.tokenizer, request.tools, conversation.prompt.reasoning, most)
 
     def part(self, conversation: Conversation, parser: MessageParser, piece: Piece) -> Part:
         """A piece of an answer as part of a message."""
@@ -342,7 +344,8 @@ class Service:
             "top_k": top_k if 0 < top_k < self.engine.model.args.vocab_size else 0,
             "min_p": chosen(request.min_p, settings.min_p),
         }
-        if arguments["temp"] < COLDEST:
+        # A nucleus of no mass is its likeliest token; MLX-LM would take 0 for no nucleus at all.
+        if arguments["temp"] < COLDEST or arguments["top_p"] == 0:
             return shared_sampler(0.0)
         if request.xtc_probability:
             arguments["xtc_probability"] = request.xtc_probability

@@ -1,0 +1,233 @@
+"""The fields that clients of OpenAI, llama.cpp and vLLM send, each with what it does to an answer."""
+
+import concurrent.futures
+import json
+import shutil
+import socket
+from urllib.parse import urlsplit
+
+import mlx.core as mx
+import openai
+import pytest
+from tokenizers import Tokenizer
+
+from mlx_pararnn import Model, ModelArgs
+from tests.support.demo import DEMO
+from tests.support.serving import KEY, MOST, client_of, folder_of, request, running
+
+SAID = {"model": "demo", "messages": [{"role": "user", "content": "def main("}]}
+
+
+def chat(client, **fields):
+    return client.chat.completions.create(**{**SAID, **fields})
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_how_long_an_answer_may_be(client, field):
+    answer = chat(client, **{field: 5})
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (5, "length")
+    answer = chat(client, max_tokens=9, max_completion_tokens=3)
+    assert answer.usage.completion_tokens == 3  # the newer name goes before the older
+
+
+def test_stream_options(client):
+    chunks = list(chat(client, max_tokens=4, stream=True, stream_options={"include_usage": True}))
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 4)
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    chunks = list(chat(client, max_tokens=4, stream=True, stream_options={"include_usage": False}))
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+def test_n_answers_of_a_chat(client):
+    answer = chat(client, n=3, max_tokens=8, temperature=1, seed=5)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in answer.choices}) > 1
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (9, 24)
+
+
+def test_a_seed_is_kept_to_beside_other_requests(client):
+    """The same answer alone and while seven others generate, with and without seeds of their own."""
+
+    def ask(seed, temperature=1.0):
+        fields = {} if seed is None else {"seed": seed}
+        return chat(client, max_tokens=40, temperature=temperature, top_p=0.9, **fields)
+
+    alone = ask(7).choices[0].message.content
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        beside = list(pool.map(ask, [7, None, 1, 7, 2, None, 7, 3]))
+    said = [answer.choices[0].message.content for answer in beside]
+    assert said[0] == said[3] == said[6] == alone
+    assert len(set(said)) > 3
+
+
+def test_the_largest_and_the_smallest_nucleus(client):
+    """`top_p` 1 is none at all; 0 is the likeliest token alone, as OpenAI and llama.cpp have it."""
+    greedy = chat(client, max_tokens=20, temperature=0).choices[0].message.content
+    for seed in (None, 1, 2):
+        for top_p in (0, 1e-9):
+            said = (
+                chat(client, max_tokens=20, temperature=1, top_p=top_p, seed=seed).choices[0].message.content
+            )
+            assert said == greedy
+    drawn = {
+        chat(client, max_tokens=20, temperature=1, top_p=1, seed=n).choices[0].message.content
+        for n in range(3)
+    }
+    assert len(drawn) == 3
+
+
+def test_a_bias_and_stops(client):
+    biased = chat(client, max_tokens=3, logit_bias={"65": 1000}).choices[0]
+    assert biased.message.content == "AAA"
+    assert chat(client, max_tokens=12, logit_bias={"44": -1000}).choices[0].message.content.count(",") == 0
+    for stop in ("other", ["zz", "other"]):
+        choice = chat(client, max_tokens=12, stop=stop).choices[0]
+        assert (choice.message.content, choice.finish_reason) == ("self, ", "stop")
+
+
+def test_penalties_change_what_is_said(client):
+    plain = chat(client, max_tokens=30).choices[0].message.content
+    for field in ("presence_penalty", "frequency_penalty"):
+        assert chat(client, max_tokens=30, **{field: 50}).choices[0].message.content != plain
+    said = chat(client, max_tokens=30, extra_body={"repetition_penalty": 50.0}).choices[0].message.content
+    assert said != plain
+    body = {**SAID, "max_tokens": 20, "temperature": 1, "seed": 3}
+    for fields in ({"top_k": 1}, {"min_p": 1.0}):
+        said = chat(client, **{**body, "extra_body": fields}).choices[0].message.content
+        assert said == plain[:20]
+
+
+def test_parts_of_content_and_the_developers_role(guarded):
+    """As one text, and as the system's: the template writes [role's first letter]content~."""
+    client = client_of(guarded, KEY)
+    parts = [{"type": "text", "text": "import "}, {"type": "text", "text": "os"}]
+    told = {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]}
+    fields = {"model": "templated", "max_tokens": 8}
+    first = client.chat.completions.create(messages=[told, {"role": "user", "content": parts}], **fields)
+    assert first.usage.prompt_tokens == len("[s]Be kind.~[u]import os~[a]")
+    plain = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "import os"}]
+    second = client.chat.completions.create(messages=plain, **fields)
+    assert second.choices[0].message.content == first.choices[0].message.content
+    assert second.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
+
+
+def test_what_was_read_before_is_counted(client):
+    prompt = "class Counted:\n    def __init__(self):\n" * 3
+    fields = {"model": "demo", "prompt": prompt, "max_tokens": 4}
+    first, second = (client.completions.create(**fields).usage for _ in range(2))
+    assert second.prompt_tokens_details.cached_tokens == second.prompt_tokens - 1 == len(prompt) - 1
+    assert first.total_tokens == first.prompt_tokens + first.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "named"),
+    [
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
+        ("/v1/completions", {"prompt": "x", "best_of": 2}, "best_of"),
+        ("/v1/completions", {"prompt": "x", "grammar": "root ::= x"}, "grammar"),
+        ("/v1/completions", {"prompt": "x", "guided_json": {"type": "object"}}, "guided_json"),
+        ("/v1/chat/completions", {"functions": [{"name": "f"}]}, "functions"),
+        ("/v1/chat/completions", {"modalities": ["text", "audio"]}, "modalities"),
+        ("/v1/chat/completions", {"audio": {"voice": "a"}}, "audio"),
+        ("/v1/chat/completions", {"prediction": {"type": "content"}}, "prediction"),
+        ("/v1/chat/completions", {"web_search_options": {"a": 1}}, "web_search_options"),
+        ("/v1/messages", {"max_tokens": 4, "mcp_servers": ["x"]}, "mcp_servers"),
+    ],
+)
+def test_what_is_not_taken_is_refused_by_name(server, path, fields, named):
+    body = {**fields, **({} if "prompt" in fields else {"messages": SAID["messages"]})}
+    status, _, said = request(server, "POST", path, body)
+    assert (status, json.loads(said)["error"]["message"].startswith(named)) == (400, True), said
+
+
+def test_a_target_that_names_the_host_too(server, guarded):
+    """As programs behind a proxy ask: its name counts, whatever the Host header says (RFC 9112, 3.2.2)."""
+    address = urlsplit(server.url).netloc
+
+    def ask(target, host, url=server.url):
+        with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=30) as connection:
+            head = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+            connection.sendall(head.encode())
+            return int(connection.makefile("rb").readline().split()[1])
+
+    for target in (f"http://{address}/v1/models", f"HTTP://{address}/v1/models/?a=b", f"http://{address}"):
+        assert ask(target, address) == 200
+        assert ask(target, "evil.example") == 200
+    assert ask(f"http://{address}/nowhere", address) == 404
+    assert ask("http://evil.example/v1/models", address) == 403
+    assert ask("http:///v1/models", address) == 403
+    assert ask(f"http://{urlsplit(guarded.url).netloc}/v1/models", address, guarded.url) == 401
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    """A model without sense, whose template has calls of tools in JSON, and bytes for tokens."""
+    folder = tmp_path_factory.mktemp("caller")
+    words = shutil.copytree(DEMO, folder / "words")
+    tokenizer = Tokenizer.from_file(str(words / "tokenizer.json"))
+    assert tokenizer.add_tokens(["<tool_call>", "</tool_call>"]) == 2
+    tokenizer.save(str(words / "tokenizer.json"))
+    mx.random.seed(0)
+    model = Model(ModelArgs(16, 1, 258, 16))
+    folder = folder_of(folder / "caller", model, words)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% for tool_call in m.tool_calls or [] %}<tool_call>"
+        "{{ tool_call.name }}</tool_call>{% endfor %}{% endfor %}{% if tools %}tools{% endif %}"
+    )
+    with running(folder) as server:
+        yield client_of(server)
+
+
+def function(name):
+    argument = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    return {"type": "function", "function": {"name": name, "parameters": argument}}
+
+
+def call_tools(client, **fields):
+    return client.chat.completions.create(
+        model="caller",
+        messages=[{"role": "user", "content": "x"}],
+        tools=[function("one"), function("two")],
+        **fields,
+    ).choices[0]
+
+
+def test_a_call_that_is_required_or_named(caller):
+    for choice, names in (
+        ("required", {"one", "two"}),
+        ({"type": "function", "function": {"name": "two"}}, {"two"}),
+    ):
+        answer = call_tools(caller, tool_choice=choice, max_tokens=100)
+        (call,) = answer.message.tool_calls
+        assert answer.finish_reason == "tool_calls"
+        assert call.function.name in names
+        assert json.loads(call.function.arguments)["a"] in (1, 2)  # held to the schema
+    assert not call_tools(caller, tool_choice="none", max_tokens=20).message.tool_calls
+    with pytest.raises(openai.BadRequestError, match="tool_choice names 'three'"):
+        call_tools(caller, tool_choice={"type": "function", "function": {"name": "three"}})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_several_calls_in_an_answer(caller, parallel, stream):
+    """The model calls one function after the other; without parallel calls the first is all that is told."""
+    fields = {"logit_bias": {"256": 1000}, "max_tokens": 200, "parallel_tool_calls": parallel}
+    if stream:
+        chunks = list(
+            caller.chat.completions.create(
+                model="caller", messages=[{"role": "user", "content": "x"}],
+                tools=[function("one"), function("two")], stream=True, **fields,
+            )
+        )  # fmt: skip
+        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert [call.index for call in calls] == list(range(len(calls)))
+    else:
+        calls = call_tools(caller, **fields).message.tool_calls
+    assert len({call.id for call in calls}) == len(calls)
+    assert all(json.loads(call.function.arguments)["a"] in (1, 2) for call in calls)
+    assert len(calls) > 2 if parallel else len(calls) == 1
+
+
+def test_a_limit_of_the_server_goes_before_a_requests(client):
+    assert chat(client, max_tokens=10**6).usage.completion_tokens == MOST
