@@ -39,17 +39,17 @@ def pararnn(cell="gru", layers=None, sizes=LARGE):
     return _ready(model)
 
 
-def llama():
-    """Multi-head attention, 16 heads of 64, no grouping; the MLP makes up the number of parameters."""
+def llama(sizes=LARGE):
+    """Multi-head attention, heads of 64, no grouping; the MLP makes up the number of parameters."""
     args = mlx_llama.ModelArgs(
         model_type="llama",
-        hidden_size=D,
-        num_hidden_layers=LAYERS,
-        intermediate_size=2704,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        hidden_size=sizes.d,
+        num_hidden_layers=sizes.layers,
+        intermediate_size=sizes.intermediate - sizes.d * 7 // 64,
+        num_attention_heads=sizes.d // 64,
+        num_key_value_heads=sizes.d // 64,
         rms_norm_eps=1e-6,
-        vocab_size=VOCABULARY,
+        vocab_size=sizes.vocabulary,
         tie_word_embeddings=False,
     )
     return _ready(mlx_llama.Model(args))

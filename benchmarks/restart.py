@@ -15,8 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from machine import table, write_results
-from mlx_lm.utils import save_config, save_model
 from models import pararnn
+
+# isort: split
+from mlx_lm.utils import save_config, save_model
 
 from mlx_pararnn.convert.writers.byte_tokenizer import byte_tokenizer_files
 
