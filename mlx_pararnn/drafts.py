@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -89,8 +90,9 @@ def generate_with_draft(
         inputs = mx.concatenate([mx.array(last)[:, None], guesses], axis=1)
         chosen = mx.argmax(model(inputs, cache=caches[0]), axis=-1)
         mx.eval(guesses, chosen)
+        made_and_right = [cast(list[list[int]], array.tolist()) for array in (guesses, chosen)]
         back, going_on, last = [], [], []
-        for n, (guessed, right) in enumerate(zip(guesses.tolist(), chosen.tolist(), strict=True)):
+        for n, (guessed, right) in enumerate(zip(*made_and_right, strict=True)):
             result, limit = results[rows[n]], limits[rows[n]]
             result.rounds += 1
             kept = next((k for k in range(count) if guessed[k] != right[k]), count)
