@@ -136,7 +136,7 @@ def _agrees(
 
     On a GPU it is the text and the threadgroup that a call is about to launch; the CPU's has them all.
     """
-    B, heads, T, width, every = 2, 2, gpu.tile_steps(tiling) + 22, 20, 7 if states else 0
+    B, heads, T, width, every = 2, 2, gpu.tile_steps(tiling) + 22, 21, 7 if states else 0
     slots, D = len(cell.slots), heads * width
 
     def waves(*shape: int) -> mx.array:
@@ -146,13 +146,14 @@ def _agrees(
     u = waves(B, heads, T, len(cell.gates), width).astype(dtype)
     mask = mx.arange(T) < mx.array([[T], [T - 20]]) if masked else None
     state = mx.zeros((B, slots, D))
-    starts = states_between(cell, *laid_out(params, u, state, mask)[:2], state[:, None], mask, chunk=T)
+    bias = [] if backend == "cpu" else [(0.1 * waves(heads, len(cell.gates) * width)).astype(dtype)]
+    shifted = biased(u.astype(mx.float32), bias[0].astype(mx.float32)) if bias else u
+    starts = states_between(cell, *laid_out(params, shifted, state, mask)[:2], state[:, None], mask, chunk=T)
     tile = tile_of(backend)
     boundaries = outputs(cell, starts, mask, tile, mx.float32)[2]
     slopes = [waves(B, T, D).astype(dtype), waves(B, slots, D)]
     slopes += [waves(B, T // every, slots, D)] if states else []
     given = [params, u, state, mx.zeros((B, 0)) if mask is None else mask, boundaries, *slopes]
-    bias = [] if backend == "cpu" else [mx.zeros((heads, len(cell.gates) * width), dtype)]
 
     def outcomes() -> Iterator[tuple[Sequence[mx.array], Sequence[mx.array]]]:
         slots_of = [] if states else [None]
