@@ -23,13 +23,16 @@ def secure_mlx_folder() -> None:
     """Make sure that MLX loads compiled libraries out of a folder that this user alone can write.
 
     To be called before MLX first compiles. A folder that is the user's is left as it is, a missing one is
-    made. Where it is, or could become, another user's, MLX is given another folder for temporary files: in
-    C's environment alone, so that `tempfile` and `os.environ` stay what they are.
+    made. Where it is, or could become, another user's, or is none at all, MLX is given another folder for
+    temporary files: in C's environment alone, so that `tempfile` and `os.environ` stay what they are.
     """
     if not hasattr(os, "geteuid"):
         return
-    temporary = Path(next(filter(None, map(os.environ.get, ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))), "/tmp"))
-    if _only_ours(temporary) or _claimed(temporary):
+    # C++ takes the first that is set, be it to nothing.
+    given = [os.environ[name] for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in os.environ]
+    name = given[0] if given else "/tmp"
+    temporary = Path(name)
+    if name and temporary.is_dir() and (_only_ours(temporary) or _claimed(temporary)):
         return
     try:
         folder = library_folder()[0] / "mlx-temporary"
@@ -39,7 +42,7 @@ def secure_mlx_folder() -> None:
         usable = False
     if not usable:
         folder = Path(tempfile.mkdtemp(prefix="mlx-pararnn-"))
-    logger.info("%s belongs to another user; MLX compiles in %s", temporary / "mlx", folder)
+    logger.info("%r is not this user's alone; MLX compiles in %s", name, folder)
     ctypes.CDLL(None).setenv(b"TMPDIR", os.fsencode(folder), 1)
 
 

@@ -141,3 +141,15 @@ def test_a_private_folder_for_temporary_files_is_left_alone(shared, tmp_path):
     shared.chmod(0o700)
     run(shared, tmp_path, "-c", "import mlx_pararnn, mlx.core")
     assert not [*shared.iterdir()]
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("kind", ["set to nothing", "a file", "missing"])
+def test_without_a_folder_for_temporary_files_there_is_another(kind, tmp_path):
+    """MLX would end with std::filesystem's error."""
+    (tmp_path / "a file").touch()
+    temporary = "" if kind == "set to nothing" else tmp_path / kind
+    done = run(temporary, tmp_path, "-c", IMPORTS["before MLX"])
+    assert (done.returncode, done.stdout) == (0, "3.0\n"), done.stderr
+    (used,) = (tmp_path / "cache" / "mlx-pararnn").iterdir()
+    assert [*used.glob("mlx/*/cpu/*.so")]
