@@ -37,14 +37,12 @@ TEMPLATES = {
     "failing": "{{ raise_exception('only users may speak') }}",
     "wrong": "{% for %}",
     "undefined": "{{ messages[0].nothing.more }}",
-    "underscore": "{% set n = namespace(__class__=1) %}",
     "unsafe": "{{ messages.append(1) }}",
 }  # fmt: skip
 FAILING = {
     "failing": "only users",
     "wrong": r"\S",
     "undefined": r"\S",
-    "underscore": "__class__",
     "unsafe": "unsafe",
 }
 BOMBS = {
@@ -96,12 +94,19 @@ def test_the_text_is_that_of_transformers(name, tokenizer):
             plain.apply_chat_template(MESSAGES, tokenize=False, **options)
         with pytest.raises(jinja2.TemplateError) as raised:
             tokenizer.apply_chat_template(MESSAGES, tokenize=False, **options)
-        assert name == "underscore" or str(raised.value) == str(expected.value)
+        assert str(raised.value) == str(expected.value)
         return
     expected = plain.apply_chat_template(MESSAGES, tokenize=False, **options)
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False, **options) == expected
     ids = plain.apply_chat_template(MESSAGES, return_dict=False, **options)
     assert tokenizer.apply_chat_template(MESSAGES, **options) == ids
+
+
+def test_pythons_own_names_are_refused(tokenizer):
+    """transformers 5.7 renders it, later ones do not."""
+    template = "{% set n = namespace(__class__=1) %}"
+    with pytest.raises(jinja2.TemplateError, match="__class__"):
+        tokenizer.apply_chat_template(MESSAGES, tokenize=False, chat_template=template)
 
 
 def test_options_of_transformers_that_change_more_than_the_text(tokenizer):
