@@ -2,12 +2,18 @@
 
 import concurrent.futures
 import json
+import shutil
 import socket
 from urllib.parse import urlsplit
 
+import mlx.core as mx
+import openai
 import pytest
+from tokenizers import Tokenizer
 
-from tests.support.serving import KEY, MOST, client_of, request
+from mlx_pararnn import Model, ModelArgs
+from tests.support.demo import DEMO
+from tests.support.serving import KEY, MOST, client_of, folder_of, request, running
 
 SAID = {"model": "demo", "messages": [{"role": "user", "content": "def main("}]}
 
@@ -152,6 +158,75 @@ def test_a_target_that_names_the_host_too(server, guarded):
     assert ask("http://evil.example/v1/models", address) == 403
     assert ask("http:///v1/models", address) == 403
     assert ask(f"http://{urlsplit(guarded.url).netloc}/v1/models", address, guarded.url) == 401
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    """A model without sense, whose template has calls of tools in JSON, and bytes for tokens."""
+    folder = tmp_path_factory.mktemp("caller")
+    words = shutil.copytree(DEMO, folder / "words")
+    tokenizer = Tokenizer.from_file(str(words / "tokenizer.json"))
+    assert tokenizer.add_tokens(["<tool_call>", "</tool_call>"]) == 2
+    tokenizer.save(str(words / "tokenizer.json"))
+    mx.random.seed(0)
+    model = Model(ModelArgs(16, 1, 258, 16))
+    folder = folder_of(folder / "caller", model, words)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% for tool_call in m.tool_calls or [] %}<tool_call>"
+        "{{ tool_call.name }}</tool_call>{% endfor %}{% endfor %}{% if tools %}tools{% endif %}"
+    )
+    with running(folder) as server:
+        yield client_of(server)
+
+
+def function(name):
+    argument = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    return {"type": "function", "function": {"name": name, "parameters": argument}}
+
+
+def call_tools(client, **fields):
+    return client.chat.completions.create(
+        model="caller",
+        messages=[{"role": "user", "content": "x"}],
+        tools=[function("one"), function("two")],
+        **fields,
+    ).choices[0]
+
+
+def test_a_call_that_is_required_or_named(caller):
+    for choice, names in (
+        ("required", {"one", "two"}),
+        ({"type": "function", "function": {"name": "two"}}, {"two"}),
+    ):
+        answer = call_tools(caller, tool_choice=choice, max_tokens=100)
+        (call,) = answer.message.tool_calls
+        assert answer.finish_reason == "tool_calls"
+        assert call.function.name in names
+        assert json.loads(call.function.arguments)["a"] in (1, 2)  # held to the schema
+    assert not call_tools(caller, tool_choice="none", max_tokens=20).message.tool_calls
+    with pytest.raises(openai.BadRequestError, match="tool_choice names 'three'"):
+        call_tools(caller, tool_choice={"type": "function", "function": {"name": "three"}})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_several_calls_in_an_answer(caller, parallel, stream):
+    """The model calls one function after the other; without parallel calls the first is all that is told."""
+    fields = {"logit_bias": {"256": 1000}, "max_tokens": 200, "parallel_tool_calls": parallel}
+    if stream:
+        chunks = list(
+            caller.chat.completions.create(
+                model="caller", messages=[{"role": "user", "content": "x"}],
+                tools=[function("one"), function("two")], stream=True, **fields,
+            )
+        )  # fmt: skip
+        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert [call.index for call in calls] == list(range(len(calls)))
+    else:
+        calls = call_tools(caller, **fields).message.tool_calls
+    assert len({call.id for call in calls}) == len(calls)
+    assert all(json.loads(call.function.arguments)["a"] in (1, 2) for call in calls)
+    assert len(calls) > 2 if parallel else len(calls) == 1
 
 
 def test_a_limit_of_the_server_goes_before_a_requests(client):

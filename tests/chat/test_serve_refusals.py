@@ -1,20 +1,25 @@
 """What the server refuses and whom it turns away, and how it ends: from outside, as test_serve.py."""
 
+import asyncio
 import base64
+import http.client
 import json
 import re
 import select
 import signal
 import socket
 import subprocess
+import sys
+import time
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 
 from mlx_pararnn import PararnnError
-from mlx_pararnn.chat.server import Settings, serve
+from mlx_pararnn.chat.server import Settings, prompts, serve
 from mlx_pararnn.chat.server.access import MAX_BODY
+from mlx_pararnn.chat.server.schema import Refused
 from tests.support.demo import DEMO
 from tests.support.serving import COMMAND, KEY, MOST, client_of, request, running
 
@@ -228,6 +233,30 @@ def test_it_stops_cleanly_in_the_middle_of_an_answer(number, seed):
 
 
 @pytest.mark.large
+def test_answers_go_on_for_a_moment_after_sigterm_and_no_new_ones_begin():
+    with running(DEMO) as server:
+        kept = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+        kept.request("GET", "/health")
+        assert kept.getresponse().read()
+        arguments = {"model": "demo", "prompt": "def main(", "max_tokens": 200, "stream": True}
+        chunks = iter(client_of(server).completions.create(**arguments))
+        said = [next(chunks)]
+        server.process.send_signal(signal.SIGTERM)
+        said += list(chunks)
+        assert said[-1].choices[0].finish_reason == "length"
+        assert len(said) > 100
+        try:
+            kept.request("POST", TEXT, json.dumps({"prompt": "x", "max_tokens": 1}))
+            status = kept.getresponse().status
+        except (OSError, http.client.HTTPException):
+            status = 503
+        assert status == 503
+        kept.close()
+        server.process.wait(timeout=60)
+        assert server.process.returncode == 0
+
+
+@pytest.mark.large
 def test_it_stops_while_it_reads_a_prompt_that_is_answered_by_itself():
     with running(DEMO) as server:
         with pytest.raises(openai.APITimeoutError):
@@ -312,3 +341,24 @@ def test_what_it_says_when_it_cannot_start():
     ):
         with pytest.raises(PararnnError, match=message):
             serve(DEMO, settings)
+
+
+def spin(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+    return "spun"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a thread has used")
+def test_a_prompt_is_given_up_by_what_it_uses_not_by_what_others_do(monkeypatch):
+    """A thread that waits for a processor, as on a busy machine, is waited for; one that spins is not."""
+    monkeypatch.setattr(prompts, "SECONDS", 0.3)
+    run = prompts.run_apart
+    assert asyncio.run(run(lambda: time.sleep(1) or "slept")) == "slept"
+    assert asyncio.run(run(spin, 0.05)) == "spun"
+    with pytest.raises(Refused, match=r"more than 0\.3 seconds of a processor"):
+        asyncio.run(run(spin, 100))
+    monkeypatch.setattr(prompts, "MOST_SECONDS", 0.5)
+    with pytest.raises(Refused, match=r"more than 0\.5 seconds for this prompt"):
+        asyncio.run(run(time.sleep, 2))
