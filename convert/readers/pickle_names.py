@@ -89,6 +89,8 @@ def as_key(value: Any) -> Any:
     """What stands for `value` as a key of a dict or in a set."""
     if isinstance(value, (list, dict)):
         raise TypeError("not a key")
+    if isinstance(value, Record):
+        return value
     if value is None or isinstance(value, (str, bytes, int, float)):
         return scalar_key(value)
     # Nobody looks one up: hashing it is left out, which a file could make slow.

@@ -238,11 +238,15 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[Any, Any], dict[str, Any
         )
         inner = next((content[key] for key in _STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
         if inner is None:
-            if any(isinstance(value, TensorRef) for value in content.values()):
+            if any(map(_is_tensor, content.values())):
                 return content, config
             break
         content = inner
     raise PararnnError(f"{path}: there is no state dict inside (a dict of names and tensors); {_RESAVE}")
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, TensorRef) or isinstance(value, Record) and value.kind == UNREADABLE_TENSOR
 
 
 def _plain_dict(value: Any) -> dict[str, Any] | None:

@@ -137,20 +137,16 @@
         .sorted { $0.path < $1.path }
     }
 
-    /// What may differ between exports of the same weights whose memories are alike.
-    private static let otherSettings: Set = [
-      "version", "package", "functions", "chunk", "iterations", "output", "state", "eos_token_id",
-      "bos_token_id", "chat_format",
-    ]
-
-    /// Tells models apart by their weights and the form of their memory: what the package says of both; where it has
-    /// no digest of the weights, a sample of the compiled ones too.
+    /// Tells models apart by their weights and the form of their memory, whatever else an export says of itself. A
+    /// package without a digest of its weights is told by what it says of them and by a sample of the compiled ones.
     static func fingerprint(of compiled: URL, settings: String) -> String {
       var hash = Fingerprint()
       let fields = (try? JSONSerialization.jsonObject(with: Data(settings.utf8))) as? [String: Any] ?? [:]
-      let own = fields.filter { !otherSettings.contains($0.key) }
-      hash.add((try? JSONSerialization.data(withJSONObject: own, options: .sortedKeys)) ?? Data())
-      if own["weights_digest"] is String { return hash.hexadecimal }
+      let hasDigest = fields["weights_digest"] is String
+      let own = ["cell", "states"] + (hasDigest ? ["weights_digest"] : ["parameters", "weights"])
+      let told = fields.filter { own.contains($0.key) }
+      hash.add((try? JSONSerialization.data(withJSONObject: told, options: .sortedKeys)) ?? Data())
+      if hasDigest { return hash.hexadecimal }
       for file in (try? files(in: compiled)) ?? [] where file.lastPathComponent == "weight.bin" {
         guard let handle = try? FileHandle(forReadingFrom: file) else { continue }
         defer { try? handle.close() }

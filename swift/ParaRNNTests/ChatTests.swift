@@ -233,30 +233,45 @@
           }
         }
       }
-      var other = fake
-      other.changes = { $0["parameters"] = 7 }
+    }
+
+    @Test(arguments: [nil, "a"]) func savedForTheSameWeights(digest: String?) async throws {
+      func exported(_ changes: @escaping @Sendable (inout JSON) -> Void) -> HashModel {
+        var model = ascii()
+        model.changes = {
+          $0["weights_digest"] = digest
+          changes(&$0)
+        }
+        return model
+      }
       let saved = Mutex()
-      try await fake.loadASCII { model in
+      try await exported { _ in }.loadASCII { model in
         let chat = model.chat()
         for try await _ in chat.respond(to: "Hi", options: .init(maxTokens: 3)) {}
         saved.data = try await chat.save()
         #expect(try await ParaRNNChat.messages(in: saved.data) == chat.messages)
       }
-      // The same weights, exported again by another version: neither changes what the memory means.
-      var again = fake
-      again.changes = {
+      // The same weights, exported again by another version, which says more: nothing of it changes the memory.
+      let again = exported {
         $0["version"] = "9.9"
         $0["iterations"] = 7
         $0["eos_token_id"] = [3]
+        $0["norm_eps"] = 1e-6
+        $0["said_by_later_exports"] = ["anything"]
       }
       try await again.loadASCII { model in
         let restored = try await model.chat(restoring: saved.data)
         #expect(try await ParaRNNChat.messages(in: saved.data) == restored.messages)
       }
       #expect(throws: ParaRNNError.self) { try ParaRNNChat.messages(in: Data("no".utf8)) }
+      let other = exported { $0[digest == nil ? "parameters" : "weights_digest"] = digest == nil ? 7 : "b" }
       try await other.loadASCII { (model) async throws in
         #expect(await failure { _ = try await model.chat(restoring: saved.data) } == .savedWithAnotherModel)
         #expect(try ParaRNNChat.messages(in: saved.data).first?.text == "Hi")
+        // There it goes on by reading all of it.
+        let chat = try model.chat(messages: try ParaRNNChat.messages(in: saved.data))
+        for try await _ in chat.respond(to: "And?", options: .init(maxTokens: 3)) {}
+        #expect(await chat.messages.count == 4)
       }
     }
 
