@@ -246,7 +246,7 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[Any, Any], dict[str, Any
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, TensorRef) or isinstance(value, Record) and value.kind == UNREADABLE_TENSOR
+    return isinstance(value, TensorRef) or (isinstance(value, Record) and value.kind == UNREADABLE_TENSOR)
 
 
 def _plain_dict(value: Any) -> dict[str, Any] | None:
