@@ -4,6 +4,10 @@ The limits stand far above what checkpoints of a million small objects need, and
 work and a few hundred megabytes.
 """
 
+from pathlib import Path
+
+from mlx_pararnn.errors import PararnnError
+
 MAX_PICKLE_BYTES = 64 << 20
 # Of a pickle: instructions, and what a call looks through. Real ones have two bytes or more an instruction
 # (.metadata of torch.distributed.checkpoint; other files three), and that of a run on many devices is large.
@@ -15,10 +19,21 @@ MAX_VALUE_BYTES = 384 << 20
 VALUE_BYTES = 100
 # Of a zip file's list of records: some 200,000 of them.
 MAX_DIRECTORY_BYTES = 16 << 20
+# Of a checkpoint: names of tensors. A file of 5 MB can give one tensor 400,000 of them.
+MAX_TENSORS = 200_000
 
 
 class OverBudget(Exception):
     """The limit is reached; the message says of what."""
+
+
+def check_count(path: Path, tensors: int) -> None:
+    """Raises PararnnError if a checkpoint names more tensors than any has."""
+    if tensors > MAX_TENSORS:
+        raise PararnnError(
+            f"{path}: it names {tensors:,} tensors, more than any checkpoint ({MAX_TENSORS:,} at most); "
+            "pass a file of a model's weights"
+        )
 
 
 class Budget:

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.files.model_files import open_regular, read_json
 
+from .budget import check_count
 from .dcp import METADATA, read_dcp
 from .links import check_link
 from .safetensors_file import read_safetensors
@@ -90,8 +91,15 @@ def read_weights(file: Path) -> Weights:
     """What `file` (from `find_weights`) and those that belong to it hold; only headers are read.
 
     Raises:
-        PararnnError: it is not a checkpoint, is damaged, or a part of it is missing.
+        PararnnError: it is not a checkpoint, is damaged, names more tensors than any has, or a part of it is
+            missing.
     """
+    weights = _read(file)
+    check_count(file, len(weights.tensors))
+    return weights
+
+
+def _read(file: Path) -> Weights:
     if file.name.endswith(_INDEX):
         return _read_sharded(file)
     if file.name == METADATA:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from mlx_pararnn.errors import PararnnError
 
-from .budget import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, OverBudget
+from .budget import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, OverBudget, check_count
 from .dtypes import STORED_AS
 from .pickle_names import EXPANDED, QUANTIZED, UNREADABLE_TENSOR, Record, TensorRef
 from .pickles import load_pickle
@@ -36,6 +36,7 @@ def read_torch_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
     archive = _Archive(path)
     content = load_pickle(archive.pickle_bytes(), str(path))
     state_dict, config = _state_dict(content, path)
+    check_count(path, len(state_dict))
     for name, value in state_dict.items():
         # PyTorch's quantized layers keep a pair of weight and bias.
         for part in value[:2] if isinstance(value, tuple) else (value,):

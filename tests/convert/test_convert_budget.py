@@ -95,6 +95,19 @@ def test_a_safetensors_header_of_many_entries(tmp_path):
         assert "damaged" in refusal(tmp_path / "m.safetensors")
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("form", ["m.pt", "m.safetensors"])
+def test_more_names_than_a_checkpoint_has(form, tmp_path):
+    path = tmp_path / form
+    if form == "m.pt":
+        write_pt(path, {"w": np.zeros(1, np.float32)} | {f"a{i}": 0 for i in range(200_000)})
+    else:
+        places = [{"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(200_001)]
+        raw = json.dumps({f"a{i}": place for i, place in enumerate(places)}).encode()
+        path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(200_001))
+    assert "it names 200,001 tensors, more than any checkpoint" in refusal(path)
+
+
 @pytest.mark.parametrize("count", [400_000, pytest.param(2_000_000, marks=pytest.mark.large)])
 def test_a_zip_directory_of_many_records(count, tmp_path):
     entry = struct.Struct("<4s4B4HL2L5H2L")
