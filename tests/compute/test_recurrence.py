@@ -92,6 +92,7 @@ def test_iterates_on_chunk_boundaries(name, chunk, iterations):
     np.testing.assert_allclose(hidden, exact, atol=tolerance, rtol=0)
 
 
+@pytest.mark.compiled
 @pytest.mark.sampled("large")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("scale", [4.0, 8.0, 16.0])
@@ -119,7 +120,7 @@ def test_the_same_where_the_compiler_fuses_multiply_and_add(tmp_path):
     wrapper.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
     test = f"{__file__}::test_newton_ends_with_the_sequential_answer_whatever_the_weights"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-q", "--all", "-p", "no:cacheprovider", test]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:]
     assert "12 passed" in result.stdout
