@@ -197,14 +197,13 @@ async def run_apart(function: Callable[..., Result], *args: Any) -> Result:
     thread.start()
     begin = time.monotonic()
     try:
-        while not future.done():
+        while not (await asyncio.wait({future}, timeout=0.2))[0]:
             passed = time.monotonic() - begin
             used = _used(thread, passed)
             if used > SECONDS or passed > MOST_SECONDS:
                 limit = f"{SECONDS} seconds of a processor" if used > SECONDS else f"{MOST_SECONDS} seconds"
                 what = "the chat template or the tokenizer"
                 raise Refused(400, f"{what} takes more than {limit} for this prompt")
-            await asyncio.wait({future}, timeout=0.2)
         return future.result()
     finally:
         if thread in _threads:
