@@ -2,8 +2,8 @@
 // multiplications an instruction as of floats, since it multiplies bytes and adds in 32 bits, exactly.
 //
 // x becomes whole numbers: in each group of weights multiples of a step, a fraction of the group's largest number so
-// small that they keep as much of x as the largest number's float does (8 bits: four times less). Of each number the
-// three digits of base 256 are multiplied, one after the other; no sum is rounded before all digits are in it.
+// small that they keep as much of x as the largest number's float does. Of each number the three digits of base 256
+// are multiplied, one after the other; 32 bits hold their sum exactly (8 bits: that of the first two).
 
 #if LANES == 16 && defined(__AVX512BW__)
 #define PARARNN_DIGITS __attribute__((target("avx512vnni")))
@@ -17,9 +17,8 @@ struct Digits : Quantized<BITS, GROUP> {
   static constexpr int DIGITS = 3, BYTES = 64;
   static constexpr int A_BYTE = 8 / BITS;                     // weights in it
   static constexpr int X_BLOCK = DIGITS * BLOCK / 4 + LANES;  // as floats: digits, then the lanes' steps
-  // The largest number in steps: three digits of -128 to 127 hold it, and 32 bits 32 / BITS of its products with the
-  // largest weight, whatever is lost in 1 / step.
-  static constexpr float MOST = BITS == 4 ? 8.355e6f : 2.097e6f;
+  // The largest number in steps: three digits of -128 to 127 hold it, whatever is lost in 1 / step.
+  static constexpr float MOST = 8.355e6f;
   // A group without a larger number counts as 0: its step would be denormal.
   static constexpr float LEAST = 1e-30f;
 
@@ -95,16 +94,19 @@ struct Digits : Quantized<BITS, GROUP> {
       const Vec scale = Base::scales_of(scales + r * groups + i / GROUP, lanes);
       for (int c = 0; c < COLUMNS; ++c) {
         const float* digits = x + c * x_stride;
-        __m512i total = _mm512_setzero_si512();
+        __m512i total = _mm512_setzero_si512(), lowest = total;
         for (int digit = 0; digit < DIGITS; ++digit) {
-          total = _mm512_slli_epi32(total, 8);
+          __m512i& sum = BITS == 8 && digit == DIGITS - 1 ? lowest : total;
+          sum = _mm512_slli_epi32(sum, 8);
           for (int s = 0; s < A_BYTE; ++s) {
             const __m512i of_x = _mm512_loadu_si512(digits + (digit * A_BYTE + s) * (BYTES / 4));
-            total = _mm512_dpbusd_epi32(total, weights[s], of_x);
+            sum = _mm512_dpbusd_epi32(sum, weights[s], of_x);
           }
         }
+        __m512 product = _mm512_cvtepi32_ps(total);
+        if (BITS == 8) product = _mm512_fmadd_ps(product, _mm512_set1_ps(256), _mm512_cvtepi32_ps(lowest));
         const Floats step = load(digits + X_BLOCK - LANES, LANES).v;
-        sums[r][c].v = sums[r][c].v + scale.v * step * (Floats)_mm512_cvtepi32_ps(total);
+        sums[r][c].v = sums[r][c].v + scale.v * step * (Floats)product;
       }
     }
   }

@@ -4,8 +4,6 @@ By metal/cpu_quantized.h and, where the processor has AVX-512 VNNI, by metal/cpu
 """
 
 import ctypes
-import re
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
 from mlx_pararnn.files.quantization_formats import BITS, GROUP_SIZES
 from tests.support.msl.instances import DTYPES
+from tests.support.processor import has_vnni
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -55,11 +54,6 @@ def built(bits, group, monkeypatch, form="Quantized"):
     of = {"bits": bits, "group": group, "form": form}
     text += "".join(EXPORTS.format(**of, name=name, type=t) for name, t in TYPES.items())
     return cpu_build.build(text, f"packed-{bits}-{group}", (cpu_token.Matrix,))
-
-
-def has_vnni():
-    about = Path("/proc/cpuinfo")
-    return about.exists() and bool(re.search(r"\bavx512_vnni\b", about.read_text()))
 
 
 def quantized(rng, rows, width, bits, group, dtype):

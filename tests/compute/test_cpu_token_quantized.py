@@ -15,6 +15,7 @@ from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
 from mlx_pararnn.files.quantization_formats import BITS, GROUP_SIZES
 from tests.support.golden import golden_of
 from tests.support.msl.instances import DTYPES
+from tests.support.processor import has_vnni
 from tests.support.random_models import (
     TOKENS,
     by_token,
@@ -28,6 +29,7 @@ from tests.support.token_replay import recorded, replay_text, replayed
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 WIDE = {"hidden_size": 256, "intermediate_size": 192}  # so that every head has whole groups
+only_with_vnni = pytest.mark.skipif(not has_vnni(), reason="this processor has no AVX-512 VNNI")
 
 
 @pytest.fixture(autouse=True)
@@ -170,14 +172,20 @@ def test_weights_that_change_between_tokens_are_seen(calls):
 
 @pytest.mark.large
 @pytest.mark.parametrize(
-    ("right", "wrong"),
-    [("scale.v * dots[c]", "dots[c]"), ("(1u << BITS) - 1", "(1u << BITS) - 2")],
+    ("bits", "right", "wrong"),
+    [
+        (5, "scale.v * dots[c]", "dots[c]"),
+        (5, "(1u << BITS) - 1", "(1u << BITS) - 2"),
+        pytest.param(8, "scale.v * step", "step", marks=only_with_vnni),
+        pytest.param(8, "_mm512_set1_ps(256)", "_mm512_set1_ps(255)", marks=only_with_vnni),
+        pytest.param(4, "_mm512_set1_epi8(15)", "_mm512_set1_epi8(14)", marks=only_with_vnni),
+    ],
 )
-def test_products_that_are_wrong_here_are_not_used(right, wrong, monkeypatch, calls):
+def test_products_that_are_wrong_here_are_not_used(bits, right, wrong, monkeypatch, calls):
     made, text = make("slstm, layer norm", hidden_size=64, intermediate_size=64), texts.cpu_packed_text
-    quantize(made, 32, 8)
+    quantize(made, 32, bits)
     wanted = by_token(made, TOKENS, backend="ops")
-    assert text(((8, 32),)).count(right) == 1
+    assert text(((bits, 32),)).count(right) == 1
     monkeypatch.setattr(cpu_token, "cpu_packed_text", lambda of: text(of).replace(right, wrong))
     cpu_token._works.cache_clear()
     try:

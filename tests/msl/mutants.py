@@ -163,7 +163,11 @@ MUTANTS = [
         "convergence",
     ),
     Mutant(
-        "u by the strides of a copy", NEWTON, "(d / W) * u_strides[1] + (d % W)", "d", "semantics convergence"
+        "u by the strides of a copy",
+        NEWTON,
+        "(d / W) * u_strides[1] + (d % W) * u_strides[4]",
+        "d",
+        "semantics convergence",
     ),
     Mutant(
         "gate and time strides swapped",
@@ -534,7 +538,7 @@ MUTANTS = [
     Mutant(
         "straight: heads by the stride of channels",
         STRAIGHT,
-        "(d / W) * u_strides[1] + (d % W)",
+        "(d / W) * u_strides[1] + (d % W) * u_strides[4]",
         "d",
         "semantics convergence",
     ),
