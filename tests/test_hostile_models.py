@@ -287,6 +287,7 @@ def rewritten(path, change):
     save_file(arrays, path, metadata)
 
 
+@pytest.mark.sampled("large", by=lambda where, key: [where, len(key) > 20])
 @pytest.mark.parametrize("where", ["arrays", "metadata"])
 @pytest.mark.parametrize("key", ["3000000000", "0.99999999", "0." * 200 + "0", "1.2." + "9" * 5000])
 def test_keys_of_a_saved_state_that_unfold(where, key, tmp_path):

@@ -43,6 +43,7 @@ class OnHost(Problem):
         return [np.array(a.astype(mx.float32)) for a in out]
 
 
+@pytest.mark.sampled("large")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])

@@ -371,6 +371,7 @@ def matrices(tmp_path_factory):
     )
 
 
+@pytest.mark.sampled("large", by=lambda scheme: [SCHEMES[scheme][0]])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_weights_are_what_coremltools_makes_of_them(matrices, tmp_path, scheme):
     coreml = ct.optimize.coreml
