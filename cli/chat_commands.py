@@ -1,7 +1,10 @@
 """The commands of `chat`: what a line that begins with a slash does."""
 
+import re
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -331,8 +334,20 @@ def free_path(path: Path) -> Path:
 
 
 def say(text: str) -> None:
-    """A line that is no answer."""
+    """Lines that are no answer; on a narrow terminal with whole words, below the second column of a list."""
+    if sys.stderr.isatty():
+        width = max(shutil.get_terminal_size().columns, 20)
+        lines = (
+            textwrap.wrap(line, width, subsequent_indent=" " * _second_column(line), break_long_words=False)
+            for line in text.splitlines()
+        )
+        text = "\n".join("\n".join(wrapped) for wrapped in lines)
     print(text, file=sys.stderr)
+
+
+def _second_column(line: str) -> int:
+    found = re.match(r"/\S+(?: [A-Z]+)? +(?=\S)", line)
+    return found.end() if found else 0
 
 
 def _number(text: str) -> float:

@@ -285,7 +285,9 @@ def convert(
             err=True,
         )
     else:
-        typer.echo(f'Try it: mlx-pararnn generate {shlex.quote(str(done.path))} -p "..."', err=True)
+        typer.echo(
+            f'Try it: mlx-pararnn generate {shlex.quote(str(done.path))} -p "..." --temp 0.7', err=True
+        )
 
 
 def _check_target(to: Target, options: list[tuple[tuple[Target, ...], dict[str, Any]]]) -> None:

@@ -11,7 +11,15 @@ from .report import Debug, expand_home, reports_errors, size
 
 # Settings that have a line of their own, or say nothing to a person.
 ELSEWHERE = (
-    *("model_type", "quantization", "quantization_config", "eos_token_id", "parameters", "weights"),
+    *(
+        "model_type",
+        "quantization",
+        "quantization_config",
+        "quantization_cost",
+        "eos_token_id",
+        "parameters",
+        "weights",
+    ),
     *("format", "format_version", "states", "package"),
 )
 
@@ -41,6 +49,7 @@ def inspect(
     from mlx_pararnn.convert.inspection import held_package
     from mlx_pararnn.convert.inspection import inspect as look
     from mlx_pararnn.files.hub import BUNDLED
+    from mlx_pararnn.tools.quantization_cost import noted_cost
 
     found = look(path or BUNDLED)
     if as_json:
@@ -57,6 +66,8 @@ def inspect(
     rows["stored as"] = ", ".join(f"{name} ({count:,})" for name, count in found.dtypes.items())
     if found.quantization:
         rows["quantization"] = found.quantization
+    if cost := noted_cost(found.config):
+        rows["what that cost"] = cost.sentence()
     rows["size on disk"] = size(found.disk_bytes)
     rows["state"] = f"{found.state_bytes:,} bytes a sequence, however long"
     rows["memory"] = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found.memory.items())

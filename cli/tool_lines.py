@@ -79,7 +79,7 @@ class ToolLines:
             self._calls[-1] += f" → {short(event.text)}"
         elif isinstance(event, Text | Finish) and not self._written:
             self._written = True
-            pointers = [f"{self._commands:,} pointer commands"] if self._commands else []
+            pointers = [f"{self._commands:,} steps"] if self._commands else []
             if parts := [*self._calls, *pointers]:
                 self._console.print(" · ".join(parts), style="dim")
 

@@ -85,10 +85,9 @@ def verify(
     of_source: list[Check] = []  # first: a wrong CKPT is told before the model is run
     if against:
         from mlx_pararnn.convert.comparison import compare_with_source
-        from mlx_pararnn.convert.original import cost_against, is_mlx_model
+        from mlx_pararnn.convert.original import cost_against
 
-        if not (quantized and is_mlx_model(against)):
-            of_source = list(compare_with_source(path, against))
+        of_source = list(compare_with_source(path, against))
     checks = list(verify_methods(loaded, tokens))
     if not (zeros := verify_weights(loaded, known)).passed:
         checks.insert(0, zeros)

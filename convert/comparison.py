@@ -13,7 +13,7 @@ from .families import find_family
 from .families.base import Output
 from .readers.checkpoint import open_checkpoint
 from .readers.dtypes import Array, cast
-from .readers.forms import find_weights, read_json_object, read_weights
+from .readers.forms import find_weights, is_mlx_model, read_json_object, read_weights
 from .readers.tensors import Tensor
 from .writers.quantize import Quantization
 
@@ -26,18 +26,18 @@ _KINDS = {
 
 
 def compare_with_source(model: Path, source: str | Path) -> Iterator[Check]:
-    """Every tensor of the model folder `model` against what the checkpoint `source` says it is.
+    """Every tensor of the model folder `model` against what `source` says it is.
 
-    All must be the source's to the bit: as it is, cast, or quantized again here. One check for each kind.
+    That is a checkpoint, or an MLX model folder that is not quantized. All must be the source's to the bit:
+    as it is, cast, or quantized again here. One check for each kind.
 
     Raises:
-        PararnnError: the checkpoint cannot be read, or is not one of this model's shape.
+        PararnnError: the source cannot be read, or is not one of this model's shape.
     """
     config = read_json_object(model / "config.json") or {}
     tensors = read_weights(find_weights(model)).tensors
-    checkpoint = open_checkpoint(source)
-    canonical = find_family(checkpoint).map(checkpoint, config.get("tie_word_embeddings"))
-    names = {output.name for output in canonical.outputs}
+    outputs = _outputs(source, config)
+    names = {output.name for output in outputs}
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".scales", ".biases"))}
     extra = [n for n in tensors if n not in names and n.rpartition(".")[0] not in packed]
     missing = [name for name in names if name not in tensors]
@@ -46,7 +46,7 @@ def compare_with_source(model: Path, source: str | Path) -> Iterator[Check]:
             f"{source} is not what {model} was converted from: {(extra + missing)[0]} is in one of them only"
         )
     differing: dict[str, tuple[int, float]] = {}
-    for output in canonical.outputs:
+    for output in outputs:
         stored = tensors[output.name]
         if f"{output.name.removesuffix('.weight')}.scales" in tensors:
             kind, difference = "quantized", _packed_that_differ(output, tensors, config)
@@ -60,6 +60,18 @@ def compare_with_source(model: Path, source: str | Path) -> Iterator[Check]:
         tensors_of = f"{count} tensor{'s' * (count != 1)}"
         name = f"{tensors_of} {_KINDS[kind]}"
         yield Check(name, total, 0.0, "" if total else "to the bit", counted="numbers")
+
+
+def _outputs(source: str | Path, config: dict[str, Any]) -> list[Output]:
+    """The tensors that a model made of `source` has."""
+    if not is_mlx_model(source):
+        checkpoint = open_checkpoint(source)
+        return find_family(checkpoint).map(checkpoint, config.get("tie_word_embeddings")).outputs
+    folder = Path(source)
+    if "quantization" in (read_json_object(folder / "config.json") or {}):
+        raise PararnnError(f"{source} is quantized too; name the model or checkpoint that is not")
+    tensors = read_weights(find_weights(folder)).tensors
+    return [Output(name, tensor.shape, tensor.dtype, tensor.pieces) for name, tensor in tensors.items()]
 
 
 def _bits_that_differ(output: Output, stored: Tensor) -> float:

@@ -29,7 +29,7 @@ from .families import find_family
 from .families.base import Canonical, Output
 from .readers.checkpoint import open_checkpoint
 from .readers.dtypes import Array, cast
-from .readers.forms import read_json_object
+from .readers.forms import is_mlx_model, read_json_object
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,12 +61,6 @@ def note_cost(folder: Path, cost: Cost) -> None:
     file = folder / "config.json"
     config = (read_json_object(file) or {}) | {FIELD: asdict(cost)}
     write_whole(file, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def is_mlx_model(source: str | Path) -> bool:
-    """Whether `source` is a folder with a model for MLX."""
-    config = read_json_object(Path(source) / "config.json") if Path(source).is_dir() else None
-    return config is not None and config.get("model_type") == "pararnn"
 
 
 def source_logits(args: ModelArgs, source: str | Path, family: str | None, tokens: list[int]) -> Array:

@@ -23,6 +23,8 @@ def pytest_configure(config):
     for mark, what in quick_run.LEFT_OUT.items():
         config.addinivalue_line("markers", f"{mark}: {what}; only with --all or -m")
     config.addinivalue_line("markers", "sampled(mark, by=None): `mark` but for a few cases")
+    if not (config.getoption("all") or config.getoption("markexpr")):
+        os.environ["MLX_DISABLE_COMPILE"] = "1"  # in commands that tests run; here, see pytest_runtest_setup
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -64,6 +64,12 @@ class Weights:
     training_config: dict[str, Any] | None = None
 
 
+def is_mlx_model(source: str | Path) -> bool:
+    """Whether `source` is a folder with a model for MLX."""
+    config = read_json_object(Path(source) / "config.json") if Path(source).is_dir() else None
+    return config is not None and config.get("model_type") == "pararnn"
+
+
 def find_weights(path: Path) -> Path:
     """The file to begin with: `path`, or in a folder the weights, their index or a distributed .metadata.
 

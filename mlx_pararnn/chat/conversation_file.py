@@ -16,6 +16,7 @@ from ..cache import RecurrentCache
 from ..errors import PararnnError
 from ..files.model_files import check_safetensors
 from ..files.whole_file import to_disk
+from ..pocket.assistant import Assistant
 
 # So many answers of a loaded conversation can be undone; each adds a state to the file.
 SAVED_UNDO_LIMIT = 8
@@ -27,6 +28,7 @@ class Point(NamedTuple):
     messages: list[dict[str, str]]
     cache: list[RecurrentCache]
     last_token: int | None
+    memory: str = ""  # what the assistant of the model that ships remembers
 
 
 class Turn(NamedTuple):
@@ -65,6 +67,7 @@ def write_conversation(
         "weights": weights(),
         "messages": json.dumps(now.messages),
         "last_token": json.dumps(now.last_token),
+        "memory": now.memory,
         "turns": json.dumps([_described(turn) for turn in turns]),
     }
     if not path.parent.is_dir():
@@ -108,7 +111,8 @@ def read_conversation(
         _check_keys(path)
         cache, metadata = load_prompt_cache(str(path), return_metadata=True)
         messages = json.loads(metadata.get("messages", "[]"))
-        now = Point(messages, cache, json.loads(metadata.get("last_token", "null")))
+        last_token, memory = json.loads(metadata.get("last_token", "null")), metadata.get("memory", "")
+        now = Point(messages, cache, last_token, memory)
         turns = _saved_turns(path, metadata, messages, len(cache))
         if "weights" in metadata:
             same = metadata["weights"] == weights()
@@ -183,7 +187,7 @@ def _add_states(file: Path, states: list[list[RecurrentCache]]) -> None:
 def _described(turn: Turn) -> list[Any]:
     """What a file says of a turn; the state before it stands among the arrays."""
     before = turn.before
-    return [turn.text, len(before.messages), before.cache[0].offset, before.last_token]
+    return [turn.text, len(before.messages), before.cache[0].offset, before.last_token, before.memory]
 
 
 def _saved_turns(
@@ -192,14 +196,15 @@ def _saved_turns(
     """The turns that a file's conversation can go back from."""
     arrays = cast(dict[str, mx.array], mx.load(str(file)))
     found = []
-    for i, (text, said, offset, last_token) in enumerate(json.loads(metadata.get("turns", "[]")), 1):
+    for i, turn in enumerate(json.loads(metadata.get("turns", "[]")), 1):
+        text, said, offset, last_token, *memory = turn  # an older file lacks it
         names = [[f"{layers * i + j}.0.{k}" for k in range(2)] for j in range(layers)]
         cache = [
             RecurrentCache.from_state(([arrays.get(name) for name in pair], [offset], None, None))
             for pair in names
         ]
         image = messages[said].get("image")
-        found.append(Turn(text, Point(messages[:said], cache, last_token), image=image))
+        found.append(Turn(text, Point(messages[:said], cache, last_token, *memory), image=image))
     return found
 
 
@@ -214,7 +219,14 @@ def _is_whole(point: Point) -> bool:
         and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
         and all(isinstance(value, str) for message in messages for value in message.values())
         and (last_token is None or isinstance(last_token, int))
+        and _is_memory(point.memory)
     )
+
+
+def _is_memory(memory: str) -> bool:
+    """Whether an assistant can remember it; raises ValueError where not."""
+    Assistant().recall(memory)
+    return True
 
 
 def _is_conversation(path: Path) -> bool:

@@ -20,6 +20,7 @@ from ..images.image_prompts import MARK, embeddings, lay_out, look, without_temp
 from ..images.picture import from_base64, read_picture, to_base64
 from ..model import Model
 from ..pocket.answers import assistant_functions, stream_answer
+from ..pocket.assistant import Assistant
 from ..pocket.events import Event, Finish, Text
 from ..pocket.functions import Functions
 from ..pocket.loop import Limits
@@ -53,7 +54,8 @@ class Chat:
     Args:
         model, tokenizer: the model.
         system: a system prompt, for models with a chat template.
-        functions: for a model that uses tools those that it may call; without it those of an `Assistant`.
+        functions: for a model that uses tools those that it may call; without it those of an `Assistant`,
+            whose lists and timers belong to the conversation: they are saved, undone and branched with it.
         images: the model that `model` is the language model of, where that sees images.
 
     Attributes:
@@ -76,7 +78,8 @@ class Chat:
         self._check_system(system)
         self.system = system
         self._protocol = find_protocol(tokenizer)
-        self.functions = assistant_functions() if functions is None else functions
+        self._assistant = Assistant() if functions is None else None
+        self.functions = assistant_functions(self._assistant) if self._assistant else functions or Functions()
         self.reset()
 
     def reset(self) -> None:
@@ -85,6 +88,7 @@ class Chat:
         self.cache = self.model.make_cache()
         self._last_token: int | None = None
         self._turns: list[Turn] = []
+        self._recall("")
 
     @property
     def uses_tools(self) -> bool:
@@ -169,7 +173,8 @@ class Chat:
 
     def branch(self) -> "Chat":
         """Another conversation that stands where this one does, and goes on by itself."""
-        twin = Chat(self.model, self.tokenizer, self.system, self.functions, self.images)
+        functions = None if self._assistant else self.functions
+        twin = Chat(self.model, self.tokenizer, self.system, functions, self.images)
         twin._go_to(self._point())
         twin._turns = list(self._turns)
         if "_weights" in vars(self):
@@ -212,6 +217,7 @@ class Chat:
         try:
             if start is not None:
                 self.cache, turns = _copy(start), turns[:-1]
+                self._recall(before.memory)
             with suppress(GeneratorExit):
                 for response in self._responses(text, tokens, prompt_progress, **kwargs):
                     answer.append(response.text)
@@ -286,21 +292,26 @@ class Chat:
         return self._turns[-1]
 
     def _point(self) -> Point:
-        return Point(list(self.messages), _copy(self.cache), self._last_token)
+        memory = self._assistant.memory() if self._assistant else ""
+        return Point(list(self.messages), _copy(self.cache), self._last_token, memory)
 
     def _go_to(self, point: Point) -> None:
         self.messages, self.cache = list(point.messages), _copy(point.cache)
         self._last_token = point.last_token
+        self._recall(point.memory)
+
+    def _recall(self, memory: str) -> None:
+        """Give the assistant the lists and timers of another moment."""
+        if self._assistant:
+            self._assistant.recall(memory)
 
     def save(self, path: str | Path) -> Path:
         """Write the conversation, messages and current state, to one .safetensors file; returns its path.
 
         It is one of MLX-LM's prompt-cache files: `mlx_lm.generate --prompt-cache-file` goes on from it.
         """
-        now = Point(self.messages, self.cache, self._last_token)
-        return write_conversation(
-            path, now, self._turns, lambda: self._weights, str(self.tokenizer.name_or_path)
-        )
+        name = str(self.tokenizer.name_or_path)
+        return write_conversation(path, self._point(), self._turns, lambda: self._weights, name)
 
     def load(self, path: str | Path) -> None:
         """Go on from what `save` wrote, or from a prompt that MLX-LM's `cache_prompt` has read.
@@ -310,7 +321,8 @@ class Chat:
         """
         model = str(self.tokenizer.name_or_path)
         now, self._turns = read_conversation(path, lambda: self._weights, model, self._fits)
-        self.messages, self.cache, self._last_token = now
+        self.messages, self.cache, self._last_token, memory = now
+        self._recall(memory)
         first = now.messages[0] if now.messages else {}
         self.system = first.get("content") if first.get("role") == "system" else None
 

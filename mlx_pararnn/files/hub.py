@@ -88,7 +88,7 @@ def download(name: str, patterns: Sequence[str], advice: str) -> Path:
         ) from error
     except Exception as error:  # the hub client lets its HTTP library's own exceptions through
         raise PararnnError(
-            f"{name}: not a folder here, and Hugging Face could not be reached ({type(error).__name__}); "
+            f"{name}: not a folder here, and Hugging Face could not be reached; "
             f"check the name and the network, or {advice}"
         ) from error
 

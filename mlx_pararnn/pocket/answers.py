@@ -73,9 +73,9 @@ def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: A
     return "".join(event.text for event in events if isinstance(event, Text))
 
 
-def assistant_functions() -> Functions:
-    """The functions of a new `Assistant`, with its own timers, reminders and lists."""
-    return Functions(Assistant().functions(), known=True)
+def assistant_functions(assistant: Assistant | None = None) -> Functions:
+    """The functions of an `Assistant`, or of a new one with its own timers, reminders and lists."""
+    return Functions((assistant or Assistant()).functions(), known=True)
 
 
 def require_protocol(tokenizer: TokenizerWrapper) -> Protocol:

@@ -1,15 +1,17 @@
 """What the model that ships can do: timers, alarms, reminders, lists, dates, conversions and calculations.
 
 Every argument is a piece of the user's message as it was written; the functions understand it by the rules
-of `number_words` and `date_words`. Every result is a sentence for the user. Nothing rings and nothing is kept
-on disk: an app that wants either registers functions of its own with the same names and arguments.
+of `number_words` and `date_words`. Every result is a sentence for the user. Nothing rings: an app that wants
+that registers functions of its own with the same names and arguments.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from fractions import Fraction
+from typing import Any
 
 from . import date_words
 from .date_words import Duration, calendar_date, count, date_in_words, join, moment
@@ -42,6 +44,7 @@ FUNCTIONS = (
     "time_now",
     "date_today",
 )
+_ENTRIES = "timers", "alarms", "reminders"
 _MOST = 100  # timers, alarms, reminders, and items of all lists
 
 
@@ -70,6 +73,36 @@ class Assistant:
     def functions(self) -> list[Callable[..., str]]:
         """All functions, for registration."""
         return [getattr(self, name) for name in FUNCTIONS]
+
+    def memory(self) -> str:
+        """Timers, alarms, reminders and lists as JSON; "" where there are none."""
+        entries = {name: getattr(self, name) for name in _ENTRIES}
+        if not any((*entries.values(), self.lists)):
+            return ""
+        dated = {
+            name: [(entry.name, entry.at and entry.at.isoformat()) for entry in kept]
+            for name, kept in entries.items()
+        }
+        return json.dumps({**dated, "lists": self.lists})
+
+    def recall(self, memory: str) -> None:
+        """Remember what `memory` gave, and nothing else.
+
+        Raises:
+            ValueError: it is something else; nothing is changed then.
+        """
+        kept = json.loads(memory or "{}")
+        if not isinstance(kept, dict):
+            raise ValueError("not an object")
+        entries = {name: [_entry(pair) for pair in _items_of(kept.get(name, []))] for name in _ENTRIES}
+        lists = kept.get("lists", {})
+        if not isinstance(lists, dict) or not all(
+            isinstance(item, str) for items in lists.values() for item in _items_of(items)
+        ):
+            raise ValueError("a list's item is not a text")
+        self.lists = lists
+        for name, found in entries.items():
+            setattr(self, name, found)
 
     def set_timer(self, duration: str, name: str = "") -> str:
         """Start a timer.
@@ -298,6 +331,20 @@ class Assistant:
         return (
             f"You have {count(len(texts), what)}: {'; '.join(texts)}." if texts else f"You have no {what}s."
         )
+
+
+def _items_of(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("not a list")
+    return value
+
+
+def _entry(pair: object) -> _Entry:
+    name, at = _items_of(pair)
+    moment = at and datetime.fromisoformat(str(at))
+    if not isinstance(name, str) or (moment and moment.tzinfo):
+        raise ValueError("not a name and a local time")
+    return _Entry(name, moment or None)
 
 
 def _named(what: str, name: str) -> str:

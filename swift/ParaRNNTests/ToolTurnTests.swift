@@ -183,6 +183,6 @@ import Testing
     for _ in 0..<1499 { summary.add(ToolEvent(tokens: 1, kind: kinds[0])) }
     let cut = long.prefix(59) + "…"
     #expect(
-      summary.line == "a {\"x\":\"\\u{1b}[2J\"} → \(cut) · b {} → no · 1,500 pointer commands")
+      summary.line == "a {\"x\":\"\\u{1b}[2J\"} → \(cut) · b {} → no · 1,500 steps")
   }
 }

@@ -93,7 +93,7 @@ def test_a_terminal_gets_one_dim_line(folder, scripts, monkeypatch):
     (line,) = [line for line in shown.getvalue().splitlines() if "calculate" in line]
     assert "\x1b[2m" in line  # dim
     assert "… → 1+1+1+1" in line
-    assert "… · 2 pointer commands" in line
+    assert "… · 2 steps" in line
 
 
 def test_a_long_turn_shows_how_far_it_is(monkeypatch):

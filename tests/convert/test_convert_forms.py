@@ -140,7 +140,7 @@ def test_python_files_and_the_like_are_not_asked_for(hub, tmp_path, monkeypatch)
 
 def test_a_name_that_is_not_in_the_cache_and_no_network(hub, refused):
     message = refused("someone/else")
-    assert message.startswith("someone/else: not a folder here, and Hugging Face could not be reached (")
+    assert message.startswith("someone/else: not a folder here, and Hugging Face could not be reached; ")
     assert message.endswith("check the name and the network, or pass a file or folder with the weights")
 
 

@@ -379,3 +379,33 @@ def test_all_functions_can_be_registered():
     outcome = functions.call("set_timer", '{"duration":"five minutes"}')
     assert (outcome.text, outcome.failed) == ("Timer set for 5 minutes.", False)
     assert functions.call("set_timer", '{"duration":"soon"}').failed
+
+
+def test_what_it_remembers_is_a_text_that_another_recalls(assistant):
+    assert assistant.memory() == ""
+    assistant.set_timer("5 minutes", "pasta")
+    assistant.set_alarm("7:30")
+    assistant.set_reminder("call mom")
+    assistant.add_to_list("milk, eggs and bread", "shopping")
+    other = Assistant(assistant.now)
+    other.recall(assistant.memory())
+    assert other == assistant
+    other.recall("")
+    assert other == Assistant(assistant.now)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        *("[", "[]", "5", "null", '{"timers": 5}', '{"timers": [5]}', '{"timers": [["a"]]}'),
+        *('{"timers": [["a", "soon"]]}', '{"timers": [[5, null]]}', '{"alarms": [["", 5]]}'),
+        '{"reminders": [["a", "2026-11-29T04:12:00+01:00"]]}',
+        *('{"lists": [1]}', '{"lists": {"a": "milk"}}', '{"lists": {"a": [1]}}'),
+    ],
+)
+def test_what_is_no_memory_changes_nothing(assistant, memory):
+    assistant.add_to_list("milk")
+    before = assistant.memory()
+    with pytest.raises(ValueError, match=r"."):
+        assistant.recall(memory)
+    assert assistant.memory() == before

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn import Model, answer
+from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.files.hub import BUNDLED
 from mlx_pararnn.pocket.answers import require_protocol
@@ -53,6 +54,37 @@ def test_sums_of_many_lengths(pair):
         for _ in range(3):
             a, b = (int("".join(map(str, rng.integers(1, 10, digits)))) for _ in "ab")
             assert answer(*pair, f"{a} + {b}", limits=Limits(seconds=900)) == str(a + b), (a, b)
+
+
+def test_lists_and_timers_are_saved_undone_and_branched_with_the_conversation(pair, tmp_path):
+    def said(chat, text):
+        return "".join(response.text for response in chat.respond(text))
+
+    chat = Chat(*pair)
+    assert "milk" in said(chat, "add milk to my shopping list")
+    assert "5 minutes" in said(chat, "set a timer for 5 minutes")
+    other = chat.branch()
+    said(other, "add bread to my shopping list")
+    assert said(chat, "show my shopping list") == "Shopping list: milk."
+    assert said(other, "show my shopping list") == "Shopping list: milk, bread."
+    path = chat.save(tmp_path / "talk")
+
+    loaded = Chat(*pair)
+    loaded.load(path)
+    assert said(loaded, "show my shopping list") == "Shopping list: milk."
+    assert "1 timer" in said(loaded, "show my timers")
+    for _ in range(5):  # back to before the first question
+        loaded.undo()
+    assert loaded.messages == []
+    assert said(loaded, "show my shopping list") == "Your shopping list is empty."
+    loaded.load(path)
+    loaded.undo()
+    loaded.undo()
+    again = "".join(response.text for response in loaded.regenerate())
+    assert "milk" in again
+    assert said(loaded, "show my shopping list") == "Shopping list: milk."
+    loaded.reset()
+    assert said(loaded, "show my timers") == "You have no timers."
 
 
 def test_generate_and_chat_take_it_without_a_model():

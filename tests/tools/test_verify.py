@@ -232,6 +232,28 @@ def test_the_cost_of_a_model_that_mlx_lm_quantized(converted):
     assert "is quantized too" in refused.stderr
 
 
+def test_one_weight_that_differs_from_a_model_folder_is_seen(converted, tmp_path):
+    """Of a recurrent weight, which is not quantized, and of one that is; by a model of either kind."""
+    model = converted("trained/paragru/final.pt", tokenizer="bytes")
+    out = converted("trained/paragru/final.pt", tokenizer="bytes", quantize=True)
+    assert "44 tensors as in the source" in run("verify", model, "--against", model).stdout
+    for name, of_quantized in (
+        ("model.layers.0.mixer.cell.recurrent_weight", "25 tensors as in the source"),
+        ("model.layers.0.mixer.in_proj.weight", "19 tensors against the source, quantized again"),
+    ):
+        wrong = tmp_path / name
+        shutil.copytree(model, wrong)
+        tensors = mx.load(str(wrong / "model.safetensors"))
+        assert name in tensors
+        first = mx.arange(tensors[name].size).reshape(tensors[name].shape) == 0
+        tensors[name] = tensors[name] + first
+        mx.save_safetensors(str(wrong / "model.safetensors"), tensors, {"format": "mlx"})
+        for folder, kind in ((model, "44 tensors as in the source"), (out, of_quantized)):
+            found = run("verify", folder, "--against", wrong)
+            assert found.exit_code == 1, found.output
+            assert re.search(rf"{kind} +\d+ numbers +none +FAIL", found.stdout), found.stdout
+
+
 def test_the_same_model_has_no_divergence():
     model, config = mlx_pararnn.load_model(DEMO)
 

@@ -61,7 +61,7 @@ public struct ToolLimits: Sendable, Equatable {
   }
 }
 
-/// What has happened in a turn, in one line: the calls with their results, and how many pointer commands.
+/// What has happened in a turn, in one line: the calls with their results, and how many steps with pointers.
 public struct ToolSummary: Sendable {
   private var calls: [String] = []
   private var commands = 0
@@ -82,7 +82,7 @@ public struct ToolSummary: Sendable {
   /// nil if there is nothing to tell.
   public var line: String? {
     let count = commands.formatted(.number.locale(Locale(identifier: "en_US")))
-    let parts = calls + (commands > 0 ? ["\(count) pointer commands"] : [])
+    let parts = calls + (commands > 0 ? ["\(count) steps"] : [])
     return parts.isEmpty ? nil : parts.joined(separator: " · ")
   }
 
