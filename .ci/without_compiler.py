@@ -52,7 +52,7 @@ def main(cells: list[str]) -> None:
         for bits in (None, 3, 8):
             tokens(cell, bits)
         gradient(cell)
-        library = Path(cpu.load(get_cell(cell))._name)
+        library = Path(cpu.load(get_cell(cell), "float32")._name)
         assert library.parent == prebuilt.FOLDER, library
         print(library.name)
     assert not any(choice.TRIALS.values()), choice.TRIALS

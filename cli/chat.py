@@ -10,10 +10,10 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.process.watchdog import watched
 
 from . import options, sampling
-from .chat_commands import HINTS, LEAVE, Session, say
+from .chat_commands import HINTS, LEAVE, Session, say, say_list
 from .message_editor import read_messages
 from .report import Debug, reports_errors
-from .tool_lines import ShowTools, ToolLines, printable
+from .tool_lines import ShowTools, ToolLines
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -89,14 +89,14 @@ def chat(
     )
     if uses_tools:
         for line in what_to_try(tokenizer):
-            say(line)
+            say_list(line)
     else:
         say("/help lists the commands.")
         if not tokenizer.has_chat_template:
             say("This model's tokenizer has no chat template: it continues what you type, as plain text.")
     if load is not None:
         session.run("/load", str(load))
-    for message in read_messages(session.completions, keep_history):
+    for message in read_messages(session.completions, keep_history, lambda: session.chat.due()):
         if not _do(session, message):
             break
 
@@ -134,8 +134,6 @@ def _ask(question: str) -> bool:
 
 def what_to_try(tokenizer: "TokenizerWrapper") -> list[str]:
     """Two lines: of `examples` in the model folder's generation_config.json, or what such models can do."""
-    examples = sampling.generation_config(sampling.folder_of(tokenizer)).get("examples")
-    if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples[:2]):
-        examples = []
-    first, second = [printable(text)[:200] for text in [*examples[:2], *EXAMPLES][:2]]
+    examples = sampling.suggested_questions(sampling.folder_of(tokenizer))
+    first, second = [*examples, *EXAMPLES][:2]
     return [f"Try: {first}", f"Or:  {second}   (/help lists the commands)"]

@@ -1,8 +1,8 @@
 """The commands of `chat`: what a line that begins with a slash does."""
 
+import os
 import re
 import shlex
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -105,7 +105,7 @@ class Session:
         """Do what a command says; `argument` is the rest of its line."""
         chat = self.chat
         if command in ("/help", "/?"):
-            say("\n".join([*self._image_commands.values(), HELP]))
+            say_list("\n".join([*self._image_commands.values(), HELP]))
         elif command == "/reset":
             chat.reset()
             say("The conversation is forgotten.")
@@ -334,20 +334,21 @@ def free_path(path: Path) -> Path:
 
 
 def say(text: str) -> None:
-    """Lines that are no answer; on a narrow terminal with whole words, below the second column of a list."""
-    if sys.stderr.isatty():
-        width = max(shutil.get_terminal_size().columns, 20)
-        lines = (
-            textwrap.wrap(line, width, subsequent_indent=" " * _second_column(line), break_long_words=False)
-            for line in text.splitlines()
-        )
-        text = "\n".join("\n".join(wrapped) for wrapped in lines)
+    """A line that is no answer."""
     print(text, file=sys.stderr)
 
 
-def _second_column(line: str) -> int:
-    found = re.match(r"/\S+(?: [A-Z]+)? +(?=\S)", line)
-    return found.end() if found else 0
+def say_list(text: str) -> None:
+    """Lines that explain; a narrow terminal breaks them between words, and keeps their second column."""
+    if sys.stderr.isatty():
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        lines = []
+        for line in text.splitlines():
+            column = re.match(r"/\S+(?: [A-Z]+)? +(?=\S)", line)
+            indent = " " * (column.end() if column else 0)
+            lines += textwrap.wrap(line, max(width, 40), subsequent_indent=indent, break_on_hyphens=False)
+        text = "\n".join(lines)
+    say(text)
 
 
 def _number(text: str) -> float:

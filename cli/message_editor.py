@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from mlx_pararnn.errors import PararnnError
 
 from .options import MAX_TEXT_BYTES, as_text, from_rank_0
 from .report import launched_rank
+from .tool_lines import printable
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
@@ -21,7 +23,11 @@ QUOTES = '"""'
 LONGEST_KEPT = 10_000  # characters of a message that goes into the history file
 
 
-def read_messages(choices: Callable[[str], Iterable[str] | None], keep_history: bool) -> Iterator[str]:
+def read_messages(
+    choices: Callable[[str], Iterable[str] | None],
+    keep_history: bool,
+    due: Callable[[], list[str]] = list,
+) -> Iterator[str]:
     """One message after another, until the end of standard input.
 
     A terminal gets line editing, history and completion; a message has several lines when they are pasted,
@@ -30,12 +36,13 @@ def read_messages(choices: Callable[[str], Iterable[str] | None], keep_history: 
     Args:
         choices: what may follow a command, or the commands themselves for ""; None for names of files.
         keep_history: read and write the history file.
+        due: asked twice a second, while a terminal waits for a message, for lines to show with a bell.
     """
     own: Iterator[str] = iter(())
     if launched_rank():
         pass  # the messages are rank 0's
     elif sys.stdin.isatty():
-        own = _typed(choices, keep_history)
+        own = _typed(choices, keep_history, due)
     else:
         own = _lines()
     while (message := from_rank_0(lambda: next(own, None))) is not None:
@@ -57,8 +64,13 @@ def _lines() -> Iterator[str]:
         yield as_text(line).rstrip("\r\n")
 
 
-def _typed(choices: Callable[[str], Iterable[str] | None], keep_history: bool) -> Iterator[str]:
+def _typed(
+    choices: Callable[[str], Iterable[str] | None], keep_history: bool, due: Callable[[], list[str]]
+) -> Iterator[str]:
+    import asyncio
+
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import run_in_terminal
     from prompt_toolkit.output import create_output
     from prompt_toolkit.shortcuts import CompleteStyle
 
@@ -75,9 +87,20 @@ def _typed(choices: Callable[[str], Iterable[str] | None], keep_history: bool) -
         # The answers alone go to a file. Without an output of our own a dumb terminal is known as one.
         output=None if sys.stdout.isatty() else create_output(sys.stderr),
     )
+
+    async def tell() -> None:
+        while True:
+            if lines := due():
+                text = "\n".join(map(printable, lines))
+                await run_in_terminal(partial(print, "\a" + text, file=sys.stderr, flush=True))
+            await asyncio.sleep(0.5)
+
+    def begin() -> None:
+        session.app.create_background_task(tell())
+
     while True:
         try:
-            yield without_quotes(session.prompt())
+            yield without_quotes(session.prompt(pre_run=begin))
         except EOFError:
             return
         except KeyboardInterrupt:  # the line is dropped

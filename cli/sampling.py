@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_pararnn.errors import PararnnError
 
+from .tool_lines import printable
+
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -114,6 +116,14 @@ def tool_sampler(sampling: Sampling, stop: list[str] | None, vocab_size: int) ->
         )
     chosen = sampler(sampling, vocab_size)
     return chosen["sampler"] if sampling.temp else None
+
+
+def suggested_questions(folder: Path) -> list[str]:
+    """At most two, of `examples` in a model folder's generation_config.json."""
+    examples = generation_config(folder).get("examples")
+    if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples[:2]):
+        return []
+    return [shown for text in examples[:2] if (shown := printable(text)[:200].strip())]
 
 
 def generation_config(folder: Path) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def serve(
             functions=model is None if functions is None else functions,
             adapter_path=adapter_path,
             initial_state=state,
+            examples=tuple(sampling.suggested_questions(folder)) if functions or model is None else (),
         )
         run(model or BUNDLED, settings, ready=ready)
     print("Stopped.", file=sys.stderr)

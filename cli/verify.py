@@ -26,7 +26,7 @@ def verify(
         typer.Option(
             "--against",
             metavar="CKPT",
-            help="Compare every tensor with the checkpoint it came from; tell what quantizing cost.",
+            help="Compare every tensor with the checkpoint or model it came from; tell what quantizing cost.",
         ),
     ] = None,
     logits: Annotated[
@@ -138,6 +138,6 @@ def _row(check: "Check") -> str:
     mark = "told" if check.passed and check.tolerance is None else passed_or_not(check.passed)
     if check.counted:
         found = f"{check.difference:.0f} {check.counted}" if check.difference else "none"
-        return f"{found:<10}  {'none':<8} {mark} {check.note}"
+        return f"{found:<10}  {'any' if check.tolerance is None else 'none':<8} {mark} {check.note}"
     allowed = "any" if check.tolerance is None else f"{check.tolerance:.2g}"
     return f"{check.difference:<10.2g}  {allowed:<8} {mark} {check.note}"

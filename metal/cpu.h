@@ -48,6 +48,12 @@ struct LayoutEntry {
     return all;                                                                                     \
   }
 
+// EXPORT(name, type) for each dtype that a library has functions of; compute/texts.py may say which one.
+#ifndef PARARNN_DTYPES
+#define PARARNN_DTYPES(EXPORT) \
+  EXPORT(float32, float) EXPORT(float16, pararnn::Float16) EXPORT(bfloat16, pararnn::Bfloat16)
+#endif
+
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Bits __attribute__((vector_size(LANES * 4)));
 

@@ -175,12 +175,8 @@ void adjoint(const Adjoint& call) {
 
 }  // namespace pararnn
 
-extern "C" int pararnn_adjoint_float32(const pararnn::Adjoint* call) {
-  return pararnn::status_of([=] { pararnn::adjoint<float>(*call); });
-}
-extern "C" int pararnn_adjoint_float16(const pararnn::Adjoint* call) {
-  return pararnn::status_of([=] { pararnn::adjoint<pararnn::Float16>(*call); });
-}
-extern "C" int pararnn_adjoint_bfloat16(const pararnn::Adjoint* call) {
-  return pararnn::status_of([=] { pararnn::adjoint<pararnn::Bfloat16>(*call); });
-}
+#define PARARNN_EXPORT_ADJOINT(name, T)                                 \
+  extern "C" int pararnn_adjoint_##name(const pararnn::Adjoint* call) { \
+    return pararnn::status_of([=] { pararnn::adjoint<T>(*call); });     \
+  }
+PARARNN_DTYPES(PARARNN_EXPORT_ADJOINT)

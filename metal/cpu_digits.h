@@ -3,7 +3,8 @@
 //
 // x becomes whole numbers: in each group of weights multiples of a step, a fraction of the group's largest number so
 // small that they keep as much of x as the largest number's float does. Of each number the three digits of base 256
-// are multiplied, one after the other; 32 bits hold their sum exactly (8 bits: that of the first two).
+// are multiplied, one after the other; 32 bits hold their sum exactly (8 bits: that of the first two, to which the
+// lowest digit's is added as a float).
 
 #if LANES == 16 && defined(__AVX512BW__)
 #define PARARNN_DIGITS __attribute__((target("avx512vnni")))

@@ -129,12 +129,8 @@ void recurrence(const Call& call) {
 
 }  // namespace pararnn
 
-extern "C" int pararnn_float32(const pararnn::Call* call) {
-  return pararnn::status_of([=] { pararnn::recurrence<float>(*call); });
-}
-extern "C" int pararnn_float16(const pararnn::Call* call) {
-  return pararnn::status_of([=] { pararnn::recurrence<pararnn::Float16>(*call); });
-}
-extern "C" int pararnn_bfloat16(const pararnn::Call* call) {
-  return pararnn::status_of([=] { pararnn::recurrence<pararnn::Bfloat16>(*call); });
-}
+#define PARARNN_EXPORT_RECURRENCE(name, T)                             \
+  extern "C" int pararnn_##name(const pararnn::Call* call) {           \
+    return pararnn::status_of([=] { pararnn::recurrence<T>(*call); }); \
+  }
+PARARNN_DTYPES(PARARNN_EXPORT_RECURRENCE)

@@ -1,5 +1,5 @@
 // One token through all layers of a model on a CPU, in one call: what costs MLX some forty primitives a layer.
-// Comes after cpu.h, cpu_linear.h, cpu_quantized.h, cpu_elementwise.cpp, dual.h, activations.h and a cell's text
+// Comes after cpu.h, cpu_rows.h, cpu_linear.h, cpu_quantized.h, dual.h, activations.h and a cell's text
 // (mlx_pararnn/compute/texts.py assembles it, compute/cpu_token.py calls it; mlx_pararnn/model.py has the same in MLX).
 // Weights have one dtype T, or are packed in few bits with scales of that dtype, which another library multiplies with
 // (cpu_packed.cpp); everything between them is float32.
@@ -331,12 +331,8 @@ void decode(const Token& token) {
 
 }  // namespace pararnn
 
-extern "C" int decode_float32(const pararnn::Token* token) {
-  return pararnn::status_of([=] { pararnn::decode<float>(*token); });
-}
-extern "C" int decode_float16(const pararnn::Token* token) {
-  return pararnn::status_of([=] { pararnn::decode<pararnn::Float16>(*token); });
-}
-extern "C" int decode_bfloat16(const pararnn::Token* token) {
-  return pararnn::status_of([=] { pararnn::decode<pararnn::Bfloat16>(*token); });
-}
+#define PARARNN_EXPORT_DECODE(name, T)                              \
+  extern "C" int decode_##name(const pararnn::Token* token) {       \
+    return pararnn::status_of([=] { pararnn::decode<T>(*token); }); \
+  }
+PARARNN_DTYPES(PARARNN_EXPORT_DECODE)

@@ -146,6 +146,7 @@ def run(script, *arguments, **options):
     )
 
 
+@pytest.mark.large
 def test_who_imports_them_later_gets_them_whole():
     done = run(AFTERWARDS)
     assert done.returncode == 0, done.stderr

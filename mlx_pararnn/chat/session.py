@@ -79,7 +79,7 @@ class Chat:
         self.system = system
         self._protocol = find_protocol(tokenizer)
         self._assistant = Assistant() if functions is None else None
-        self.functions = assistant_functions(self._assistant) if self._assistant else functions or Functions()
+        self.functions = assistant_functions(self._assistant) if functions is None else functions
         self.reset()
 
     def reset(self) -> None:
@@ -88,7 +88,7 @@ class Chat:
         self.cache = self.model.make_cache()
         self._last_token: int | None = None
         self._turns: list[Turn] = []
-        self._recall("")
+        self._memory = ""  # what the assistant, which branches share, remembers for this conversation
 
     @property
     def uses_tools(self) -> bool:
@@ -164,17 +164,27 @@ class Chat:
             PararnnError: the tokenizer has no chat template.
         """
         self._check_system(text)
-        self.system = text
+        self.system, memory = text, self._memory
         said = [message for message in self.messages if message["role"] != "system"]
         self.reset()
+        self._memory = memory
         for question, answer in zip(said[::2], said[1::2], strict=False):
             self._turns.append(Turn(question["content"], self._point(), image=question.get("image")))
             self.messages += question, answer
 
+    def due(self) -> list[str]:
+        """What the assistant has to say by itself: sentences for timers and the like whose time has come."""
+        if self._assistant is None:
+            return []
+        self._assistant.recall(self._memory)
+        sentences = self._assistant.due()
+        self._memory = self._assistant.memory()
+        return sentences
+
     def branch(self) -> "Chat":
         """Another conversation that stands where this one does, and goes on by itself."""
-        functions = None if self._assistant else self.functions
-        twin = Chat(self.model, self.tokenizer, self.system, functions, self.images)
+        twin = Chat(self.model, self.tokenizer, self.system, self.functions, self.images)
+        twin._assistant = self._assistant
         twin._go_to(self._point())
         twin._turns = list(self._turns)
         if "_weights" in vars(self):
@@ -214,10 +224,11 @@ class Chat:
             progress(done, total)
 
         answer: list[str] = []
+        if self._assistant:
+            self._assistant.recall(before.memory)
         try:
             if start is not None:
                 self.cache, turns = _copy(start), turns[:-1]
-                self._recall(before.memory)
             with suppress(GeneratorExit):
                 for response in self._responses(text, tokens, prompt_progress, **kwargs):
                     answer.append(response.text)
@@ -232,6 +243,8 @@ class Chat:
                 {"role": "assistant", "content": "".join(answer)},
             ]
             self._turns = [*turns, turn][-UNDO_LIMIT:]
+            if self._assistant:
+                self._memory = self._assistant.memory()
         except BaseException as error:
             # A layer may have read more than another: only the state before this turn is sound.
             self._go_to(now)
@@ -292,18 +305,11 @@ class Chat:
         return self._turns[-1]
 
     def _point(self) -> Point:
-        memory = self._assistant.memory() if self._assistant else ""
-        return Point(list(self.messages), _copy(self.cache), self._last_token, memory)
+        return Point(list(self.messages), _copy(self.cache), self._last_token, self._memory)
 
     def _go_to(self, point: Point) -> None:
         self.messages, self.cache = list(point.messages), _copy(point.cache)
-        self._last_token = point.last_token
-        self._recall(point.memory)
-
-    def _recall(self, memory: str) -> None:
-        """Give the assistant the lists and timers of another moment."""
-        if self._assistant:
-            self._assistant.recall(memory)
+        self._last_token, self._memory = point.last_token, point.memory
 
     def save(self, path: str | Path) -> Path:
         """Write the conversation, messages and current state, to one .safetensors file; returns its path.
@@ -321,8 +327,7 @@ class Chat:
         """
         model = str(self.tokenizer.name_or_path)
         now, self._turns = read_conversation(path, lambda: self._weights, model, self._fits)
-        self.messages, self.cache, self._last_token, memory = now
-        self._recall(memory)
+        self.messages, self.cache, self._last_token, self._memory = now
         first = now.messages[0] if now.messages else {}
         self.system = first.get("content") if first.get("role") == "system" else None
 

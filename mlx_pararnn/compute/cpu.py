@@ -20,7 +20,7 @@ import numpy as np
 
 from ..cells import Cell
 from .cpu_build import build, invoke
-from .texts import cpu_elementwise_text, cpu_recurrence_text, plain_name
+from .texts import cpu_elementwise_text, cpu_recurrence_text, for_dtype, plain_name
 
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 # Fewer numbers than this are done by one thread: starting another takes some 50 microseconds.
@@ -89,9 +89,10 @@ class Call(ctypes.Structure):
 
 
 @lru_cache(maxsize=64)
-def load(cell: Cell) -> ctypes.CDLL:
-    """The cell's library; raises BuildError, and PararnnError for a cell without MSL."""
-    return build(cpu_recurrence_text(cell), f"recurrence-{plain_name(cell)}", (Call,))
+def load(cell: Cell, dtype: str) -> ctypes.CDLL:
+    """The cell's library for a dtype; raises BuildError, and PararnnError for a cell without MSL."""
+    text = for_dtype(cpu_recurrence_text(cell), dtype)
+    return build(text, f"recurrence-{plain_name(cell)}-{dtype}", (Call,))
 
 
 def solve(
@@ -126,7 +127,7 @@ def solve(
         every,
         threads() if is_large(u.size) else 1,
     )
-    invoke(getattr(load(cell), f"pararnn_{name}"), ctypes.byref(call))
+    invoke(getattr(load(cell, name), f"pararnn_{name}"), ctypes.byref(call))
     return (hidden, last) if states is None else (hidden, last, states)
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 from ..cells import Cell
 from .cpu import DTYPES, address, in_lines, is_large, room, threads, view
 from .cpu_build import build, invoke
-from .texts import cpu_adjoint_text, plain_name
+from .texts import cpu_adjoint_text, for_dtype, plain_name
 
 
 class Adjoint(ctypes.Structure):
@@ -26,9 +26,9 @@ class Adjoint(ctypes.Structure):
 
 
 @lru_cache(maxsize=64)
-def load(cell: Cell) -> ctypes.CDLL:
-    """The cell's library; raises BuildError, and PararnnError for a cell without MSL."""
-    return build(cpu_adjoint_text(cell), f"adjoint-{plain_name(cell)}", (Adjoint,))
+def load(cell: Cell, dtype: str) -> ctypes.CDLL:
+    """The cell's library for a dtype; raises BuildError, and PararnnError for a cell without MSL."""
+    return build(for_dtype(cpu_adjoint_text(cell), dtype), f"adjoint-{plain_name(cell)}-{dtype}", (Adjoint,))
 
 
 def solve(
@@ -89,5 +89,6 @@ def solve(
         tile,
         threads() if is_large(u.size) else 1,
     )
-    invoke(getattr(load(cell), f"pararnn_adjoint_{DTYPES[u.dtype]}"), ctypes.byref(call))
+    dtype = DTYPES[u.dtype]
+    invoke(getattr(load(cell, dtype), f"pararnn_adjoint_{dtype}"), ctypes.byref(call))
     return d_params, d_u, d_state

@@ -20,7 +20,7 @@ from ..files.quantization_formats import BITS, GROUP_SIZES
 from . import cpu
 from .choice import Evaluation, evaluation, works_here
 from .cpu_build import build, invoke, is_prebuilt
-from .texts import EVERY_FORMAT, cpu_packed_text, cpu_token_text, plain_name
+from .texts import EVERY_FORMAT, cpu_packed_text, cpu_token_text, for_dtype, plain_name
 
 # Weights fewer than this are read by one thread: starting another takes some 50 microseconds.
 _MANY = 1 << 19
@@ -304,7 +304,7 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
 
     groups = (*weights.layers, weights.last, weights.embedding, weights.head)
     of_weights = [array for arrays in groups for array in arrays.values()]
-    library = _library(cell)
+    library = _library(cell, cpu.DTYPES[dtype])
     places, _kept = _places(library, [*held_arrays(cache), *of_weights, *([] if weights.embedding else [x])])
     layers = (Layer * depth)()
     zeros, new_state, new_window = (a.ctypes.data for a in (nothing, states, windows))
@@ -384,8 +384,9 @@ def _places(library: ctypes.CDLL, arrays: list[mx.array]) -> tuple[Iterator[int]
 
 
 @lru_cache(maxsize=64)
-def _library(cell: Cell) -> ctypes.CDLL:
-    return build(cpu_token_text(cell), f"decode-{plain_name(cell)}", (Matrix, Layer, Token))
+def _library(cell: Cell, dtype: str) -> ctypes.CDLL:
+    text = for_dtype(cpu_token_text(cell), dtype)
+    return build(text, f"decode-{plain_name(cell)}-{dtype}", (Matrix, Layer, Token))
 
 
 @lru_cache(maxsize=64)

@@ -18,6 +18,7 @@ from ..files.quantization_formats import BITS, GROUP_SIZES
 
 # (bits, group size) of every quantized matrix that the CPU backend reads
 EVERY_FORMAT = tuple((bits, group) for bits in BITS for group in GROUP_SIZES)
+CPU_TYPES = {"float32": "float", "float16": "pararnn::Float16", "bfloat16": "pararnn::Bfloat16"}
 _METAL_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
 _ACTIVATIONS = {
     "identity": "Identity",
@@ -122,6 +123,11 @@ def kernel_body(text: str) -> str:
     return text[text.index("{\n", signature) + 2 : text.rindex("\n}")]
 
 
+def for_dtype(text: str, dtype: str) -> str:
+    """A cell's C++ text, of the functions of one dtype ("float32") alone: three take three times as long."""
+    return f"#define PARARNN_DTYPES(EXPORT) EXPORT({dtype}, {CPU_TYPES[dtype]})\n{text}"
+
+
 def cpu_recurrence_text(cell: Cell) -> str:
     """The C++ text of a cell's recurrence; raises PararnnError for a cell without MSL."""
     cell_text = cpu_text(cell_header(cell), "VecGroup")
@@ -148,7 +154,8 @@ def cpu_gradients_text() -> str:
 
 def cpu_token_text(cell: Cell) -> str:
     """The C++ text of a token through all layers; raises PararnnError for a cell without MSL."""
-    text = cpu_elementwise_text() + metal_text("cpu_quantized.h") + cpu_text(cell_header(cell))
+    headers = "cpu.h", "cpu_rows.h", "cpu_linear.h", "cpu_quantized.h"
+    text = "".join(map(metal_text, headers)) + cpu_text(cell_header(cell))
     return text + metal_text("cpu_token.cpp") + metal_text("cpu_buffers.h")
 
 
@@ -175,9 +182,10 @@ def built_in_texts() -> Iterator[tuple[str, str]]:
     for path in files("mlx_pararnn.metal").joinpath("cells").iterdir():
         name = path.name.removesuffix(".h")
         cell = get_cell(name)
-        yield f"recurrence-{name}", cpu_recurrence_text(cell)
-        yield f"adjoint-{name}", cpu_adjoint_text(cell)
-        yield f"decode-{name}", cpu_token_text(cell)
+        for dtype in CPU_TYPES:
+            yield f"recurrence-{name}-{dtype}", for_dtype(cpu_recurrence_text(cell), dtype)
+            yield f"adjoint-{name}-{dtype}", for_dtype(cpu_adjoint_text(cell), dtype)
+            yield f"decode-{name}-{dtype}", for_dtype(cpu_token_text(cell), dtype)
 
 
 def cuda_text(text: str) -> str:

@@ -1,8 +1,8 @@
 """What the model that ships can do: timers, alarms, reminders, lists, dates, conversions and calculations.
 
 Every argument is a piece of the user's message as it was written; the functions understand it by the rules
-of `number_words` and `date_words`. Every result is a sentence for the user. Nothing rings: an app that wants
-that registers functions of its own with the same names and arguments.
+of `number_words` and `date_words`. Every result is a sentence for the user. Who wants timers to
+ring asks `due` from time to time, as `chat` does, or registers functions with the same names and arguments.
 """
 
 import json
@@ -61,10 +61,11 @@ class Assistant:
     """The functions and what they remember.
 
     Args:
-        now: the clock.
+        now: the clock, in local time and without a time zone.
     """
 
     now: Callable[[], datetime] = datetime.now
+    told: datetime = field(default=datetime.min, compare=False)  # when `due` was asked last
     timers: list[_Entry] = field(default_factory=list)
     alarms: list[_Entry] = field(default_factory=list)
     reminders: list[_Entry] = field(default_factory=list)
@@ -91,10 +92,12 @@ class Assistant:
         Raises:
             ValueError: it is something else; nothing is changed then.
         """
-        kept = json.loads(memory or "{}")
+        kept = json.loads(memory) if memory != "" else {}
         if not isinstance(kept, dict):
             raise ValueError("not an object")
         entries = {name: [_entry(pair) for pair in _items_of(kept.get(name, []))] for name in _ENTRIES}
+        if any(len(found) > _MOST for found in entries.values()):
+            raise ValueError("more than there may be")
         lists = kept.get("lists", {})
         if not isinstance(lists, dict) or not all(
             isinstance(item, str) for items in lists.values() for item in _items_of(items)
@@ -103,6 +106,22 @@ class Assistant:
         self.lists = lists
         for name, found in entries.items():
             setattr(self, name, found)
+
+    def due(self) -> list[str]:
+        """Sentences for the timers, alarms and reminders whose time has come since it was last asked for.
+
+        They are told once: who recalls an earlier memory is not told of them again.
+        """
+        now, sentences = self.now(), []
+        for kind in _ENTRIES:
+            entries = getattr(self, kind)
+            left = [entry for entry in entries if not (entry.at and entry.at <= now)]
+            if len(left) < len(entries):
+                over = ((entry.name, entry.at) for entry in entries if entry.at and entry.at <= now)
+                sentences += [_due_in_words(kind, name, at) for name, at in over if at > self.told]
+                setattr(self, kind, left)
+        self.told = now
+        return sentences
 
     def set_timer(self, duration: str, name: str = "") -> str:
         """Start a timer.
@@ -331,6 +350,12 @@ class Assistant:
         return (
             f"You have {count(len(texts), what)}: {'; '.join(texts)}." if texts else f"You have no {what}s."
         )
+
+
+def _due_in_words(kind: str, name: str, at: datetime) -> str:
+    if kind == "timers":
+        return f"{_named('The timer', name)} is over."
+    return f"Reminder: {name}" if kind == "reminders" else f"Alarm of {_moment_in_words(at)}."
 
 
 def _items_of(value: object) -> list[Any]:

@@ -18,6 +18,7 @@ from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli import message_editor
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.pocket.functions import Functions
 from tests.support.demo import DEMO
 
 TEMPLATE = (
@@ -307,6 +308,11 @@ def test_undo_and_regenerate_survive_load(templated, tmp_path, read):
         lambda arrays, meta: meta.update({"0.turns": "[[1, 0, 0, null]]"}),
         lambda arrays, meta: meta.update({"0.turns": '[["x", 0, "0", null]]'}),
         lambda arrays, meta: meta.update({"0.turns": "{"}),
+        lambda arrays, meta: meta.update({"0.turns": '[["x", 0, 0, null, 5]]'}),
+        lambda arrays, meta: meta.update({"0.turns": '[["x", 0, 0, null, "[]"]]'}),
+        lambda arrays, meta: meta.update({"0.turns": '[["x", 0, 0, null, "", ""]]'}),
+        lambda arrays, meta: meta.update({"0.memory": "null"}),
+        lambda arrays, meta: meta.update({"0.memory": '{"timers": [["", "soon"]]}'}),
         lambda arrays, meta: arrays.update({"6.0.0": mx.zeros((3,))}),
         lambda arrays, meta: meta.update({"0.messages": meta["0.messages"].replace("content", "contNnt")}),
         lambda arrays, meta: meta.update({"0.messages": meta["0.messages"].replace("role", "r", 1)}),
@@ -323,6 +329,50 @@ def test_a_file_whose_earlier_states_are_none(change, demo, tmp_path):
     mx.save_safetensors(str(file), arrays, metadata)
     with pytest.raises(PararnnError, match=r"not a conversation saved by /save|is damaged"):
         Chat(*demo).load(file)
+
+
+def test_a_file_from_before_there_was_memory(demo, tmp_path):
+    conversation = Chat(*demo)
+    say(conversation, "one", max_tokens=2)
+    file = conversation.save(tmp_path / "talk")
+    arrays, metadata = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)
+    del metadata["0.memory"]
+    metadata["0.turns"] = json.dumps([turn[:4] for turn in json.loads(metadata["0.turns"])])
+    mx.save_safetensors(str(file), arrays, metadata)
+    other = Chat(*demo)
+    other.load(file)
+    assert other.messages == conversation.messages
+    assert other.undo() == "one"
+
+
+def called(conversation, name, **arguments):
+    """What a function says that is called while an answer is made."""
+    answer = conversation.respond("x", max_tokens=2)
+    next(answer)
+    said = conversation.functions.call(name, json.dumps(arguments)).text
+    assert len(list(answer)) > 0
+    return said
+
+
+def test_what_functions_remember_belongs_to_the_conversation(demo, tmp_path):
+    """It is saved, undone, branched and forgotten with it; a branch has the same functions."""
+    conversation = Chat(*demo)
+    called(conversation, "add_to_list", items="milk")
+    other = conversation.branch()
+    called(other, "add_to_list", items="bread")
+    assert called(conversation, "show_list") == "To-do list: milk."
+    assert called(other, "show_list") == "To-do list: milk, bread."
+    loaded = Chat(*demo)
+    loaded.load(conversation.save(tmp_path / "talk"))
+    assert called(loaded, "show_list") == "To-do list: milk."
+    loaded.undo(), loaded.undo(), loaded.undo()
+    assert called(loaded, "show_list") == "Your to-do list is empty."
+    conversation.reset()
+    assert called(conversation, "show_list") == "Your to-do list is empty."
+    assert conversation.branch().functions is conversation.functions
+    own = Functions()
+    assert Chat(*demo, functions=own).functions is own
 
 
 def test_another_system_prompt_reads_the_conversation_again(templated, read):

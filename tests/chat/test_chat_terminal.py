@@ -6,6 +6,7 @@ import stat
 
 import pytest
 
+from mlx_pararnn.files.hub import BUNDLED
 from tests.support.demo import DEMO
 from tests.support.terminal import Terminal
 
@@ -158,3 +159,16 @@ def test_an_answer_is_markdown_unless_plain_text_is_wanted(home, tmp_path):
 
 def pythonpath(folder):
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.mark.large
+def test_a_timer_rings_while_a_message_is_typed(home):
+    terminal = open_chat(home, model=BUNDLED)
+    terminal.type("set a timer for 2 seconds\r")
+    terminal.wait_for(r"Timer set for 2 seconds\.")
+    terminal.wait_for(PROMPT)
+    terminal.type("show")
+    terminal.wait_for(r"The timer is over\.\n> *show")
+    terminal.type(" my timers\r")
+    terminal.wait_for(r"You have no timers\.\s+> *\s*\Z")
+    leave(terminal)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from importlib.resources import files
 
 import pytest
@@ -399,6 +400,21 @@ def test_defaults_stand_in_the_fields(page):
     shown = page.run(f"{json.dumps(fields)}.map((name) => Number(document.getElementById(name).value))")
     assert shown == [0, 1, 0, 0, 1, 512]
     assert "takes 6.1 KB, however long" in page.run("document.getElementById('empty').innerText")
+
+
+def test_an_example_is_put_into_the_field():
+    """Of the bundled model, as the terminal shows them."""
+    with running() as server, Browser() as page:
+        page.send("Page.navigate", url=server.url)
+        page.wait_for(IDLE)
+        first = "document.querySelector('#empty .example')"
+        numbers = re.findall(r"\d+", page.run(f"{first}.textContent"))
+        page.run(f"{first}.click()")
+        assert page.run(FOCUS) == "input"
+        page.press("Enter")
+        page.wait_for(f"{CONVERSATION}.length > 1 && {IDLE}")
+        assert page.run(ANSWER) == str(sum(map(int, numbers)))
+        assert page.run("document.getElementById('empty').hidden")
 
 
 LONG = [

@@ -156,7 +156,7 @@ def test_a_prompt_gives_work_to_every_core(lanes, monkeypatch, tmp_path):
 
     monkeypatch.setattr(cpu, "cpu_recurrence_text", counting)
     with fresh_cache(monkeypatch, tmp_path):
-        counted = ctypes.c_int64.in_dll(cpu.load(get_cell("nlru")), "counted")
+        counted = ctypes.c_int64.in_dll(cpu.load(get_cell("nlru"), "float32"), "counted")
         for D, B in ((1024, 1), (1030, 1), (1024, 3), (512, 1)):
             cell, params, u, _ = problem("nlru", T=40, D=D, B=B)
             for threads in (1, 2, 8, 9, 12, 16):
@@ -490,7 +490,7 @@ def test_addresses_of_many_arrays(dtype):
     dense = [whole, whole[2:], whole[1:2, 3:], mx.contiguous(whole.T), mx.zeros((1, 3, 1)), mx.zeros(())]
     strided = [whole.T, whole[:, 1:], whole[::2], mx.broadcast_to(whole[:1], (4, 6))]
     mx.eval(dense, strided)
-    library = cpu_token._library(get_cell("gru"))
+    library = cpu_token._library(get_cell("gru"), "float32")
     found = cpu.dense_addresses(library, [*dense, *strided])
     assert found == [cpu.address(array) for array in dense] + [None] * len(strided)
     with pytest.raises(TypeError, match="bytes-like"):

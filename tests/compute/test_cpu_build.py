@@ -23,6 +23,7 @@ from tests.support.problems import problem
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
+@pytest.mark.large
 def test_who_sits_before_a_terminal_is_told_of_the_wait(monkeypatch, tmp_path, capsys):
     cell, params, u, _ = problem("nlru", T=5)
     logger = logging.getLogger("mlx_pararnn")

@@ -121,6 +121,20 @@ def test_products(form, bits, group, monkeypatch):
             np.testing.assert_allclose(row, weight[11], rtol=0, atol=1e-6 * np.abs(weight).max())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_digits_keep_as_much_as_the_largest_numbers_float(bits, monkeypatch):
+    """Of small numbers in a group with a large one: each row of the matrix reads one of them."""
+    library, most = built(bits, 32, monkeypatch, "Digits"), 2**bits - 1
+    q = np.eye(32, dtype=np.uint64) * most
+    per_word = 32 // bits
+    words = (q.reshape(32, -1, per_word) << (bits * np.arange(per_word, dtype=np.uint64))).sum(-1)
+    arrays = mx.array(words.astype(np.uint32)), mx.ones((32, 1)), mx.zeros((32, 1))
+    x = np.random.default_rng(0).uniform(-0.1, 0.1, (1, 32)).astype(np.float32)
+    x[0, 0] = 1.0
+    given = multiply(library, arrays, bits, 32, x, 0, 32) / most
+    assert np.abs(given - x).max() < 8e-8
+
+
 @pytest.mark.parametrize("form", ["Quantized", "Digits"])
 def test_numbers_that_are_none(form, monkeypatch):
     """Infinite and undefined ones of x and of scales reach the rows that they belong to, and no others."""

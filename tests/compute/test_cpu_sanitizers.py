@@ -302,7 +302,7 @@ def test_too_little_memory_is_told_in_a_sentence(monkeypatch):
     cache = made.make_cache(2)
     by_token(made, TOKENS[:, :1], cache)
     before = [np.array(array) for array in held_arrays(cache)]
-    library = cpu_token._library(made.layers[0].mixer.cell.cell)
+    library = cpu_token._library(made.layers[0].mixer.cell.cell, "float32")
 
     class Refusing:
         def __getattr__(self, name):

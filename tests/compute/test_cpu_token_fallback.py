@@ -250,6 +250,7 @@ def test_gradients_of_a_large_head(calls):
         calls.clear()
 
 
+@pytest.mark.large
 @pytest.mark.compiled
 def test_transformations(calls):
     made = make()

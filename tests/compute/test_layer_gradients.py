@@ -226,6 +226,7 @@ def test_cross_entropy_chooses(monkeypatch):
     np.testing.assert_allclose(compiled, in_ops, atol=1e-6)
 
 
+@pytest.mark.large
 @pytest.mark.compiled
 def test_a_slope_that_is_traced_goes_through_ops():
     """The inputs are known, and the output is computed at once; the slope is mx.compile's."""

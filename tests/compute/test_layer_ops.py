@@ -64,7 +64,7 @@ def test_gated_norm_and_swiglu():
 
 
 @pytest.mark.compiled
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("function", ["conv_silu", "gated_norm", "swiglu"])
 def test_ops_differentiate_compile_and_vectorize(function):
     shapes = {
@@ -227,7 +227,7 @@ def test_a_cell_without_metal_text_runs_in_ops(cell, kernel, recorded_as_on_a_ma
     assert ("CustomKernel" in found) == kernel
 
 
-@pytest.mark.sampled("large", by=lambda backend: [backend])
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.compiled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["", "ops"])  # "": what this machine takes

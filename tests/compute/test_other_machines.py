@@ -59,7 +59,7 @@ def test_addresses_are_those_of_pythons_buffers(cpu_backend):
             raise BufferError("the data is an MTLBuffer")
 
     array = np.arange(24, dtype=np.float32).reshape(4, 6).view(OnMetal)
-    found = cpu.dense_addresses(cpu_token._library(get_cell("gru")), [array, array.T])
+    found = cpu.dense_addresses(cpu_token._library(get_cell("gru"), "float32"), [array, array.T])
     assert found == [array.ctypes.data, None]
 
 

@@ -151,7 +151,8 @@ def test_all_that_built_in_cells_ask_for(monkeypatch):
     monkeypatch.setattr(cpu_build, "_prebuilt", lambda text: asked.append(text) or object())
     for name in CELLS:
         for load in (cpu.load, cpu_adjoint.load, cpu_token._library):
-            load.__wrapped__(get_cell(name))
+            for dtype in texts.CPU_TYPES:
+                load.__wrapped__(get_cell(name), dtype)
     cpu._elementwise.__wrapped__()
     cpu_gradients._library.__wrapped__()
     for formats in (((4, 64),), ((2, 32), (8, 128))):
@@ -165,8 +166,11 @@ def test_a_users_cell_is_compiled():
     known = {text for _, text in texts.built_in_texts()}
     place = next(iter(get_cell("gru").default_activations))
     other = next(name for name in ACTIVATIONS if name != get_cell("gru").activations[place])
-    assert texts.cpu_recurrence_text(get_cell("gru")) in known
-    assert texts.cpu_recurrence_text(get_cell("gru", {place: other})) not in known
+    asked = [
+        texts.for_dtype(texts.cpu_recurrence_text(cell), "float32")
+        for cell in (get_cell("gru"), get_cell("gru", {place: other}))
+    ]
+    assert [text in known for text in asked] == [True, False]
 
 
 # The replay of a token's call (tests/support/token_replay.py) by a library that is loaded as Python loads it.
@@ -194,8 +198,8 @@ def test_a_token_on_the_oldest_processor_of_a_kind(
     if missing := [name for name in (compiler, emulator[0]) if not shutil.which(name)]:
         pytest.skip(f"no {' and no '.join(missing)} (apt install g++-aarch64-linux-gnu qemu-user)")
     made, program, source = make("gru"), tmp_path / "main", tmp_path / "main.cpp"
-    text = dict(texts.built_in_texts())["decode-gru"]
-    library = tool.compiled("decode-gru", text, prebuilt.flags(processor), tmp_path, compiler)
+    text = dict(texts.built_in_texts())["decode-gru-float32"]
+    library = tool.compiled("decode-gru-float32", text, prebuilt.flags(processor), tmp_path, compiler)
     assert tool.needed_glibc(library, compiler.replace("g++", "objdump")) <= (2, 36)
     replay = replay_text(made, "float32").replace("decode_float32(&token)", "loaded(&token)")
     source.write_text(replay.replace("int replay(char** argv) {", LOADED))
@@ -227,7 +231,7 @@ def test_an_installed_wheel_needs_no_compiler(tmp_path):
     best = re.search(r"[\w-]+$", HERE[0] if len(HERE) == 1 else "x86-64-v2")[0]
     wheel = pure_wheel(tmp_path)
     command = [sys.executable, ROOT / ".ci" / "platform_wheel.py", wheel, tmp_path / "made"]
-    only = f"level|^(elementwise|gradients|packed|(recurrence|adjoint|decode)-gru)-{best}"
+    only = f"level|^(elementwise|gradients|packed|(recurrence|adjoint|decode)-gru-float(16|32))-{best}"
     subprocess.run([*command, "--only", only], check=True, env={**os.environ, "PYTHONPATH": ""})
     (made,) = (tmp_path / "made").iterdir()
     tag = re.fullmatch(rf"mlx_pararnn-[\d.]+-py3-none-manylinux_2_(\d+)_{platform.machine()}\.whl", made.name)
@@ -245,11 +249,11 @@ def test_an_installed_wheel_needs_no_compiler(tmp_path):
     command = [sys.executable, ROOT / ".ci" / "without_compiler.py", "gru"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"recurrence-gru-{best}-")
+    assert done.stdout.startswith(f"recurrence-gru-float32-{best}-")
     variables |= {"PATH": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "mlx_pararnn", "doctor"]
     report = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path).stdout
-    assert f"present: came compiled, recurrence-gru-{best}," in report
+    assert f"present: came compiled, recurrence-gru-float32-{best}," in report
 
 
 LOADER = """

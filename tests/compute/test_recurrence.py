@@ -235,7 +235,7 @@ def test_under_compile(name, method):
 
 
 @pytest.mark.compiled
-@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.large
 @pytest.mark.parametrize("method", ["sequential", "newton"])
 def test_twice_in_one_compiled_function(method):
     """MLX merges equal subgraphs; a split among them, as iterating over an array makes, breaks it."""

@@ -41,6 +41,7 @@ def test_truncation(suffix, originals, tmp_path, data):
     survives(content[: data.draw(st.integers(0, len(content)))], suffix, tmp_path)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @FUZZ
 @given(st.data())

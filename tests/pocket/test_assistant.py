@@ -1,5 +1,6 @@
 """Numbers, times and dates in words, and the functions of the model that ships."""
 
+import json
 import re
 from datetime import date, datetime, timedelta
 from fractions import Fraction
@@ -401,6 +402,7 @@ def test_what_it_remembers_is_a_text_that_another_recalls(assistant):
         *('{"timers": [["a", "soon"]]}', '{"timers": [[5, null]]}', '{"alarms": [["", 5]]}'),
         '{"reminders": [["a", "2026-11-29T04:12:00+01:00"]]}',
         *('{"lists": [1]}', '{"lists": {"a": "milk"}}', '{"lists": {"a": [1]}}'),
+        json.dumps({"timers": [["", "2026-11-29T04:12:00"]] * 101}),
     ],
 )
 def test_what_is_no_memory_changes_nothing(assistant, memory):
@@ -409,3 +411,27 @@ def test_what_is_no_memory_changes_nothing(assistant, memory):
     with pytest.raises(ValueError, match=r"."):
         assistant.recall(memory)
     assert assistant.memory() == before
+
+
+def test_what_is_due_is_told_once():
+    now = NOW
+    assistant = Assistant(lambda: now)
+    assistant.set_timer("5 minutes", "pasta")
+    assistant.set_timer("3 hours")
+    assistant.set_alarm("4:30")
+    assistant.set_reminder("call mom", "in 10 minutes")
+    assistant.set_reminder("buy milk")
+    assert assistant.due() == []
+    now += timedelta(minutes=20)
+    before = assistant.memory()
+    assert assistant.due() == [
+        "The timer for pasta is over.",
+        "Alarm of 04:30 on Sunday, 29 November 2026.",
+        "Reminder: call mom",
+    ]
+    assistant.recall(before)  # as /undo does
+    assert assistant.due() == []
+    now += timedelta(hours=3)
+    assert assistant.due() == ["The timer is over."]
+    assert assistant.due() == []
+    assert assistant.show_reminders() == "You have 1 reminder: buy milk."

@@ -56,6 +56,7 @@ def test_sums_of_many_lengths(pair):
             assert answer(*pair, f"{a} + {b}", limits=Limits(seconds=900)) == str(a + b), (a, b)
 
 
+@pytest.mark.large
 def test_lists_and_timers_are_saved_undone_and_branched_with_the_conversation(pair, tmp_path):
     def said(chat, text):
         return "".join(response.text for response in chat.respond(text))

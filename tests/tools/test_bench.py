@@ -99,6 +99,7 @@ def test_progress_goes_to_a_terminal_on_stderr(monkeypatch):
     json.loads(result.stdout)
 
 
+@pytest.mark.large
 def test_plot(tmp_path):
     file = tmp_path / "speed.svg"
     assert run(DEMO, *TINY, "--plot", file).exit_code == 0

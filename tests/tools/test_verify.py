@@ -187,6 +187,7 @@ def test_too_short_a_prompt():
     assert "at least two tokens" in result.stderr
 
 
+@pytest.mark.large
 def test_a_quantized_model_is_told_what_that_cost(data, tmp_path, exported):
     """By convert, which notes it, and by verify: from the note, or against the original."""
     source, out = data / "trained/paragru/final.pt", tmp_path / "q"
@@ -217,6 +218,9 @@ def test_a_quantized_model_is_told_what_that_cost(data, tmp_path, exported):
     assert "19 tensors against the source, quantized again  none        none     ok" in against.stdout
     assert "25 tensors as in the source                     none        none     ok" in against.stdout
     assert cost.removeprefix("its cost ") in against.stdout.splitlines()[-1]
+    looked_at = run("inspect", out).stdout
+    assert f"what that cost    {cost.removeprefix('its cost ')}" in looked_at
+    assert "{" not in looked_at
 
 
 def test_the_cost_of_a_model_that_mlx_lm_quantized(converted):
@@ -232,14 +236,18 @@ def test_the_cost_of_a_model_that_mlx_lm_quantized(converted):
     assert "is quantized too" in refused.stderr
 
 
+@pytest.mark.large
 def test_one_weight_that_differs_from_a_model_folder_is_seen(converted, tmp_path):
-    """Of a recurrent weight, which is not quantized, and of one that is; by a model of either kind."""
+    """Of a recurrent weight, which is not quantized, and of one that is, which may have been fitted since."""
     model = converted("trained/paragru/final.pt", tokenizer="bytes")
     out = converted("trained/paragru/final.pt", tokenizer="bytes", quantize=True)
     assert "44 tensors as in the source" in run("verify", model, "--against", model).stdout
     for name, of_quantized in (
-        ("model.layers.0.mixer.cell.recurrent_weight", "25 tensors as in the source"),
-        ("model.layers.0.mixer.in_proj.weight", "19 tensors against the source, quantized again"),
+        ("model.layers.0.mixer.cell.recurrent_weight", r"25 tensors as in the source +1 numbers +none +FAIL"),
+        (
+            "model.layers.0.mixer.in_proj.weight",
+            r"19 tensors against the source, quantized again +\d+ numbers +any +told",
+        ),
     ):
         wrong = tmp_path / name
         shutil.copytree(model, wrong)
@@ -248,10 +256,12 @@ def test_one_weight_that_differs_from_a_model_folder_is_seen(converted, tmp_path
         first = mx.arange(tensors[name].size).reshape(tensors[name].shape) == 0
         tensors[name] = tensors[name] + first
         mx.save_safetensors(str(wrong / "model.safetensors"), tensors, {"format": "mlx"})
-        for folder, kind in ((model, "44 tensors as in the source"), (out, of_quantized)):
-            found = run("verify", folder, "--against", wrong)
-            assert found.exit_code == 1, found.output
-            assert re.search(rf"{kind} +\d+ numbers +none +FAIL", found.stdout), found.stdout
+        found = run("verify", model, "--against", wrong)
+        assert found.exit_code == 1, found.output
+        assert re.search(r"44 tensors as in the source +1 numbers +none +FAIL", found.stdout), found.stdout
+        found = run("verify", out, "--against", wrong)
+        assert found.exit_code == ("FAIL" in of_quantized), found.output
+        assert re.search(of_quantized, found.stdout), found.stdout
 
 
 def test_the_same_model_has_no_divergence():

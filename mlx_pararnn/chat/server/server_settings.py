@@ -20,6 +20,7 @@ class Settings:
         functions: whether a model that uses tools may call the package's own functions, which run here.
         adapter_path: a folder of adapters for the model, or None.
         initial_state: a file of states that every conversation begins with; None for the model's own.
+        examples: questions that the page offers before the first one is asked.
     """
 
     host: str = "127.0.0.1"
@@ -36,3 +37,4 @@ class Settings:
     functions: bool = False
     adapter_path: Path | None = None
     initial_state: Path | None = None
+    examples: tuple[str, ...] = ()

@@ -82,6 +82,7 @@ class Service:
             "top_p": self.settings.top_p,
             "top_k": self.settings.top_k,
             "min_p": self.settings.min_p,
+            "examples": self.settings.examples,
         }
 
     async def completion(self, request: CompletionRequest) -> Event:

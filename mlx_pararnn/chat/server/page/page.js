@@ -469,7 +469,14 @@ function hint() {
     ? "Tap Send to send; Stop takes its place while the model answers."
     : "Enter sends, Shift+Enter starts a line, Esc stops an answer. Alt+Z undoes, Alt+R answers again.";
   const memory = "All that the model remembers takes " + bytes(model.state_bytes) + ", however long the conversation is.";
-  $("empty").replaceChildren(...[keys, memory].map((text) => Object.assign(document.createElement("p"), {textContent: text})));
+  const paragraphs = [keys, memory].map((text) => Object.assign(document.createElement("p"), {textContent: text}));
+  $("empty").replaceChildren(...(model.examples ?? []).map(exampleButton), ...paragraphs);
+}
+
+function exampleButton(text) {
+  const button = Object.assign(document.createElement("button"), {type: "button", className: "example", textContent: text});
+  button.addEventListener("click", () => { $("input").value = text; grow(); focusInput(); });
+  return button;
 }
 
 function showDefaults() {
