@@ -80,8 +80,10 @@ void conv_silu(const void* const* in, void* out, const int64_t* size, const floa
 
 }  // namespace pararnn
 
-PARARNN_EXPORTS(swiglu, void*)
-PARARNN_EXPORTS(rms_norm, void*)
-PARARNN_EXPORTS(gated_norm, void*)
-PARARNN_EXPORTS(conv_silu, void*)
-PARARNN_EXPORTS(product, void*)
+#define PARARNN_EXPORT_EACH(dtype, T)         \
+  PARARNN_EXPORT(swiglu, dtype, T, void*)     \
+  PARARNN_EXPORT(rms_norm, dtype, T, void*)   \
+  PARARNN_EXPORT(gated_norm, dtype, T, void*) \
+  PARARNN_EXPORT(conv_silu, dtype, T, void*)  \
+  PARARNN_EXPORT(product, dtype, T, void*)
+PARARNN_DTYPES(PARARNN_EXPORT_EACH)

@@ -235,9 +235,11 @@ void cross_entropy_gradient(
 
 }  // namespace pararnn
 
-PARARNN_EXPORTS(swiglu_gradient, void* const*)
-PARARNN_EXPORTS(rms_norm_gradient, void* const*)
-PARARNN_EXPORTS(gated_norm_gradient, void* const*)
-PARARNN_EXPORTS(conv_silu_gradient, void* const*)
-PARARNN_EXPORTS(cross_entropy, void* const*)
-PARARNN_EXPORTS(cross_entropy_gradient, void* const*)
+#define PARARNN_EXPORT_EACH(dtype, T)                         \
+  PARARNN_EXPORT(swiglu_gradient, dtype, T, void* const*)     \
+  PARARNN_EXPORT(rms_norm_gradient, dtype, T, void* const*)   \
+  PARARNN_EXPORT(gated_norm_gradient, dtype, T, void* const*) \
+  PARARNN_EXPORT(conv_silu_gradient, dtype, T, void* const*)  \
+  PARARNN_EXPORT(cross_entropy, dtype, T, void* const*)       \
+  PARARNN_EXPORT(cross_entropy_gradient, dtype, T, void* const*)
+PARARNN_DTYPES(PARARNN_EXPORT_EACH)

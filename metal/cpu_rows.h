@@ -30,13 +30,9 @@ inline Vec norm_scale(const T* x, int64_t width, float eps) {
 
 }  // namespace pararnn
 
-// name_float32, name_float16 and name_bfloat16, as cpu.py calls them; OUT is the type of where the results go.
+// name_float32 and the like, as cpu.py calls them; OUT is the type of where the results go.
 #define PARARNN_EXPORT(name, dtype, T, OUT)                                                               \
   extern "C" int name##_##dtype(const void* const* in, OUT out, const int64_t* size, const float* number, \
                                 int threads) {                                                            \
     return pararnn::status_of([&] { pararnn::name<T>(in, out, size, number, threads); });                 \
   }
-#define PARARNN_EXPORTS(name, OUT)                     \
-  PARARNN_EXPORT(name, float32, float, OUT)            \
-  PARARNN_EXPORT(name, float16, pararnn::Float16, OUT) \
-  PARARNN_EXPORT(name, bfloat16, pararnn::Bfloat16, OUT)

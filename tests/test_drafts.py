@@ -36,6 +36,7 @@ def drafts(demo):
     return {"itself": demo, "noise": noise, "blend": blend, "tiny": tiny}
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("draft", ["itself", "noise", "blend", "tiny"])
 @pytest.mark.parametrize("guesses", [1, 3, 8])
 def test_each_row_gets_its_own_greedy_tokens(demo, drafts, draft, guesses):

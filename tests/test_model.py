@@ -184,6 +184,7 @@ def test_token_by_token_is_prefill(kind):
     assert gap(states(by_token), states(cache)) < 5e-5
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())

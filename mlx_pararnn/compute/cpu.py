@@ -131,9 +131,9 @@ def solve(
     return (hidden, last) if states is None else (hidden, last, states)
 
 
-@lru_cache(maxsize=1)
-def _elementwise() -> ctypes.CDLL:
-    return build(cpu_elementwise_text(), "elementwise")
+@lru_cache(maxsize=3)
+def _elementwise(dtype: str) -> ctypes.CDLL:
+    return build(for_dtype(cpu_elementwise_text(), dtype), f"elementwise-{dtype}")
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -194,7 +194,8 @@ def _call(
     out = room(shape, arrays[0].dtype)
     mx.eval(out, *arrays)
     place = ctypes.c_void_p(address(out))
-    run(getattr(_elementwise(), f"{name}_{DTYPES[out.dtype]}"), arrays, [out], place, sizes, number)
+    dtype = DTYPES[out.dtype]
+    run(getattr(_elementwise(dtype), f"{name}_{dtype}"), arrays, [out], place, sizes, number)
     return out
 
 

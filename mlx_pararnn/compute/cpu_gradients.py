@@ -11,13 +11,13 @@ import mlx.core as mx
 from .cpu import DTYPES, address, in_float32, in_lines, in_rows, room, run, view
 from .cpu_build import build
 from .freed_memory import keep_freed_memory
-from .texts import cpu_gradients_text
+from .texts import cpu_gradients_text, for_dtype
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
+@lru_cache(maxsize=3)
+def _library(dtype: str) -> ctypes.CDLL:
     keep_freed_memory()
-    return build(cpu_gradients_text(), "gradients")
+    return build(for_dtype(cpu_gradients_text(), dtype), f"gradients-{dtype}")
 
 
 def swiglu_gradient(gate: mx.array, up: mx.array, slope: mx.array) -> list[mx.array]:
@@ -98,6 +98,7 @@ def _call(
     """One function of metal/cpu_gradients.cpp, of the first array's dtype; returns the outputs, filled."""
     mx.eval(arrays, outputs)
     places = (ctypes.c_void_p * len(outputs))(*(address(array) for array in outputs))
-    function = getattr(_library(), f"{name}_{DTYPES[arrays[0].dtype]}")
+    dtype = DTYPES[arrays[0].dtype]
+    function = getattr(_library(dtype), f"{name}_{dtype}")
     run(function, arrays, outputs, places, sizes, number)
     return outputs

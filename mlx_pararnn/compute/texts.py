@@ -124,7 +124,7 @@ def kernel_body(text: str) -> str:
 
 
 def for_dtype(text: str, dtype: str) -> str:
-    """A cell's C++ text, of the functions of one dtype ("float32") alone: three take three times as long."""
+    """A C++ text, of the functions of one dtype ("float32") alone: three take three times as long."""
     return f"#define PARARNN_DTYPES(EXPORT) EXPORT({dtype}, {CPU_TYPES[dtype]})\n{text}"
 
 
@@ -176,8 +176,9 @@ def built_in_texts() -> Iterator[tuple[str, str]]:
 
     A wheel brings them compiled (prebuilt.py).
     """
-    yield "elementwise", cpu_elementwise_text()
-    yield "gradients", cpu_gradients_text()
+    for dtype in CPU_TYPES:
+        yield f"elementwise-{dtype}", for_dtype(cpu_elementwise_text(), dtype)
+        yield f"gradients-{dtype}", for_dtype(cpu_gradients_text(), dtype)
     yield "packed", cpu_packed_text(EVERY_FORMAT)
     for path in files("mlx_pararnn.metal").joinpath("cells").iterdir():
         name = path.name.removesuffix(".h")

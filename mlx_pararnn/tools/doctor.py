@@ -84,7 +84,7 @@ def _cpu_backend(gpu: str | None) -> Finding:
         return Finding(name, f"not used: the device is a GPU ({gpu})")
     try:
         begin = time.perf_counter()
-        library = cpu.load(get_cell("gru"))
+        library = cpu.load(get_cell("gru"), "float32")
     except cpu_build.BuildError as error:
         return Finding(name, "cannot be built: plain MLX ops take its place", str(error))
     seconds = time.perf_counter() - begin

@@ -54,7 +54,7 @@ def test_padding(name, kind, backend):
     p.check(p.differentiated(backend))
 
 
-@pytest.mark.sampled("large")
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(name, dtype):
@@ -160,6 +160,7 @@ def launches(monkeypatch):
     return made
 
 
+@pytest.mark.large
 @pytest.mark.compiled
 def test_where_it_runs_and_where_ops_do(launches):
     """Wherever MLX allows evaluation it is the kernel, else ops; every input has its gradient."""
@@ -480,7 +481,7 @@ MUTANTS = {
 
 
 def objections(name, library, monkeypatch):
-    monkeypatch.setattr(cpu_adjoint, "load", lambda cell: library)
+    monkeypatch.setattr(cpu_adjoint, "load", lambda cell, dtype: library)
     for T, D, B, every, kind in ((7, 5, 2, 3, "holes"), (9, 70, 1, 0, "none"), (7, 3, 2, 2, "left")):
         p = Slopes(name, T, D, B, every=every, mask=masks(B, T)[kind])
         arrays = *p.arrays(), mx.array(p.boundaries(3)), *p.slopes()
@@ -501,6 +502,6 @@ def test_mutants(mutant, bending, monkeypatch, tmp_path):
         cell, *change = MUTANTS[mutant]
         broken(monkeypatch, *change)
     with fresh_cache(monkeypatch, tmp_path):
-        library = cpu_adjoint.load.__wrapped__(get_cell(cell))
+        library = cpu_adjoint.load.__wrapped__(get_cell(cell), "float32")
     seen = list(objections(cell, library, monkeypatch))
     assert bool(seen) == (mutant != "unchanged"), seen

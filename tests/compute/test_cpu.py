@@ -135,6 +135,7 @@ def alone_and_in_pairs(name, monkeypatch, dtype=mx.float32):
     return zip(pairs, recurrence(cell, *arrays, backend="cpu"), strict=True)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CELLS)
 def test_rounding_does_not_depend_on_threads(name, dtype, monkeypatch):

@@ -32,7 +32,7 @@ def test_who_sits_before_a_terminal_is_told_of_the_wait(monkeypatch, tmp_path, c
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     show_messages()
-    for told in ("compiling recurrence-nlru for this CPU, once\n", ""):
+    for told in ("compiling recurrence-nlru-float32 for this CPU, once\n", ""):
         with fresh_cache(monkeypatch, tmp_path):
             recurrence(cell, mx.array(params), mx.array(u), backend="cpu")
         assert capsys.readouterr().err == told

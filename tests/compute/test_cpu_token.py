@@ -138,6 +138,7 @@ def test_weights_that_change_between_tokens_are_seen(calls):
     assert all(calls)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("kind", ["gru", "lstm, 4 heads", "ml-pararnn", "babylm"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_arrays_of_any_layout(kind, dtype, calls):
@@ -284,6 +285,7 @@ def test_many_layers(calls):
 # What it gives
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["lstm, 4 heads", "plain"])
 def test_arrays_given_out_stay_as_they_are(kind, dtype, calls):

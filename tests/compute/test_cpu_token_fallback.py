@@ -285,6 +285,7 @@ def test_transformations(calls):
     assert not any(calls)
 
 
+@pytest.mark.large
 @pytest.mark.compiled
 def test_inside_compile_with_states(calls):
     made = make()

@@ -153,8 +153,9 @@ def test_all_that_built_in_cells_ask_for(monkeypatch):
         for load in (cpu.load, cpu_adjoint.load, cpu_token._library):
             for dtype in texts.CPU_TYPES:
                 load.__wrapped__(get_cell(name), dtype)
-    cpu._elementwise.__wrapped__()
-    cpu_gradients._library.__wrapped__()
+    for dtype in texts.CPU_TYPES:
+        cpu._elementwise.__wrapped__(dtype)
+        cpu_gradients._library.__wrapped__(dtype)
     for formats in (((4, 64),), ((2, 32), (8, 128))):
         cpu_token._packed.__wrapped__(formats)
     assert {*asked} == {*known.values()}
@@ -231,7 +232,7 @@ def test_an_installed_wheel_needs_no_compiler(tmp_path):
     best = re.search(r"[\w-]+$", HERE[0] if len(HERE) == 1 else "x86-64-v2")[0]
     wheel = pure_wheel(tmp_path)
     command = [sys.executable, ROOT / ".ci" / "platform_wheel.py", wheel, tmp_path / "made"]
-    only = f"level|^(elementwise|gradients|packed|(recurrence|adjoint|decode)-gru-float(16|32))-{best}"
+    only = f"level|^(packed|(elementwise|gradients|(recurrence|adjoint|decode)-gru)-float(16|32))-{best}"
     subprocess.run([*command, "--only", only], check=True, env={**os.environ, "PYTHONPATH": ""})
     (made,) = (tmp_path / "made").iterdir()
     tag = re.fullmatch(rf"mlx_pararnn-[\d.]+-py3-none-manylinux_2_(\d+)_{platform.machine()}\.whl", made.name)
@@ -276,15 +277,16 @@ def test_a_wheel_for_another_machine(tmp_path):
     if missing := [name for name in (f"{tools}g++", emulator) if not shutil.which(name)]:
         pytest.skip(f"no {' and no '.join(missing)} (apt install g++-aarch64-linux-gnu qemu-user)")
     command = [sys.executable, ROOT / ".ci" / "platform_wheel.py", pure_wheel(tmp_path), tmp_path / "made"]
-    command += ["--machine", "aarch64", "--tools", tools, "--only", "^(elementwise|recurrence-nlru)"]
+    command += ["--machine", "aarch64", "--tools", tools, "--only", "^(elementwise|recurrence-nlru)-float32"]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
     (made,) = (tmp_path / "made").iterdir()
     assert re.fullmatch(r"mlx_pararnn-[\d.]+-py3-none-manylinux_2_\d+_aarch64\.whl", made.name)
     with zipfile.ZipFile(made) as whole:
         brought = [name for name in whole.namelist() if name.endswith(".so")]
         whole.extractall(tmp_path, brought)
-    key = prebuilt.key_of(texts.cpu_elementwise_text(), *prebuilt.flags("-march=armv8-a"))
-    assert any(f"elementwise-armv8-a-{key}-" in name for name in brought)
+    text = texts.for_dtype(texts.cpu_elementwise_text(), "float32")
+    key = prebuilt.key_of(text, *prebuilt.flags("-march=armv8-a"))
+    assert any(f"elementwise-float32-armv8-a-{key}-" in name for name in brought)
     assert len(brought) == 2
     program, source = tmp_path / "loader", tmp_path / "loader.cpp"
     source.write_text(LOADER)

@@ -53,6 +53,7 @@ def test_against_the_oracle(name, options, T, heads):
     np.testing.assert_allclose(every_fifth, states[:, 4::5], atol=3e-6, rtol=3e-6)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("options", METHODS, ids=["sequential", "newton", "newton-7"])
 def test_masked_steps_pass_the_state_through(name, options):
@@ -92,8 +93,8 @@ def test_iterates_on_chunk_boundaries(name, chunk, iterations):
     np.testing.assert_allclose(hidden, exact, atol=tolerance, rtol=0)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.compiled
-@pytest.mark.sampled("large")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("scale", [4.0, 8.0, 16.0])
 def test_newton_ends_with_the_sequential_answer_whatever_the_weights(name, scale):
@@ -182,7 +183,7 @@ def test_linear_scan():
             np.testing.assert_allclose(x[..., c, :], y, atol=2e-5)
 
 
-@pytest.mark.sampled("large")
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("options", METHODS, ids=["sequential", "newton", "newton-7"])
 @pytest.mark.parametrize("masked", [False, True])

@@ -97,6 +97,7 @@ def test_the_answer_is_the_likeliest_after_image_and_question(image_pair):
     assert model.see(tokenizer, PICTURE, "what is it?", max_tokens=5) == answer
 
 
+@pytest.mark.large
 def test_gradients_reach_both_adapters_and_the_language_model(image_pair):
     model = image_model()
     pixels = mx.array(np.random.default_rng(1).standard_normal((2, 8, 8, 3)).astype(np.float32))

@@ -132,8 +132,8 @@ def recorded(made, tokens, monkeypatch, file, *, times=1, threads=1):
     library = cpu_token._library
 
     class Noting:
-        def __init__(self, cell):
-            self.real = library(cell)
+        def __init__(self, cell, dtype):
+            self.real = library(cell, dtype)
 
         def __getattr__(self, name):
             real = getattr(self.real, name)

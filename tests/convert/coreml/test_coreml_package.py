@@ -72,6 +72,7 @@ def test_the_description_is_that_of_the_program(small):
             assert array.dataType == types[tensor.dataType]
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 def test_the_folder_says_what_the_package_does(small):
     info, package = small.info, small.package
     assert json.loads(package.metadata["pararnn"]) == info
