@@ -118,7 +118,7 @@ def _check_manifest(package: Path) -> None:
         model = entries[manifest["rootModelIdentifier"]]["path"]
         others = {str(entry["path"]) for entry in entries.values()}
         size = (package / "Data" / _MODEL).stat().st_size
-    except (KeyError, TypeError, AttributeError, OSError) as error:
+    except (LookupError, TypeError, AttributeError, OSError) as error:  # as of a list in an object's place
         raise _not_whole(package) from error
     if model != _MODEL or not others <= {_MODEL, _WEIGHTS} or size > _MOST_MODEL_BYTES:
         raise _not_whole(package)
@@ -171,7 +171,7 @@ def _read(settings: Mapping[str, Any], functions: Mapping[str, Any], tokens: Arr
     in_graph = settings["state"] == "graph"
     state = functions["decode"].make_state() if in_graph else None
     passed = {} if in_graph else {s["name"]: np.zeros(s["shape"], s["dtype"]) for s in settings["states"]}
-    chunk = settings["chunk"] or 0
+    chunk = settings.get("chunk") or 0
     pieces = [("prefill", tokens[:chunk])] if chunk else []
     pieces += [("decode", tokens[t : t + 1]) for t in range(chunk, len(tokens))]
     answers, position = [], 0

@@ -42,7 +42,7 @@ def checked_reference(folder: Path, package: Path, settings: Mapping[str, Any]) 
     except Exception as error:
         raise PararnnError(f"{folder / PACKAGE_REFERENCE}: cannot be read; export the model again") from error
     vocabulary = settings["vocab_size"]
-    count, steps = tokens.size, settings["chunk"] or 1
+    count, steps = tokens.size, settings.get("chunk") or 1
     if (
         tokens.shape != (count,)
         or tokens.dtype != np.int32
