@@ -100,15 +100,15 @@ def test_every_struct_of_a_library_is_checked(monkeypatch):
     checked = []
     monkeypatch.setattr(cpu_build, "_check_layout", lambda _, name, struct: checked.append((name, struct)))
     cell = get_cell("nlru")
-    cpu.load.__wrapped__(cell)
-    cpu_adjoint.load.__wrapped__(cell)
-    cpu_token._library.__wrapped__(cell)
+    cpu.load.__wrapped__(cell, "float32")
+    cpu_adjoint.load.__wrapped__(cell, "float32")
+    cpu_token._library.__wrapped__(cell, "float32")
     cpu_token._packed.__wrapped__(((4, 64),))
     assert checked == [
-        ("recurrence-nlru", cpu.Call),
-        ("adjoint-nlru", cpu_adjoint.Adjoint),
-        ("decode-nlru", cpu_token.Matrix),
-        ("decode-nlru", cpu_token.Layer),
-        ("decode-nlru", cpu_token.Token),
+        ("recurrence-nlru-float32", cpu.Call),
+        ("adjoint-nlru-float32", cpu_adjoint.Adjoint),
+        ("decode-nlru-float32", cpu_token.Matrix),
+        ("decode-nlru-float32", cpu_token.Layer),
+        ("decode-nlru-float32", cpu_token.Token),
         ("packed-4of64", cpu_token.Matrix),
     ]
