@@ -242,9 +242,9 @@ class Chat:
                 _user(text, image),
                 {"role": "assistant", "content": "".join(answer)},
             ]
-            self._turns = [*turns, turn][-UNDO_LIMIT:]
             if self._assistant:
                 self._memory = self._assistant.memory()
+            self._turns = [*turns, turn][-UNDO_LIMIT:]  # the last: an error before it leaves all as it was
         except BaseException as error:
             # A layer may have read more than another: only the state before this turn is sound.
             self._go_to(now)
