@@ -51,12 +51,13 @@ def loading(name: str) -> Iterator[None]:
         return
 
     def show(text: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{text}")
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        sys.stderr.write(f"\r\x1b[K{text[: width - 1]}")  # one line, which can be taken back
         sys.stderr.flush()
 
     def line_of_its_own(record: logging.LogRecord) -> bool:
         compiling = record.name == "mlx_pararnn.compute.cpu_build" and record.levelno == logging.INFO
-        show(f"Loading {name}: {record.getMessage()} ..." if compiling else "")
+        show(f"Loading {name}: {record.getMessage()}" if compiling else "")
         return not compiling
 
     handlers = list(logging.getLogger("mlx_pararnn").handlers)
