@@ -80,6 +80,7 @@ def serve(
     chosen = sampling.choose_sampling(
         folder, sampling.CONVERSATION, options.given_sampling(temp, top_p, top_k, min_p, None)
     )
+    functions = model is None if functions is None else functions
     until_ready = ExitStack()
 
     def ready(url: str) -> None:
@@ -109,10 +110,10 @@ def serve(
             min_p=chosen.min_p,
             prompt_cache_bytes=prompt_cache_mb * 2**20,
             prompt_cache_folder=prompt_cache_dir,
-            functions=model is None if functions is None else functions,
+            functions=functions,
             adapter_path=adapter_path,
             initial_state=state,
-            examples=tuple(sampling.suggested_questions(folder)) if functions or model is None else (),
+            examples=tuple(sampling.suggested_questions(folder)) if functions else (),
         )
         run(model or BUNDLED, settings, ready=ready)
     print("Stopped.", file=sys.stderr)

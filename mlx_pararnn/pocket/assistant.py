@@ -115,11 +115,9 @@ class Assistant:
         now, sentences = self.now(), []
         for kind in _ENTRIES:
             entries = getattr(self, kind)
-            left = [entry for entry in entries if not (entry.at and entry.at <= now)]
-            if len(left) < len(entries):
-                over = ((entry.name, entry.at) for entry in entries if entry.at and entry.at <= now)
-                sentences += [_due_in_words(kind, name, at) for name, at in over if at > self.told]
-                setattr(self, kind, left)
+            over = [(entry.name, entry.at) for entry in entries if entry.at and entry.at <= now]
+            sentences += [_due_in_words(kind, name, at) for name, at in over if at > self.told]
+            entries[:] = [entry for entry in entries if not (entry.at and entry.at <= now)]
         self.told = now
         return sentences
 
