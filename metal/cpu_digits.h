@@ -1,44 +1,55 @@
 // The products of cpu_quantized.h on x86-64 with AVX-512 VNNI, for weights of 4 and 8 bits: four times as many
 // multiplications an instruction as of floats, since it multiplies bytes and adds in 32 bits, exactly.
 //
-// x becomes whole numbers: in each group of weights multiples of a step, a fraction of the group's largest number so
-// small that they keep as much of x as the largest number's float does. Of each number the three digits of base 256
-// are multiplied, one after the other; 32 bits hold their sum exactly (8 bits: that of the first two, to which the
-// lowest digit's is added as a float).
+// x becomes whole numbers: in each group of weights multiples of a step, a fraction of the group's largest number. Of
+// each number its DIGITS digits of base 256 are multiplied, one after the other. Three keep as much of x as the largest
+// number's float does; two, for scales of 16 bits, more than 16 bits of x would. 32 bits hold their sum exactly (three
+// and weights of 8 bits: that of the first two, to which the lowest digit's is added as a float).
 
 #if LANES == 16 && defined(__AVX512BW__)
 #define PARARNN_DIGITS __attribute__((target("avx512vnni")))
 
 namespace pararnn {
 
-template <int BITS, int GROUP>
+template <int BITS, int GROUP, int DIGITS>
 struct Digits : Quantized<BITS, GROUP> {
   typedef Quantized<BITS, GROUP> Base;
   static constexpr int VALUES = Base::VALUES, BLOCK = Base::BLOCK;
-  static constexpr int DIGITS = 3, BYTES = 64;
+  static constexpr int BYTES = 64;
+  static constexpr bool ALONE = BITS == 8 && DIGITS == 3;     // the lowest digit, in a sum of its own
   static constexpr int A_BYTE = 8 / BITS;                     // weights in it
   static constexpr int X_BLOCK = DIGITS * BLOCK / 4 + LANES;  // as floats: digits, then the lanes' steps
-  // The largest number in steps: three digits of -128 to 127 hold it, whatever is lost in 1 / step.
-  static constexpr float MOST = 8.355e6f;
+  // The largest number in steps: digits of -128 to 127 hold it, whatever is lost in 1 / step.
+  static constexpr float MOST = DIGITS == 3 ? 8.355e6f : 3.2638e4f;
   // A group without a larger number counts as 0: its step would be denormal.
   static constexpr float LEAST = 1e-30f;
 
-  // What a product reads of one x: digits and steps, block after block, and its sums over groups.
+  // What a product reads of one x: digits and steps, block after block, and its sums over groups; behind them each
+  // group's step.
   static int64_t arranged_size(int64_t width) {
-    return Base::blocks(width) * X_BLOCK + (width / GROUP + LANES - 1) / LANES * LANES;
+    return Base::blocks(width) * X_BLOCK + Base::padded_groups(width) + width / GROUP;
   }
 
   static void arrange(const float* x, int64_t width, float* to) {
+    const int64_t groups = width / GROUP;
+    float* sums = to + Base::blocks(width) * X_BLOCK;
+    float* step_of_group = sums + Base::padded_groups(width);
+    for (int64_t g = 0; g < groups; ++g) {
+      const float step = step_of(x + g * GROUP);
+      // What the digits say is summed, not x: so what they leave out meets the weights less their bias's mean.
+      __m512i sum = _mm512_setzero_si512();
+      for (int i = 0; i < GROUP; i += LANES) {
+        sum = _mm512_add_epi32(sum, number_of(load(x + g * GROUP + i, LANES).v, per_step(step)));
+      }
+      step_of_group[g] = step;
+      sums[g] = step * float(_mm512_reduce_add_epi32(sum));
+    }
+    Base::pad(sums, width);
     for (int64_t first = 0; first < width; first += BLOCK, to += X_BLOCK) {
       float* steps = to + X_BLOCK - LANES;
-      float per_step[LANES] = {};  // of the lanes' groups; 0: nothing of x there, or nothing that is finite
-      for (int lane = 0; lane < LANES; lane += GROUP / VALUES) {
-        const int64_t begin = (first + lane * VALUES) / GROUP * GROUP;  // which may stand before the block
-        const float step = begin < width ? step_of(x + begin) : 0.0f;
-        for (int i = lane; i < lane + GROUP / VALUES && i < LANES; ++i) {
-          steps[i] = step;
-          per_step[i] = step > 0.0f && step < INFINITY ? 1.0f / step : 0.0f;
-        }
+      for (int lane = 0; lane < LANES; ++lane) {
+        const int64_t group = (first + lane * VALUES) / GROUP;
+        steps[lane] = group < groups ? step_of_group[group] : 0.0f;
       }
       // Byte 4 lane + i of a vector: the weights A_BYTE (4 lane + i) on, of which `s` is at a time.
       for (int s = 0; s < A_BYTE; ++s) {
@@ -46,8 +57,7 @@ struct Digits : Quantized<BITS, GROUP> {
           const int64_t from = first + part * LANES * A_BYTE + s;
           Floats v;
           for (int i = 0; i < LANES; ++i) v[i] = from + i * A_BYTE < width ? x[from + i * A_BYTE] : 0.0f;
-          const float scale = per_step[part * LANES * A_BYTE / VALUES];
-          __m512i number = _mm512_cvtps_epi32((__m512)(scale > 0.0f ? v * scale : Floats{}));
+          __m512i number = number_of(v, per_step(steps[part * LANES * A_BYTE / VALUES]));
           for (int digit = DIGITS - 1; digit >= 0; --digit) {  // the lowest first
             const __m128i low = _mm512_cvtepi32_epi8(number);
             memcpy(reinterpret_cast<char*>(to) + (digit * A_BYTE + s) * BYTES + part * LANES, &low, sizeof low);
@@ -56,7 +66,13 @@ struct Digits : Quantized<BITS, GROUP> {
         }
       }
     }
-    Base::sums(x, width, to);
+  }
+
+  // 0: nothing is there, or nothing that is finite
+  static float per_step(float step) { return step > 0.0f && step < INFINITY ? 1.0f / step : 0.0f; }
+
+  static __m512i number_of(Floats x, float per_step) {
+    return _mm512_cvtps_epi32((__m512)(per_step > 0.0f ? x * per_step : Floats{}));
   }
 
   // Of a group; NaN if one of its numbers is that or infinite.
@@ -78,6 +94,7 @@ struct Digits : Quantized<BITS, GROUP> {
                                               int64_t row_words,
                                               const T* scales,
                                               int64_t groups,
+                                              int64_t apart,
                                               const float* x,
                                               int64_t x_stride,
                                               int64_t i,
@@ -86,18 +103,18 @@ struct Digits : Quantized<BITS, GROUP> {
     const __m512i low = _mm512_set1_epi8(15);
     for (int r = 0; r < ROWS; ++r) {
       Words words;
-      Base::load_words(weight + r * row_words + i / VALUES, lanes, &words);
+      Base::load_words(weight + r * apart * row_words + i / VALUES, lanes, &words);
       __m512i weights[A_BYTE] = {(__m512i)words};
       if (BITS == 4) {
         weights[A_BYTE - 1] = _mm512_and_si512(_mm512_srli_epi32(weights[0], 4), low);
         weights[0] = _mm512_and_si512(weights[0], low);
       }
-      const Vec scale = Base::scales_of(scales + r * groups + i / GROUP, lanes);
+      const Vec scale = Base::scales_of(scales + r * apart * groups + i / GROUP, lanes);
       for (int c = 0; c < COLUMNS; ++c) {
         const float* digits = x + c * x_stride;
         __m512i total = _mm512_setzero_si512(), lowest = total;
         for (int digit = 0; digit < DIGITS; ++digit) {
-          __m512i& sum = BITS == 8 && digit == DIGITS - 1 ? lowest : total;
+          __m512i& sum = ALONE && digit == DIGITS - 1 ? lowest : total;
           sum = _mm512_slli_epi32(sum, 8);
           for (int s = 0; s < A_BYTE; ++s) {
             const __m512i of_x = _mm512_loadu_si512(digits + (digit * A_BYTE + s) * (BYTES / 4));
@@ -105,18 +122,19 @@ struct Digits : Quantized<BITS, GROUP> {
           }
         }
         __m512 product = _mm512_cvtepi32_ps(total);
-        if (BITS == 8) product = _mm512_fmadd_ps(product, _mm512_set1_ps(256), _mm512_cvtepi32_ps(lowest));
+        if (ALONE) product = _mm512_fmadd_ps(product, _mm512_set1_ps(256), _mm512_cvtepi32_ps(lowest));
         const Floats step = load(digits + X_BLOCK - LANES, LANES).v;
         sums[r][c].v = sums[r][c].v + scale.v * step * (Floats)product;
       }
     }
   }
 
-  // y[c * y_stride + r] = row r times the arranged x at c * x_stride
+  // as Quantized::dot_products
   template <int ROWS, int COLUMNS, typename T>
   PARARNN_DIGITS static void dot_products(const uint32_t* weight,
                                           const T* scales,
                                           const T* biases,
+                                          int64_t apart,
                                           const float* x,
                                           int64_t x_stride,
                                           int64_t width,
@@ -130,25 +148,15 @@ struct Digits : Quantized<BITS, GROUP> {
     const float* at = x;
     int64_t i = 0;
     for (; i + BLOCK <= width; i += BLOCK, at += X_BLOCK) {
-      for (int r = 0; r < ROWS; ++r) {  // of the rows that come next
-        __builtin_prefetch(weight + (ROWS + r) * row_words + i / VALUES, 0, 2);
-      }
-      add_block<ROWS, COLUMNS>(weight, row_words, scales, groups, at, x_stride, i, LANES, sums);
+      for (int r = 0; r < ROWS; ++r) Base::fetch(weight + r * apart * row_words + i / VALUES, row_words);
+      add_block<ROWS, COLUMNS>(weight, row_words, scales, groups, apart, at, x_stride, i, LANES, sums);
     }
     if (i < width) {
       const int lanes = int((width - i) / VALUES);
-      add_block<ROWS, COLUMNS>(weight, row_words, scales, groups, at, x_stride, i, lanes, sums);
+      add_block<ROWS, COLUMNS>(weight, row_words, scales, groups, apart, at, x_stride, i, lanes, sums);
     }
     const float* group_sums = x + Base::blocks(width) * X_BLOCK;
-    for (int r = 0; r < ROWS; ++r) {
-      for (int64_t g = 0; g < groups; g += LANES) {
-        const Floats bias = load(biases + r * groups + g, groups - g < LANES ? int(groups - g) : LANES).v;
-        for (int c = 0; c < COLUMNS; ++c) {
-          sums[r][c].v = sums[r][c].v + bias * load(group_sums + c * x_stride + g, LANES).v;
-        }
-      }
-      for (int c = 0; c < COLUMNS; ++c) y[c * y_stride + r] = sum_of(sums[r][c]);
-    }
+    Base::template finish<ROWS, COLUMNS>(sums, biases, groups, apart, group_sums, x_stride, y, y_stride);
   }
 };
 

@@ -15,7 +15,8 @@ template <int BITS, int GROUP, typename T>
 PackedProduct<T> fastest() {
 #ifdef PARARNN_DIGITS
   if constexpr (BITS == 4 || BITS == 8) {
-    if (__builtin_cpu_supports("avx512vnni")) return products_of<Digits<BITS, GROUP>, T>();
+    constexpr int DIGITS = sizeof(T) == sizeof(float) ? 3 : 2;
+    if (__builtin_cpu_supports("avx512vnni")) return products_of<Digits<BITS, GROUP, DIGITS>, T>();
   }
 #endif
   return products_of<Quantized<BITS, GROUP>, T>();

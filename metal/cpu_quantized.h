@@ -48,13 +48,16 @@ struct Quantized {
   static constexpr int VALUES = 32 * WORDS / BITS;                         // in them
   static constexpr int BLOCK = VALUES * LANES;
   static constexpr int LANES_A_GROUP = GROUP / VALUES;
+  // A row of each of so many parts of a matrix at once: as many streams from memory hide more of its latency than one.
+  static constexpr int PARTS = 4, AHEAD = 2;
+  static constexpr int COLUMNS_AT_ONCE = 4;
 
   static int64_t blocks(int64_t width) { return (width + BLOCK - 1) / BLOCK; }
 
+  static int64_t padded_groups(int64_t width) { return (width / GROUP + LANES - 1) / LANES * LANES; }
+
   // What a product reads of one x: its numbers in order, 0 after the last, and their sums over groups.
-  static int64_t arranged_size(int64_t width) {
-    return blocks(width) * BLOCK + (width / GROUP + LANES - 1) / LANES * LANES;
-  }
+  static int64_t arranged_size(int64_t width) { return blocks(width) * BLOCK + padded_groups(width); }
 
   static void arrange(const float* x, int64_t width, float* to) {
     for (int64_t first = 0; first < width; first += BLOCK, to += BLOCK) {
@@ -65,18 +68,17 @@ struct Quantized {
         }
       }
     }
-    sums(x, width, to);
+    for (int64_t g = 0; g < width / GROUP; ++g) {
+      Vec sum(0.0f);
+      vectors(GROUP, [&](int64_t i, int n) { sum = sum + load(x + g * GROUP + i, n); });
+      to[g] = sum_of(sum);
+    }
+    pad(to, width);
   }
 
-  // of x over groups
-  static void sums(const float* x, int64_t width, float* to) {
-    for (int64_t first = 0; first < width; first += GROUP) {
-      Vec sum(0.0f);
-      vectors(GROUP, [&](int64_t i, int n) { sum = sum + load(x + first + i, n); });
-      *to++ = sum_of(sum);
-    }
-    // read with biases of 0, so that no older NaN may stand there
-    for (int64_t g = width / GROUP; g % LANES; ++g) *to++ = 0.0f;
+  // Sums over no group are read with biases of 0: no older NaN may stand there.
+  static void pad(float* sums, int64_t width) {
+    for (int64_t g = width / GROUP; g % LANES; ++g) sums[g] = 0.0f;
   }
 
   // the words of `lanes` lanes, 0 in the others
@@ -118,6 +120,9 @@ struct Quantized {
     return repeated<EACH>(scales, groups, std::make_integer_sequence<int, LANES>{});
   }
 
+  // Brings what comes AHEAD rows later into the cache.
+  static void fetch(const uint32_t* at, int64_t row_words) { __builtin_prefetch(at + AHEAD * row_words, 0, 3); }
+
   // sums[r][c] += what the block at number i of the rows r comes to with the columns c
   template <int ROWS, int COLUMNS, typename T, int... S>
   static void add_block(const uint32_t* const* rows,
@@ -141,11 +146,12 @@ struct Quantized {
     }
   }
 
-  // y[c * y_stride + r] = row r times the arranged x at c * x_stride
+  // y[c * y_stride + r * apart] = row r * apart times the arranged x at c * x_stride
   template <int ROWS, int COLUMNS, typename T>
   static void dot_products(const uint32_t* weight,
                            const T* scales,
                            const T* biases,
+                           int64_t apart,
                            const float* x,
                            int64_t x_stride,
                            int64_t width,
@@ -156,28 +162,38 @@ struct Quantized {
     const T* row_scales[ROWS];
     Vec sums[ROWS][COLUMNS];
     for (int r = 0; r < ROWS; ++r) {
-      rows[r] = weight + r * row_words, row_scales[r] = scales + r * groups;
+      rows[r] = weight + r * apart * row_words, row_scales[r] = scales + r * apart * groups;
       for (int c = 0; c < COLUMNS; ++c) sums[r][c] = Vec(0.0f);
     }
     constexpr auto EACH = std::make_integer_sequence<int, VALUES>{};
     int64_t i = 0;
     for (; i + BLOCK <= width; i += BLOCK) {
-      for (int r = 0; r < ROWS; ++r) {  // of the rows that come next
-        __builtin_prefetch(rows[r] + ROWS * row_words + i / VALUES * WORDS, 0, 2);
-      }
+      for (int r = 0; r < ROWS; ++r) fetch(rows[r] + i / VALUES * WORDS, row_words);
       add_block<ROWS, COLUMNS>(rows, row_scales, x, x_stride, i, LANES, sums, EACH);
     }
     if (i < width)
       add_block<ROWS, COLUMNS>(rows, row_scales, x, x_stride, i, int((width - i) / VALUES), sums, EACH);
-    const float* group_sums = x + blocks(width) * BLOCK;
+    finish<ROWS, COLUMNS>(sums, biases, groups, apart, x + blocks(width) * BLOCK, x_stride, y, y_stride);
+  }
+
+  // Adds what the biases come to with x's sums over groups; then each row's lanes.
+  template <int ROWS, int COLUMNS, typename T>
+  static void finish(Vec (*sums)[COLUMNS],
+                     const T* biases,
+                     int64_t groups,
+                     int64_t apart,
+                     const float* group_sums,
+                     int64_t x_stride,
+                     float* y,
+                     int64_t y_stride) {
     for (int r = 0; r < ROWS; ++r) {
       vectors(groups, [&](int64_t g, int n) {
-        const Floats bias = load(biases + r * groups + g, n).v;
+        const Floats bias = load(biases + r * apart * groups + g, n).v;
         for (int c = 0; c < COLUMNS; ++c) {
           sums[r][c].v = sums[r][c].v + bias * load(group_sums + c * x_stride + g, LANES).v;
         }
       });
-      for (int c = 0; c < COLUMNS; ++c) y[c * y_stride + r] = sum_of(sums[r][c]);
+      for (int c = 0; c < COLUMNS; ++c) y[c * y_stride + r * apart] = sum_of(sums[r][c]);
     }
   }
 
@@ -194,32 +210,26 @@ struct Quantized {
                            int64_t y_stride,
                            int64_t begin,
                            int64_t end) {
-    constexpr int MOST_ROWS = 4, MOST_COLUMNS = 4;
-    const int64_t groups = width / GROUP;
-    int rows = 1;
-    for (int64_t row = begin; row < end; row += rows) {
-      rows = end - row < MOST_ROWS ? 1 : MOST_ROWS;
+    const int64_t groups = width / GROUP, part = (end - begin) / PARTS;
+    const auto multiply = [&](int64_t row, auto rows) {
       const int64_t place = first + row;
       const uint32_t* weight = static_cast<const uint32_t*>(matrix.weight) + place * (width / 32 * BITS);
       const T* scales = static_cast<const T*>(matrix.scales) + place * groups;
       const T* biases = static_cast<const T*>(matrix.biases) + place * groups;
-      int columns = 1;
-      for (int64_t b = 0; b < B; b += columns) {
-        columns = B - b < MOST_COLUMNS ? 1 : MOST_COLUMNS;
-        const auto multiply = [&](auto n, auto m) {
-          Form::template dot_products<n(), m()>(weight, scales, biases, x + b * x_stride, x_stride, width,
-                                                y + b * y_stride + row, y_stride);
-        };
-        using One = std::integral_constant<int, 1>;
-        using ManyRows = std::integral_constant<int, MOST_ROWS>;
-        using ManyColumns = std::integral_constant<int, MOST_COLUMNS>;
-        if (rows == 1) {
-          columns == 1 ? multiply(One{}, One{}) : multiply(One{}, ManyColumns{});
-        } else {
-          columns == 1 ? multiply(ManyRows{}, One{}) : multiply(ManyRows{}, ManyColumns{});
-        }
+      constexpr int ROWS = decltype(rows)::value;
+      const auto columns = [&](int64_t b, auto count) {
+        constexpr int COLUMNS = decltype(count)::value;
+        Form::template dot_products<ROWS, COLUMNS>(weight, scales, biases, part, x + b * x_stride, x_stride,
+                                                   width, y + b * y_stride + row, y_stride);
+      };
+      int64_t b = 0;
+      for (; b + COLUMNS_AT_ONCE <= B; b += COLUMNS_AT_ONCE) {
+        columns(b, std::integral_constant<int, COLUMNS_AT_ONCE>{});
       }
-    }
+      for (; b < B; ++b) columns(b, std::integral_constant<int, 1>{});
+    };
+    for (int64_t row = begin; row < begin + part; ++row) multiply(row, std::integral_constant<int, PARTS>{});
+    for (int64_t row = begin + PARTS * part; row < end; ++row) multiply(row, std::integral_constant<int, 1>{});
   }
 };
 

@@ -324,6 +324,7 @@ class PararnnModel(nn.Module):
         self.layers = [Layer(args) for _ in range(count)]
         norm = nn.RMSNorm if args.norm == "rms" else nn.LayerNorm
         self.norm = norm(args.hidden_size, eps=args.norm_eps)
+        self._token_memory = cpu_token.Memory()
 
     def __call__(
         self,
@@ -366,7 +367,7 @@ class PararnnModel(nn.Module):
         decoded = None
         if choice.one_call and (weights := self.token_weights(head)) is not None:
             ids = inputs if input_embeddings is None else None
-            decoded = cpu_token.decode(weights, x, ids, cache, _TOKEN_TRIAL)
+            decoded = cpu_token.decode(weights, x, ids, cache, _TOKEN_TRIAL, self._token_memory)
         if decoded is None:
             last = choice.deferred()
             ours = all(type(layer) is Layer for layer in self.layers)  # others take and give one array
@@ -531,7 +532,7 @@ class Model(nn.Module):
     @property
     def cast_predicate(self) -> Any:
         """False for what MLX-LM's `convert --dtype` must leave as it is."""
-        return lambda path: not path.endswith(("recurrent_weight", "initial_state"))
+        return _is_castable
 
     @property
     def quant_predicate(self) -> Any:
@@ -543,9 +544,13 @@ def _same_numbers(a: mx.array, b: mx.array) -> bool:
     return bool(mx.array_equal(a, b, equal_nan=True).item())
 
 
+def _is_castable(path: str) -> bool:
+    return not path.endswith(("recurrent_weight", "initial_state"))
+
+
 def _is_quantizable(path: str, module: nn.Module) -> bool:
     matrix = isinstance(module, (nn.Linear, nn.Embedding, MultiLinear))
     return matrix and not path.endswith("embed_positions")
 
 
-_TOKEN_TRIAL = partial(compared_tokens, PararnnModel, _is_quantizable)
+_TOKEN_TRIAL = partial(compared_tokens, PararnnModel, _is_castable, _is_quantizable)

@@ -104,7 +104,8 @@ def _launch_of(
     if not has_kernel(cell):
         return None
     if backend == "cpu":
-        return cpu_adjoint.solve if evaluation(given) and _agrees(cell, "cpu", cpu_adjoint.solve) else None
+        works = evaluation(given) and _agrees(cell, "cpu", cpu_adjoint.solve, given[1].dtype)
+        return cpu_adjoint.solve if works else None
     if backend in ("metal", "cuda"):
         u = given[1]
         B, heads, _, _, W = u.shape
@@ -160,8 +161,10 @@ def _agrees(
         made = launch(cell, *given[:3], mask, *given[4:], *slots_of, every, tile, *bias)
         yield made, _in_ops(cell, masked, every, tile, *given, *bias, shifted=bool(bias))
 
-    words = [] if backend == "cpu" else [cpu.DTYPES[dtype], tiling]
-    words += [word for word, there in (("masked", masked), ("states", states)) if there and words]
+    words = [cpu.DTYPES[dtype]]
+    if backend != "cpu":
+        words.append(tiling)
+        words += [word for word, there in (("masked", masked), ("states", states)) if there]
     return works_here(", ".join([f"the gradient of {cell.name!r}", *words]), backend, outcomes)
 
 

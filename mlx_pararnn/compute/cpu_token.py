@@ -6,6 +6,7 @@ and all between the weights is float32 whatever their dtype.
 """
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from types import MappingProxyType, SimpleNamespace
@@ -108,11 +109,54 @@ class Decoded(NamedTuple):
 
 
 Formats = tuple[tuple[int, int], ...]  # (bits, group size) of quantized matrices
-Trial = Callable[[Cell, Formats], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
+Trial = Callable[[Cell, mx.Dtype, Formats], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
+
+
+class Known(NamedTuple):
+    """What follows from the shapes and dtypes of a model's arrays.
+
+    Attributes:
+        fits: whether all arrays have the shapes that the first layer's imply, and one dtype.
+        head_fits: whether the head has the width and the dtype of the others.
+        formats: those that code is needed for, with the head and without it.
+    """
+
+    fits: bool
+    head_fits: bool
+    formats: dict[bool, Formats]
+
+
+class Memory:
+    """What is known of one model's arrays, which keep shape and dtype as long as they live."""
+
+    def __init__(self) -> None:
+        self._arrays: list[weakref.ref[mx.array]] = []
+        self._known: Known | None = None
+
+    def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
+        return Memory, ()  # a copy of the model has arrays of its own
+
+    def of(self, weights: Weights) -> Known:
+        """The same as when these arrays were last seen, or found out now."""
+        groups = (*weights.layers, weights.last, weights.embedding, weights.head)
+        arrays = [array for group in groups for array in group.values()]
+        if self._known is None or len(arrays) != len(self._arrays):
+            same = False
+        else:
+            same = all(known() is array for known, array in zip(self._arrays, arrays, strict=True))
+        if not same or self._known is None:
+            self._known = _known(weights)
+            self._arrays = [weakref.ref(array) for array in arrays]
+        return self._known
 
 
 def decode(
-    weights: Weights, x: mx.array, ids: mx.array | None, cache: Sequence[Any], trial: Trial
+    weights: Weights,
+    x: mx.array,
+    ids: mx.array | None,
+    cache: Sequence[Any],
+    trial: Trial,
+    memory: Memory,
 ) -> Decoded | None:
     """All layers, the norm after them and the head for one token, at once; `cache` gets the new states.
 
@@ -120,8 +164,9 @@ def decode(
         x: (B, 1, D), what the first layer reads.
         ids: (B, 1), token ids, read instead of x where `weights` has an embedding; or None.
         cache: one `RecurrentCache` a layer.
-        trial: pairs of what this gives for a cell and formats of quantized matrices, and what MLX's ops give,
-            compared at the first use.
+        trial: pairs of what this gives for a cell, a dtype and formats of quantized matrices, and what MLX's
+            ops give, compared at the first use.
+        memory: the model's own.
 
     Returns:
         None, with the cache as it was, where this has no code for the call: weights of several dtypes or of
@@ -131,24 +176,26 @@ def decode(
         weights = weights._replace(embedding={})
     elif weights.embedding:
         x = ids
-    if not _consistent(weights, x) or not _fits(cache, x, weights):
+    known = memory.of(weights)
+    if not known.fits or not _readable(weights, x) or not _fits(cache, x, weights):
         return None
     reads = [x, *held_arrays(cache)]
     reads += [array for arrays in (*weights.layers, weights.last) for array in arrays.values()]
     reads += weights.embedding.values()
     if weights.head and not (
         # if it is the head alone that MLX traces, the others can be called at once
-        _head_fits(weights) and evaluation([*reads, *weights.head.values()]) == Evaluation.FREE
+        known.head_fits and evaluation([*reads, *weights.head.values()]) == Evaluation.FREE
     ):
         weights = weights._replace(head={})
     if not weights.head and evaluation(reads) < Evaluation.FREE:
         return None
-    if not _works(weights.cell, formats_of(weights), trial):
+    formats = known.formats[bool(weights.head)]
+    if not _works(weights.cell, _dtype(weights), formats, trial):
         return None
     mx.eval(x)
     if weights.embedding and not all(0 <= i < weights.embedding["embedding"].shape[0] for i in _ids(x)):
         return None
-    return run(weights, x, cache, formats_of(weights))
+    return run(weights, x, cache, formats)
 
 
 def _ids(x: mx.array) -> list[int]:
@@ -164,27 +211,35 @@ def _dtype(weights: Weights) -> mx.Dtype:
     return weights.last["norm"].dtype
 
 
-def _head_fits(weights: Weights) -> bool:
-    """Whether the head has the width and the dtype of the other weights."""
-    shapes = {"head": (weights.head["head"].shape[0], _width(weights))}
-    return _have_shapes(weights.head, shapes, _dtype(weights))
+def _known(weights: Weights) -> Known:
+    alone = weights._replace(head={})
+    fits = _consistent(weights)
+    # formats are of shapes that fit
+    formats = {bool(of.head): formats_of(of) for of in (alone, weights)} if fits else {}
+    head_fits = False
+    if fits and weights.head:
+        shapes = {"head": (weights.head["head"].shape[0], _width(weights))}
+        head_fits = _have_shapes(weights.head, shapes, _dtype(weights))
+    return Known(fits, head_fits, formats)
 
 
-def _consistent(weights: Weights, x: mx.array) -> bool:
-    """Whether all arrays have the shapes that the first layer's imply, and one dtype."""
+def _readable(weights: Weights, x: mx.array) -> bool:
+    """Whether x is what the first layer reads, or ids of the embedding's rows."""
+    if weights.embedding:
+        return x.ndim == 2 and mx.issubdtype(x.dtype, mx.integer)
+    return (x.shape[-1], x.dtype) == (_width(weights), _dtype(weights))
+
+
+def _consistent(weights: Weights) -> bool:
+    """Whether the arrays but the head's have the shapes that the first layer's imply, and one dtype."""
     first, taps = weights.layers[0], _taps(weights)
     D, dtype = _width(weights), _dtype(weights)
     if taps == 1 and "conv" in first:  # no window, which the text does not foresee
         return False
     if dtype not in _BITS:
         return False
-    if weights.embedding:
-        rows = {"embedding": (weights.embedding["embedding"].shape[0], D)}
-        if x.ndim != 2 or not mx.issubdtype(x.dtype, mx.integer):
-            return False
-        if not _have_shapes(weights.embedding, rows, dtype):
-            return False
-    elif (x.shape[-1], x.dtype) != (D, dtype):
+    rows = {"embedding": (weights.embedding["embedding"].shape[0], D)} if weights.embedding else {}
+    if not _have_shapes(weights.embedding, rows, dtype):
         return False
     shapes = _shapes(weights.cell, D, weights.heads, taps, first["up"].shape[0])
     names = _plain_names(first)
@@ -398,5 +453,6 @@ def _packed(formats: Formats) -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=64)
-def _works(cell: Cell, formats: Formats, trial: Trial) -> bool:
-    return works_here(f"decoding with {cell.name!r}", "cpu", partial(trial, cell, formats))
+def _works(cell: Cell, dtype: mx.Dtype, formats: Formats, trial: Trial) -> bool:
+    what = f"decoding with {cell.name!r}, {cpu.DTYPES[dtype]}"
+    return works_here(what, "cpu", partial(trial, cell, dtype, formats))

@@ -145,7 +145,7 @@ def cross_entropy(logits: mx.array, targets: mx.array, *, backend: str | None = 
         )
     rows, places = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     backend = choose_elementwise(rows.size, lambda: [rows, places], backend)
-    if taken_by_cpu(backend, rows) and _gradients_work():
+    if taken_by_cpu(backend, rows) and _gradients_work(rows.dtype):
         losses = _cross_entropy_cpu()(rows, places.astype(mx.int32))[0]
     else:
         losses = _cross_entropy_ops(rows, places)[0]
@@ -223,7 +223,7 @@ def decode(
 
 def taken_by_cpu(backend: str, *arrays: mx.array) -> bool:
     """Whether the CPU backend takes these arrays: all of one dtype, and it is right on this machine."""
-    return backend == "cpu" and _uniform(arrays) and _elementwise_works()
+    return backend == "cpu" and _uniform(arrays) and _elementwise_works(arrays[0].dtype)
 
 
 def _uniform(arrays: Sequence[mx.array]) -> bool:
@@ -337,7 +337,7 @@ def with_derivatives_of(
     @function.vjp
     def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         arrays = (*primals, *cotangents, *outputs)
-        if gradient is None or not _gradients_work() or not evaluation(arrays):
+        if gradient is None or not _gradients_work(primals[0].dtype) or not evaluation(arrays):
             return _backward(ops, primals, cotangents)
         n, m = len(primals), len(primals) + len(cotangents)
         differentiable = with_derivatives_of(
@@ -500,46 +500,71 @@ def norm_works(
     return works_here(f"the sum and {kind}, {cpu.DTYPES[dtype]}, {D} channels", backend, outcomes)
 
 
-@lru_cache(maxsize=1)
-def _elementwise_works() -> bool:
+@lru_cache(maxsize=8)
+def _elementwise_works(dtype: mx.Dtype) -> bool:
     def outcomes() -> Iterator[tuple[Arrays, Arrays]]:
-        x, up, weight = _waves(2, 20, 80)[..., :43], _waves(2, 20, 43), _waves(43)
-        yield (cpu.swiglu(x, up),), (_swiglu_ops(x, up),)
-        yield (cpu.rms_norm(x, weight, 1e-6),), (mx.fast.rms_norm(x, weight, 1e-6),)
-        yield (cpu.gated_norm(up, x, weight, 1e-6),), (_gated_norm_ops(1e-6, up, x, weight),)
-        yield (cpu.product(up, _waves(37, 43)),), (up @ _waves(37, 43).T,)
-        taps = _waves(43, 4)
-        yield cpu.conv_silu(x, up[:, :3], taps.T, weight), _conv_ops(x, up[:, :3], taps, weight)
+        x, up, weight, matrix, taps = (
+            array.astype(dtype)
+            for array in (
+                _waves(2, 20, 80)[..., :43],
+                _waves(2, 20, 43),
+                _waves(43),
+                _waves(37, 43),
+                _waves(43, 4),
+            )
+        )
+        yield (cpu.swiglu(x, up),), _exactly(_swiglu_ops, x, up)
+        yield (cpu.rms_norm(x, weight, 1e-6),), _exactly(partial(mx.fast.rms_norm, eps=1e-6), x, weight)
+        yield (cpu.gated_norm(up, x, weight, 1e-6),), _exactly(partial(_gated_norm_ops, 1e-6), up, x, weight)
+        yield (cpu.product(up, matrix),), _exactly(lambda x, matrix: x @ matrix.T, up, matrix)
+        yield cpu.conv_silu(x, up[:, :3], taps.T, weight), _exactly(_conv_ops, x, up[:, :3], taps, weight)
 
-    return works_here("elementwise work", "cpu", outcomes)
+    return works_here(f"elementwise work, {cpu.DTYPES[dtype]}", "cpu", outcomes)
 
 
-@lru_cache(maxsize=1)
-def _gradients_work() -> bool:
+@lru_cache(maxsize=8)
+def _gradients_work(dtype: mx.Dtype) -> bool:
     def outcomes() -> Iterator[tuple[Sequence[mx.array], Arrays]]:
-        x, up, weight, taps = _waves(2, 80, 80)[..., :43], _waves(2, 80, 43), _waves(43), _waves(43, 4)
-        slope, window, targets = 1 - up, up[:, :3], mx.arange(160, dtype=mx.int32) % 43
+        x, up, weight, taps, slope = (
+            array.astype(dtype)
+            for array in (
+                *(_waves(2, 80, 80)[..., :43], _waves(2, 80, 43), _waves(43), _waves(43, 4)),
+                1 - _waves(2, 80, 43),
+            )
+        )
+        window, targets = up[:, :3], mx.arange(160, dtype=mx.int32) % 43
+
+        def wanted(function: Callable[..., Any], primals: Arrays, cotangents: Arrays) -> Arrays:
+            return _exactly(
+                lambda *a: _backward(function, a[: len(primals)], a[len(primals) :]), *primals, *cotangents
+            )
 
         yield (
             cpu_gradients.swiglu_gradient(x, up, slope),
-            _backward(lambda *a: (_swiglu_ops(*a),), (x, up), (slope,)),
+            wanted(lambda *a: (_swiglu_ops(*a),), (x, up), (slope,)),
         )
-        wanted = _backward(lambda x, weight: (mx.fast.rms_norm(x, weight, 1e-6),), (x, weight), (slope,))
-        yield cpu_gradients.rms_norm_gradient(x, weight, slope, 1e-6), wanted
-        wanted = _backward(lambda *a: (_gated_norm_ops(1e-6, *a),), (up, x, weight), (slope,))
-        yield cpu_gradients.gated_norm_gradient(up, x, weight, slope, 1e-6), wanted
+        norm = wanted(lambda x, weight: (mx.fast.rms_norm(x, weight, 1e-6),), (x, weight), (slope,))
+        yield cpu_gradients.rms_norm_gradient(x, weight, slope, 1e-6), norm
+        gated = wanted(lambda *a: (_gated_norm_ops(1e-6, *a),), (up, x, weight), (slope,))
+        yield cpu_gradients.gated_norm_gradient(up, x, weight, slope, 1e-6), gated
         dx, d_window, d_taps, d_bias = cpu_gradients.conv_silu_gradient(
             x, window, taps.T, weight, slope, window
         )
-        wanted = _backward(_conv_ops, (x, window, taps, weight), (slope, window))
-        yield (dx, d_window, d_taps.T, d_bias), wanted
+        conv = wanted(_conv_ops, (x, window, taps, weight), (slope, window))
+        yield (dx, d_window, d_taps.T, d_bias), conv
         logits, slope = x.reshape(160, 43), _waves(160)
         losses, largest, sums = cpu_gradients.cross_entropy(logits, targets)
-        yield (losses, largest, sums), _cross_entropy_ops(logits, targets)
+        yield (losses, largest, sums), _exactly(lambda a: _cross_entropy_ops(a, targets), logits)
         d_logits = cpu_gradients.cross_entropy_gradient(logits, targets, largest, sums, slope)
-        yield (d_logits,), _backward(lambda a: _cross_entropy_ops(a, targets)[:1], (logits,), (slope,))
+        yield (d_logits,), wanted(lambda a: _cross_entropy_ops(a, targets)[:1], (logits,), (slope,))
 
-    return works_here("the gradients of elementwise work", "cpu", outcomes)
+    return works_here(f"the gradients of elementwise work, {cpu.DTYPES[dtype]}", "cpu", outcomes)
+
+
+def _exactly(function: Callable[..., Any], *arrays: mx.array) -> Arrays:
+    """What a function gives for the same numbers in float32."""
+    given = function(*(array.astype(mx.float32) for array in arrays))
+    return (given,) if isinstance(given, mx.array) else tuple(given)
 
 
 def _waves(*shape: int) -> mx.array:

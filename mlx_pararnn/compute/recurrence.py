@@ -106,16 +106,15 @@ def recurrence(
     inputs = [params, u, *(a for a in (state, bias, mask) if a is not None)]
     B, heads, T, gates, width = u.shape
     solver: dict[str, Any] = {"method": method, "chunk": chunk, "tol": tol, "max_iters": max_iters}
-    choice = choice_for(
-        cell, lambda: inputs, rows=B, tokens=T, width=gates * heads * width, backend=backend, **solver
-    )
+    sizes = {"rows": B, "tokens": T, "width": gates * heads * width}
+    choice = choice_for(cell, u.dtype, lambda: inputs, **sizes, backend=backend, **solver)
     options: dict[str, Any] = {"bias": bias, "mask": mask, "return_info": return_info}
     return solve(choice, cell, params, u, state, return_states=return_states, **options)
 
 
-def choice_for(cell: Cell, reads: Callable[[], Sequence[mx.array]], **call: Any) -> Choice:
-    """`choice.choose` for a call with this cell, which the CPU backend tries at its first use."""
-    return choose(cell, reads, trial=_kernels_agree, **call)
+def choice_for(cell: Cell, dtype: mx.Dtype, reads: Callable[[], Sequence[mx.array]], **call: Any) -> Choice:
+    """`choice.choose` for a call with this cell and dtype, which the CPU backend tries at its first use."""
+    return choose(cell, reads, trial=lambda cell, backend: _kernels_agree(cell, backend, dtype), **call)
 
 
 def choice_for_layers(
@@ -132,7 +131,7 @@ def choice_for_layers(
             "iterations are of no use; leave max_iters out, and Newton ends with the sequential answer"
         )
     B, T, D = x.shape
-    return choice_for(cell, reads, rows=B, tokens=T, width=D, padded=mask is not None, **options)
+    return choice_for(cell, x.dtype, reads, rows=B, tokens=T, width=D, padded=mask is not None, **options)
 
 
 def solve(
@@ -192,17 +191,20 @@ def solve(
 
 
 @lru_cache(maxsize=64)
-def _kernels_agree(cell: Cell, backend: str) -> bool:
-    """Try the CPU backend on a small problem, once a cell and process: `choice.works_here`."""
+def _kernels_agree(cell: Cell, backend: str, dtype: mx.Dtype) -> bool:
+    """Try the CPU backend on a small problem, once a cell, dtype and process: `choice.works_here`."""
+    if dtype not in cpu.DTYPES:
+        return False
     width, T = 40, 150
     params = 0.3 * mx.cos(mx.arange(len(cell.params) * width)).reshape(-1, width)
     u = mx.sin(mx.arange(2 * T * len(cell.gates) * width)).reshape(2, 1, T, len(cell.gates), width)
+    u = u.astype(dtype)
 
     def outcomes() -> Iterator[tuple[tuple[mx.array, ...], tuple[mx.array, ...]]]:
         wanted = recurrence(cell, params, u, method="sequential", backend="ops")
         yield recurrence(cell, params, u, method="sequential", backend=backend), wanted
 
-    return works_here(f"the recurrence of {cell.name!r}", backend, outcomes)
+    return works_here(f"the recurrence of {cell.name!r}, {cpu.DTYPES[dtype]}", backend, outcomes)
 
 
 @lru_cache(maxsize=256)
@@ -294,8 +296,8 @@ def _check(
         raise PararnnError(f"chunk and max_iters must be at least 1 (got {chunk} and {max_iters})")
     if max_iters is not None and max_iters >= 2**31:
         raise PararnnError(f"max_iters is {max_iters}; it must be below 2**31; leave it out for no limit")
-    if return_states < 0:
-        raise PararnnError(f"return_states is {return_states}; it must be 0 or a number of steps")
+    if not 0 <= return_states < 2**31:
+        raise PararnnError(f"return_states is {return_states}; it must be 0 or a number of steps below 2**31")
 
 
 def _check_input(cell: Cell, u: mx.array) -> None:

@@ -74,13 +74,21 @@ def _cell_text(cell: Cell) -> str:
     if not has_kernel(cell):
         raise PararnnError(f"cell {cell.name!r} brings no MSL, so it runs on the backend 'ops' alone")
     text = cell.msl if cell.msl is not None else metal_text("cells", f"{cell.name}.h")
-    if not text.isascii():  # which MLX hands to Metal as C strings, and Metal may end the process at
-        letter = next(letter for letter in text if not letter.isascii())
-        raise PararnnError(f"the MSL of cell {cell.name!r} has {letter!r}; write it in ASCII, comments too")
+    _check_ascii(cell, "MSL", text)
     return text
 
 
+def _check_ascii(cell: Cell, what: str, text: str) -> None:
+    """MLX hands the text to Metal as C strings, and Metal may end the process at any other letter."""
+    if not text.isascii():
+        letter = next(letter for letter in text if not letter.isascii())
+        raise PararnnError(
+            f"the {what} of cell {cell.name!r} has {letter!r}; write it in ASCII, comments too"
+        )
+
+
 def _struct(cell: Cell, namespace: str) -> str:
+    _check_ascii(cell, "class's name", type(cell).__name__)
     names = [f"pararnn::{_ACTIVATIONS[cell.activations[place]]}" for place in cell.default_activations]
     return f"{namespace}::{type(cell).__name__}" + (f"<{', '.join(names)}>" if names else "")
 

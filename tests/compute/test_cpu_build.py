@@ -160,11 +160,11 @@ def test_a_cell_may_have_any_name(monkeypatch, tmp_path):
     assert gpu.sequential_launch(cell, u.shape, u.dtype).name.isidentifier()
 
 
-def test_msl_that_is_not_ascii_is_refused():
-    @register_cell
-    class Fancy(type(get_cell("nlru"))):
-        name = "fancy"
-        msl = "// a\u00b2\n" + texts.metal_text("cells", "nlru.h").replace("NLRU", "Fancy")
-
-    with pytest.raises(PararnnError, match="MSL of cell 'fancy' has '\u00b2'; write it in ASCII"):
+@pytest.mark.parametrize(
+    ("what", "named", "before"), [("MSL", "Fancy", "// a\u00b2\n"), ("class's name", "Gr\u00f6\u00dfe", "")]
+)
+def test_a_text_that_is_not_ascii_is_refused(what, named, before):
+    msl = before + texts.metal_text("cells", "nlru.h").replace("NLRU", "Fancy")
+    register_cell(type(named, (type(get_cell("nlru")),), {"name": "fancy", "msl": msl}))
+    with pytest.raises(PararnnError, match=f"the {what} of cell 'fancy' has '.'; write it in ASCII"):
         recurrence(get_cell("fancy"), mx.zeros((1, 8)), mx.ones((1, 1, 4, 2, 8)), backend="cpu")

@@ -187,6 +187,35 @@ def test_only_this_cannot_be_built(fault, monkeypatch, tmp_path, calls):
     assert distance(numbers(given), numbers(wanted)) < 1e-5
 
 
+@pytest.mark.large
+def test_the_trial_is_of_the_dtype_that_is_used(monkeypatch, tmp_path, calls):
+    """A compiler that makes a mistake in one dtype's library alone."""
+    texts_of = cpu_token.for_dtype
+    flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-pthread"]
+    right, wrong = "store(input + b * D + i, silu(y), n);", "store(input + b * D + i, y, n);"
+    with nothing_built(monkeypatch, tmp_path), monkeypatch.context() as inside:
+        inside.setattr(
+            cpu_token,
+            "for_dtype",
+            lambda text, dtype: texts_of(text.replace(right, wrong) if dtype == "float16" else text, dtype),
+        )
+        inside.setattr(cpu_build, "_flags", lambda: flags)
+        for dtype in ("float32", "float16", "bfloat16"):
+            made = make()
+            made.set_dtype(DTYPES[dtype])
+            for layer in made.layers:
+                recurrent = layer.mixer.cell
+                recurrent.recurrent_weight = recurrent.recurrent_weight.astype(mx.float32)
+            calls.clear()
+            if dtype == "float16":
+                with pytest.warns(RuntimeWarning, match="float16: it gives other numbers than plain MLX ops"):
+                    by_token(made, TOKENS)
+                assert not any(calls)
+            else:
+                by_token(made, TOKENS)
+                assert all(calls)
+
+
 def test_the_trial_leaves_random_numbers_alone():
     made = make()
 

@@ -212,7 +212,7 @@ def test_cross_entropy_chooses(monkeypatch):
     """The CPU backend where it may evaluate, else ops: the same numbers."""
     made = []
     function = cpu_gradients.cross_entropy_gradient
-    layer_ops._gradients_work()
+    layer_ops._gradients_work(mx.float32)
     monkeypatch.setattr(cpu_gradients, "cross_entropy_gradient", lambda *a: made.append(1) or function(*a))
     logits, targets = inputs_of("cross_entropy", (2, 9, 37))[0], mx.arange(18).reshape(2, 9)
     gradient = mx.grad(lambda x: (layer_ops.cross_entropy(x, targets) * mx.arange(9)).sum())
@@ -261,7 +261,9 @@ def test_what_gives_other_numbers_is_not_used(monkeypatch):
     slopes = slopes_of("rms_norm", arrays)
     layer_ops._gradients_work.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match="gradients of elementwise work: it gives other numbers"):
+        with pytest.warns(
+            RuntimeWarning, match="gradients of elementwise work, float32: it gives other numbers"
+        ):
             given = given_by("rms_norm", arrays, slopes)
     finally:
         layer_ops._gradients_work.cache_clear()
@@ -274,7 +276,7 @@ def test_a_training_step_of_a_model(kind, monkeypatch):
     """All weights have a gradient, that of plain ops; the last layer's norms and gates are the CPU's too."""
     model = make(kind)
     tokens = mx.array(np.random.default_rng(1).integers(0, 37, (2, 30)))
-    layer_ops._gradients_work()
+    layer_ops._gradients_work(mx.float32)
     made = []
     for name in ("swiglu_gradient", "rms_norm_gradient", "gated_norm_gradient", "conv_silu_gradient"):
         function = getattr(cpu_gradients, name)
@@ -329,7 +331,8 @@ def test_arm64(monkeypatch, tmp_path):
 
 def record_all(monkeypatch, folder):
     """Every function on every dtype; sizes of several blocks, and of one."""
-    layer_ops._gradients_work()
+    for dtype in DTYPES.values():
+        layer_ops._gradients_work(dtype)
     recorder = Recorder(folder)
     with monkeypatch.context() as inside:
         inside.setattr(cpu_gradients, "_call", recorder)

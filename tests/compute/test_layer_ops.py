@@ -244,7 +244,7 @@ def test_decoding_does_not_synchronise_and_does_not_grow(backend, kind, monkeypa
     logits = model(mx.argmax(logits[:, -1:], axis=-1), cache=cache)
     mx.eval(logits, [one.cache for one in cache])
     size = sum(one.nbytes for one in cache)
-    where = choice_for(get_cell(KINDS[kind]["cell"]), lambda: [], rows=1, tokens=1, width=64)
+    where = choice_for(get_cell(KINDS[kind]["cell"]), mx.float32, lambda: [], rows=1, tokens=1, width=64)
     waits = ["eval"] if where.one_call else []
     active, evaluated = None, []
 

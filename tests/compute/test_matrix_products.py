@@ -81,7 +81,7 @@ def test_head(dtype, size, module, monkeypatch):
     product = cpu.product
     monkeypatch.setattr(cpu, "product", lambda *a: at_once.append(1) or product(*a))
     monkeypatch.setattr(cpu, "_LARGE", 0)
-    layer_ops._elementwise_works()
+    layer_ops._elementwise_works(DTYPES[dtype])
     for shape in ((1, 1), (2, 1), (1, 3), (4, 1), (cpu.FEW_ROWS + 1, 1)):
         x = mx.array(rng.normal(size=(*shape, width))).astype(DTYPES[dtype])
         wanted = numbers(x) @ numbers(made.weight).T

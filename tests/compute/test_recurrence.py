@@ -304,6 +304,7 @@ def test_a_cell_of_ones_own():
         ({"max_iters": 0}, "chunk and max_iters must be at least 1"),
         ({"max_iters": 2**31}, "max_iters is 2147483648; it must be below 2**31"),
         ({"return_states": -1}, "return_states is -1"),
+        ({"return_states": 2**31}, "return_states is 2147483648; it must be 0 or a number of steps below"),
     ],
 )
 def test_bad_arguments(change, message):
