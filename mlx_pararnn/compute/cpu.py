@@ -7,12 +7,9 @@ here runs at once: never inside mx.compile or mx.vmap.
 """
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -20,6 +17,7 @@ import numpy as np
 
 from ..cells import Cell
 from .cpu_build import build, invoke
+from .cpu_cores import threads
 from .texts import cpu_elementwise_text, cpu_recurrence_text, for_dtype, plain_name
 
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
@@ -27,49 +25,6 @@ DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 _LARGE = 1 << 15
 # Up to so many rows a product with a matrix is faster here than in MLX, which arranges the matrix first.
 FEW_ROWS = 16
-
-
-def threads() -> int:
-    """Threads that a large call uses: OMP_NUM_THREADS where it is set, else one a core of this process.
-
-    Not those of efficiency, which would make the others wait, and no more than a container's quota allows.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = _performance_cores() or os.cpu_count() or 1
-    return min(cores, _quota() or cores)
-
-
-@lru_cache(maxsize=1)
-def _performance_cores() -> int:
-    """Of a Mac with two kinds of cores; 0 where the system does not say."""
-    try:
-        asked = ["sysctl", "-n", "hw.perflevel0.physicalcpu"]
-        return int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        return 0
-
-
-@lru_cache(maxsize=1)
-def _quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that Linux's control groups (version 2) give this process, at least 1; 0 without a limit."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return 0
-    inside = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
-    limits = []
-    for folder in (groups / inside, *(groups / inside).parents):
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-            limits.append(max(1, -(-int(quota) // int(period))))
-        except (OSError, ValueError, ZeroDivisionError):
-            pass  # no such file, or "max"
-    return min(limits, default=0)
 
 
 def is_large(numbers: int) -> bool:

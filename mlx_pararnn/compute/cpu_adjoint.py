@@ -6,8 +6,9 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ..cells import Cell
-from .cpu import DTYPES, address, in_lines, is_large, room, threads, view
+from .cpu import DTYPES, address, in_lines, is_large, room, view
 from .cpu_build import build, invoke
+from .cpu_cores import threads
 from .texts import cpu_adjoint_text, for_dtype, plain_name
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..cache import held_arrays
 from ..cells import Cell
 from ..files.quantization_formats import BITS, GROUP_SIZES
-from . import cpu
+from . import cpu, cpu_cores
 from .choice import Evaluation, evaluation, works_here
 from .cpu_build import build, invoke, is_prebuilt
 from .texts import EVERY_FORMAT, cpu_packed_text, cpu_token_text, for_dtype, plain_name
@@ -395,7 +395,7 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
         vocab,
         weights.eps,
         weights.mlp_residual,
-        min(cpu.threads(), _MOST_THREADS) if many else 1,
+        min(cpu_cores.threads(), _MOST_THREADS) if many else 1,
     )
     invoke(getattr(library, f"decode_{cpu.DTYPES[dtype]}"), ctypes.byref(token))
     for i, c in enumerate(cache):

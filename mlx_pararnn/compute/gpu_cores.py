@@ -1,5 +1,6 @@
-"""How many cores the GPU has: as macOS tells it, else by its name."""
+"""How many cores the GPU has: as macOS or NVIDIA's driver tells it, else by its name."""
 
+import ctypes
 import platform
 import re
 import subprocess
@@ -33,9 +34,11 @@ def named(device: str) -> int:
 
 
 def _asked() -> int:
-    """The entry of the GPU's driver in macOS's registry; 0 where there is none."""
-    if platform.system() != "Darwin" or mx.default_device().type != mx.DeviceType.gpu:
+    """The entry of the GPU's driver in macOS's registry, or what NVIDIA's says; 0 where there is none."""
+    if mx.default_device().type != mx.DeviceType.gpu:
         return 0
+    if platform.system() != "Darwin":
+        return multiprocessors()
     asked = ["ioreg", "-rd1", "-c", "AGXAccelerator"]
     try:
         told = subprocess.run(asked, capture_output=True, text=True, timeout=5).stdout
@@ -43,3 +46,18 @@ def _asked() -> int:
         return 0
     count = re.search(r'"gpu-core-count" = (\d+)', told)
     return int(count[1]) if count else 0
+
+
+def multiprocessors(driver: str = "libcuda.so.1") -> int:
+    """Of the first card, by the driver's own interface (cuda.h: cuDeviceGetAttribute, attribute 16)."""
+    device, count = ctypes.c_int(), ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL(driver)
+        failed = (
+            cuda.cuInit(0)
+            or cuda.cuDeviceGet(ctypes.byref(device), 0)
+            or cuda.cuDeviceGetAttribute(ctypes.byref(count), 16, device)
+        )
+    except (OSError, AttributeError):
+        return 0
+    return 0 if failed else count.value

@@ -12,6 +12,7 @@ import re
 import sys
 
 from ..process.address_space import limit
+from .cpu_cores import threads
 
 
 def load_openblas() -> str | None:
@@ -36,6 +37,7 @@ def load_openblas() -> str | None:
             os.environ["OPENBLAS_CORETYPE"] = better
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
             del os.environ["OPENBLAS_CORETYPE"]
+        limit_threads(library)
         if limit() is not None:
             _take_memory(library)
         return name
@@ -65,12 +67,24 @@ def _has_room() -> bool:
     """Asked before the library is loaded: a thread of its that spins keeps it from being closed again."""
     if sys.platform != "linux" or limit() is None:
         return True
-    threads = len(os.sched_getaffinity(0)) + 1
+    # It starts one a core as it is loaded, whatever it is told then.
+    started = len(os.sched_getaffinity(0)) + 1
     try:
-        mmap.mmap(-1, threads * (_BUFFER + _ARENA_AND_STACK)).close()
+        mmap.mmap(-1, started * (_BUFFER + _ARENA_AND_STACK)).close()
     except (OSError, ValueError):
         return False
     return True
+
+
+def limit_threads(library: ctypes.CDLL) -> None:
+    """To what this process may use: OpenBLAS heeds no container's quota, and its threads spin."""
+    if "OPENBLAS_NUM_THREADS" in os.environ or "OMP_NUM_THREADS" in os.environ:
+        return
+    try:
+        if threads() < library.openblas_get_num_threads():
+            library.openblas_set_num_threads(threads())
+    except AttributeError:  # a build without threads, or another BLAS under its name
+        pass
 
 
 def _take_memory(library: ctypes.CDLL) -> None:

@@ -77,7 +77,7 @@ def _backends() -> list[Finding]:
 
 def _cpu_backend(gpu: str | None) -> Finding:
     from ..cells import get_cell
-    from ..compute import cpu, cpu_build, prebuilt
+    from ..compute import cpu, cpu_build, cpu_cores, prebuilt
 
     name = "backend cpu"
     if gpu:
@@ -94,7 +94,7 @@ def _cpu_backend(gpu: str | None) -> Finding:
         made_by = "built before, no compiler now"
     if (brought := Path(library._name)).parent == prebuilt.FOLDER:
         made_by = f"came compiled, {brought.stem.rsplit('-', 2)[0]}"
-    return Finding(name, f"present: {made_by}, {cpu.threads()} threads, loaded in {seconds:.1f} s")
+    return Finding(name, f"present: {made_by}, {cpu_cores.threads()} threads, loaded in {seconds:.1f} s")
 
 
 def _blas(loaded: str | None) -> Finding:

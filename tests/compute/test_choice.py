@@ -161,3 +161,19 @@ def test_who_reads_a_prompt_for_its_state_does_not_pay_for_its_output(cpu_backen
     layers = len(made.layers)
     assert [calls.count(n) for n in ("conv_silu", "solve")] == [layers, layers]
     assert [calls.count(n) for n in ("swiglu", "gated_norm")] == [layers - 1, layers - 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("float32", 0), ("float16", 2.0**-10), ("bfloat16", 2.0**-7)]
+)
+def test_a_trial_allows_one_rounding_and_no_more(dtype, rounding, monkeypatch):
+    monkeypatch.setattr(choice, "TRIALS", {})
+    wanted = mx.linspace(1.0, 2.0, 64)
+
+    def outcomes(factor):
+        yield [(wanted * factor).astype(getattr(mx, dtype))], [wanted]
+
+    allowed, faulty = 1 + max(0.4 * rounding, 5e-5), 1 + 3 * max(rounding, 1e-4)
+    assert choice.works_here(f"a trial in {dtype}", "cpu", lambda: outcomes(allowed))
+    with pytest.warns(RuntimeWarning, match="it gives other numbers than plain MLX ops"):
+        assert not choice.works_here(f"a trial in {dtype}", "cpu", lambda: outcomes(faulty))

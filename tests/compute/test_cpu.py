@@ -433,44 +433,6 @@ def test_compilers(cxx, monkeypatch, tmp_path):
         assert all(mx.array_equal(a, b) for a, b in alone_and_in_pairs("lstm", monkeypatch))
 
 
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, 0),
-        ({"cpu.max": "max 100000"}, 0),
-        ({"cpu.max": "200000 100000"}, 2),  # docker run --cpus=2
-        ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"a/b/cpu.max": "300000 100000", "cpu.max": "max 100000"}, 3),
-        ({"a/b/cpu.max": "max 100000", "a/cpu.max": "400000 100000"}, 4),
-        ({"a/b/cpu.max": "800000 100000", "a/cpu.max": "400000 100000"}, 4),
-        ({"cpu.max": "nonsense"}, 0),
-    ],
-)
-def test_a_containers_quota_of_cores(files, cores, tmp_path):
-    (tmp_path / "own").write_text("0::/a/b\n")
-    for name, content in files.items():
-        path = tmp_path / "groups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content + "\n")
-    assert cpu._quota.__wrapped__(tmp_path / "groups", tmp_path / "own") == cores
-    assert cpu._quota.__wrapped__(tmp_path / "groups", tmp_path / "missing") == 0
-
-
-def test_threads(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    for quota, wanted in ((0, 16), (2, 2), (40, 16)):
-        monkeypatch.setattr(cpu, "_quota", lambda quota=quota: quota)
-        assert cpu.threads() == wanted
-    monkeypatch.delattr(cpu.os, "sched_getaffinity")  # a Mac
-    monkeypatch.setattr(cpu, "_quota", lambda: 0)
-    monkeypatch.setattr(cpu, "_performance_cores", lambda: 6)
-    assert cpu.threads() == 6
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert cpu.threads() == 3
-
-
 def test_a_cell_without_msl_runs_in_ops():
     @register_cell
     class Leaky(type(get_cell("nlru"))):

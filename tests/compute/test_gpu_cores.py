@@ -1,4 +1,4 @@
-"""How many cores a GPU has, as macOS tells it and by name."""
+"""How many cores a GPU has, as macOS and NVIDIA's driver tell it and by name."""
 
 import platform
 import subprocess
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from mlx_pararnn.compute import gpu_cores
+from mlx_pararnn.compute import cpu_build, gpu_cores
 
 NAMES = {
     "Apple M1": 8,
@@ -46,3 +46,27 @@ def test_as_macos_tells_it_else_by_name(told, monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M1"})
     monkeypatch.setattr(subprocess, "run", run)
     assert gpu_cores.gpu_cores.__wrapped__() == TOLD[told]
+
+
+# Of each stand-in for NVIDIA's driver what it answers, as C; and what is understood.
+DRIVERS = {
+    "int cuInit(unsigned n) { return n; }"
+    "int cuDeviceGet(int *device, int n) { *device = n + 7; return 0; }"
+    "int cuDeviceGetAttribute(int *to, int what, int of) { *to = 100 * what + of; return 0; }": 1607,
+    "int cuInit(unsigned n) { return 100; }"
+    "int cuDeviceGet(int *device, int n) { return 0; }"
+    "int cuDeviceGetAttribute(int *to, int what, int of) { *to = 5; return 0; }": 0,  # no card
+    "int cuInit(unsigned n) { return n; }": 0,
+    None: 0,
+}
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="its driver is Linux's")
+@pytest.mark.parametrize("driver", DRIVERS, ids=["a card", "no card", "another library", "no driver"])
+def test_as_nvidias_driver_tells_it(driver, tmp_path):
+    library = tmp_path / "libcuda.so.1"
+    if driver is not None:
+        (tmp_path / "driver.cpp").write_text('extern "C" {' + driver + "}")
+        command = [cpu_build.compiler(), "-shared", "-fPIC", tmp_path / "driver.cpp", "-o", library]
+        subprocess.run(command, check=True)
+    assert gpu_cores.multiprocessors(str(library)) == DRIVERS[driver]

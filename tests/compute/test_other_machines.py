@@ -1,7 +1,5 @@
 """What the CPU backend meets on a Mac, by stand-ins: where MLX keeps arrays, and two kinds of cores."""
 
-import os
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -61,13 +59,3 @@ def test_addresses_are_those_of_pythons_buffers(cpu_backend):
     array = np.arange(24, dtype=np.float32).reshape(4, 6).view(OnMetal)
     found = cpu.dense_addresses(cpu_token._library(get_cell("gru"), "float32"), [array, array.T])
     assert found == [array.ctypes.data, None]
-
-
-@pytest.mark.parametrize(("answer", "cores"), [("echo 6", 6), ("exit 1", 0), ("echo", 0), (None, 0)], ids=str)
-def test_a_macs_performance_cores(answer, cores, monkeypatch, tmp_path):
-    if answer is not None:
-        sysctl = tmp_path / "sysctl"
-        sysctl.write_text(f'#!/bin/sh\n[ "$*" = "-n hw.perflevel0.physicalcpu" ] || exit 3\n{answer}\n')
-        sysctl.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin" if answer else str(tmp_path))
-    assert cpu._performance_cores.__wrapped__() == cores

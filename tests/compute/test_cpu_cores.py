@@ -1,0 +1,84 @@
+"""How many cores a process may use, and who is told."""
+
+import ctypes
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_pararnn.compute import cpu_cores, openblas
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 0),
+        ({"cpu.max": "max 100000"}, 0),
+        ({"cpu.max": "200000 100000"}, 2),  # docker run --cpus=2
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"a/b/cpu.max": "300000 100000", "cpu.max": "max 100000"}, 3),
+        ({"a/b/cpu.max": "max 100000", "a/cpu.max": "400000 100000"}, 4),
+        ({"a/b/cpu.max": "800000 100000", "a/cpu.max": "400000 100000"}, 4),
+        ({"cpu.max": "nonsense"}, 0),
+    ],
+)
+def test_a_containers_quota_of_cores(files, cores, tmp_path):
+    (tmp_path / "own").write_text("0::/a/b\n")
+    for name, content in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    assert cpu_cores._quota.__wrapped__(tmp_path / "groups", tmp_path / "own") == cores
+    assert cpu_cores._quota.__wrapped__(tmp_path / "groups", tmp_path / "missing") == 0
+
+
+def test_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpu_cores.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for quota, wanted in ((0, 16), (2, 2), (40, 16)):
+        monkeypatch.setattr(cpu_cores, "_quota", lambda quota=quota: quota)
+        assert cpu_cores.threads() == wanted
+    monkeypatch.delattr(cpu_cores.os, "sched_getaffinity")  # a Mac
+    monkeypatch.setattr(cpu_cores, "_quota", lambda: 0)
+    monkeypatch.setattr(cpu_cores, "_performance_cores", lambda: 6)
+    assert cpu_cores.threads() == 6
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cpu_cores.threads() == 3
+
+
+@pytest.mark.parametrize(("answer", "cores"), [("echo 6", 6), ("exit 1", 0), ("echo", 0), (None, 0)], ids=str)
+def test_a_macs_performance_cores(answer, cores, monkeypatch, tmp_path):
+    if answer is not None:
+        sysctl = tmp_path / "sysctl"
+        sysctl.write_text(f'#!/bin/sh\n[ "$*" = "-n hw.perflevel0.physicalcpu" ] || exit 3\n{answer}\n')
+        sysctl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin" if answer else str(tmp_path))
+    assert cpu_cores._performance_cores.__wrapped__() == cores
+
+
+@pytest.mark.parametrize(
+    ("allowed", "environment", "told"),
+    [
+        (2, {}, [2]),
+        (16, {}, []),
+        (2, {"OPENBLAS_NUM_THREADS": "8"}, []),
+        (2, {"OMP_NUM_THREADS": "8"}, []),
+    ],
+)
+def test_openblas_takes_no_more_threads_than_the_process_may_use(allowed, environment, told, monkeypatch):
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(cpu_cores, "_quota", lambda: allowed)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = []
+    library = SimpleNamespace(openblas_get_num_threads=lambda: 16, openblas_set_num_threads=given.append)
+    openblas.limit_threads(library)
+    assert given == told
+
+
+def test_openblas_without_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    openblas.limit_threads(ctypes.CDLL(None))  # which has no such functions
