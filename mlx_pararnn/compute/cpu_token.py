@@ -131,7 +131,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._arrays: list[weakref.ref[mx.array]] = []
-        self._known: Known | None = None
+        self._known = Known(False, False, {})
 
     def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
         return Memory, ()  # a copy of the model has arrays of its own
@@ -140,11 +140,9 @@ class Memory:
         """The same as when these arrays were last seen, or found out now."""
         groups = (*weights.layers, weights.last, weights.embedding, weights.head)
         arrays = [array for group in groups for array in group.values()]
-        if self._known is None or len(arrays) != len(self._arrays):
-            same = False
-        else:
-            same = all(known() is array for known, array in zip(self._arrays, arrays, strict=True))
-        if not same or self._known is None:
+        if len(arrays) != len(self._arrays) or any(
+            seen() is not array for seen, array in zip(self._arrays, arrays, strict=True)
+        ):
             self._known = _known(weights)
             self._arrays = [weakref.ref(array) for array in arrays]
         return self._known

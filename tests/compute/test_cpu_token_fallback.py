@@ -1,5 +1,9 @@
 """Decoding on a CPU: the calls that the one call must leave to MLX, with the right numbers and gradients."""
 
+import copy
+import pickle
+import weakref
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -319,3 +323,24 @@ def test_the_first_token_of_a_process_inside_a_transformation(calls):
     assert not any(calls)
     by_token(made, TOKENS)
     assert all(calls[-5:])
+
+
+def test_arrays_that_are_replaced_are_looked_at_again(calls):
+    """What is known of a model's arrays holds for these arrays alone, and does not keep them."""
+    made = make(hidden_size=64, intermediate_size=64)
+    by_token(made, TOKENS)
+    assert all(calls)
+    old = weakref.ref(made.model.norm.weight)
+    for change in (
+        lambda: made.model.norm.update({"weight": made.model.norm.weight.astype(mx.float16)}),
+        lambda: made.model.norm.update({"weight": mx.ones(made.model.norm.weight.shape)}),
+        lambda: nn.quantize(made, 32, 4, class_predicate=made.quant_predicate),
+    ):
+        change()
+        calls.clear()
+        given = by_token(made, TOKENS)
+        assert all(calls) == (made.model.norm.weight.dtype == mx.float32)
+        assert distance(numbers(given), numbers(by_token(made, TOKENS, backend="ops"))) < 2e-3
+    assert old() is None
+    assert mx.array_equal(by_token(copy.deepcopy(made), TOKENS), by_token(made, TOKENS))
+    pickle.loads(pickle.dumps(cpu_token.Memory()))
