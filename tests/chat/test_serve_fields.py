@@ -231,3 +231,104 @@ def test_several_calls_in_an_answer(caller, parallel, stream):
 
 def test_a_limit_of_the_server_goes_before_a_requests(client):
     assert chat(client, max_tokens=10**6).usage.completion_tokens == MOST
+
+
+LOGPROBS = [
+    ("/v1/completions", {"prompt": "x", "logprobs": 5}),
+    ("/v1/chat/completions", {"messages": SAID["messages"], "logprobs": True, "top_logprobs": 5}),
+    ("/v1/responses", {"input": "x", "top_logprobs": 5}),
+]
+
+
+def only_json(text):
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def numbers(value):
+    """All that is called a log probability in an answer."""
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    if not isinstance(value, dict):
+        return []
+    if "token_logprobs" in value:
+        tops = [top.values() for top in value["top_logprobs"] if top is not None]
+        return [n for numbers in (value["token_logprobs"], *tops) for n in numbers if n is not None]
+    own = [value["logprob"]] if "logprob" in value else []
+    return own + [n for v in value.values() for n in numbers(v)]
+
+
+def told(server, path, body):
+    """Status and objects of an answer, whole or in events, each of them JSON."""
+    status, _, said = request(server, "POST", path, {"max_tokens": 3, **body})
+    if not body.get("stream") or status != 200:
+        return status, [only_json(said)]
+    lines = [line[6:] for line in said.decode().splitlines() if line.startswith("data: ")]
+    return status, [only_json(line) for line in lines if line != "[DONE]"]
+
+
+def format_of(path, kind):
+    return (
+        {"text": {"format": {"type": kind}}}
+        if path == "/v1/responses"
+        else {"response_format": {"type": kind}}
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), LOGPROBS)
+def test_tokens_that_cannot_follow_have_a_log_probability_that_is_json(server, path, body, stream):
+    """-9999 as OpenAI has it: JSON has no infinity."""
+    status, said = told(server, path, {**body, **format_of(path, "json_object"), "stream": stream})
+    found = numbers(said)
+    assert (status, min(found)) == (200, -9999.0)
+    assert max(found) <= 0
+    for bias in (1e9, -1e9):
+        status, said = told(server, path, {**body, "logit_bias": {"65": bias}, "stream": stream})
+        assert (status, bool(numbers(said))) == (200, True)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), LOGPROBS)
+def test_biases_and_penalties_that_float16_does_not_hold(half, path, body, stream):
+    status, said = told(half, path, {**body, "logit_bias": {"65": 1e9}, "stream": stream})
+    assert (status, "AAA" in json.dumps(said) or json.dumps(said).count('"A"') > 2) == (200, True)
+    assert numbers(said)
+    for fields in ({"logit_bias": {"65": -1e9}}, {"repetition_penalty": 1e9}, {"presence_penalty": -1e9}):
+        status, said = told(half, path, {**body, **fields, "stream": stream})
+        assert (status, bool(numbers(said))) == (200, True)
+
+
+@pytest.fixture(scope="module")
+def half():
+    """A server of a model in float16."""
+    with running(DEMO) as server:
+        yield server
+
+
+@pytest.mark.large
+def test_weights_that_make_no_numbers_end_the_answer_in_a_sentence(tmp_path):
+    model = Model(ModelArgs(16, 1, 256, 16))
+    model.set_dtype(mx.float32)
+    model.model.norm.weight = model.model.norm.weight * mx.nan
+    with running(folder_of(tmp_path / "broken", model)) as server:
+        for path, body in [*LOGPROBS, ("/v1/completions", {"prompt": "xyz", "logprobs": 2, "echo": True})]:
+            for stream in (False, True):
+                status, said = told(server, path, {**body, "stream": stream})
+                assert status == (200 if stream and path == "/v1/responses" else 500)
+                assert "no log probabilities (NaN)" in said[-1]["error"]["message"]
+        code, last = server.stop()
+    assert (code, "Traceback" in last) == (0, False)
+
+
+def test_what_an_answer_repeats_of_a_request_is_json(server):
+    """/v1/responses tells its fields again: NaN, which Python reads and writes, is refused."""
+    for value in (b"NaN", b"-Infinity", b"1e999"):
+        for field in (b'"reasoning": {"effort": %s}', b'"text": {"a": %s}', b'"tools": [{"a": %s}]'):
+            body = b'{"input": "x", ' + field % value + b"}"
+            status, _, said = request(server, "POST", "/v1/responses", body)
+            message = only_json(said)["error"]["message"]
+            assert (status, f"{value.decode()} is no number of JSON's" in message) == (400, True), message

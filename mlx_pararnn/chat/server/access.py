@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import re
 import time
 from typing import Any
@@ -152,9 +153,17 @@ async def read_json(request: Request, seconds: float) -> Any:
     if too_large:
         raise Refused(413, f"the request is too large; {MAX_BODY} bytes are the limit")
     try:
-        return json.loads(body)
+        return json.loads(body, parse_float=_number, parse_constant=_number)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the request is not JSON ({error})") from None
+
+
+def _number(text: str) -> float:
+    """A number of a request, which may be told again: Python reads and writes NaN, JSON has none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is no number of JSON's")
+    return number
 
 
 def _to_origin_form(scope: Scope) -> None:

@@ -85,7 +85,7 @@ class MessageParser:
                         "type": "function",
                         "function": {
                             "name": call["name"],
-                            "arguments": json.dumps(arguments, ensure_ascii=False),
+                            "arguments": json.dumps(arguments, ensure_ascii=False, allow_nan=False),
                         },
                     }
                 )

@@ -248,7 +248,8 @@ async def stream(
 
 
 def _openai_event(event: Any) -> bytes:
-    return b"data: " + json.dumps(event, ensure_ascii=False).encode(errors="replace") + b"\n\n"
+    text = json.dumps(event, ensure_ascii=False, allow_nan=False)
+    return b"data: " + text.encode(errors="replace") + b"\n\n"
 
 
 async def _disconnected(request: Request) -> None:

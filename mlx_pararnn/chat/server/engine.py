@@ -197,7 +197,7 @@ class Engine:
                 self._take(token)
         if self._reading:
             job, steps = self._reading.popleft()
-            if _go_on(steps):
+            if self._go_on(job, steps):
                 self._reading.append((job, steps))
             else:
                 self._insert(job)
@@ -262,7 +262,7 @@ class Engine:
                 self._metrics.cached.inc(job.cached_tokens)
         steps = self._score(job) if job.score_prompt else self._read(job)
         self._reading.append((job, steps))
-        if not _go_on(steps):
+        if not self._go_on(job, steps):
             self._reading.pop()
             self._insert(job)
 
@@ -273,6 +273,14 @@ class Engine:
         infos: list[TokenInfo] = []
         yield from score(job, self.model, infos)
         self._put(job, Piece(tokens=infos, finish_reason=None if job.max_tokens else "length"))
+
+    def _go_on(self, job: Job, steps: Iterator[None]) -> bool:
+        """One more step of a prompt; False where there is none, or the job has failed."""
+        try:
+            return next(steps, True) is None
+        except BaseException as error:  # this job only
+            self._put(job, Piece(error=_as_ours(error)))
+            return False
 
     def _insert(self, job: Job) -> None:
         """Into the batch, which reads the rest of its prompt."""
@@ -328,11 +336,6 @@ class EngineStopped(Exception):
 def _deliver(outbox: list[tuple[Job, Piece]]) -> None:
     for job, piece in outbox:
         job.unread.put_nowait(piece)
-
-
-def _go_on(steps: Iterator[None]) -> bool:
-    """One more step; False where there is none."""
-    return next(steps, True) is None
 
 
 def _as_ours(error: BaseException) -> PararnnError:

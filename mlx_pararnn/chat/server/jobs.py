@@ -9,11 +9,13 @@ import mlx.core as mx
 import numpy as np
 
 from ...cache import RecurrentCache
+from ...errors import PararnnError
 from ...images.image_prompts import Seen, identity
 from ...pocket.events import Call, Event, Finish, Text
 from ...text.grammars import GrammarProcessor
 from .text import AnswerText
 
+LEAST_LOGPROB = -9999.0  # what OpenAI says for a token that cannot follow: JSON has no infinity
 MOST_UNSENT, FEW_UNSENT = 256, 64  # pieces that wait for a slow client: above it is parked, below it goes on
 
 
@@ -114,12 +116,15 @@ class Job:
         return self.made - self.taken < FEW_UNSENT
 
     def guarded(self, processor: Any) -> Any:
-        """A logits processor whose failure is this job's and not the batch's."""
+        """A logits processor whose failure is this job's and not the batch's.
+
+        What it makes too large for the logits' format (a bias of 1e9 in float16) is the largest number there.
+        """
 
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
             if self._failure is None:
                 try:
-                    return processor(tokens, logits)
+                    return mx.minimum(processor(tokens, logits), mx.finfo(logits.dtype).max)
                 except BaseException as error:
                     self._failure = error
             return logits
@@ -175,7 +180,17 @@ class Job:
 
 
 def token_info(token: int, logprobs: np.ndarray, top: int, offset: int = 0) -> TokenInfo:
-    """A token among log probabilities (V,)."""
+    """A token among log probabilities (V,); -inf is told as `LEAST_LOGPROB`.
+
+    Raises:
+        PararnnError: one of them is NaN.
+    """
+    if np.isnan(logprobs).any():
+        raise PararnnError(
+            "the model's logits have no log probabilities (NaN): its weights, or this request's biases and "
+            "penalties, are out of range"
+        )
+    logprobs = np.maximum(logprobs, LEAST_LOGPROB)
     best: list[int] = []
     if top:
         best = np.argpartition(-logprobs, min(top, len(logprobs) - 1))[:top].tolist()

@@ -107,9 +107,8 @@ async def message_events(service: Service, request: ChatRequest) -> AsyncGenerat
 
 def write_event(event: dict[str, Any]) -> bytes:
     """A server-sent event with its name."""
-    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode(
-        errors="replace"
-    )
+    text = json.dumps(event, ensure_ascii=False, allow_nan=False)
+    return f"event: {event['type']}\ndata: {text}\n\n".encode(errors="replace")
 
 
 def _in_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
