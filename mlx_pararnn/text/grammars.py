@@ -12,6 +12,8 @@ import numpy as np
 from ..errors import PararnnError, one_line
 from ..mlx_lm_internals import plain_tokenizer
 
+LONGEST_FORMAT = 64  # characters of a name that are looked up, and kept; none that is known has so many
+
 
 class Grammars:
     """Compiles grammars for one tokenizer, when first asked for."""
@@ -168,7 +170,7 @@ def prepared(schema: dict[str, Any], place: str = "#") -> dict[str, Any]:
             return value
         kept = {}
         for name, inner in value.items():
-            if name == "format" and isinstance(inner, str) and not _is_known_format(inner):
+            if name == "format" and isinstance(inner, str) and not _is_known_format(inner[:LONGEST_FORMAT]):
                 continue
             if name == "$ref" and isinstance(inner, str) and (inner == "#" or inner.startswith("#/")):
                 inner = place + inner[1:]

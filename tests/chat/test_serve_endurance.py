@@ -1,7 +1,9 @@
 """What strangers do to the server in numbers: it answers with the right status, stays small, and goes on."""
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import random
 import socket
@@ -10,10 +12,10 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
-from tests.support.demo import DEMO
-from tests.support.serving import folder_of, request, running
-from tests.support.training_runs import small_model
+from tests.support.image_models import image_model, write_image_model
+from tests.support.serving import calling_model, request, running
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -111,18 +113,29 @@ def bytes_of(process):
 
 
 MOST = 2 << 20  # bytes that 8,000 requests may add: 262 each
+TOLD = {"role": "user", "content": "x"}
+RESPONSES = "/v1/responses"
 
 
-@pytest.mark.large
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_10_000_requests_leave_its_memory_as_it_was(tmp_path):
-    """Answered ones and refused ones, each with its status."""
-    folder = folder_of(tmp_path / "small", small_model(num_hidden_layers=1), DEMO, eos_token_id=None)
-    chance = random.Random(0)
-    said = {"role": "user", "content": "x"}
-    kinds = [
+def word(chance, length):
+    return chance.randbytes(length // 2).hex()
+
+
+def function(chance):
+    parameters = {"type": "object", "properties": {word(chance, 20): {"enum": [chance.randrange(9)]}}}
+    return {"type": "function", "function": {"name": word(chance, 40), "parameters": parameters}}
+
+
+def schema(chance):
+    format_name = {"type": "string", "format": word(chance, chance.choice((40, 6 * 10**4)))}
+    return {"type": "json_schema", "json_schema": {"schema": {**format_name, "maxLength": 1}}}
+
+
+def kinds_of_text(chance):
+    """Ones that are answered and ones that are refused: method, path, body, headers, status."""
+    return [
         ("POST", TEXT, lambda: {"prompt": f"{chance.random()}", "max_tokens": 1}, {}, 200),
-        ("POST", CHAT, lambda: {"messages": [said], "max_tokens": 1}, {}, 200),
+        ("POST", CHAT, lambda: {"messages": [TOLD], "max_tokens": 1}, {}, 200),
         ("POST", TEXT, lambda: {"prompt": "x", "max_tokens": 1, "seed": chance.randrange(9)}, {}, 200),
         ("GET", "/health", None, {}, 200),
         ("POST", TEXT, lambda: {"prompt": "x" * chance.randrange(3000), "stop": [""] * 99}, {}, 400),
@@ -131,23 +144,101 @@ def test_10_000_requests_leave_its_memory_as_it_was(tmp_path):
         ("GET", "/v1/models", None, {"Host": f"{chance.random()}.example"}, 403),
         ("GET", f"/{'x' * 500}", None, {}, 404),
         ("PUT", TEXT, None, {}, 405),
+        ("POST", CHAT, lambda: {"messages": [TOLD], "max_tokens": 2, "stream": True}, {}, 200),
+        ("POST", TEXT, lambda: {"prompt": "x", "max_tokens": 1, "model": word(chance, 10**5)}, {}, 200),
+        (
+            "POST", TEXT,
+            lambda: {"prompt": "x", "max_tokens": 1, "response_format": schema(chance)},
+            {}, 200,
+        ),
+        ("POST", RESPONSES, lambda: {"input": word(chance, 40), "max_output_tokens": 1}, {}, 200),
+        ("POST", RESPONSES, lambda: {"input": "x", "max_output_tokens": 1, "stream": True}, {}, 200),
+        (
+            "POST", CHAT,
+            lambda: {"messages": [TOLD], "tools": [function(chance)], "tool_choice": "required"},
+            {}, 200,
+        ),
+        ("POST", CHAT, lambda: {"messages": [picture_message(chance)], "max_tokens": 1}, {}, 400),
+        ("POST", TEXT, lambda: {"prompt": "xyz", "max_tokens": 1, "logprobs": 5, "echo": True}, {}, 200),
+        ("GET", f"{RESPONSES}/resp_0", None, {}, 404),
+        ("POST", "/v1/messages", lambda: {"messages": [TOLD], "max_tokens": 1, "stream": True}, {}, 200),
+    ]  # fmt: skip
+
+
+def kinds_of_images(chance):
+    """To a model that sees and draws."""
+    return [
+        ("POST", CHAT, lambda: {"messages": [picture_message(chance)], "max_tokens": 1}, {}, 200),
+        ("POST", CHAT, lambda: {"messages": [TOLD], "max_tokens": 1}, {}, 200),
+        ("POST", "/v1/images/generations", lambda: {"prompt": word(chance, 20)}, {}, 200),
+        ("POST", CHAT, lambda: {"messages": [picture_message(chance, b"none")], "max_tokens": 1}, {}, 400),
     ]
-    with running(folder) as server:
-        sizes, connection = [], None
-        for number in range(10_000):
-            if number % 1000 == 0:
-                sizes.append(bytes_of(server.process))
-            method, path, body, headers, wanted = kinds[number % 10]
-            content = body and body()
-            content = json.dumps(content) if isinstance(content, dict) else content
-            connection = connection or http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
-            connection.request(method, path, content, headers)
-            response = connection.getresponse()
-            assert (response.status, b"Traceback" in response.read()) == (wanted, False), path[:50]
-            if response.will_close:
-                connection = connection.close()
-        sizes.append(bytes_of(server.process))
+
+
+def picture_message(chance, data=None):
+    if data is None:
+        file = io.BytesIO()
+        Image.frombytes("RGB", (40, 30), chance.randbytes(3600)).save(file, "PNG")
+        data = file.getvalue()
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+
+
+def ask_all(server, kinds, count):
+    """So many requests, each with its status; the bytes of the server after each tenth of them."""
+    sizes, connection = [], None
+    for number in range(count):
+        if number % (count // 10) == 0:
+            sizes.append(bytes_of(server.process))
+        method, path, body, headers, wanted = kinds[number % len(kinds)]
+        content = body and body()
+        content = json.dumps(content) if isinstance(content, dict) else content
+        connection = connection or http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+        connection.request(method, path, content, headers)
+        response = connection.getresponse()
+        said = response.read()
+        assert (response.status, b"Traceback" in said) == (wanted, False), (path[:50], said[:300])
+        if response.will_close:
+            connection = connection.close()
+    return [*sizes, bytes_of(server.process)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_long_names_are_not_kept(server):
+    def ask(count):
+        for number in range(count):
+            body = {"prompt": "x", "max_tokens": 1, "model": f"{number}" * 10**6}
+            assert request(server, "POST", TEXT, body)[0] == 200
+
+    ask(5)
+    before = bytes_of(server.process)
+    ask(20)
+    assert bytes_of(server.process) - before < 8 << 20
+
+
+@pytest.mark.large
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_10_000_requests_leave_its_memory_as_it_was(tmp_path):
+    """Of twenty kinds, names, schemas and functions that were never asked for before among them."""
+    chance = random.Random(0)
+    with running(calling_model(tmp_path / "model")) as server:
+        for _ in range(1000):  # so many responses are kept
+            status, _, _ = request(server, "POST", RESPONSES, {"input": "x" * 40, "max_output_tokens": 1})
+            assert status == 200
+        sizes = ask_all(server, kinds_of_text(chance), 10_000)
+        assert sizes[-1] - sizes[2] < MOST, sizes
         assert answers(server)
+        code, last = server.stop()
+        assert (code, last.count("Traceback")) == (0, 0)
+
+
+@pytest.mark.large
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_2_000_images_leave_its_memory_as_it_was(tmp_path):
+    """What is read of each is kept as long as the prompt cache has room, here for a few."""
+    folder = write_image_model(image_model(), tmp_path / "model")
+    with running(folder, "--prompt-cache-mb", 1) as server:
+        sizes = ask_all(server, kinds_of_images(random.Random(0)), 2_000)
         assert sizes[-1] - sizes[2] < MOST, sizes
         code, last = server.stop()
         assert (code, last.count("Traceback")) == (0, 0)

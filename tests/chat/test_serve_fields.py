@@ -2,18 +2,16 @@
 
 import concurrent.futures
 import json
-import shutil
 import socket
 from urllib.parse import urlsplit
 
 import mlx.core as mx
 import openai
 import pytest
-from tokenizers import Tokenizer
 
 from mlx_pararnn import Model, ModelArgs
 from tests.support.demo import DEMO
-from tests.support.serving import KEY, MOST, client_of, folder_of, request, running
+from tests.support.serving import KEY, MOST, calling_model, client_of, folder_of, request, running
 
 SAID = {"model": "demo", "messages": [{"role": "user", "content": "def main("}]}
 
@@ -162,20 +160,7 @@ def test_a_target_that_names_the_host_too(server, guarded):
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory):
-    """A model without sense, whose template has calls of tools in JSON, and bytes for tokens."""
-    folder = tmp_path_factory.mktemp("caller")
-    words = shutil.copytree(DEMO, folder / "words")
-    tokenizer = Tokenizer.from_file(str(words / "tokenizer.json"))
-    assert tokenizer.add_tokens(["<tool_call>", "</tool_call>"]) == 2
-    tokenizer.save(str(words / "tokenizer.json"))
-    mx.random.seed(0)
-    model = Model(ModelArgs(16, 1, 258, 16))
-    folder = folder_of(folder / "caller", model, words)
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% for tool_call in m.tool_calls or [] %}<tool_call>"
-        "{{ tool_call.name }}</tool_call>{% endfor %}{% endfor %}{% if tools %}tools{% endif %}"
-    )
-    with running(folder) as server:
+    with running(calling_model(tmp_path_factory.mktemp("caller") / "caller")) as server:
         yield client_of(server)
 
 

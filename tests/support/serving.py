@@ -18,8 +18,10 @@ from urllib.parse import urlsplit
 import mlx.core as mx
 import openai
 from mlx_lm.utils import save_config, save_model
+from tokenizers import Tokenizer
 
 import mlx_pararnn
+from mlx_pararnn import Model, ModelArgs
 from tests.support.demo import DEMO
 
 MOST = 300  # tokens that the tests' server gives at most
@@ -50,6 +52,21 @@ def demo_in_float32(path):
     model, _ = mlx_pararnn.load(DEMO)
     model.set_dtype(mx.float32)
     return folder_of(path, model)
+
+
+def calling_model(path):
+    """The folder of a model without sense, bytes for tokens, a template with calls of tools in JSON."""
+    words = shutil.copytree(DEMO, path.with_name("words"))
+    tokenizer = Tokenizer.from_file(str(words / "tokenizer.json"))
+    assert tokenizer.add_tokens(["<tool_call>", "</tool_call>"]) == 2
+    tokenizer.save(str(words / "tokenizer.json"))
+    mx.random.seed(0)
+    folder_of(path, Model(ModelArgs(16, 1, 258, 16)), words, eos_token_id=None)
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% for tool_call in m.tool_calls or [] %}<tool_call>"
+        "{{ tool_call.name }}</tool_call>{% endfor %}{% endfor %}{% if tools %}tools{% endif %}"
+    )
+    return path
 
 
 class Server:

@@ -26,35 +26,36 @@ class Stored:
 
     messages: list[dict[str, Any]]
     response: Event
-    nbytes: int
 
 
 class StoredResponses:
-    """The last responses, by their ids; what was used longest ago goes first."""
+    """The last responses, by their ids, as JSON; what was used longest ago goes first."""
 
     def __init__(self) -> None:
-        self._stored: OrderedDict[str, Stored] = OrderedDict()
+        self._stored: OrderedDict[str, str] = OrderedDict()
         self._nbytes = 0
 
     def get(self, response_id: str) -> Stored:
         """Raises Refused where there is none of that id, or none any more."""
-        if response_id not in self._stored:
-            raise Refused(404, f"there is no response {response_id[:100]!r} here", "response_not_found")
+        self._check(response_id)
         self._stored.move_to_end(response_id)
-        return self._stored[response_id]
+        return Stored(*json.loads(self._stored[response_id]))
 
     def add(self, messages: list[dict[str, Any]], response: Event) -> None:
         """Keep a response with the conversation that it ends."""
-        stored = Stored(messages, response, len(json.dumps([messages, response])))
-        self._stored[response["id"]] = stored
-        self._nbytes += stored.nbytes
+        self._stored[response["id"]] = text = json.dumps([messages, response])
+        self._nbytes += len(text)
         while len(self._stored) > MOST_STORED or self._nbytes > MOST_STORED_BYTES:
             self.remove(next(iter(self._stored)))
 
     def remove(self, response_id: str) -> None:
         """Raises Refused where there is none of that id."""
-        self.get(response_id)
-        self._nbytes -= self._stored.pop(response_id).nbytes
+        self._check(response_id)
+        self._nbytes -= len(self._stored.pop(response_id))
+
+    def _check(self, response_id: str) -> None:
+        if response_id not in self._stored:
+            raise Refused(404, f"there is no response {response_id[:100]!r} here", "response_not_found")
 
 
 def read_responses(body: Any, stored: StoredResponses) -> tuple[ResponsesRequest, ChatRequest]:

@@ -266,11 +266,14 @@ class Service:
                 raise Refused(400, f"logit_bias names token {token!r}, not one of 0 to {vocab_size - 1}")
 
     def _note_name(self, name: str) -> None:
-        if name not in (self.name, "default_model", *self._other_names):
+        if name in (self.name, "default_model"):
+            return
+        name = name[:100]  # a client's, of any length
+        if name not in self._other_names:
             # Many programs ask for one model by a name that they do not let their users change.
             if len(self._other_names) < 100:
                 self._other_names.add(name)
-            logger.info("asked for the model %.100r; %r, the only one here, answers", name, self.name)
+            logger.info("asked for the model %r; %r, the only one here, answers", name, self.name)
 
     async def _completion_jobs(
         self, request: CompletionRequest
