@@ -362,3 +362,43 @@ def test_a_prompt_is_given_up_by_what_it_uses_not_by_what_others_do(monkeypatch)
     monkeypatch.setattr(prompts, "MOST_SECONDS", 0.5)
     with pytest.raises(Refused, match=r"more than 0\.5 seconds for this prompt"):
         asyncio.run(run(time.sleep, 2))
+
+
+SCORED = {"prompt": [65] * 16_384, "echo": True, "logprobs": 20, "max_tokens": 0}
+
+
+@pytest.mark.parametrize("fields", [{"prompt": [65] * 16_385}, {"prompt": "x" * 16_385, "logprobs": None}])
+def test_a_prompt_whose_log_probabilities_are_too_many(server, fields):
+    status, _, said = request(server, "POST", TEXT, {**SCORED, **fields})
+    sentence = "echo with logprobs is for prompts of 16384 tokens at most, and this one has 16385"
+    assert (status, sentence in said.decode()) == (400, True), said
+
+
+def test_a_request_that_would_hold_too_much(server):
+    for fields in ({"n": 16}, {"prompt": [[65] * 8192] * 16}):
+        status, _, said = request(server, "POST", TEXT, {**SCORED, **fields})
+        assert (status, b"of this request take up to" in said) == (400, True), said
+
+
+@pytest.mark.large
+def test_requests_that_would_hold_too_much_together(server):
+    """The second is told to come again, until the first has been answered or is gone."""
+
+    def begin():
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+        connection.request("POST", TEXT, json.dumps({**SCORED, "n": 5, "stream": True}))
+        status = connection.getresponse().status
+        return status, connection
+
+    begun, first = begin()
+    assert begun == 200
+    status, headers, said = request(server, "POST", TEXT, {**SCORED, "n": 5})
+    assert (status, headers["Retry-After"], b"too many long requests" in said) == (503, "1", True)
+    assert request(server, "POST", TEXT, {"prompt": "x", "max_tokens": 1})[0] == 200
+    first.close()
+    deadline = time.monotonic() + 60
+    while (begun := begin())[0] == 503:
+        begun[1].close()
+        assert time.monotonic() < deadline
+    begun[1].close()
+    assert begun[0] == 200

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.server import Settings, serve
 from mlx_pararnn.chat.server.choices import TokenTexts, chat_logprobs, completion_logprobs
-from mlx_pararnn.chat.server.jobs import TokenInfo
+from mlx_pararnn.chat.server.jobs import Job, TokenInfo
+from mlx_pararnn.chat.server.text import AnswerText
 from tests.support.demo import DEMO
 from tests.support.serving import PAGE_ORIGIN, TEMPLATE, client_of, folder_of, running
 
@@ -92,6 +93,31 @@ def test_the_prompts_own_log_probabilities(client):
     ).choices[0]
     assert both.text == "def main(self"
     assert both.logprobs.text_offset == list(range(13))
+
+
+@pytest.mark.parametrize("told", [1, 0])
+def test_a_prompts_log_probabilities_come_in_pieces(client, told):
+    """Of 128 tokens each, not as one event of megabytes; together what is told at once."""
+    wanted = {
+        "model": "demo", "prompt": "def main(self, other):\n    é\n" * 10, "echo": True, "logprobs": 2,
+        "max_tokens": told,
+    }  # fmt: skip
+    whole = client.completions.create(**wanted).choices[0]
+    pieces = [chunk.choices[0] for chunk in client.completions.create(**wanted, stream=True)]
+    assert (pieces[-1].finish_reason, len(pieces)) == ("length", 4)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    found = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    assert max(len(part.tokens) for part in found) <= 129
+    for name in ("tokens", "text_offset"):
+        assert [value for part in found for value in getattr(part, name)] == getattr(whole.logprobs, name)
+    numbers = [value for part in found for value in part.token_logprobs[part is found[0] :]]
+    assert numbers == pytest.approx(whole.logprobs.token_logprobs[1:], abs=1e-4)
+
+
+def test_answers_to_a_prompt_share_its_tokens():
+    prompt = [1, 2, 3]
+    jobs = [Job(prompt, 1, AnswerText(None), None) for _ in range(2)]
+    assert jobs[0].tokens is jobs[1].tokens is prompt
 
 
 def test_the_bytes_of_a_part_of_a_character_are_its_own(client):

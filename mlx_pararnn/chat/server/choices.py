@@ -130,9 +130,8 @@ def chat_logprobs(texts: TokenTexts, tokens: Iterable[TokenInfo]) -> dict[str, A
     }
 
 
-def completion_logprobs(texts: TokenTexts, tokens: Iterable[TokenInfo], shift: int = 0) -> dict[str, Any]:
-    """`logprobs` of a completion's choice; offsets begin at `shift`."""
-    tokens = list(tokens)
+def completion_logprobs(texts: TokenTexts, tokens: list[TokenInfo]) -> dict[str, Any]:
+    """`logprobs` of a completion's choice."""
     tops: list[dict[str, float] | None] = []
     for info in tokens:
         top: dict[str, float] = {}
@@ -143,7 +142,7 @@ def completion_logprobs(texts: TokenTexts, tokens: Iterable[TokenInfo], shift: i
         "tokens": [texts.text(info.id) for info in tokens],
         "token_logprobs": [info.logprob for info in tokens],
         "top_logprobs": tops,
-        "text_offset": [shift + info.offset for info in tokens],
+        "text_offset": [info.offset for info in tokens],
     }
 
 

@@ -90,7 +90,7 @@ class Endpoints:
             return await stream(
                 request, self._service.completion_events(wanted), _openai_event, b"data: [DONE]\n\n"
             )
-        return JSONResponse(await while_connected(request, self._service.completion(wanted)))
+        return await json_response(await while_connected(request, self._service.completion(wanted)))
 
     async def chat_completions(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -99,7 +99,7 @@ class Endpoints:
             return await stream(
                 request, self._service.chat_events(wanted), _openai_event, b"data: [DONE]\n\n"
             )
-        return JSONResponse(await while_connected(request, self._service.chat(wanted)))
+        return await json_response(await while_connected(request, self._service.chat(wanted)))
 
     async def images(self, request: Request) -> Response:
         """POST /v1/images/generations."""
@@ -201,6 +201,11 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         for task in (answer, gone):
             task.cancel()
         await asyncio.wait({answer, gone})
+
+
+async def json_response(content: Any) -> Response:
+    """An answer as JSON, made in another thread: log probabilities are megabytes."""
+    return await asyncio.to_thread(JSONResponse, content)
 
 
 async def stream(

@@ -22,9 +22,10 @@ from ...errors import PararnnError
 from ...images.image_model import ImageModel, load_with_images
 from ...images.image_prompts import ImagePrompt, look
 from ...pocket.events import Event
+from ...text.detokenizer import Detokenizer
 from ..prompt_cache import SPACING, PromptCache
 from .batch import Batch, Token
-from .jobs import Job, Piece, TokenInfo
+from .jobs import Job, Piece
 from .metrics import Metrics
 from .reading import read, score
 
@@ -270,9 +271,11 @@ class Engine:
         return read(job, self.model, self._prompts, self.images)
 
     def _score(self, job: Job) -> Iterator[None]:
-        infos: list[TokenInfo] = []
-        yield from score(job, self.model, infos)
-        self._put(job, Piece(tokens=infos, finish_reason=None if job.max_tokens else "length"))
+        for infos in score(job, self.model, Detokenizer(self.tokenizer)):
+            self._put(job, Piece(tokens=infos))
+            yield
+        if not job.max_tokens:
+            self._put(job, Piece(finish_reason="length"))
 
     def _go_on(self, job: Job, steps: Iterator[None]) -> bool:
         """One more step of a prompt; False where there is none, or the job has failed."""

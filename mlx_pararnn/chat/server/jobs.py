@@ -51,7 +51,8 @@ class Job:
         sampler: log probabilities (B, V) to tokens (B,).
         processors: functions of the tokens so far and the logits (1, V).
         top_logprobs: so many likeliest tokens beside each; None for no log probabilities at all.
-        score_prompt: whether the prompt's own log probabilities are wanted, in the first piece.
+        score_prompt: whether the prompt's own log probabilities are wanted, in the first pieces.
+        begin: where the answer begins in what its client is told, which may be told the prompt too.
         system_length: how much of the prompt other conversations begin with too; kept by itself.
         pictures: of each image in the prompt where its first token stands, and its pixels (S, S, 3), uint8.
         turn: begins what takes the place of the batch, by its events: a turn with tools, a drawing.
@@ -71,6 +72,7 @@ class Job:
     processors: list[Any] = field(default_factory=list)
     top_logprobs: int | None = None
     score_prompt: bool = False
+    begin: int = 0
     system_length: int = 0
     pictures: Sequence[tuple[int, np.ndarray]] = ()
     turn: Callable[[], Iterator[Event]] | None = None
@@ -78,7 +80,7 @@ class Job:
     completion_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
+        self.tokens = self.prompt  # one list for all answers to a prompt; none of them changes it
         self.seen: list[Seen] = []
         self._identity: list[int] = []
         self.cache: list[RecurrentCache] | None = None
@@ -87,7 +89,7 @@ class Job:
         self.ended = self.parked = False
         self.unread: asyncio.Queue[Piece] = asyncio.Queue()
         self._failure: BaseException | None = None
-        self._length = self._sent_length = 0  # characters of the answer
+        self._length = self._sent_length = self.begin  # characters that were made, and told
         self._unsent_tokens: list[TokenInfo] = []
         self._call: Call | None = None
 
@@ -95,6 +97,15 @@ class Job:
         """Take what the model reads of the prompt's images."""
         self.seen = seen
         self._identity = identity(self.prompt[: self.images_end], seen)
+
+    @property
+    def weight(self) -> int:
+        """What it holds at most, in units of 16 bytes: its tokens, and what is told of them."""
+        read = told = 0
+        if self.top_logprobs is not None or self.score_prompt:
+            told = 32 * (2 + (self.top_logprobs or 0))  # 700 bytes, and 460 for each of the likely ones
+            read = told if self.score_prompt else 0
+        return len(self.prompt) * (1 + read) + self.max_tokens * (1 + told)
 
     @property
     def images_end(self) -> int:
@@ -150,7 +161,7 @@ class Job:
                 values = np.array(logprobs.astype(mx.float32))
                 self._unsent_tokens.append(token_info(token, values, self.top_logprobs, self._length))
             text = self.text.add(token)
-            self._length = self.text.length
+            self._length = self.begin + self.text.length
         grammars = [p for p in self.processors if isinstance(p, GrammarProcessor)]
         if self.text.stopped or any(grammar.finished for grammar in grammars):
             finish_reason = "stop"

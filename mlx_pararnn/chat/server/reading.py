@@ -8,6 +8,7 @@ import numpy as np
 
 from ...images.image_model import ImageModel
 from ...images.image_prompts import embeddings
+from ...text.detokenizer import Detokenizer
 from ..prompt_cache import PromptCache
 from .jobs import Job, TokenInfo, token_info
 
@@ -40,17 +41,32 @@ def read(job: Job, model: Any, prompts: PromptCache, images: ImageModel | None =
         job.cache = cache
 
 
-def score(job: Job, model: Any, infos: list[TokenInfo]) -> Iterator[None]:
-    """Read a prompt but for its last token; `infos` gets each token's log probability after those before."""
-    cache, tokens = model.make_cache(), job.prompt
-    infos.append(TokenInfo(tokens[0], None))
+def score(job: Job, model: Any, detokenizer: Detokenizer) -> Iterator[list[TokenInfo]]:
+    """Read a prompt but for its last token; gives each token's log probability after those before it.
+
+    Args:
+        detokenizer: a new one, which tells where each token's text begins.
+    """
+    cache, tokens, position = model.make_cache(), job.prompt, 0
+
+    def offset(token: int) -> int:
+        nonlocal position
+        begin = position
+        detokenizer.add_token(token)
+        position += len(detokenizer.last_segment)
+        return begin
+
+    infos = [TokenInfo(tokens[0], None, offset=offset(tokens[0]))]
     while (begin := cache[0].offset) < len(tokens) - 1:
         end = min(begin + SCORE_STEP, len(tokens) - 1)
         logits = model(mx.array([tokens[begin:end]]), cache=cache)[0].astype(mx.float32)
         logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         for token, row in zip(tokens[begin + 1 : end + 1], logprobs, strict=True):
-            infos.append(token_info(token, row, job.top_logprobs or 0))
-        yield
+            infos.append(token_info(token, row, job.top_logprobs or 0, offset(token)))
+        yield infos
+        infos = []
+    if infos:  # a prompt of one token
+        yield infos
     job.score_prompt = False
     if len(tokens) > 1:
         job.cache = cache

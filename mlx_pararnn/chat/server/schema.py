@@ -100,6 +100,11 @@ class Request(BaseModel):
         """The JSON schema that the answer must fit."""
         return None
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt's own tokens are asked for."""
+        return False
+
 
 class StreamOptions(BaseModel):
     """What a stream tells beside its pieces."""
@@ -173,6 +178,11 @@ class CompletionRequest(_OpenAI):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """As of every request."""
+        return self.echo and (self.logprobs is not None or self.max_tokens == 0)
 
 
 class ChatRequest(_OpenAI):

@@ -34,6 +34,8 @@ from .turns import Turns, call_of
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
+MOST_SCORED = 16_384  # tokens of a prompt whose own log probabilities are told
+MOST_WEIGHT = 2**26  # of all jobs together, in units of `Job.weight`: 1 GiB
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Service:
         self.texts = TokenTexts(engine.tokenizer)
         self._started = int(time.time())
         self._other_names: set[str] = set()
+        self._weight = 0  # of the jobs that are being answered
 
     def model_entry(self) -> Event:
         """The one model, as /v1/models lists it, with what the page shows."""
@@ -99,7 +102,7 @@ class Service:
                 "logprobs": None,
             }
             if job.top_logprobs is not None:
-                choice["logprobs"] = self._completion_logprobs(request, job, answer.tokens, echo)
+                choice["logprobs"] = await asyncio.to_thread(completion_logprobs, self.texts, answer.tokens)
             choices.append(choice)
         return {**self._head("text_completion"), "choices": choices, "usage": usage_of(jobs, request.n)}
 
@@ -119,8 +122,7 @@ class Service:
                     "logprobs": None,
                 }
                 if piece.tokens:
-                    whole = prompts[n // request.n][0] if request.echo else ""
-                    choice["logprobs"] = self._completion_logprobs(request, jobs[n], piece.tokens, whole)
+                    choice["logprobs"] = completion_logprobs(self.texts, piece.tokens)
                 yield {**head, "choices": [choice]}
         if request.stream_options.include_usage:
             yield {**head, "choices": [], "usage": usage_of(jobs, request.n)}
@@ -132,6 +134,9 @@ class Service:
         choices = []
         for n, (job, answer) in enumerate(zip(conversation.jobs, answers, strict=True)):
             part = self.part(conversation, self.parser(conversation), answer)
+            logprobs = None
+            if job.top_logprobs is not None:
+                logprobs = await asyncio.to_thread(chat_logprobs, self.texts, answer.tokens)
             nothing = None if part.calls else ""
             message: Event = {"role": "assistant", **part.delta(), "content": part.content or nothing}
             for call in message.get("tool_calls", []):
@@ -141,9 +146,7 @@ class Service:
                     "index": n,
                     "message": message,
                     "finish_reason": finish_reason(answer, bool(part.calls)),
-                    "logprobs": None
-                    if job.top_logprobs is None
-                    else chat_logprobs(self.texts, answer.tokens),
+                    "logprobs": logprobs,
                 }
             )
         usage = usage_of(conversation.jobs, request.n)
@@ -231,6 +234,7 @@ class Service:
     async def pieces(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all jobs as they come, with the job's number."""
         begin: float | None = time.monotonic()
+        weight = self._weigh(jobs)
         found: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue(1)
 
         async def pump(n: int, job: Job) -> None:
@@ -242,6 +246,7 @@ class Service:
                 await found.put((n, error))
 
         tasks = [asyncio.create_task(pump(n, job)) for n, job in enumerate(jobs)]
+        self._weight += weight
         try:
             left = len(jobs)
             while left:
@@ -254,8 +259,26 @@ class Service:
                 left -= piece.finish_reason is not None
                 yield n, piece
         finally:
+            self._weight -= weight
             for task in tasks:
                 task.cancel()
+
+    def _weigh(self, jobs: list[Job]) -> int:
+        """What a request's jobs hold, in units of `Job.weight`.
+
+        Raises:
+            Refused: it is more than there is room for, now or ever.
+        """
+        weight = sum(job.weight for job in jobs)
+        if weight > MOST_WEIGHT:
+            raise Refused(
+                400,
+                f"prompts, n, max_tokens and logprobs of this request take up to {weight >> 16} MiB, and "
+                f"{MOST_WEIGHT >> 16} are the most; ask for less at a time",
+            )
+        if self._weight + weight > MOST_WEIGHT:
+            raise Refused(503, "too many long requests are being answered; try again in a moment")
+        return weight
 
     def check(self, request: Request) -> None:
         """Refuse what this model or server cannot do."""
@@ -282,12 +305,20 @@ class Service:
         prompts = []
         for given in request.prompt:
             prompt = await run_apart(self.prompts.of_text, given)
-            text = given if isinstance(given, str) else self.engine.tokenizer.decode(given)
+            if request.scores_prompt and len(prompt.tokens) > MOST_SCORED:
+                raise Refused(
+                    400,
+                    f"echo with logprobs is for prompts of {MOST_SCORED} tokens at most, and this one has "
+                    f"{len(prompt.tokens)}; leave echo out, or send a part of it",
+                )
+            text = given if isinstance(given, str) else ""
+            if request.echo and not isinstance(given, str):
+                text = await run_apart(self.engine.tokenizer.decode, given)
             prompts.append((text, prompt))
         matcher = await run_apart(self._matcher, request)
         jobs = [
-            self._job(request, prompt, n, request.logprobs, matcher)
-            for _, prompt in prompts
+            self._job(request, prompt, n, request.logprobs, matcher, len(text) if request.echo else 0)
+            for text, prompt in prompts
             for n in range(request.n)
         ]
         return prompts, jobs
@@ -308,7 +339,9 @@ class Service:
             for text, infos, reason, called in zip(texts, tokens, reasons, calls, strict=True)
         ]
 
-    def _job(self, request: Request, prompt: Prompt, n: int, top: int | None, matcher: Any) -> Job:
+    def _job(
+        self, request: Request, prompt: Prompt, n: int, top: int | None, matcher: Any, begin: int = 0
+    ) -> Job:
         wanted = min(512, self.settings.max_tokens) if request.max_tokens is None else request.max_tokens
         limits = [wanted, self.settings.max_tokens, prompt.room]
         processors: list[Any] = make_logits_processors(
@@ -322,7 +355,6 @@ class Service:
         )
         if matcher is not None:
             processors.append(GrammarProcessor(matcher.deep_copy(), len(prompt.tokens)))
-        echo = isinstance(request, CompletionRequest) and request.echo
         return Job(
             prompt=prompt.tokens,
             max_tokens=min(limit for limit in limits if limit is not None),
@@ -330,7 +362,8 @@ class Service:
             sampler=self._sampler(request, n),
             processors=processors,
             top_logprobs=None if top is None else min(top, self.engine.model.args.vocab_size, 20),
-            score_prompt=echo and (top is not None or request.max_tokens == 0),
+            score_prompt=request.scores_prompt,
+            begin=begin,
             system_length=prompt.system_length,
             pictures=prompt.pictures,
         )
@@ -394,22 +427,6 @@ class Service:
             if forced:
                 raise
             return None  # the calls are the model's own then
-
-    def _completion_logprobs(
-        self, request: CompletionRequest, job: Job, tokens: list[TokenInfo], echoed: str
-    ) -> Event:
-        if not request.echo or (tokens and tokens[0].logprob is not None):
-            return completion_logprobs(self.texts, tokens, len(echoed))
-        # The prompt's own tokens come first, and their offsets are counted here.
-        length = len(job.prompt)
-        prompt = completion_logprobs(self.texts, tokens[:length])
-        rest = completion_logprobs(self.texts, tokens[length:], len(echoed))
-        position, detokenizer = 0, Detokenizer(self.engine.tokenizer)
-        for n, token in enumerate(job.prompt):
-            prompt["text_offset"][n] = position
-            detokenizer.add_token(token)
-            position += len(detokenizer.last_segment)
-        return {name: prompt[name] + rest[name] for name in prompt}
 
     def _head(self, kind: str) -> Event:
         prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
