@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 
 import mlx_pararnn
@@ -19,8 +21,10 @@ from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.generation import generate, stream_generate
 from mlx_pararnn.loading import load
+from mlx_pararnn.training import checkpoints
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
+from tests.support.serving import TEMPLATE
 
 PROMPTS = ["def main(", "import ", "class Reader:", "x = "]
 TOKENS = 12
@@ -173,11 +177,14 @@ def test_a_stream_deleted_in_the_middle(demo, texts):
         assert generate(*demo, PROMPTS[number], max_tokens=TOKENS) == texts[number]
 
 
-OURS = (str(Path(mlx_pararnn.__file__).parent), str(Path(mlx_pararnn.__file__).parents[1]))
+OURS = (str(Path(mlx_pararnn.__file__).parents[1]), str(Path(mlx_lm.__file__).parent))
+
+
+LAST = 40  # lines, each of which is interrupted
 
 
 class At:
-    """Runs functions with a KeyboardInterrupt at one of the lines of this package that they go through."""
+    """Runs functions with a KeyboardInterrupt at one of the lines of this package and of MLX-LM."""
 
     def __init__(self, line=None):
         self.lines, self.line = 0, line
@@ -206,11 +213,11 @@ class At:
 
 
 def moments(function, count):
-    """So many different lines, spread at random over all that `function` goes through."""
+    """So many different lines at random among all that `function` goes through, and its last."""
     whole = At()
     assert not whole(function)
-    assert whole.lines > count
-    return random.Random(0).sample(range(1, whole.lines), count)
+    some = random.Random(0).sample(range(1, whole.lines), min(count, whole.lines - 1))
+    return [*some, *range(max(1, whole.lines - LAST), whole.lines)]
 
 
 def state_of(model, text):
@@ -219,31 +226,88 @@ def state_of(model, text):
     return cache
 
 
-@pytest.mark.large
-def test_an_interrupt_anywhere_leaves_a_conversation_as_it_was(demo):
-    model, tokenizer = demo
+ACTS = {
+    "respond": lambda chat, folder: list(chat.respond("x, y", max_tokens=3)),
+    "regenerate": lambda chat, folder: list(chat.regenerate(max_tokens=3)),
+    "undo": lambda chat, folder: chat.undo(),
+    "reset": lambda chat, folder: chat.reset(),
+    "set_system": lambda chat, folder: chat.set_system("Be brief."),
+    "load": lambda chat, folder: chat.load(folder / "other"),
+    "save": lambda chat, folder: chat.save(folder / "saved"),
+}
 
-    def begun():
+
+def same_conversation(a, b):
+    def numbers(cache):
+        return [(c.offset, *(None if array is None else array.tolist() for array in c.cache)) for c in cache]
+
+    a, b = a.branch(), b.branch()
+    while (a.messages, a.system, a.undoable) == (b.messages, b.system, b.undoable):
+        if numbers(a.cache) != numbers(b.cache) or a.undoable == 0:
+            return numbers(a.cache) == numbers(b.cache)
+        assert a.undo() == b.undo()
+    return False
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("act", ACTS)
+def test_an_interrupt_anywhere_leaves_a_conversation_as_it_was_or_is_to_be(act, tmp_path):
+    folder = shutil.copytree(DEMO, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)  # which a system prompt needs
+    model, tokenizer = load(folder)
+
+    def begun(text="def main("):
         conversation = Chat(model, tokenizer)
-        list(conversation.respond("def main(", max_tokens=2))
+        conversation._weights = weights
+        for said in (text, "a, b"):
+            list(conversation.respond(said, max_tokens=2))
         return conversation
 
-    def go_on(conversation):
-        list(conversation.respond("x, y", max_tokens=3))
-
-    whole = begun()
-    go_on(whole)
-    first = begun()
+    weights = Chat(model, tokenizer)._weights  # all weights are read for it, once
+    before = begun()
+    begun("import ").save(tmp_path / "other")
+    before.save(tmp_path / "saved")
+    after = begun()
+    ACTS[act](after, tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
     counted = begun()
-    for line in moments(lambda: go_on(counted), 150):
+    for line in moments(lambda: ACTS[act](counted, tmp_path), 150):
         conversation = begun()
-        interrupted = At(line)(lambda c=conversation: go_on(c))
-        like = first if interrupted else whole
-        assert conversation.messages == like.messages, line
-        assert conversation.undoable == like.undoable
-        for mine, theirs in zip(conversation.cache, like.cache, strict=True):
-            assert mine.offset == theirs.offset
-            assert all(mx.array_equal(a, b) for a, b in zip(mine.cache, theirs.cache, strict=True))
+        interrupted = At(line)(lambda c=conversation: ACTS[act](c, tmp_path))
+        if not (interrupted and same_conversation(conversation, before)):
+            assert same_conversation(conversation, after), line
+        assert {path.name for path in tmp_path.iterdir()} == files, line
+        if act == "save":
+            conversation.load(tmp_path / "saved")
+            assert conversation.messages == before.messages
+
+
+@pytest.mark.large
+def test_an_interrupt_anywhere_leaves_the_last_checkpoint(tmp_path):
+    arrays = {"a": mx.arange(4)}
+    folder = tmp_path / "checkpoints"
+
+    def save(step):
+        return checkpoints.save(folder, step, {"a": mx.arange(step)}, {"n": step}, keep=2)
+
+    def write():
+        save(4)
+        save(5)
+        save(6)
+
+    lines = moments(write, 100)
+    for line in lines:
+        shutil.rmtree(folder)
+        save(3)
+        interrupted = At(line)(write)
+        arrays, state = checkpoints.load(folder)
+        last = checkpoints.steps(folder)[-1]
+        assert (state, arrays["a"].size) == ({"step": last, "n": last}, last)
+        assert last == 6 or interrupted
+        assert not list(folder.glob("*.partial"))
+        write()
+        save(7)
+        assert checkpoints.steps(folder) == [6, 7]
 
 
 @pytest.mark.large

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
@@ -44,6 +44,14 @@ class ToolResponse(GenerationResponse):
     event: Event | None = None
 
 
+class _State(NamedTuple):
+    """All of a conversation. It is replaced as a whole: an interrupt leaves the one before or the new one."""
+
+    system: str | None
+    now: Point
+    turns: list[Turn]
+
+
 class Chat:
     """A conversation with a model: `respond` streams an answer, the state goes on from turn to turn.
 
@@ -57,11 +65,6 @@ class Chat:
         functions: for a model that uses tools those that it may call; without it those of an `Assistant`,
             whose lists and timers belong to the conversation: they are saved, undone and branched with it.
         images: the model that `model` is the language model of, where that sees images.
-
-    Attributes:
-        messages: the conversation so far, as chat templates want it: role and content; and where an image was
-            shown in `image` its pixels, base64 of a PNG.
-        cache: the state after everything read and said.
     """
 
     def __init__(
@@ -76,19 +79,32 @@ class Chat:
         self.images = images
         self.tokenizer = tokenizer
         self._check_system(system)
-        self.system = system
+        self._state = self._empty(system)
         self._protocol = find_protocol(tokenizer)
         self._assistant = Assistant() if functions is None else None
         self.functions = assistant_functions(self._assistant) if functions is None else functions
-        self.reset()
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self.cache = self.model.make_cache()
-        self._last_token: int | None = None
-        self._turns: list[Turn] = []
-        self._memory = ""  # what the assistant, which branches share, remembers for this conversation
+        self._state = self._empty(self.system)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation so far, as chat templates want it: role and content.
+
+        Where an image was shown `image` has its pixels, base64 of a PNG.
+        """
+        return self._state.now.messages
+
+    @property
+    def cache(self) -> list[RecurrentCache]:
+        """The state after everything read and said."""
+        return self._state.now.cache
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt; None or "" for none."""
+        return self._state.system
 
     @property
     def uses_tools(self) -> bool:
@@ -127,7 +143,7 @@ class Chat:
         """
         shown = None if image is None else self._read_image(image)
         tokens, more = self._prompt(text, shown)
-        yield from self._answer(text, shown, tokens, self._point(), interrupted, {**kwargs, **more})
+        yield from self._answer(text, shown, tokens, self._state.now, interrupted, {**kwargs, **more})
 
     def undo(self) -> str:
         """Go back to before the last question, which is returned.
@@ -136,8 +152,7 @@ class Chat:
             PararnnError: there is none, or it is older than what is kept.
         """
         turn = self._last_turn()
-        self._turns = self._turns[:-1]
-        self._go_to(turn.before)
+        self._state = self._state._replace(now=turn.before, turns=self._state.turns[:-1])
         return turn.text
 
     def regenerate(
@@ -152,7 +167,7 @@ class Chat:
         tokens, start = turn.tokens, turn.cache
         if tokens is None or start is None:
             twin = self.branch()
-            twin._go_to(turn.before)
+            twin.undo()
             tokens, more = twin._prompt(turn.text, turn.image)
             start, kwargs = twin.cache, {**kwargs, **more}
         yield from self._answer(turn.text, turn.image, tokens, turn.before, interrupted, kwargs, start)
@@ -164,29 +179,28 @@ class Chat:
             PararnnError: the tokenizer has no chat template.
         """
         self._check_system(text)
-        self.system, memory = text, self._memory
         said = [message for message in self.messages if message["role"] != "system"]
-        self.reset()
-        self._memory = memory
+        now, turns = self._empty(text).now._replace(memory=self._state.now.memory), []
         for question, answer in zip(said[::2], said[1::2], strict=False):
-            self._turns.append(Turn(question["content"], self._point(), image=question.get("image")))
-            self.messages += question, answer
+            turns.append(Turn(question["content"], now, image=question.get("image")))
+            now = now._replace(messages=[*now.messages, question, answer])
+        self._state = _State(text, now, turns)
 
     def due(self) -> list[str]:
         """What the assistant has to say by itself: sentences for timers and the like whose time has come."""
         if self._assistant is None:
             return []
-        self._assistant.recall(self._memory)
+        now = self._state.now
+        self._assistant.recall(now.memory)
         sentences = self._assistant.due()
-        self._memory = self._assistant.memory()
+        self._state = self._state._replace(now=now._replace(memory=self._assistant.memory()))
         return sentences
 
     def branch(self) -> "Chat":
         """Another conversation that stands where this one does, and goes on by itself."""
         twin = Chat(self.model, self.tokenizer, self.system, self.functions, self.images)
         twin._assistant = self._assistant
-        twin._go_to(self._point())
-        twin._turns = list(self._turns)
+        twin._state = self._state._replace(now=self._state.now._replace(cache=self._copy(self.cache)))
         if "_weights" in vars(self):
             twin._weights = self._weights
         return twin
@@ -199,7 +213,7 @@ class Chat:
     @property
     def undoable(self) -> int:
         """How many questions can be undone."""
-        return len(self._turns)
+        return len(self._state.turns)
 
     def _answer(
         self,
@@ -211,8 +225,12 @@ class Chat:
         kwargs: dict[str, Any],
         start: list[RecurrentCache] | None = None,
     ) -> Generator[GenerationResponse, None, None]:
-        """Read `tokens`, from `start` on or from the current state, and answer; `before` is before `text`."""
-        now, turns = self._point(), self._turns
+        """Read `tokens`, from `start` on or from the current state, and answer; `before` is before `text`.
+
+        With `start` it takes the place of the last answer. An error leaves everything as it was.
+        """
+        turns = self._state.turns if start is None else self._state.turns[:-1]
+        cache, last_token = self._copy(start or before.cache), before.last_token
         progress = kwargs.pop("prompt_progress_callback", lambda done, total: None)
         read: list[RecurrentCache] = []
 
@@ -220,47 +238,42 @@ class Chat:
             if interrupted():
                 raise _Interrupted
             if done == total - 1:
-                read.extend(_copy(self.cache))
+                read.extend(self._copy(cache))
             progress(done, total)
 
         answer: list[str] = []
         if self._assistant:
             self._assistant.recall(before.memory)
         try:
-            if start is not None:
-                self.cache, turns = _copy(start), turns[:-1]
             with suppress(GeneratorExit):
-                for response in self._responses(text, tokens, prompt_progress, **kwargs):
+                for response in self._responses(text, tokens, cache, prompt_progress, **kwargs):
                     answer.append(response.text)
-                    self._last_token = response.token
+                    last_token = response.token
                     yield response
                     if interrupted():
                         break
-            turn = Turn(text, before, read or before.cache, tokens[-1:], image)
-            self.messages = [
-                *before.messages,
-                _user(text, image),
-                {"role": "assistant", "content": "".join(answer)},
-            ]
-            if self._assistant:
-                self._memory = self._assistant.memory()
-            self._turns = [*turns, turn][-UNDO_LIMIT:]  # the last: an error before it leaves all as it was
-        except BaseException as error:
-            # A layer may have read more than another: only the state before this turn is sound.
-            self._go_to(now)
-            if isinstance(error, _Interrupted):
-                return
-            raise
+        except _Interrupted:
+            return
+        turn = Turn(text, before, read or before.cache, tokens[-1:], image)
+        said = [_user(text, image), {"role": "assistant", "content": "".join(answer)}]
+        memory = self._assistant.memory() if self._assistant else before.memory
+        now = Point([*before.messages, *said], cache, last_token, memory)
+        self._state = self._state._replace(now=now, turns=[*turns, turn][-UNDO_LIMIT:])
 
     def _responses(
-        self, text: str, tokens: list[int], progress: Callable[[int, int], None], **kwargs: Any
+        self,
+        text: str,
+        tokens: list[int],
+        cache: list[RecurrentCache],
+        progress: Callable[[int, int], None],
+        **kwargs: Any,
     ) -> Iterator[GenerationResponse]:
         if self._protocol is None:
             yield from stream_generate(
                 self.model,
                 self.tokenizer,
                 tokens,
-                prompt_cache=self.cache,
+                prompt_cache=cache,
                 prompt_progress_callback=progress,
                 **kwargs,
             )
@@ -275,7 +288,7 @@ class Chat:
             functions=self.functions,
             limits=replace(kwargs.get("limits", Limits()), **answer),
             sampler=kwargs.get("sampler"),
-            cache=self.cache,
+            cache=cache,
             progress=progress,
         )
         message, begin = len(self._protocol.render_message(text)), time.perf_counter()
@@ -300,16 +313,20 @@ class Chat:
             raise PararnnError("this model's tokenizer has no chat template, so it can take no system prompt")
 
     def _last_turn(self) -> Turn:
-        if not self._turns:
+        if not self._state.turns:
             raise PararnnError("there is no answer to go back from")
-        return self._turns[-1]
+        return self._state.turns[-1]
 
-    def _point(self) -> Point:
-        return Point(list(self.messages), _copy(self.cache), self._last_token, self._memory)
+    def _empty(self, system: str | None) -> _State:
+        messages = [{"role": "system", "content": system}] if system else []
+        return _State(system, Point(messages, self.model.make_cache(), None), [])
 
-    def _go_to(self, point: Point) -> None:
-        self.messages, self.cache = list(point.messages), _copy(point.cache)
-        self._last_token, self._memory = point.last_token, point.memory
+    def _copy(self, cache: list[RecurrentCache]) -> list[RecurrentCache]:
+        """What is read on with while `cache` stays; it has the model's initial state, which no file has."""
+        twins = self.model.make_cache()
+        for twin, layer in zip(twins, cache, strict=True):
+            twin.state = layer.state
+        return twins
 
     def save(self, path: str | Path) -> Path:
         """Write the conversation, messages and current state, to one .safetensors file; returns its path.
@@ -317,7 +334,7 @@ class Chat:
         It is one of MLX-LM's prompt-cache files: `mlx_lm.generate --prompt-cache-file` goes on from it.
         """
         name = str(self.tokenizer.name_or_path)
-        return write_conversation(path, self._point(), self._turns, lambda: self._weights, name)
+        return write_conversation(path, self._state.now, self._state.turns, lambda: self._weights, name)
 
     def load(self, path: str | Path) -> None:
         """Go on from what `save` wrote, or from a prompt that MLX-LM's `cache_prompt` has read.
@@ -326,10 +343,10 @@ class Chat:
             PararnnError: no such file, no saved state, or one of another model; nothing is changed then.
         """
         model = str(self.tokenizer.name_or_path)
-        now, self._turns = read_conversation(path, lambda: self._weights, model, self._fits)
-        self.messages, self.cache, self._last_token, self._memory = now
+        now, turns = read_conversation(path, lambda: self._weights, model, self._fits)
         first = now.messages[0] if now.messages else {}
-        self.system = first.get("content") if first.get("role") == "system" else None
+        system = first.get("content") if first.get("role") == "system" else None
+        self._state = _State(system, now._replace(cache=self._copy(now.cache)), turns)
 
     def _fits(self, cache: list[RecurrentCache]) -> bool:
         """True if `cache` has the shapes and types of a state of this model, and holds numbers only."""
@@ -407,7 +424,8 @@ class Chat:
 
     def _without_end(self, tokens: list[int]) -> list[int]:
         """Tokens without the one that ends the answer before them, where the model wrote that itself."""
-        ended = self._last_token in self.tokenizer.eos_token_ids and tokens[:1] == [self._last_token]
+        last = self._state.now.last_token
+        ended = last in self.tokenizer.eos_token_ids and tokens[:1] == [last]
         return tokens[1:] if ended else tokens
 
     def _encode(self, text: str) -> list[int]:
@@ -434,7 +452,3 @@ def _same_form(a: mx.array | None, b: Any) -> bool:
     if a is None or b is None:
         return b is None
     return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(mx.isfinite(b).all().item())
-
-
-def _copy(cache: list[RecurrentCache]) -> list[RecurrentCache]:
-    return [RecurrentCache.from_state(c.state) for c in cache]

@@ -36,8 +36,10 @@ def save(folder: Path, step: int, arrays: dict[str, mx.array], state: dict[str, 
             to_disk(path)
         partial.rename(place)
         to_disk(folder)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # Ctrl-C, say
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise PararnnError(
             f"{place}: the checkpoint could not be written ({reason}); make room, and continue with --resume"

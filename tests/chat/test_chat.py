@@ -132,6 +132,25 @@ def test_stopping_keeps_what_was_said(demo, read):
     assert conversation.tokens == len(b"def main(sel") + 1 + 2
 
 
+def test_every_beginning_is_the_learned_one(tmp_path):
+    """Where the model has states before the first token (`--state`): after /undo, in a branch, of a file."""
+    model, tokenizer = mlx_pararnn.load(DEMO)
+    mx.random.seed(0)
+    for layer in model.layers:
+        cell = layer.mixer.cell
+        cell.add_initial_state(mx.random.normal((len(cell.cell.slots), cell.recurrent_weight.shape[1])))
+    conversation = Chat(model, tokenizer)
+    first = say(conversation, "def main(", max_tokens=12)
+    assert first != say(Chat(*mlx_pararnn.load(DEMO)), "def main(", max_tokens=12)
+    conversation.save(tmp_path / "saved")
+    loaded = Chat(model, tokenizer)
+    loaded.load(tmp_path / "saved")
+    for other in (conversation, loaded, conversation.branch()):
+        assert other.undo() == "def main("
+        assert say(other.branch(), "def main(", max_tokens=12) == first
+        assert say(other, "def main(", max_tokens=12) == first
+
+
 def test_stopping_while_the_prompt_is_read_forgets_the_turn(demo):
     model, tokenizer = demo
     conversation = Chat(model, tokenizer)
