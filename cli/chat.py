@@ -44,6 +44,7 @@ def chat(
     show_tools: ShowTools = False,
     adapter_path: options.Adapters = None,
     state: options.InitialState = None,
+    prefill_step_size: options.PrefillStepSize = options.PREFILL_STEP_SIZE,
     plain: Annotated[
         bool, typer.Option("--plain", help="Print answers as they come: no Markdown, no word wrap.")
     ] = False,
@@ -86,6 +87,7 @@ def chat(
         ToolLines(show_tools),
         plain,
         _ask if sys.stdin.isatty() else None,
+        prefill_step_size,
     )
     if uses_tools:
         for line in what_to_try(tokenizer):

@@ -19,6 +19,7 @@ from mlx_pararnn.process.watchdog import Watchdog, watched
 from . import sampling
 from .answer_text import answer_writer
 from .draw import drawing_shown
+from .options import PREFILL_STEP_SIZE
 from .preview import show_picture
 from .sampling import Sampling
 from .tool_lines import ToolLines, say_why
@@ -66,6 +67,7 @@ class Session:
         lines: shows what a model with tools does.
         plain: answers are written as they come.
         ask: asks a person a question that y or n answers; None where there is nobody to ask.
+        prefill_step_size: so many tokens of a message are read at once.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Session:
         lines: ToolLines,
         plain: bool = False,
         ask: Callable[[str], bool] | None = None,
+        prefill_step_size: int = PREFILL_STEP_SIZE,
     ) -> None:
         self.chat = chat
         self.sampling = sampling
@@ -85,6 +88,7 @@ class Session:
         self.lines = lines
         self.plain = plain
         self.ask = ask
+        self.prefill_step_size = prefill_step_size
         self.branches: dict[str, Chat] = {}
         self.image: Path | None = None  # what the next message asks about
         self.last: GenerationResponse | None = None
@@ -244,7 +248,8 @@ class Session:
             chosen = {"sampler": sampling.tool_sampler(self.sampling, self.stop, vocabulary)}
         else:
             chosen = {"stop": self.stop or (), **sampling.sampler(self.sampling, vocabulary)}
-        self._options: dict[str, Any] = {"max_tokens": self.max_tokens, **chosen}
+        how = {"max_tokens": self.max_tokens, "prefill_step_size": self.prefill_step_size}
+        self._options: dict[str, Any] = {**how, **chosen}
 
     def _set(self, argument: str) -> None:
         name, *value = argument.split() or [""]

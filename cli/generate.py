@@ -78,6 +78,7 @@ def generate(
     show_tools: ShowTools = False,
     adapter_path: options.Adapters = None,
     state: options.InitialState = None,
+    prefill_step_size: options.PrefillStepSize = options.PREFILL_STEP_SIZE,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
@@ -93,7 +94,8 @@ def generate(
     if token_ids is not None:
         if prompt is not None or file is not None or image is not None or stop or json_schema:
             raise typer.BadParameter("--tokens goes without --prompt, --file, --image, --stop, --json-schema")
-        _continue_ids(model, modules, (adapter_path, state), token_ids, max_tokens, given, as_json)
+        changes = adapter_path, state
+        _continue_ids(model, modules, changes, token_ids, max_tokens, given, as_json, prefill_step_size)
         return
     schema = None if json_schema is None else _schema(json_schema)
     sees, loaded, tokenizer = _load(image, model, modules, adapter_path, state)
@@ -107,7 +109,8 @@ def generate(
         if schema is not None:
             raise PararnnError("this model uses tools and ends its answers itself; it takes no --json-schema")
         sampler = sampling.tool_sampler(how, stop, loaded.args.vocab_size)
-        _answer(loaded, tokenizer, text, max_tokens, sampler, asked if as_json else None, show_tools)
+        told = asked if as_json else None
+        _answer(loaded, tokenizer, text, max_tokens, sampler, told, show_tools, prefill_step_size)
         return
     tokens: str | list[int] = text
     seen: dict[str, Any] = {}
@@ -133,6 +136,7 @@ def generate(
             max_tokens or options.MAX_TOKENS,
             stop=stop or (),
             json_schema=schema,
+            prefill_step_size=prefill_step_size,
             prompt_progress_callback=progress,
             **chosen,
             **seen,
@@ -214,6 +218,7 @@ def _continue_ids(
     max_tokens: int | None,
     how: dict[str, Any],
     as_json: bool,
+    prefill_step_size: int,
 ) -> None:
     """Token ids that follow token ids; no tokenizer is read."""
     try:
@@ -235,7 +240,11 @@ def _continue_ids(
     chosen = sampling.sampler(sampling.choose_sampling(path, sampling.LIKELIEST, how), loaded.args.vocab_size)
     chosen["sampler"] = rank_0_samples(loaded.group, chosen.get("sampler") or likeliest)
     steps = generate_step(
-        mx.array(prompt), loaded, max_tokens=limit if room is None else min(limit, room), **chosen
+        mx.array(prompt),
+        loaded,
+        max_tokens=limit if room is None else min(limit, room),
+        prefill_step_size=prefill_step_size,
+        **chosen,
     )
     ends = config.get("eos_token_id")
     ids: list[int] = []
@@ -257,6 +266,7 @@ def _answer(
     sampler: Any,
     asked: dict[str, Any] | None,
     show_tools: bool,
+    prefill_step_size: int,
 ) -> None:
     """The answer of a model that uses tools; with `asked`, as JSON after those fields."""
     from mlx_pararnn.pocket.answers import stream_answer
@@ -270,7 +280,13 @@ def _answer(
     calls: list[dict[str, Any]] = []
     with PromptProgress() as progress, ToolLines(show_tools) as lines:
         for event in stream_answer(
-            model, tokenizer, message, limits=limits, sampler=sampler, progress=progress
+            model,
+            tokenizer,
+            message,
+            limits=limits,
+            sampler=sampler,
+            progress=progress,
+            prefill_step_size=prefill_step_size,
         ):
             lines.show(event)
             if isinstance(event, Text):

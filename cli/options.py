@@ -70,6 +70,13 @@ MaxTokens = Annotated[
         help=f"Generate at most this many tokens; {MAX_TOKENS}, or 4096 of an answer by tools, if left out.",
     ),
 ]
+PREFILL_STEP_SIZE = 2048  # MLX-LM's
+PrefillStepSize = Annotated[
+    int,
+    typer.Option(
+        "--prefill-step-size", min=1, help="Read so many tokens of a prompt at once; fewer take less memory."
+    ),
+]
 # Left out, an option of sampling is what the model's generation_config.json says, or the command's default.
 Temp = Annotated[
     float | None,

@@ -468,7 +468,7 @@ class Model(nn.Module):
         check_room(
             4 * B * T * floats,
             f"reading {T} tokens at once takes",
-            "read fewer at once (prefill_step_size)",
+            "read fewer at once (--prefill-step-size, in Python prefill_step_size)",
             mx.get_cache_memory(),
         )
 

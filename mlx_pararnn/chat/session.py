@@ -19,7 +19,7 @@ from ..images.image_model import ImageModel
 from ..images.image_prompts import MARK, embeddings, lay_out, look, without_template
 from ..images.picture import from_base64, read_picture, to_base64
 from ..model import Model
-from ..pocket.answers import assistant_functions, stream_answer
+from ..pocket.answers import PIECE, assistant_functions, stream_answer
 from ..pocket.assistant import Assistant
 from ..pocket.events import Event, Finish, Text
 from ..pocket.functions import Functions
@@ -139,7 +139,8 @@ class Chat:
             image: what the text asks about, for a model that sees: a file, its bytes, an image of Pillow's.
             interrupted: asked after each token and each piece of the prompt.
             kwargs: for `stream_generate`: max_tokens, sampler, stop, ...; of these a model that uses tools
-                takes sampler, max_tokens, which are those of the answer, and `limits` (`pocket.loop.Limits`).
+                takes sampler, max_tokens, which are those of the answer, prefill_step_size, and `limits`
+                (`pocket.loop.Limits`).
         """
         shown = None if image is None else self._read_image(image)
         tokens, more = self._prompt(text, shown)
@@ -290,6 +291,7 @@ class Chat:
             sampler=kwargs.get("sampler"),
             cache=cache,
             progress=progress,
+            prefill_step_size=kwargs.get("prefill_step_size", PIECE),
         )
         message, begin = len(self._protocol.render_message(text)), time.perf_counter()
         for event in events:

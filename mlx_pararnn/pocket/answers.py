@@ -32,6 +32,7 @@ def stream_answer(
     sampler: Callable[[mx.array], mx.array] | None = None,
     cache: list[RecurrentCache] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    prefill_step_size: int = PIECE,
 ) -> Iterator[Event]:
     """Answer a message with a model that uses tools: everything that happens, as it happens.
 
@@ -40,7 +41,8 @@ def stream_answer(
         message: what the user says; text only, whatever it looks like.
         functions: those that the model may call; without it those of a new `Assistant`.
         limits: where the turn ends in any case.
-        sampler, cache, progress: for `ModelTokens`; a cache that has read earlier turns is read on.
+        sampler, cache, progress, prefill_step_size: for `ModelTokens`; a cache that has read earlier turns is
+            read on.
 
     Raises:
         PararnnError: the model does not speak the protocol, or the message is empty or no text.
@@ -50,7 +52,7 @@ def stream_answer(
         raise PararnnError("the message is empty; write what the model should answer")
     prefix = protocol.render_message(message)
     limits = limits or Limits()
-    source = ModelTokens(model, sampler, cache, progress)
+    source = ModelTokens(model, sampler, cache, progress, prefill_step_size)
     earlier = source.cache[0].offset
     room = find_room(model, earlier + bool(earlier) + len(prefix))
     if functions is None:
@@ -97,6 +99,7 @@ class ModelTokens:
         sampler: MLX-LM's, log probabilities (1, V) to a token; without it the likeliest is taken.
         cache: where the state is kept; a new one if left out.
         progress: called with how many tokens of a message or result have been read, and of how many.
+        prefill_step_size: at most so many of them are read at once, and never more than `PIECE`.
     """
 
     def __init__(
@@ -105,20 +108,22 @@ class ModelTokens:
         sampler: Callable[[mx.array], mx.array] | None = None,
         cache: list[RecurrentCache] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        prefill_step_size: int = PIECE,
     ) -> None:
         self.vocab_size = model.args.vocab_size
         self.cache = model.make_cache() if cache is None else cache
         self._model, self._sampler, self._progress = model, sampler, progress
+        self._piece = min(PIECE, prefill_step_size)
         self._logits: mx.array | None = None  # (1, T, V)
 
     def read(self, tokens: Sequence[int]) -> None:
         """Read these tokens; the logits after the last are kept for `choose`."""
-        for begin in range(0, len(tokens), PIECE):
-            piece = mx.array([tokens[begin : begin + PIECE]])
+        for begin in range(0, len(tokens), self._piece):
+            piece = mx.array([tokens[begin : begin + self._piece]])
             self._logits = self._model(piece, cache=self.cache)
             if len(tokens) > 1:
                 mx.eval([layer.state for layer in self.cache])
-                self._progress(min(begin + PIECE, len(tokens)), len(tokens))
+                self._progress(min(begin + self._piece, len(tokens)), len(tokens))
 
     def choose(self, allowed: np.ndarray) -> int:
         """The next token among the allowed ones; `allowed` (V,) holds booleans."""

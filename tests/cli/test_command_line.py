@@ -13,12 +13,15 @@ import pytest
 from typer.testing import CliRunner
 
 import mlx_pararnn
+from mlx_pararnn import Model, ModelArgs
 from mlx_pararnn.cli.app import COMMANDS, app
 from mlx_pararnn.cli.chat_commands import DRAWING, HELP, SEEING
 from mlx_pararnn.cli.report import passed_or_not
 from mlx_pararnn.cli.sampling import CONVERSATION, LIKELIEST, Sampling, choose_sampling
+from mlx_pararnn.process.address_space import LEAST
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
+from tests.support.serving import folder_of
 from tests.support.terminal import Terminal
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn"]
@@ -169,8 +172,63 @@ def test_what_a_limit_of_the_address_space_has_no_room_for_is_refused():
     assert done.returncode == 0, done.stderr
     reading, weights = done.stdout.splitlines()
     assert reading.startswith("reading 1048576 tokens at once takes about ")
-    assert reading.endswith("; read fewer at once (prefill_step_size) or raise the limit")
+    assert reading.endswith(f"; {READ_FEWER} or raise the limit")
     assert weights.startswith("the weights of 7b take about 2")
+
+
+READ_FEWER = "read fewer at once (--prefill-step-size, in Python prefill_step_size)"
+
+
+@pytest.mark.large
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit is not kept")
+def test_a_prompt_that_a_limit_has_no_room_for_is_read_in_smaller_pieces(tmp_path):
+    """The sentence names the option, and with it the same prompt is read."""
+    folder = folder_of(tmp_path / "wide", Model(ModelArgs(64, 1, 256, 65536)))
+    prompt = tmp_path / "prompt"
+    prompt.write_text("a line of the text\n" * 300)
+    limited = ["sh", "-c", f'ulimit -v {LEAST + (200 << 20) >> 10} && exec "$@"', "sh", *COMMAND]
+
+    def run(size, command, *arguments):
+        with prompt.open() as stdin:
+            return subprocess.run(
+                [*limited, command, folder, "-m", "1", "--prefill-step-size", f"{size}", *arguments],
+                stdin=stdin, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+
+    whole, pieces = run(10**6, "generate", "-f", prompt), run(500, "generate", "-f", prompt)
+    assert (whole.returncode, len(whole.stderr.splitlines())) == (1, 1), whole.stderr
+    assert whole.stderr.startswith("error: reading 5698 tokens at once takes about ")
+    assert READ_FEWER in whole.stderr
+    assert (pieces.returncode, "prompt: 5699 tokens" in pieces.stderr) == (0, True), pieces.stderr
+    prompt.write_text("a line of the text " * 300)
+    said = run(10**6, "chat", "--no-history")
+    assert (said.returncode, READ_FEWER in said.stderr) == (0, True), said.stderr
+
+
+@pytest.mark.large
+def test_a_prompt_is_read_in_pieces_of_the_size_that_is_given(monkeypatch):
+    """Of text, of ids, of a message to a model with tools; in `chat` too."""
+    read = []
+    call = Model.__call__
+
+    def count(model, inputs, *arguments, **options):
+        read.append(inputs.shape[1])
+        return call(model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(Model, "__call__", count)
+    ids = " ".join(["65"] * 40)
+    for arguments, stdin in (
+        (["generate", DEMO, "-p", "x" * 40], None),
+        (["generate", DEMO, "--tokens", ids], None),
+        (["generate", "-p", "x" * 40], None),
+        (["chat", DEMO, "--no-history"], "x" * 40),
+        (["chat", "--no-history"], "x" * 40),
+    ):
+        read.clear()
+        command = [*map(str, arguments), "-m", "1", "--prefill-step-size", "16"]
+        result = CliRunner().invoke(app, command, input=stdin)
+        assert result.exit_code == 0, result.output
+        assert (max(read), read.count(16) >= 2) == (16, True), (arguments, read)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
