@@ -90,13 +90,13 @@ _MOST_DIGITS = 1000  # Python itself refuses to print integers of more than 4,30
 
 _TOKEN = re.compile(
     r"\d+:\d\d|\d+/\d+|\d+(?:st|nd|rd|th)\b|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+"
-    r"|[^\W\d_°]+(?:['/][^\W\d_]+)*|\*\*|[^\s\w,?!.°]"
+    r"|[^\W\d_°]+(?:['/][^\W\d_]+)*|\*\*|//|[^\s\w,?!.°]"
 )
 _NUMERAL = re.compile(r"[\d,]*\.?\d+|\d+/\d+")
 
 # In a calculation: a word, and what it is in a formula.
 _OPERATORS = {
-    **{sign: sign for sign in ("+", "-", "*", "/", "**", "(", ")")},
+    **{sign: sign for sign in ("+", "-", "*", "/", "//", "**", "(", ")")},
     "plus": "+",
     "minus": "-",
     "times": "*",
@@ -111,6 +111,10 @@ _OPERATORS = {
     "double": "2*",
     "triple": "3*",
 }
+# Of these, those that begin an operand, and those that may stand where one begins; the others come after one.
+_BEGIN = ("(", "2*", "3*")
+_SIGNS = ("+", "-")
+_END = (")", "/100", "**2", "**3")  # an operand ends with them
 _SHORTER = {
     r"\bdivided by\b": "over",
     r"\bmultiplied (by|with)\b": "times",
@@ -169,9 +173,10 @@ def amounts(text: str) -> list[tuple[Fraction, str]]:
 
 
 def formula(text: str) -> str:
-    """What a calculation means, in digits and + - * / ** ( ) and sqrt.
+    """What a calculation means, in digits and + - * / // ** ( ) and sqrt.
 
-    "twelve plus seven" gives "12+7", "half of ninety" "(1/2)*90", "15% of 80" "15/100*80".
+    "twelve plus seven" gives "12+7", "half of ninety" "(1/2)*90", "15% of 80" "(15/100)*80". Two numbers
+    without a sign between them are no calculation: neither "5 7 + 1" nor "3 000 + 1", where it is "3,000".
     """
     for sign, plain in {"×": "*", "÷": "/", "−": "-", "^": "**", "√": "square root of "}.items():
         text = text.replace(sign, plain)
@@ -214,7 +219,8 @@ def read_number(words: list[str], at: int, *, article: bool = False) -> tuple[Fr
         return (value + Fraction(f"0.{digits}"), at + 1) if digits else None
     if re.fullmatch(r"\d+/\d+", "".join(words[at : at + 1])) and value.denominator == 1:  # "3 1/2"
         part = _numeral(words[at])
-        return (value + part, at + 1) if part is not None else None
+        if part is not None and part < 1:
+            return value + part, at + 1
     if words[at : at + 1] == ["and"]:
         first = at + 2 if words[at + 1 : at + 2] == ["a"] else at + 1
         part_of = _whole_number(words, first)
@@ -260,7 +266,7 @@ def _whole_number(words: list[str], at: int) -> tuple[Fraction, int] | None:
             current += TENS[word]
         elif word == "hundred" and current < 100:
             current = (current or 1) * 100
-        elif word in _LARGE:
+        elif word in _LARGE and (not total or (current and total % (1000 * _LARGE[word]) == 0)):
             total, current = total + (current or 1) * _LARGE[word], 0
         elif word in _COUNTS and word != "hundred" and not total:
             return Fraction((current or 1) * _COUNTS[word]), at + 1
@@ -316,34 +322,43 @@ def _order(text: str) -> str | None:
 
 
 def _is_sum(expression: str | None) -> bool:
-    return expression is not None and not re.fullmatch(r"[\d.]+|\(.*\)", expression)
+    return expression is not None and not re.fullmatch(r"[\d.]+|\([^()]*\)", expression)
 
 
 def _expression(text: str) -> str | None:
-    """Numbers and operators from left to right; None if a word is neither or nothing is there."""
+    """Numbers and operators from left to right; None if a word is neither or there is none where one must be.
+
+    Raises:
+        NotUnderstood: two numbers have no operator between them.
+    """
     words = text.split()
     found: list[str] = []
-    at = 0
+    at, whole = 0, False  # whether an operand has just ended
     while at < len(words):
         root = words[at] == "sqrt"
         at += root
-        operator = nearest(words[at], _OPERATORS) if at < len(words) else None
-        if root and operator == "(":
-            found.append("sqrt")
-        elif root and (read := read_number(words, at)) is not None:
+        word = nearest(words[at], _OPERATORS) if at < len(words) else None
+        operator = None if word is None or (root and word != "(") else _OPERATORS[word]
+        if operator is None:
+            read = read_number(words, at)
+            if read is None:
+                return None
             value, at = read
-            found.append(f"sqrt({_digits(value)})")
-        elif root:
-            return None
-        elif operator is not None:
-            found.append(_OPERATORS[operator])
-            at += 1
-        elif (read := read_number(words, at)) is not None:
-            value, at = read
-            found.append(_digits(value))
+            piece = f"sqrt({_digits(value)})" if root else _digits(value)
         else:
+            piece, at = "sqrt(" if root else operator, at + 1
+        if operator is None or operator in _BEGIN:
+            if whole:
+                raise NotUnderstood(f"I cannot calculate '{text}': there is no sign between two numbers.")
+            if found and found[-1] in ("/", "//", "**") and operator in ("2*", "3*"):
+                return None  # "6 over twice 3" is not 6/2*3
+        elif not whole and operator not in _SIGNS:
             return None
-    return "".join(found) or None
+        if operator == "/100" and found[-1] not in _END:
+            piece = f"({found.pop()}/100)"  # of "6 over 50%"
+        found.append(piece)
+        whole = operator is None or operator in _END
+    return "".join(found) if whole else None
 
 
 def _digits(value: Fraction) -> str:

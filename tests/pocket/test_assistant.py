@@ -51,7 +51,11 @@ def test_number(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "banana", "twenty ten", "seventh", "1/0", "five apples", "9" * 5000, "and", "point"]
+    "text",
+    [
+        *("", "banana", "twenty ten", "seventh", "1/0", "five apples", "9" * 5000, "and", "point"),
+        *("5 7", "3 000", "3 7/2", "two thousand five thousand", "a million thousand"),
+    ],
 )
 def test_no_number(text):
     with pytest.raises(NotUnderstood):
@@ -225,8 +229,8 @@ def test_a_date_in_words_is_read_again(day):
         ("the product of six and nine", "6*9"),
         ("divide ninety by four", "90/4"),
         ("half of ninety", "(1/2)*90"),
-        ("15% of 80", "15/100*80"),
-        ("twenty percent of fifty", "20/100*50"),
+        ("15% of 80", "(15/100)*80"),
+        ("twenty percent of fifty", "(20/100)*50"),
         ("the square root of 81", "sqrt(81)"),
         ("two plus the square root of nine", "2+sqrt(9)"),
         ("two to the power of ten", "2**10"),
@@ -235,16 +239,64 @@ def test_a_date_in_words_is_read_again(day):
         ("twice eleven", "2*11"),
         ("2^10", "2**10"),
         ("(2+3)×4", "(2+3)*4"),
+        ("twenty five plus one hundred and five", "25+105"),
+        ("3,000 - -1", "3000--1"),
+        ("5 minus twice 3", "5-2*3"),
+        ("100 over 50%", "100/(50/100)"),
+        ("multiply 12.5 + 3.75 by 2", "((25/2)+(15/4))*2"),
+        ("7 // 2", "7//2"),
     ],
 )
 def test_formula(text, found):
     assert formula(text) == found
 
 
-@pytest.mark.parametrize("text", ["", "banana", "a plus b", "__import__('os')", "sqrt", "add twelve"])
+@pytest.mark.parametrize("text", ["", "banana", "a plus b", "__import__('os')", "sqrt", "add twelve", "12 +"])
 def test_no_formula(text):
     with pytest.raises(NotUnderstood):
         formula(text)
+
+
+OPERANDS = [
+    "7",
+    "12.5",
+    "seven",
+    "twenty one",
+    "half",
+    "3 1/2",
+    "5%",
+    "2 squared",
+    "(2 + 3)",
+    "twice 2",
+    "sqrt 4",
+]
+
+
+@pytest.mark.parametrize("first", OPERANDS)
+@pytest.mark.parametrize("second", ["7", "007", ".5", "thirty", "7/2", "(1)", "twice 2", "sqrt 4"])
+def test_two_operands_want_an_operator_between_them(first, second):
+    with pytest.raises(NotUnderstood, match="no sign between two numbers"):
+        formula(f"1 + {first} {second}")
+    assert formula(f"1 + {first} + {second}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("5 7 + 1", "3 1 2 10", "3 000 + 5", "1,5 + 2", "1.2.3", "7 % 3", "2 thousand 5"),
+        *("a thousand thousand", "two thousand five thousand", "add 5 7 and 1"),
+    ],
+)
+def test_numbers_beside_each_other_are_no_calculation(text):
+    with pytest.raises(NotUnderstood, match="no sign between two numbers"):
+        formula(text)
+
+
+@pytest.mark.parametrize("first", ["*", "/", "//", "**", "times", "over", "x"])
+@pytest.mark.parametrize("second", ["*", "/", "//", "**", "times", "over", "x"])
+def test_two_operators_are_not_joined_to_another(first, second):
+    with pytest.raises(NotUnderstood, match="I cannot calculate"):
+        formula(f"7 {first} {second} 2")
 
 
 @settings(max_examples=300, deadline=None)

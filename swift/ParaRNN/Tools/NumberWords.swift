@@ -38,7 +38,7 @@ enum Words {
     text = replacing(#"(?<=[^\W_])-(?=[^\W\d_])"#, in: text, with: " ")
     return matches(
       #"\d+:\d\d|\d+/\d+|\d+(?:st|nd|rd|th)\b|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+"#
-        + #"|[^\W\d_°]+(?:['/][^\W\d_]+)*|\*\*|[^\s\w,?!.°]"#, in: text)
+        + #"|[^\W\d_°]+(?:['/][^\W\d_]+)*|\*\*|//|[^\s\w,?!.°]"#, in: text)
   }
 
   /// The word of a vocabulary that is meant: itself, or the only one that differs by one letter.
@@ -152,8 +152,10 @@ enum NumberWords {
       guard let part = Fraction("0." + digits), !digits.isEmpty else { return nil }
       return (value + part, at + 1)
     }
-    if let word = words.word(at), Words.groups(#"\d+/\d+"#, in: word) != nil, value.isWhole {  // "3 1/2"
-      return try numeral(word).map { (value + $0, at + 1) }
+    if let word = words.word(at), Words.groups(#"\d+/\d+"#, in: word) != nil, value.isWhole,  // "3 1/2"
+      let part = try numeral(word), part < Fraction(1)
+    {
+      return (value + part, at + 1)
     }
     if words.word(at) == "and" {
       let first = words.word(at + 1) == "a" ? at + 2 : at + 1
@@ -200,7 +202,9 @@ enum NumberWords {
         current += value
       } else if word == "hundred" && current < 100 {
         current = (current == 0 ? 1 : current) * 100
-      } else if let size = large[word] {
+      } else if let size = large[word],
+        total.isZero || (current != 0 && (total / Fraction(size * 1000)).isWhole)
+      {
         total = total + Fraction(current == 0 ? 1 : current) * Fraction(size)
         current = 0
       } else if let size = counts[word], word != "hundred", total.isZero {
@@ -232,10 +236,14 @@ enum NumberWords {
   // MARK: - Calculations
 
   private static let operators = [
-    "+": "+", "-": "-", "*": "*", "/": "/", "**": "**", "(": "(", ")": ")", "plus": "+", "minus": "-",
+    "+": "+", "-": "-", "*": "*", "/": "/", "//": "//", "**": "**", "(": "(", ")": ")", "plus": "+", "minus": "-",
     "times": "*", "x": "*", "of": "*", "over": "/", "squared": "**2", "cubed": "**3", "percent": "/100",
     "%": "/100", "twice": "2*", "double": "2*", "triple": "3*",
   ]
+  /// Of these, those that begin an operand, and those that may stand where one begins; others come after one.
+  private static let begin = ["(", "2*", "3*"]
+  private static let signs = ["+", "-"]
+  private static let end = [")", "/100", "**2", "**3"]  // an operand ends with them
   private static let shorter = [
     (#"\bdivided by\b"#, "over"), (#"\bmultiplied (by|with)\b"#, "times"),
     (#"\b(added to|and then add)\b"#, "plus"), (#"\b(raised )?to the power( of)?\b"#, "**"),
@@ -249,7 +257,8 @@ enum NumberWords {
     (#"subtract (.+)|take (.+)"#, ["from"], "-", true),
   ]
 
-  /// What a calculation means, in digits and + - * / ** ( ) and sqrt: "twelve plus seven" gives "12+7".
+  /// What a calculation means, in digits and + - * / // ** ( ) and sqrt: "twelve plus seven" gives "12+7".
+  /// Two numbers without a sign between them are no calculation.
   static func formula(_ text: String) throws -> String {
     var plain = text
     for (sign, word) in [("×", "*"), ("÷", "/"), ("−", "-"), ("^", "**"), ("√", "square root of ")] {
@@ -273,7 +282,7 @@ enum NumberWords {
           let second = try expression(words[(at + 1)...].joined(separator: " "))
         else { continue }
         let sides = [first, second].map { side in
-          Words.groups(#"[\d.]+|\(.*\)"#, in: side) == nil ? "(\(side))" : side
+          Words.groups(#"[\d.]+|\([^()]*\)"#, in: side) == nil ? "(\(side))" : side
         }
         return order.isSwapped ? sides[1] + order.shape + sides[0] : sides[0] + order.shape + sides[1]
       }
@@ -281,32 +290,40 @@ enum NumberWords {
     return nil
   }
 
-  /// Numbers and operators from left to right; nil if a word is neither or nothing is there.
+  /// Numbers and operators from left to right; nil if a word is neither or there is none where one must be.
   private static func expression(_ text: String) throws -> String? {
     let words = text.split(separator: " ").map(String.init)
-    var found = ""
-    var at = 0
+    var found: [String] = []
+    var (at, isWhole) = (0, false)  // whether an operand has just ended
     while at < words.count {
       let isRoot = words[at] == "sqrt"
       if isRoot { at += 1 }
-      let sign = words.word(at).flatMap { Words.nearest($0, operators.keys) }
-      if isRoot && sign == "(" {
-        found += "sqrt"
-      } else if isRoot {
-        guard let (value, next) = try read(words, at) else { return nil }
-        found += "sqrt(\(try digits(value)))"
-        at = next
-      } else if let sign {
-        found += operators[sign]!
+      let word = words.word(at).flatMap { Words.nearest($0, operators.keys) }
+      let sign = isRoot && word != "(" ? nil : word.flatMap { operators[$0] }
+      var piece: String
+      if let sign {
+        piece = isRoot ? "sqrt(" : sign
         at += 1
-      } else if let (value, next) = try read(words, at) {
-        found += try digits(value)
-        at = next
       } else {
+        guard let (value, next) = try read(words, at) else { return nil }
+        piece = isRoot ? "sqrt(\(try digits(value)))" : try digits(value)
+        at = next
+      }
+      if sign.map(begin.contains) ?? true {
+        if isWhole { throw ToolError("I cannot calculate '\(text)': there is no sign between two numbers.") }
+        // "6 over twice 3" is not 6/2*3.
+        if ["/", "//", "**"].contains(found.last), ["2*", "3*"].contains(sign) { return nil }
+      } else if let sign, !isWhole && !signs.contains(sign) {
         return nil
       }
+      if sign == "/100", let last = found.last, !end.contains(last) {
+        found.removeLast()
+        piece = "(\(last)/100)"  // of "6 over 50%"
+      }
+      found.append(piece)
+      isWhole = sign.map(end.contains) ?? true
     }
-    return found.isEmpty ? nil : found
+    return isWhole ? found.joined() : nil
   }
 
   private static func digits(_ value: Fraction) throws -> String {
