@@ -39,7 +39,7 @@ def stream_answer(
     Args:
         model, tokenizer: a model whose tokenizer has the tokens of the protocol (`protocol`).
         message: what the user says; text only, whatever it looks like.
-        functions: those that the model may call; without it those of a new `Assistant`.
+        functions: those that the model may call; without it those of an `Assistant` that remembers nothing.
         limits: where the turn ends in any case.
         sampler, cache, progress, prefill_step_size: for `ModelTokens`; a cache that has read earlier turns is
             read on.
@@ -56,7 +56,7 @@ def stream_answer(
     earlier = source.cache[0].offset
     room = find_room(model, earlier + bool(earlier) + len(prefix))
     if functions is None:
-        functions = assistant_functions()
+        functions = assistant_functions(Assistant(rings=False, keeps=False))
     if earlier:  # the turn before ended with a token that was made, and not read
         source.read([protocol.end])
     return run_turn(
@@ -75,9 +75,9 @@ def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: A
     return "".join(event.text for event in events if isinstance(event, Text))
 
 
-def assistant_functions(assistant: Assistant | None = None) -> Functions:
-    """The functions of an `Assistant`, or of a new one with its own timers, reminders and lists."""
-    return Functions((assistant or Assistant()).functions(), known=True)
+def assistant_functions(assistant: Assistant) -> Functions:
+    """The functions of an `Assistant`."""
+    return Functions(assistant.functions(), known=True)
 
 
 def require_protocol(tokenizer: TokenizerWrapper) -> Protocol:

@@ -1,13 +1,14 @@
 """What the model that ships can do: timers, alarms, reminders, lists, dates, conversions and calculations.
 
 Every argument is a piece of the user's message as it was written; the functions understand it by the rules
-of `number_words` and `date_words`. Every result is a sentence for the user. Who wants timers to
-ring asks `due` from time to time, as `chat` does, or registers functions with the same names and arguments.
+of `number_words` and `date_words`. Every result is a sentence for the user. Who wants timers to ring asks
+`due` from time to time, as `chat` does; where nobody does, or nothing is remembered, they are refused.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from fractions import Fraction
@@ -62,9 +63,13 @@ class Assistant:
 
     Args:
         now: the clock, in local time and without a time zone.
+        rings: whether somebody asks `due`; if not, timers, alarms and reminders are refused.
+        keeps: whether there may be a later message to which the lists matter; if not, nothing is put on them.
     """
 
     now: Callable[[], datetime] = datetime.now
+    rings: bool = True
+    keeps: bool = True
     told: datetime = field(default=datetime.min, compare=False)  # when `due` was asked last
     timers: list[_Entry] = field(default_factory=list)
     alarms: list[_Entry] = field(default_factory=list)
@@ -106,6 +111,23 @@ class Assistant:
         self.lists = lists
         for name, found in entries.items():
             setattr(self, name, found)
+
+    def hear(self, answers: Iterable[str]) -> None:
+        """Do again with the lists what earlier answers say was done, where nothing else was kept.
+
+        Args:
+            answers: all of a conversation, in their order.
+        """
+        for answer in answers:
+            if parts := _around(answer, "Added ", " to your ", " list."):
+                with suppress(NotUnderstood):  # the lists are full: no answer of ours
+                    self.add_to_list(*parts)
+            elif parts := _around(answer, "Removed ", " from your ", " list."):
+                self.remove_from_list(*parts)
+            elif parts := _around(answer, "Removed ", " from your ", "lists."):
+                self.remove_from_list(parts[0])
+            elif parts := _around(answer, "", "Your ", " list is empty now."):
+                self.clear_list(parts[1])
 
     def due(self) -> list[str]:
         """Sentences for the timers, alarms and reminders whose time has come since it was last asked for.
@@ -196,6 +218,11 @@ class Assistant:
             list: its name, as in "shopping"; without it the to-do list.
         """
         name = list or _DEFAULT_LIST
+        if not self.keeps:
+            raise NotUnderstood(
+                "I would not remember a list here: mlx-pararnn chat does. "
+                "Sums, dates and units work here too."
+            )
         if sum(map(len, self.lists.values())) >= _MOST:
             raise NotUnderstood("The lists are full. Remove something first.")
         new = _items(items)
@@ -330,8 +357,12 @@ class Assistant:
             weeks = f" ({join([count(number // 7, 'week'), *rest])})"
         return f"{count(number, 'day')}{weeks} {'until' if days > 0 else 'since'} {date_in_words(day)}."
 
-    @staticmethod
-    def _add(entries: list[_Entry], entry: _Entry, what: str) -> None:
+    def _add(self, entries: list[_Entry], entry: _Entry, what: str) -> None:
+        if not self.rings:
+            raise NotUnderstood(
+                f"I cannot set {what} here, as nothing would ring: mlx-pararnn chat in a terminal does. "
+                "Sums, dates and units work here too."
+            )
         if len(entries) >= _MOST:
             raise NotUnderstood(f"There are {_MOST} {what} already. Cancel one first.")
         entries.append(entry)
@@ -354,6 +385,14 @@ def _due_in_words(kind: str, name: str, at: datetime) -> str:
     if kind == "timers":
         return f"{_named('The timer', name)} is over."
     return f"Reminder: {name}" if kind == "reminders" else f"Alarm of {_moment_in_words(at)}."
+
+
+def _around(text: str, start: str, middle: str, end: str) -> tuple[str, str] | None:
+    """What stands before and after the last `middle`, between this start and end; None if one is missing."""
+    if not (text.startswith(start) and text.endswith(end)):
+        return None
+    before, found, after = text[len(start) : len(text) - len(end)].rpartition(middle)
+    return (before, after) if found else None
 
 
 def _items_of(value: object) -> list[Any]:

@@ -12,6 +12,7 @@ from mlx_pararnn.chat.server.engine import Engine
 from mlx_pararnn.chat.server.metrics import Metrics
 from mlx_pararnn.chat.server.server_settings import Settings
 from mlx_pararnn.chat.server.service import Service
+from mlx_pararnn.pocket.protocol import call_text
 from tests.support.scripted import Script, tokens_of, tools_folder, tools_protocol
 
 LAMP = {
@@ -130,6 +131,44 @@ def test_the_packages_functions_run_only_where_they_are_allowed(served):
     (choice,) = ask(client(), "2+3?").json()["choices"]
     assert choice["message"]["content"] == "error: there is no function 'calculate'; there are: none"
     assert tools_protocol().decode(sources[1].taken).count("no function") == 1
+
+
+def list_call(name, **arguments):
+    return f"<|call|>{call_text(name, arguments)}<|result|><|answer|><|end|>"
+
+
+def test_lists_are_those_of_the_messages(served):
+    """What earlier answers of the same conversation have put on them, and nothing of another's."""
+    client, scripts, _ = served
+    asked, said = client(functions=True), []
+    turns = [
+        (
+            "add milk and eggs",
+            list_call("add_to_list", items="milk and eggs"),
+            "Added milk and eggs to your to-do list.",
+        ),
+        ("hi", "<|answer|>Hello.<|end|>", "Hello."),
+        ("milk is here", list_call("remove_from_list", items="milk"), "Removed milk from your lists."),
+        ("show it", list_call("show_list"), "To-do list: eggs."),
+    ]
+    for question, script, answer in turns:
+        scripts.append(script)
+        (choice,) = ask(asked, *said, question).json()["choices"]
+        assert choice["message"]["content"] == answer
+        said += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+    scripts.append(list_call("show_list"))
+    (choice,) = ask(asked, "show it").json()["choices"]
+    assert choice["message"]["content"] == "Your to-do list is empty."
+
+
+def test_nothing_is_set_that_would_not_ring(served):
+    client, scripts, _ = served
+    scripts.append(list_call("set_timer", duration="5 minutes"))
+    (choice,) = ask(client(functions=True), "set a timer for 5 minutes").json()["choices"]
+    assert choice["message"]["content"].startswith("I cannot set timers here, as nothing would ring")
 
 
 @pytest.mark.parametrize(

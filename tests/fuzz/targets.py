@@ -40,6 +40,7 @@ from mlx_pararnn.convert.readers.pickles import load_pickle
 from mlx_pararnn.images.picture import read_picture
 from mlx_pararnn.loading import load_model, load_states, load_tokenizer
 from mlx_pararnn.pocket.answers import assistant_functions
+from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.protocol import Command, find_protocol
 from mlx_pararnn.process.watchdog import Watchdog
 from mlx_pararnn.text.detokenizer import BYTES, Detokenizer, StopMatcher
@@ -201,7 +202,7 @@ def calls(_: Path) -> Target:
     _, tokenizer = mlx_pararnn.load()
     protocol = find_protocol(tokenizer)
     assert protocol is not None
-    functions = assistant_functions()
+    functions = assistant_functions(Assistant())
     called = protocol.render_call("add", {"a": 1})
     turns = [
         protocol.render_message("add 1 and 2"),

@@ -434,6 +434,59 @@ def test_all_functions_can_be_registered():
     assert functions.call("set_timer", '{"duration":"soon"}').failed
 
 
+WORD = st.text("abcz é.'", min_size=1, max_size=6).filter(lambda text: text == text.strip())
+ITEMS = st.lists(
+    WORD | st.sampled_from(["bob to your list", "a note from your aunt", "this list."]),
+    min_size=1,
+    max_size=4,
+).map(", ".join)
+LIST_CALLS = st.one_of(
+    st.tuples(st.just("add_to_list"), ITEMS, st.sampled_from(["", "Shopping", "weekly shopping"])),
+    st.tuples(st.just("remove_from_list"), ITEMS, st.sampled_from(["", "shopping"])),
+    st.tuples(st.sampled_from(["show_list", "clear_list"]), st.sampled_from(["", "Shopping"])),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(LIST_CALLS, max_size=12))
+def test_what_the_answers_say_of_the_lists_is_done_again(calls):
+    """Whatever was called, between answers that are about something else."""
+    assistant, answers = Assistant(lambda: NOW), []
+    for name, *arguments in calls:
+        answers += [getattr(assistant, name)(*arguments), "7 + 5 is 12."]
+    other = Assistant(lambda: NOW)
+    other.hear(answers)
+    for name in ("", "shopping", "weekly shopping"):
+        assert other.show_list(name) == assistant.show_list(name)
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "Added", "Added milk to my list", "Your list is empty.", "Removed a."]
+)
+def test_other_answers_change_no_list(assistant, answer):
+    assistant.add_to_list("milk")
+    assistant.hear([answer] * 200 + ["Added milk to your to-do list."] * 200)
+    assert assistant.show_list() == f"To-do list: {', '.join(['milk'] * 100)}."
+
+
+def test_nothing_is_said_to_be_set_or_kept_where_it_is_not():
+    """Every function whose sentence would promise something."""
+    assistant = Assistant(lambda: NOW, rings=False, keeps=False)
+    asked = {
+        "set_timer": ("5 minutes",),
+        "set_alarm": ("7:30",),
+        "set_reminder": ("call mom",),
+        "add_to_list": ("milk",),
+    }
+    assert asked.keys() == {name for name in FUNCTIONS if name.startswith(("set_", "add_"))}
+    for name, arguments in asked.items():
+        with pytest.raises(NotUnderstood, match=r"here.*mlx-pararnn chat.* work here too"):
+            getattr(assistant, name)(*arguments)
+    assert assistant.memory() == ""
+    keeping = Assistant(lambda: NOW, rings=False)
+    assert keeping.add_to_list("milk") == "Added milk to your to-do list."
+
+
 def test_what_it_remembers_is_a_text_that_another_recalls(assistant):
     assert assistant.memory() == ""
     assistant.set_timer("5 minutes", "pasta")

@@ -138,11 +138,29 @@ def test_serve_without_a_model():
     with running() as server:
         client = client_of(server)
         assert [model.id for model in client.models.list()] == [BUNDLED.name]
-        for message in ("12345 + 67890",):
-            asked = [{"role": "user", "content": message}]
-            made = client.chat.completions.create(model=BUNDLED.name, messages=asked)
-            assert made.choices[0].message.content == "80235"
+        said = []
+        for message, answer in (
+            ("12345 + 67890", "80235"),
+            ("add milk to my shopping list", "Added milk to your shopping list."),
+            ("set a timer for 5 minutes", "I cannot set timers here, as nothing would ring: "),
+            ("show my shopping list", "Shopping list: milk."),
+        ):
+            said.append({"role": "user", "content": message})
+            made = client.chat.completions.create(model=BUNDLED.name, messages=said)
+            assert made.choices[0].message.content.startswith(answer)
             assert made.choices[0].finish_reason == "stop"
+            said.append({"role": "assistant", "content": made.choices[0].message.content})
+        first = client.responses.create(model=BUNDLED.name, input="add eggs to my shopping list")
+        shown = client.responses.create(
+            model=BUNDLED.name, input="show my shopping list", previous_response_id=first.id
+        )
+        assert shown.output_text == "Shopping list: eggs."
+
+
+def test_one_question_promises_nothing(pair):
+    """There is no conversation that could keep it."""
+    assert answer(*pair, "add milk to my shopping list").startswith("I would not remember a list here")
+    assert "nothing would ring" in run("generate", "-p", "set a timer for 5 minutes").stdout
 
 
 class InCoreML:

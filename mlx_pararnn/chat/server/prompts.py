@@ -37,6 +37,7 @@ class Prompt:
         system_length: how many of them come from the system prompt alone.
         reasoning: whether the answer begins inside of a reasoning.
         pictures: of each image where its first token stands, and its pixels (S, S, 3), uint8.
+        memory: what the assistant of a model that uses tools remembers, as `Assistant.recall` takes it.
     """
 
     tokens: list[int]
@@ -44,6 +45,7 @@ class Prompt:
     system_length: int = 0
     reasoning: bool = False
     pictures: tuple[tuple[int, np.ndarray], ...] = ()
+    memory: str = ""
 
 
 class Prompts:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...generation import find_room
 from ...pocket.answers import ModelTokens, assistant_functions
+from ...pocket.assistant import Assistant
 from ...pocket.events import Call, Event
 from ...pocket.functions import Functions
 from ...pocket.loop import External, Limits, run_turn
@@ -37,7 +38,7 @@ class Turns:
         self._grammars = Grammars(engine.tokenizer, engine.model.args.vocab_size)
 
     def prompt(self, request: ChatRequest) -> Prompt:
-        """The last user message, and the calls with their results that follow it."""
+        """The last user message, the calls with their results that follow it, and the lists so far."""
         for name, nothing in NOT_TAKEN.items():
             if getattr(request, name) != nothing:
                 field = "response_format" if name == "format_schema" else name
@@ -60,14 +61,18 @@ class Turns:
             function = call["function"]
             tokens += self._protocol.render_call(str(function.get("name")), function["arguments"])
             tokens += self._protocol.render_result(results[call["id"]])
-        return Prompt(tokens, find_room(self._engine.model, len(tokens)))
+        assistant = Assistant()
+        assistant.hear(message["content"] for message in messages if message["role"] == "assistant")
+        return Prompt(tokens, find_room(self._engine.model, len(tokens)), memory=assistant.memory())
 
     def begin(
         self, request: ChatRequest, prompt: Prompt, sampler: Any, answer: int
     ) -> Callable[[], Iterator[Event]]:
         """What begins the turn, in the engine's thread."""
         steps = Limits.steps if prompt.room is None else min(Limits.steps, prompt.room)
-        functions = assistant_functions() if self._own else Functions()
+        assistant = Assistant(rings=False)
+        assistant.recall(prompt.memory)
+        functions = assistant_functions(assistant) if self._own else Functions()
 
         def events() -> Iterator[Event]:
             source, read = ModelTokens(self._engine.model, sampler), 0
