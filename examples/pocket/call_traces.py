@@ -6,36 +6,47 @@ from itertools import combinations
 from string import ascii_letters
 from typing import Any
 
-from .calls import ARGUMENTS, DECLINED, REQUIRED, Example
+from .calls import ARGUMENTS, DECLINED, REQUIRED, WHOLE_NUMBERS, Example
 from .traces import END, Trace, as_bytes, note_kind, scan
 
 CALL, RESULT = "<|call|>", "<|result|>"
 LOOK_AHEAD = 4
-# The kinds of messages: a letter for each function and the arguments that it is given, and a full stop for
-# those that want none. What is given is then known wherever the kind is read again.
-KINDS = dict(
-    zip(
-        (
-            (function, *given)
-            for function, names in ARGUMENTS.items()
-            for count in range(len(names) + 1)
-            for given in combinations(names, count)
-            if set(given) >= REQUIRED[function]
-        ),
-        ascii_letters,
-        strict=False,
-    )
-)
 DECLINE_KIND = "."
+
+
+def kinds() -> dict[tuple[str, ...], str]:
+    """The kinds of messages: a letter for each function and the arguments that it is given.
+
+    What is given is then known wherever the kind is read again. A trained model knows these letters, so new
+    functions come last: in functions.json, and by `calls.teach`. Those that want none have DECLINE_KIND.
+
+    Raises:
+        ValueError: there are more kinds than letters.
+    """
+    found = [
+        (function, *given)
+        for function, names in ARGUMENTS.items()
+        for count in range(len(names) + 1)
+        for given in combinations(names, count)
+        if set(given) >= REQUIRED[function]
+    ]
+    if len(found) > len(ascii_letters):
+        raise ValueError(
+            f"functions can be called in {len(ascii_letters)} ways, these in {len(found)}; give them fewer "
+            "arguments that may be left out"
+        )
+    return dict(zip(found, ascii_letters, strict=False))
+
+
 # Kinds that a message with long numbers may be taken for: it is scanned for a task with numbers first.
-SCANNED = (DECLINE_KIND, KINDS["calculate", "expression"])
+SCANNED = (DECLINE_KIND, kinds()["calculate", "expression"])
 # Of each argument, the pointer that copies it; pointer 2 is still at the beginning after a scan.
 POINTERS = (2, 1, 4)
 
 
 def kind(example: Example) -> str:
     """The kind of an example's message: a character."""
-    return DECLINE_KIND if example.function is None else KINDS[example.function, *example.spans]
+    return DECLINE_KIND if example.function is None else kinds()[example.function, *example.spans]
 
 
 def trace(
@@ -67,10 +78,11 @@ def trace(
     turn.keep(CALL)
     turn.think(f'{{"name":"{example.function}","arguments":{{')
     for pointer, (name, span) in zip(POINTERS, example.spans.items(), strict=False):
-        turn.think(("" if pointer == POINTERS[0] else ",") + f'"{name}":"')
+        quote = "" if (example.function, name) in WHOLE_NUMBERS else '"'
+        turn.think(("" if pointer == POINTERS[0] else ",") + f'"{name}":{quote}')
         start, end = (len(as_bytes(example.message[:at])) for at in span)
         _copy(turn, pointer, start, end, looking)
-        turn.think('"')
+        turn.think(quote)
     turn.think("}}")
     turn.write(RESULT)
     for token in (*as_bytes(result), END):

@@ -4,8 +4,7 @@
 
 shows some. phrasings.txt has what people say, fillers.py what stands in the braces, topics.py what messages
 are about that want no function, this file the ways in which people write differently: cases, misspelt words,
-politeness, missing punctuation. To teach a function of your own, add it to phrasings.txt and functions.json,
-and its arguments to `FILLERS`.
+politeness, missing punctuation. `teach` adds functions of your own, as `train --functions` does.
 
 call_traces.py writes an example as the tokens that a model learns, call_cases.py measures how often one is
 right.
@@ -17,10 +16,10 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from pathlib import Path
 from typing import Any
 
-from .fillers import FILLERS, FOLDER, RELATIVE_DAYS, conversion, sections
+from .fillers import FILLERS, FOLDER, RELATIVE_DAYS, Filler, conversion, sections
 from .topics import topic
 
 DECLINE = "decline"
@@ -29,6 +28,7 @@ DECLINED = (
     "Try: set a timer for 5 minutes, or: what is 12345 + 67890?"
 )
 DECLINES = 0.3  # of all examples
+TAUGHT = 0.6  # of those that want a function, where some have been added
 SCHEMAS = json.loads((FOLDER / "functions.json").read_text(encoding="utf-8"))
 ARGUMENTS: dict[str, list[str]] = {
     function["name"]: list(function["parameters"].get("properties", {})) for function in SCHEMAS
@@ -37,6 +37,8 @@ ARGUMENTS: dict[str, list[str]] = {
 REQUIRED: dict[str, set[str]] = {
     function["name"]: set(function["parameters"].get("required", [])) for function in SCHEMAS
 }
+WHOLE_NUMBERS: set[tuple[str, str]] = set()  # of these functions these arguments, the others are texts
+ADDED: dict[str, list[str]] = {}  # functions that `teach` has added, and what people say for them
 # In braces, and the argument that it is.
 ALIASES = {"in": "time", "weekday": "day", "about": "text"}
 HELD_EVERY = 6  # one phrasing in so many is kept from training
@@ -63,7 +65,64 @@ class Example:
     @property
     def call(self) -> dict[str, Any] | None:
         """The call as JSON has it."""
-        return self.function and {"name": self.function, "arguments": self.arguments}  # type: ignore[return-value]
+        if self.function is None:
+            return None
+        arguments = {
+            name: int(text) if (self.function, name) in WHOLE_NUMBERS else text
+            for name, text in self.arguments.items()
+        }
+        return {"name": self.function, "arguments": arguments}
+
+
+def teach(functions: Path, phrasings: Path) -> None:
+    """Let examples be of these functions too, and of none of the package's that is called as one of them.
+
+    Args:
+        functions: JSON as in functions.json, or as `Functions.schemas` gives it: a list of functions whose
+            arguments are texts and whole numbers.
+        phrasings: as phrasings.txt; under the name of an argument stands what its braces may hold. Where
+            nothing does, a whole number is any from its minimum to its maximum.
+
+    Raises:
+        ValueError: there are no phrasings of a function, or nothing for its braces; the sentence says which.
+    """
+    said = sections(phrasings.resolve())
+    for schema in json.loads(functions.read_text(encoding="utf-8")):
+        try:
+            function = schema.get("function", schema)
+            name, parameters = function["name"], function["parameters"]
+        except (AttributeError, LookupError, TypeError):
+            raise ValueError(f"{functions} is no list of functions with name and parameters") from None
+        arguments = parameters.get("properties", {})
+        if not said.get(name):
+            raise ValueError(f"{phrasings} has no phrasings of {name}; write some under [{name}]")
+        for other in {*re.findall(r"\{(\w+)\}", " ".join(said[name]))} - {*arguments}:
+            raise ValueError(f"{phrasings} has {{{other}}} under [{name}], which has no such argument")
+        for argument, wanted in arguments.items():
+            if wanted.get("type") not in ("string", "integer"):
+                raise ValueError(
+                    f"{name}: {argument} is neither a text nor a whole number, which is all that is taught"
+                )
+            if wanted["type"] == "integer":
+                WHOLE_NUMBERS.add((name, argument))
+            if argument in said:
+                FILLERS[f"{name} {argument}"] = _one_of(said[argument])
+            elif wanted["type"] == "integer":
+                numbers = range(wanted.get("minimum", 0), wanted.get("maximum", 100) + 1)
+                FILLERS[f"{name} {argument}"] = _one_of([str(number) for number in numbers])
+            elif argument not in FILLERS:
+                raise ValueError(f"{phrasings} has nothing for {{{argument}}}; write some under [{argument}]")
+        ARGUMENTS[name] = list(arguments)
+        REQUIRED[name] = set(parameters.get("required", []))
+        ADDED[name] = said[name]
+
+
+def _one_of(texts: list[str]) -> Filler:
+    def filler(rng: random.Random) -> tuple[str, str]:
+        text = rng.choice(texts)
+        return text, text
+
+    return filler
 
 
 def examples(
@@ -78,13 +137,17 @@ def examples(
         plain: the share of examples that take a phrasing of plain.txt.
     """
     rng = random.Random(f"{split} {seed}")
-    lines = phrasings(split)
-    functions = [name for name in lines if name != DECLINE]
+    lines, added = phrasings(split), {word for name in ADDED for word in name.split("_")[1:]}
+    functions = [name for name in lines if name != DECLINE and name not in ADDED]
     weights = [1 + len(ARGUMENTS[function]) for function in functions]
     while True:
         function = DECLINE if rng.random() < declines else rng.choices(functions, weights)[0]
-        taken = sections("plain.txt") if plain and rng.random() < plain else lines
-        yield make(function, rng.choice(taken[function]), rng)
+        if ADDED and function != DECLINE and rng.random() < TAUGHT:
+            function = rng.choice(list(ADDED))
+        taken = sections("plain.txt") if plain and rng.random() < plain and function not in ADDED else lines
+        example = make(function, rng.choice(taken[function]), rng)
+        if function != DECLINE or not added & {*re.findall(r"\w+", example.message.lower())}:
+            yield example
 
 
 def make(function: str, phrasing: str, rng: random.Random) -> Example:
@@ -122,12 +185,11 @@ def make(function: str, phrasing: str, rng: random.Random) -> Example:
     return Example(message, function, arguments, spans, {name: plain[name] for name in order})
 
 
-@cache
 def phrasings(split: str) -> dict[str, list[str]]:
-    """The phrasings of each function in phrasings.txt, for "train" or "held"."""
+    """The phrasings of each function, for "train" or "held"."""
     if split not in ("train", "held"):
         raise ValueError(f"there is no split {split!r}; there are train and held")
-    every = sections("phrasings.txt")
+    every = sections("phrasings.txt") | ADDED
     return {
         name: [
             line for at, line in enumerate(lines) if (at % HELD_EVERY == HELD_EVERY - 1) == (split == "held")

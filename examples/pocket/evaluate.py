@@ -137,13 +137,13 @@ def evaluate_calls(model: Model, tokenizer: Any, count: int) -> dict[str, dict[s
     results = {}
     for kind, cases in (
         ("held-out phrasings", held_out(count)),
-        ("written by hand", _spread(handwritten(), count)),
+        ("written by hand", spread(handwritten(), count)),
     ):
         results[kind] = measure(made, cases)
         for case in cases:
             if found[case.message] not in case.calls:
                 print(f"{kind}: {case.message!r} -> {found[case.message]}", flush=True)
-    messages = _spread(out_of_scope(), count)
+    messages = spread(out_of_scope(), count)
     results["out of scope"] = {"declined": decline_rate(made, messages)}
     for message in messages:
         if found[message]:
@@ -159,7 +159,7 @@ def evaluate_calls(model: Model, tokenizer: Any, count: int) -> dict[str, dict[s
     return {**results, "sums of all forms": {"answered right": right / count}}
 
 
-def _spread(items: list[Any], count: int) -> list[Any]:
+def spread(items: list[Any], count: int) -> list[Any]:
     """At most so many of a list, at equal distances."""
     return [items[len(items) * at // count] for at in range(count)] if count < len(items) else items
 

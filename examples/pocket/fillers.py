@@ -51,8 +51,8 @@ _MEASURES = (
 
 
 @cache
-def sections(file: str) -> dict[str, list[str]]:
-    """The lines under each heading of a file in this folder."""
+def sections(file: str | Path) -> dict[str, list[str]]:
+    """The lines under each heading of a file, of one in this folder by its name."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in (FOLDER / file).read_text(encoding="utf-8").splitlines():

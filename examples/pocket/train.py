@@ -2,6 +2,9 @@
 
 A run that was stopped goes on from its last checkpoint when the same command is given again; with more
 --steps as long as the learning rate has not begun to fall. The model folder is FOLDER/model.
+
+`--from MODEL` goes on from a model's weights; `--functions` and `--phrasings` add functions of your own
+(docs/tools.md has an example).
 """
 
 import argparse
@@ -18,6 +21,7 @@ import mlx.core as mx
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import save_config, save_model
 
+from mlx_pararnn.loading import load_model
 from mlx_pararnn.model import Model, ModelArgs
 from mlx_pararnn.pocket.protocol import tokenizer_files
 from mlx_pararnn.training.run import remember_long
@@ -25,6 +29,7 @@ from mlx_pararnn.training.settings import Settings
 from mlx_pararnn.training.trainer import Trainer
 
 from .batches import batches, protocol, turns
+from .calls import teach
 
 ARGS = ModelArgs(
     cell="gru",
@@ -53,10 +58,14 @@ SETTINGS = Settings(
     save_every=100,
 )
 
+# For a model that has learned already.
+FURTHER = replace(SETTINGS, steps=500, learning_rate=1e-3, warmup=20)
+
 
 def train(
     out: Path,
     settings: Settings = SETTINGS,
+    start: Path | None = None,
     report: Callable[[dict[str, Any]], None] = lambda line: print(json.dumps(line), flush=True),
 ) -> Path:
     """Train, or go on with training, and write the model folder.
@@ -64,17 +73,22 @@ def train(
     Args:
         out: where checkpoints and the model are written.
         settings: how.
+        start: a model folder to go on from; None for new weights.
         report: given each line of the log.
 
     Returns:
         The model folder.
     """
     mx.random.seed(settings.seed)
-    model = Model(ARGS)
-    remember_long(model, LONGEST_MEMORY)
     rows, length = settings.batch_size, settings.length
-    early = batches(partial(turns, looking=False), rows, length, settings.seed + 1)
-    data = chain(islice(early, EARLY), batches(turns, rows, length, settings.seed + 2))
+    data = batches(turns, rows, length, settings.seed + 2)
+    if start is None:
+        model = Model(ARGS)
+        remember_long(model, LONGEST_MEMORY)
+        early = batches(partial(turns, looking=False), rows, length, settings.seed + 1)
+        data = chain(islice(early, EARLY), data)
+    else:
+        model, _ = load_model(start)
     trainer = Trainer(model, data, settings, folder=out / "checkpoints", report=report)
     trainer.resume()
     trainer.run()
@@ -103,6 +117,17 @@ def write_model(model: Model, folder: Path) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--from", type=Path, dest="start", metavar="MODEL", help="go on from its weights")
+    parser.add_argument("--functions", type=Path, help="JSON schemas of functions of your own")
+    parser.add_argument("--phrasings", type=Path, help="what people say when they want them called")
     given = parser.parse_args()
-    print(train(given.out, replace(SETTINGS, steps=given.steps)))
+    if (given.functions is None) != (given.phrasings is None):
+        parser.error("--functions and --phrasings go together")
+    if given.functions is not None:
+        try:
+            teach(given.functions, given.phrasings)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    settings = SETTINGS if given.start is None else FURTHER
+    print(train(given.out, replace(settings, steps=given.steps or settings.steps), given.start))

@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import mlx_pararnn
+from examples.pocket.call_cases import decline_rate, handwritten, measure, out_of_scope
+from examples.pocket.evaluate import call_made, spread
 from mlx_pararnn import Model, answer
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
@@ -161,6 +163,15 @@ def test_one_question_promises_nothing(pair):
     """There is no conversation that could keep it."""
     assert answer(*pair, "add milk to my shopping list").startswith("I would not remember a list here")
     assert "nothing would ring" in run("generate", "-p", "set a timer for 5 minutes").stdout
+
+
+@pytest.mark.large
+def test_it_understands_as_much_english_as_its_card_says(pair):
+    """Of a part of the messages written by hand, a little less than was measured."""
+    found = measure(lambda message: call_made(*pair, message), spread(handwritten(), 60))
+    assert found["exact"] >= 0.8, found
+    assert found["function"] >= 0.88, found
+    assert decline_rate(lambda message: call_made(*pair, message), spread(out_of_scope(), 60)) >= 0.92
 
 
 class InCoreML:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from examples.pocket import calls
 from examples.pocket.call_cases import Case, decline_rate, handwritten, held_out, measure, out_of_scope
-from examples.pocket.call_traces import KINDS, LOOK_AHEAD, call_of, trace
+from examples.pocket.call_traces import LOOK_AHEAD, call_of, kinds, trace
 from examples.pocket.fillers import FOLDER, in_words, sections
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.functions import Functions
@@ -144,7 +144,7 @@ def test_what_is_learned_is_what_the_model_writes():
     example = calls.Example("5 min timer", "set_timer", {"duration": "5 min"}, {"duration": (0, 5)})
     turn = trace(example, "Timer set.")
     fed = "".join(token for token, learned in zip(turn.tokens, turn.learned, strict=True) if not learned)
-    kind = KINDS["set_timer", "duration"]
+    kind = kinds()["set_timer", "duration"]
     assert fed == f"<|user|>5 min timer<|end|>5 mi{kind}5 min {kind}min time{kind}Timer set.<|end|>"
 
 
@@ -156,6 +156,93 @@ def test_a_pointer_looks_ahead_before_an_argument_or_only_within(looking):
     assert call_of(turn.tokens) == example.call
     looks = turn.tokens.count("<|left2|>") // LOOK_AHEAD
     assert looks == (8 if looking else 2)  # at the beginning, six spaces and the end; a space and the end
+
+
+# The bundled model knows its functions by these, whatever else is learned.
+LETTERS = {
+    "set_timer": "ab", "cancel_timer": "cd", "show_timers": "e", "set_alarm": "fg", "cancel_alarm": "hi",
+    "show_alarms": "j", "set_reminder": "klmn", "cancel_reminder": "op", "show_reminders": "q",
+    "add_to_list": "rs", "remove_from_list": "tu", "show_list": "vw", "clear_list": "xy", "date_after": "zA",
+    "date_before": "BC", "days_until": "D", "days_since": "E", "days_between": "F", "weekday": "G",
+    "convert": "H", "calculate": "I", "time_now": "J", "date_today": "K",
+}  # fmt: skip
+LAMP = (FOLDER / "lamp.json", FOLDER / "lamp.txt")
+
+
+@pytest.fixture
+def teach():
+    """`calls.teach`, of which nothing is left after the test."""
+    tables = (calls.ARGUMENTS, calls.REQUIRED, calls.ADDED, calls.FILLERS, calls.WHOLE_NUMBERS)
+    before = [table.copy() for table in tables]
+    yield calls.teach
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        table.update(old)
+
+
+def letters():
+    found = {}
+    for (function, *_), letter in kinds().items():
+        found[function] = found.get(function, "") + letter
+    return found
+
+
+def test_letters_of_functions_stay_when_one_is_added(teach):
+    assert letters() == LETTERS
+    teach(*LAMP)
+    assert letters() == {**LETTERS, "set_lamp": "LM"}
+
+
+def test_a_function_of_a_users_own_is_learned_beside_the_others(teach):
+    before = some("train", 20)
+    teach(*LAMP)
+    drawn = some("train", 400)
+    own = [example for example in drawn if example.function == "set_lamp"]
+    assert 0.25 < len(own) / len(drawn) < 0.6
+    assert {example.function for example in drawn} > {"set_timer", "calculate", None}
+    assert not any("lamp" in example.message.lower() for example in drawn if example.function is None)
+    assert some("train", 20) != before
+    for example in own:
+        turn = trace(example, "It is on.")
+        follow(turn)
+        assert call_of(turn.tokens) == example.call
+        assert type(example.call["arguments"].get("brightness", 0)) is int
+
+
+@pytest.mark.parametrize(
+    ("functions", "phrasings", "said"),
+    [
+        ([{"name": "f", "parameters": {}}], "[g]\nx", "has no phrasings of f; write some under"),
+        (
+            [{"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}],
+            "[f]\nx {a}",
+            "nothing for {a}",
+        ),
+        (
+            [{"name": "f", "parameters": {"properties": {"a": {"type": "array"}}}}],
+            "[f]\nx {a}",
+            "f: a is neither",
+        ),
+        ([{"name": "f", "parameters": {}}], "[f]\nx {b}", r"has {b} under \[f\], which has no such argument"),
+        (["f"], "[f]\nx", "is no list of functions with name and parameters"),
+        ([{"name": "f"}], "[f]\nx", "is no list of functions with name and parameters"),
+    ],
+)
+def test_what_cannot_be_taught_is_said(teach, tmp_path, functions, phrasings, said):
+    (tmp_path / "f.json").write_text(json.dumps(functions))
+    (tmp_path / "f.txt").write_text(phrasings)
+    with pytest.raises(ValueError, match=said):
+        teach(tmp_path / "f.json", tmp_path / "f.txt")
+
+
+def test_there_are_no_more_kinds_than_letters(teach, tmp_path):
+    optional = {name: {"type": "integer"} for name in "abcde"}
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"properties": optional}}}
+    (tmp_path / "f.json").write_text(json.dumps([schema]))
+    (tmp_path / "f.txt").write_text("[f]\nx")
+    teach(tmp_path / "f.json", tmp_path / "f.txt")
+    with pytest.raises(ValueError, match="52 ways, these in 69"):
+        kinds()
 
 
 def test_what_may_be_a_sum_is_scanned_first():

@@ -1,6 +1,9 @@
 """The pocket model's training: rows of turns, a short run in two parts, and the check of whole traces."""
 
 import itertools
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,8 +13,10 @@ import pytest
 from examples.pocket import batches as data
 from examples.pocket import evaluate, train
 from examples.pocket.batches import batches, encode, english_turns, kind_turns, number_turns, protocol, turns
+from examples.pocket.fillers import FOLDER
 from examples.pocket.traces import NUMBERS, solve
-from mlx_pararnn import load
+from mlx_pararnn import answer, load
+from mlx_pararnn.files.hub import BUNDLED
 
 
 def test_rows_go_on_from_batch_to_batch():
@@ -105,6 +110,29 @@ def test_a_table_of_results():
         for digits, exact in ((5, 1.0), (50, 0.8))
     ]
     assert evaluate.table(results).splitlines()[2] == "| addition | 10 of 10 | 8 of 10 |"
+
+
+@pytest.mark.large
+def test_the_bundled_model_goes_on_with_a_function_of_a_users_own(tmp_path):
+    """By the command; with one step it is as good as it was."""
+    lamp = ("--functions", FOLDER / "lamp.json", "--phrasings", FOLDER / "lamp.txt")
+    command = [
+        sys.executable,
+        "-m",
+        "examples.pocket.train",
+        "-o",
+        tmp_path,
+        "--from",
+        BUNDLED,
+        "--steps",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, *lamp], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[0])["loss"] < 1
+    assert answer(*load(tmp_path / "model"), "12345 + 67890") == "80235"
+    assert subprocess.run([*command, *lamp[:2]], cwd=FOLDER.parents[1], capture_output=True).returncode == 2
 
 
 @pytest.mark.large

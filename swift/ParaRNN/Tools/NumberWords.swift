@@ -236,9 +236,9 @@ enum NumberWords {
   // MARK: - Calculations
 
   private static let operators = [
-    "+": "+", "-": "-", "*": "*", "/": "/", "//": "//", "**": "**", "(": "(", ")": ")", "plus": "+", "minus": "-",
-    "times": "*", "x": "*", "of": "*", "over": "/", "squared": "**2", "cubed": "**3", "percent": "/100",
-    "%": "/100", "twice": "2*", "double": "2*", "triple": "3*",
+    "+": "+", "-": "-", "*": "*", "/": "/", "//": "//", "**": "**", "(": "(", ")": ")", "plus": "+",
+    "minus": "-", "times": "*", "x": "*", "of": "*", "over": "/", "squared": "**2", "cubed": "**3",
+    "percent": "/100", "%": "/100", "twice": "2*", "double": "2*", "triple": "3*",
   ]
   /// Of these, those that begin an operand, and those that may stand where one begins; others come after one.
   private static let begin = ["(", "2*", "3*"]
