@@ -18,6 +18,7 @@ from .events import Event, Text
 from .functions import Functions
 from .loop import Limits, run_turn
 from .protocol import Protocol, find_protocol
+from .two_requests import instead
 
 PIECE = 512  # tokens of a message or result that are read at once
 
@@ -77,7 +78,7 @@ def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: A
 
 def assistant_functions(assistant: Assistant) -> Functions:
     """The functions of an `Assistant`."""
-    return Functions(assistant.functions(), known=True)
+    return Functions(assistant.functions(), known=True, instead=instead)
 
 
 def require_protocol(tokenizer: TokenizerWrapper) -> Protocol:

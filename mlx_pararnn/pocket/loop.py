@@ -147,6 +147,7 @@ class _Turn:
     def run(self, prefix: Sequence[int], read: int) -> Iterator[Event]:
         protocol = self.protocol
         self.memory = PointerMemory(prefix, protocol.edge)
+        self.message = protocol.decode(prefix[1 : [*prefix].index(protocol.end)])
         self.source.read(prefix[read:])
         self.tokens = len(prefix)
         mask = self.masks.thinking if self.external.required is None else self.masks.only_call
@@ -288,6 +289,8 @@ class _Turn:
             outcome = Outcome(f"error: no more than {self.limits.calls} calls in a turn", True)
         elif not call.name:
             outcome = Outcome('error: that is no call; write {"name": ..., "arguments": {...}}', True)
+        elif sentence := self.functions.instead(self.message, call.name):
+            outcome = Outcome(sentence, True)
         else:
             self.calls += 1
             outcome = self.functions.call(call.name, call.arguments)

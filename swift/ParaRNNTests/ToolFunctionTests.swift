@@ -105,8 +105,14 @@ import Testing
       let expression: String
       let value: String?
     }
+    struct Request: Decodable {
+      let message: String
+      let function: String
+      let instead: String?
+    }
     let now: String
     let calls: [Call]
+    let requests: [Request]
     let expressions: [Expression]
   }
 
@@ -120,6 +126,16 @@ import Testing
       let arguments = String(decoding: try JSONEncoder().encode(call.arguments), as: UTF8.self)
       let outcome = await functions.call(call.name, arguments)
       #expect(outcome == .init(text: call.text, failed: call.failed), "\(call.name) \(arguments)")
+    }
+  }
+
+  @Test func twoRequestsAreToldApartAsInPython() throws {
+    let recorded = try Records.decode(Recorded.self, "functions.json")
+    let functions = try ToolFunctions.standard()
+    #expect(Set(recorded.requests.map { $0.instead == nil }).count == 2)
+    for one in recorded.requests {
+      #expect(functions.instead(one.message, one.function) == one.instead, "\(one.message)")
+      #expect(ToolFunctions().instead(one.message, one.function) == nil)
     }
   }
 

@@ -16,6 +16,7 @@ from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits, run_turn
 from mlx_pararnn.pocket.protocol import tokenizer_files
 from mlx_pararnn.pocket.standard import calculate
+from mlx_pararnn.pocket.two_requests import instead
 from mlx_pararnn.text.grammars import Grammars, allowed_tokens
 from tests.support.scripted import Script, as_recorded, tokens_of, tools_protocol, tools_tokenizer
 
@@ -176,7 +177,8 @@ def tokenizer():
 
 
 def functions():
-    """What the functions of an assistant say, one after another, and what the calculator computes.
+    """What the functions of an assistant say, one after another, what the calculator computes, and for which
+    messages none is called.
 
     The questions are those of the file.
     """
@@ -191,6 +193,8 @@ def functions():
             one["value"] = calculate(one["expression"])
         except ValueError:
             one["value"] = None
+    for one in recorded["requests"]:
+        one["instead"] = instead(one["message"], one["function"])
     return recorded
 
 

@@ -16,6 +16,7 @@ extension ToolFunctions {
   ) throws -> ToolFunctions {
     let assistant = Assistant { Moment(now(), in: zone) }
     var functions = ToolFunctions(seconds: seconds)
+    functions.instead = TwoRequests.instead
     for (name, description, parameters) in Assistant.functions {
       let schema = JSONText.object([
         .init(name: "type", value: .string("object")),

@@ -37,6 +37,8 @@ public struct ToolFunctions: Sendable {
     let run: @Sendable (Data) async throws -> String
   }
 
+  /// Given the user's message and a function's name, a sentence that is the result in place of the call, or nil.
+  var instead: @Sendable (_ message: String, _ name: String) -> String? = { _, _ in nil }
   private var list: [Function] = []
   private let seconds: Double
   private let resultBytes: Int

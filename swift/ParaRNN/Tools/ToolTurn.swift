@@ -15,6 +15,7 @@ protocol TokenSource: Sendable {
 ///
 /// The events are computed as they are asked for, one token of the model after another.
 actor ToolTurn {
+  private let message: String
   private let tools: ToolProtocol
   private let source: any TokenSource
   private let functions: ToolFunctions
@@ -59,6 +60,7 @@ actor ToolTurn {
     _ message: String, tools: ToolProtocol, source: any TokenSource, functions: ToolFunctions,
     limits: ToolLimits
   ) throws {
+    self.message = message
     self.tools = tools
     self.source = source
     self.functions = functions
@@ -189,7 +191,9 @@ actor ToolTurn {
   /// Run a function, and feed what comes of it.
   private func call(_ name: String, _ arguments: String) async throws {
     var outcome = ToolFunctions.error("no more than \(limits.calls) calls in a turn")
-    if calls < limits.calls {
+    if calls < limits.calls, let sentence = functions.instead(message, name) {
+      outcome = .init(text: sentence, failed: true)
+    } else if calls < limits.calls {
       calls += 1
       outcome = await functions.call(name, arguments)
     }
