@@ -4,14 +4,16 @@ python benchmarks/training.py [--sizes large,small] [--rounds 3] [--write]
 python benchmarks/training.py --profile [--sizes large] [--backends ops,auto] [--write]
 
 large is the model of must.py (d = 1024, 4 layers, vocabulary 32000) on 1 x 1024 tokens, long the same on
-1 x 2048, small a model for a laptop (d = 192, 3 layers, vocabulary 300) on 32 x 256. Everyone has a process
-of its own, all take turns, each in float32 and with as many threads. The products alone are those of the
-forward pass, timed, three times: each has two in the backward pass. --profile times every piece of a step
-alone, forward and with its gradients, times how often a step has it. --write writes results/training-*.md or
+1 x 2048, small a model for a laptop (d = 192, 3 layers, vocabulary 300) on 32 x 256. `lm lora` is MLX-LM's
+training as that command runs it: adapters of rank 8 at every layer, Adam. Everyone has a process of its own,
+all take turns, each in float32 and with as many threads. The products alone are those of the forward pass,
+timed, three times: each has two in the backward pass. --profile times every piece of a step alone, forward
+and with its gradients, times how often a step has it. --write writes results/training-*.md or
 training-profile-*.md. Needs pip install -e ".[bench]".
 """
 
 import argparse
+import contextlib
 import resource
 import statistics
 import subprocess
@@ -26,10 +28,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from machine import table, write_results
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from must import Line
 from timing import PAUSE
 
 from mlx_pararnn.cells import get_cell
+from mlx_pararnn.cli.lm_training import run_training
 from mlx_pararnn.compute import layer_ops, matrix_products
 from mlx_pararnn.compute.freed_memory import keep_freed_memory
 from mlx_pararnn.compute.recurrence import recurrence
@@ -53,6 +59,7 @@ CASES = {
 }
 OURS, PRODUCTS = "mlx-pararnn", "matrix products alone, three times the forward's"
 OURS_ALONE = "mlx-pararnn, without the optimizer"
+LORA = "mlx-pararnn, `lm lora`"
 TORCH = {"pararnn-torch, sequential": "sequential", "pararnn-torch, Newton": "Newton"}
 
 
@@ -108,9 +115,43 @@ def torch_step(case, solver):
     return torch_peers.training_step("gru", solver, tokens, targets, case.sizes, case.rate)
 
 
+def lora(case):
+    """Make a step of `lm lora` whenever a line comes; never returns."""
+    output, tokens = sys.stdout, case.batch()[0]
+
+    class Answering(TrainingCallback):
+        def on_train_loss_report(self, report):
+            if report["iteration"] > 2:  # the first two: until all memory is there
+                answer(1 / report["iterations_per_second"], output)
+            if report["iteration"] > 1 and not sys.stdin.readline():
+                raise SystemExit
+
+    model = models.pararnn(sizes=case.sizes)
+    model.freeze()
+    linear_to_lora_layers(model, case.sizes.layers, {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    rows = [([*row, 0], 0) for row in tokens.tolist()]  # tokens and where those that count begin
+    args = TrainingArgs(
+        batch_size=case.B,
+        iters=10**9,
+        steps_per_report=1,
+        steps_per_save=10**9,
+        max_seq_length=case.T + 1,
+    )
+    options = {"model": model, "optimizer": optim.Adam(case.rate), "train_dataset": rows, "args": args}
+    with contextlib.redirect_stdout(sys.stderr):  # MLX-LM tells its losses
+        run_training(train, options | {"training_callback": Answering()})
+
+
+def answer(seconds, output):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(seconds, peak, file=output, flush=True)
+
+
 def child(who, name):
     """Make a step whenever a line comes, and print its seconds and the process's peak in MB."""
     case = CASES[name]
+    if who == LORA:
+        lora(case)
     if who in TORCH:
         run = torch_step(case, TORCH[who])
     else:
@@ -119,8 +160,7 @@ def child(who, name):
     for _ in sys.stdin:
         begin = time.perf_counter()
         took = run()
-        took = time.perf_counter() - begin if took is None else took
-        print(took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, flush=True)
+        answer(time.perf_counter() - begin if took is None else took, sys.stdout)
 
 
 def measure(name, rounds):
@@ -132,7 +172,7 @@ def measure(name, rounds):
             stdout=subprocess.PIPE,
             text=True,
         )
-        for who in (PRODUCTS, OURS, OURS_ALONE, *TORCH)
+        for who in (PRODUCTS, OURS, OURS_ALONE, LORA, *TORCH)
     }
     seconds, peaks = {who: [] for who in processes}, {}
     for turn in range(-1, rounds):  # the first does not count

@@ -4,6 +4,7 @@
 * `--fine-tune-type full` learns embedding, last norm and head too, which MLX-LM leaves as they are.
 * `max_recurrent_norm: N` in MLX-LM's `--config` file keeps recurrent weights within N, as the ParaRNN paper
   does (arXiv 2510.21450, C.1).
+* The loss of ParaRNN models is MLX-LM's, with this library's cross entropy, which the CPU backend computes.
 * On a CPU the step is not compiled: within a compiled function the recurrence's gradient would be plain MLX.
   Where it is, batches have few lengths, since each is compiled anew.
 """
@@ -34,7 +35,7 @@ def train_as_our_models_need() -> None:
         def our_train(**options: Any) -> None:
             if (limit := getattr(args, "max_recurrent_norm", None)) is not None:
                 cap_recurrent_weights(options["optimizer"], limit)
-            _train(train, options)
+            run_training(train, options)
 
         lora.print_trainable_parameters, lora.train = with_ends, our_train  # type: ignore[assignment]
         callback: Any = _StopsWithoutNumber(training_callback)
@@ -88,10 +89,34 @@ def in_few_lengths(batches: Callable[..., Iterator[Any]]) -> Callable[..., Itera
     return padded
 
 
-def _train(train: Callable[..., None], options: dict[str, Any]) -> None:
+def masked_loss(model: Any, batch: Any, lengths: Any) -> tuple[Any, Any]:
+    """MLX-LM's `default_loss`, in float32.
+
+    Args:
+        model: gives logits (B, T, V) of token ids (B, T).
+        batch: token ids (B, T + 1).
+        lengths: (B, 2): of each row the first target that counts, from 0, and how many tokens it has.
+
+    Returns:
+        The mean loss of the targets that count, and their number.
+    """
+    import mlx.core as mx
+
+    from mlx_pararnn.compute.layer_ops import cross_entropy
+
+    steps = mx.arange(1, batch.shape[1])
+    mask = (steps >= lengths[:, :1]) & (steps <= lengths[:, 1:])
+    count = mask.sum()
+    return (cross_entropy(model(batch[:, :-1]), batch[:, 1:]) * mask).sum() / count, count
+
+
+def run_training(train: Callable[..., None], options: dict[str, Any]) -> None:
+    """Call `mlx_lm.lora.train` with what a ParaRNN model and this device need beside the options."""
     import mlx.core as mx
     from mlx_lm.tuner.trainer import iterate_batches
 
+    if options["model"].model_type == "pararnn":
+        options = options | {"loss": masked_loss}
     if mx.default_device().type == mx.DeviceType.gpu:
         return train(**options, iterate_batches=in_few_lengths(iterate_batches))
     mx.disable_compile()

@@ -1,5 +1,7 @@
 """What `lm lora` changes in MLX-LM's training."""
 
+from argparse import Namespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -7,7 +9,14 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 
-from mlx_pararnn.cli.lm_training import cap_recurrent_weights, in_few_lengths, unfreeze_ends
+from mlx_pararnn.cli.lm_training import (
+    cap_recurrent_weights,
+    in_few_lengths,
+    masked_loss,
+    run_training,
+    unfreeze_ends,
+)
+from mlx_pararnn.compute import cpu
 from mlx_pararnn.errors import PararnnError
 from tests.support.training_runs import TEXT, small_model
 
@@ -69,3 +78,22 @@ def test_few_lengths_and_the_same_loss():
     loss, same = default_loss(model, tokens, LENGTHS)
     assert count.item() == same.item()
     assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["ops", "cpu"])
+def test_the_loss_and_its_gradient_are_mlx_lms(backend, monkeypatch):
+    monkeypatch.setattr(cpu, "is_large", lambda size: backend == "cpu")
+    model, lengths = small_model(), mx.array([[7, 41], [0, 30]])  # a prompt of 7 tokens, padding from 30
+    (wanted, count), gradient = nn.value_and_grad(model, default_loss)(model, TOKENS, lengths)
+    (loss, same), ours = nn.value_and_grad(model, masked_loss)(model, TOKENS, lengths)
+    assert count.item() == same.item() == 34 + 30
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)
+    for (name, array), (_, ours_of_it) in zip(tree_flatten(gradient), tree_flatten(ours), strict=True):
+        assert mx.abs(array - ours_of_it).max() < 1e-6, name
+
+
+def test_models_of_ours_are_trained_with_our_loss_and_others_with_their_own():
+    given = []
+    for model in (small_model(), Namespace(model_type="llama")):
+        run_training(lambda **options: given.append(options.get("loss", default_loss)), {"model": model})
+    assert given == [masked_loss, default_loss]
