@@ -3,12 +3,16 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import yaml
+from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 from mlx_pararnn.cli.app import app
@@ -16,7 +20,7 @@ from mlx_pararnn.loading import load
 from mlx_pararnn.training import run as runs
 from mlx_pararnn.training.reporting import read_log
 from mlx_pararnn.training.settings import Plan
-from tests.support.training_runs import SMALL, TEXT, losses
+from tests.support.training_runs import SMALL, TEXT, losses, same
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn", "train"]
 SETTINGS = {"steps": 12, "batch_size": 2, "length": 32, "warmup": 2, "report_every": 1, "eval_every": 4} | {
@@ -95,6 +99,25 @@ def test_a_run_from_scratch_leaves_a_model(text, tmp_path):
     assert str(tuned.layers[0].mixer.cell.recurrent_weight.dtype).endswith("float32")
     before = read_log(second)[-1]
     assert before["valid_tokens"] > 0
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("family", ["ml-pararnn", "pararnn-torch"])
+def test_a_model_trained_as_the_page_says_goes_to_pytorch_and_comes_back(family, text, tmp_path):
+    page = Path(__file__).parents[2].joinpath("docs/training.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", page.split("## Back to PyTorch")[1], re.DOTALL)
+    shape = yaml.safe_load(blocks[["ml-pararnn", "pararnn-torch"].index(family)])
+    changes = {**shape, "model": SMALL | shape["model"], "steps": 2, "sample_every": 0}
+    out, there, back = tmp_path / "out", tmp_path / "there", tmp_path / "back"
+    assert run(text, "-o", out, "--config", config(tmp_path, **changes)).exit_code == 0
+    done = CliRunner().invoke(app, ["convert", str(out), "--to", "torch", "-o", str(there)])
+    assert done.exit_code == 0, done.stderr
+    assert f"for {family}" in done.stdout
+    done = CliRunner().invoke(app, ["convert", str(there), "-o", str(back)])
+    assert done.exit_code == 0, done.stderr
+    (trained, _), (returned, _) = load(out), load(back)
+    assert returned.args == trained.args
+    assert same(*(dict(tree_flatten(model.parameters())) for model in (trained, returned)))
 
 
 def started(*arguments):
