@@ -1,6 +1,6 @@
 """Every benchmark, one after the other, then docs/performance.md.
 
-python benchmarks/all.py [--quick]            about twenty minutes on two cores, two with --quick
+python benchmarks/all.py [--quick]            about twenty minutes on two cores, without training.py
 
 Needs pip install -e ".[bench]" and a machine with nothing else to do. --quick only tries that all run.
 """
@@ -19,6 +19,7 @@ def main():
     for script, options in (
         ("recurrence.py", small),
         ("adjoint.py", small),
+        ("training.py", ["--sizes", "small", "--rounds", "1"] if quick else ["--write"]),
         ("profile_model.py", profile),
         ("must.py", small),
         ("sizes.py", small),
