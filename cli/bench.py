@@ -119,6 +119,7 @@ def bench(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object instead of the table.")
     ] = False,
+    adapter_path: options.Adapters = None,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
@@ -130,6 +131,8 @@ def bench(
     """
     if model is not None and (preset or cell or dtype):
         raise PararnnError("give a MODEL or a --preset (with --cell and --dtype), not both")
+    if adapter_path is not None and (preset or cell or dtype):
+        raise PararnnError("--adapter-path needs the MODEL that the adapters were trained with")
     if plot is not None and not plot.absolute().parent.is_dir():
         raise PararnnError(f"--plot: there is no folder {plot.parent}")
     options.import_modules(modules)
@@ -141,7 +144,7 @@ def bench(
 
         require_matplotlib()
     preset = preset or (PRESET if cell or dtype else None)
-    loaded = _load(model, preset, cell or "gru", dtype.value if dtype else "float32")
+    loaded = _load(model, adapter_path, preset, cell or "gru", dtype.value if dtype else "float32")
     sizes = _sizes(
         benchmark.fitting(loaded, benchmark.FULL if full else benchmark.SHORT),
         generation_tokens,
@@ -193,7 +196,7 @@ def _sizes(sizes: "Sizes", generated: int | None, **lists: str | None) -> "Sizes
     return replace(sizes, **chosen, generated=generated or sizes.generated)
 
 
-def _load(model: str | None, preset: str | None, cell: str, dtype: str) -> "Model":
+def _load(model: str | None, adapters: Path | None, preset: str | None, cell: str, dtype: str) -> "Model":
     from mlx_pararnn.distributed import world
 
     if preset is not None:
@@ -203,7 +206,7 @@ def _load(model: str | None, preset: str | None, cell: str, dtype: str) -> "Mode
     else:
         from mlx_pararnn.loading import BUNDLED, load_model
 
-        loaded = load_model(model or BUNDLED, group=world())[0]
+        loaded = load_model(model or BUNDLED, adapter_path=adapters, group=world())[0]
     options.say_parts(loaded)
     return loaded
 

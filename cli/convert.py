@@ -182,6 +182,14 @@ def convert(
             help="Packages: begin every text from the state that `train --tune state` learned.",
         ),
     ] = None,
+    adapter_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter-path",
+            metavar="DIR",
+            help="Packages and PyTorch: add the adapters that `lm lora` or `train --tune lora` made.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a model folder.")] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Convert weights that hold NaN or infinity.")
@@ -205,6 +213,7 @@ def convert(
             ((Target.coreai,), {"--precision": precision, "--recurrence": recurrence}),
             (packages, {"--chunk": chunk, "--iterations": iterations}),
             (packages, {"--palettize": palettize, "--initial-state": initial_state}),
+            ((*packages, Target.torch), {"--adapter-path": adapter_path}),
             ((Target.mlx, *packages), {"--quantize": quantize, "--tokenizer": tokenizer}),
             ((Target.mlx, *packages), {"--family": family, "--config": config}),
         ],
@@ -233,6 +242,7 @@ def convert(
             iterations=iterations,
             weights=_weights(to, quantize, q_bits, palettize),
             initial_state=initial_state,
+            adapter_path=adapter_path,
             tokenizer=tokenizer,
             family=family,
             config=config,
@@ -241,7 +251,7 @@ def convert(
         )
         return
     if to == Target.torch:
-        _to_torch(checkpoint, output, force)
+        _to_torch(checkpoint, output, adapter_path, force)
         return
     from mlx_pararnn.convert.to_mlx import convert_to_mlx
 
@@ -312,10 +322,10 @@ def _weights(to: Target, quantize: bool, q_bits: Bits | None, palettize: Palette
     return "float16" if to == Target.coreml else None
 
 
-def _to_torch(source: str, output: Path, force: bool) -> None:
+def _to_torch(source: str, output: Path, adapter_path: Path | None, force: bool) -> None:
     from mlx_pararnn.convert.to_torch import convert_to_torch
 
-    done = convert_to_torch(source, output, force=force)
+    done = convert_to_torch(source, output, adapter_path=adapter_path, force=force)
     typer.echo(f"{done.path}: for {done.family}, {done.parameters:,} parameters, {size(done.nbytes)}")
     if done.family == "pararnn-torch":
         how = f"pararnn.ParaSLSTMForCausalLM.from_pretrained({str(done.path)!r})"

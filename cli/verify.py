@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .report import Debug, passed_or_not, reports_errors
+from .report import Debug, passed_or_not, reports_errors, usage_error
 
 if TYPE_CHECKING:
     from mlx_pararnn.tools.verification import Check
@@ -38,6 +38,7 @@ def verify(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object instead of the table.")
     ] = False,
+    adapter_path: options.Adapters = None,
     modules: options.Import = None,
     debug: Debug = False,
 ) -> None:
@@ -54,6 +55,8 @@ def verify(
 
     Exits with code 1 if anything differs by more than rounding.
     """
+    if against and adapter_path:
+        usage_error("--against compares the weights as they are stored; leave out --adapter-path")
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX's first matrix product
     options.import_modules(modules)
     from mlx_pararnn.convert.inspection import held_package
@@ -70,12 +73,11 @@ def verify(
 
     path = find_model(model or BUNDLED)
     if package := held_package(path):
-        if logits or against:
-            typer.echo(f"error: --against and --logits are for MLX models, not {package} packages", err=True)
-            raise typer.Exit(2)
+        if logits or against or adapter_path:
+            usage_error(f"--against, --logits and --adapter-path are for MLX models, not {package} packages")
         _verify_package(path, package, as_json)
         return
-    loaded, config = load_model(path)
+    loaded, config = load_model(path, adapter_path=adapter_path)
     known = verify_files(path)
     quantized = "quantization" in config
     tokens, _ = sample_tokens(prompt, path, loaded.args, config)

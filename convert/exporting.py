@@ -118,6 +118,7 @@ def export(
     iterations: int | None,
     weights: str,
     initial_state: str | Path | None,
+    adapter_path: str | Path | None,
     tokenizer: str | Path | None,
     family: str | None,
     config: str | Path | None,
@@ -160,7 +161,7 @@ def export(
                 progress=lambda done, total: say("reading the checkpoint", done / total),
             )
             prepare_tokenizer(_found(model_folder), model_folder, vocab_size, {}).write(folder)
-        model, model_config = load_model(model_folder, state=initial_state)
+        model, model_config = load_model(model_folder, adapter_path=adapter_path, state=initial_state)
         model.set_dtype(mx.float32)
         args: ModelArgs = model.args
         _check_fields(model_folder, model_config, kind)

@@ -28,6 +28,7 @@ def convert_to_coreai(
     iterations: int | None = None,
     weights: str | None = None,
     initial_state: str | Path | None = None,
+    adapter_path: str | Path | None = None,
     tokenizer: str | Path | None = None,
     family: str | None = None,
     config: str | Path | None = None,
@@ -43,7 +44,7 @@ def convert_to_coreai(
         precision: what the package computes in, "float32" or "float16".
         recurrence: what the recurrence is computed in and its state kept in, "float32" or "float16".
         weights: how matrices are stored: "int8", "int4", "palette4", or by default in `precision`.
-        chunk, iterations, initial_state, tokenizer, family, config, force, allow_nonfinite,
+        chunk, iterations, initial_state, adapter_path, tokenizer, family, config, force, allow_nonfinite,
             progress: as for `convert_to_coreml`.
 
     Raises:
@@ -65,6 +66,7 @@ def convert_to_coreai(
         iterations=iterations,
         weights=weights,
         initial_state=initial_state,
+        adapter_path=adapter_path,
         tokenizer=tokenizer,
         family=family,
         config=config,

@@ -22,6 +22,7 @@ def convert_to_coreml(
     argmax: bool = False,
     weights: str = "float16",
     initial_state: str | Path | None = None,
+    adapter_path: str | Path | None = None,
     tokenizer: str | Path | None = None,
     family: str | None = None,
     config: str | Path | None = None,
@@ -40,6 +41,7 @@ def convert_to_coreml(
         argmax: give the likeliest token instead of the logits.
         weights: how matrices are stored: "float16", "int8", "int4" or "palette4".
         initial_state: a file of `mlx-pararnn train --tune state`, which the package then begins with.
+        adapter_path: a folder of adapters, as for `load`, which are added into the weights.
         tokenizer, family, config, force, allow_nonfinite: as for `convert_to_mlx`.
         progress: called with what is being done and the share of it that is.
 
@@ -60,6 +62,7 @@ def convert_to_coreml(
         iterations=iterations,
         weights=weights,
         initial_state=initial_state,
+        adapter_path=adapter_path,
         tokenizer=tokenizer,
         family=family,
         config=config,

@@ -18,7 +18,7 @@ ARROWS = {
     "convert.to_coreai": "convert.exporting convert.coreai",
     "convert.exporting": "convert.to_mlx convert.package convert.inspection",
     "convert.coreai": "convert.package tools",
-    "convert.to_torch": "convert.writers model_config",
+    "convert.to_torch": "convert.writers loading",
     "convert.to_mlx": "convert.overrides convert.writers",
     "convert.comparison": "convert.writers tools",
     "convert.original": "convert.families loading tools",

@@ -15,9 +15,11 @@ from mlx_pararnn.cache import RecurrentCache
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.loading import STATES, load, load_states
+from mlx_pararnn.tools import benchmark
 from mlx_pararnn.training import run as runs
 from mlx_pararnn.training.reporting import read_log
 from mlx_pararnn.training.settings import Plan, Settings
+from tests.support.serving import request, running
 from tests.support.training_runs import SMALL, TEXT, losses, same, small_model
 
 QUICK = {
@@ -150,6 +152,94 @@ def test_adapters_are_fused_and_load_in_mlx_lm(tune, base, tmp_path):
         assert done.exit_code == 0, done.stderr
         texts.append(json.loads(done.stdout)["tokens"])
     assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module", params=["lora", "dora"])
+def adapted(request, tmp_path_factory):
+    """A model of ml-pararnn's shape, a folder of its adapters and of the tuned model, and logits of that."""
+    folder = tmp_path_factory.mktemp("adapted")
+    (folder / "text.txt").write_text(TEXT)
+    shape = SMALL | {"mlp_residual": False, "residual_scale": True}
+    plan = Plan(folder / "text.txt", model=shape, settings=Settings(**QUICK))
+    runs.start(folder / "model", plan).run()
+    base = folder / "model", folder / "text.txt"
+    out = tuned(base, folder / "out", request.param, learning_rate=3e-2)
+    logits = {"input_ids": TOKENS, "logits": load(out)[0](TOKENS)}
+    mx.save_safetensors(str(folder / "logits.safetensors"), logits)
+    return str(base[0]), str(out), str(folder / "logits.safetensors")
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_verify_takes_adapters(adapted):
+    model, adapters, logits = adapted
+    assert command("verify", model, "--logits", logits).exit_code == 1
+    done = command("verify", model, "--logits", logits, "--adapter-path", adapters)
+    assert done.exit_code == 0, done.output
+    done = command("verify", model, "--against", model, "--adapter-path", adapters)
+    assert (done.exit_code, "leave out --adapter-path" in done.stderr) == (2, True)
+
+
+def test_bench_takes_adapters(adapted, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, "fitting", lambda model, sizes: seen.append(model) or sizes)
+    options = ("--only", "memory", "--adapter-path")
+    done = command("bench", adapted[0], *options, adapted[1])
+    assert done.exit_code == 0, done.output
+    assert same(dict(tree_flatten(seen[0].parameters())), weights(adapted[1]))
+    done = command("bench", adapted[0], *options, tmp_path)
+    assert (done.exit_code, "holds no adapters" in done.stderr) == (1, True)
+    done = command("bench", "--preset", "400m", *options, adapted[1])
+    assert (done.exit_code, "needs the MODEL" in done.stderr) == (1, True)
+
+
+def test_adapters_go_to_pytorch(adapted, tmp_path):
+    model, adapters, _ = adapted
+    for name, *arguments in (("wanted", adapters), ("given", model, "--adapter-path", adapters)):
+        done = command("convert", *arguments, "--to", "torch", "-o", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    wanted, given = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("wanted", "given"))
+    assert same(wanted, given)
+    names = sorted(path.name for path in (tmp_path / "wanted").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "given").iterdir())
+    done = command("convert", model, "--to", "torch", "-o", tmp_path / "no", "--adapter-path", tmp_path)
+    assert (done.exit_code, "holds no adapters" in done.stderr) == (1, True)
+    assert not (tmp_path / "no").exists()
+    done = command("convert", model, "-o", tmp_path / "no", "--adapter-path", adapters)
+    assert (done.exit_code, "needs --to coreml, coreai or torch" in done.stderr) == (2, True)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(("to", "needs"), [("coreml", "coremltools"), ("coreai", "coreai")])
+def test_packages_take_adapters(to, needs, adapted, tmp_path):
+    pytest.importorskip(needs)
+    model, adapters, _ = adapted
+    digests = []
+    for name, *arguments in (
+        ("wanted", adapters),
+        ("given", model, "--adapter-path", adapters),
+        ("without", model),
+    ):
+        done = command("convert", *arguments, "--to", to, "-o", tmp_path / name, "--chunk", 4)
+        assert done.exit_code == 0, done.output
+        digests.append(json.loads((tmp_path / name / "pararnn.json").read_text())["weights_digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.large
+def test_serve_answers_with_adapters(adapted):
+    model, adapters, _ = adapted
+    body = {"prompt": "import", "max_tokens": 12, "temperature": 0, "logprobs": 1}
+    said = []
+    for arguments in ([adapters], [model, "--adapter-path", adapters], [model]):
+        with running(*arguments) as server:
+            status, _, answer = request(server, "POST", "/v1/completions", body)
+            assert status == 200, answer
+            said.append(json.loads(answer)["choices"][0]["logprobs"]["token_logprobs"])
+    assert said[0] == pytest.approx(said[1], abs=1e-4)
+    assert said[0] != pytest.approx(said[2], abs=1e-2)
 
 
 def test_adapters_that_do_not_fit(base, tmp_path):
