@@ -118,12 +118,12 @@ class Run:
             reporters = Reporters(self.plan.report_to, self.out, self.out.name, self.plan.to_json())
             self._targets = [Log(self.out, self.trainer.step), reporters, self._show]
             try:
-                outcome = self.trainer.run()
+                return self.trainer.run()
+            except PararnnError:  # the losses diverged: the plot shows how
+                draw_losses(self.out)
+                raise
             finally:
                 reporters.close()
-            if draw_losses(self.out) is None:
-                logger.info("no plot of the losses: it needs pip install 'mlx-pararnn[plot]'")
-            return outcome
 
     def _report(self, line: dict[str, Any]) -> None:
         for target in self._targets:
@@ -150,6 +150,8 @@ class Run:
             raise OSError(str(error)) from error
         card = training_card(self.plan, self.model.args, self.parameters, self.trainer, self.tokens)
         write_whole(self.out / "README.md", card.encode())
+        if draw_losses(self.out) is None:
+            logger.info("no plot of the losses: it needs pip install 'mlx-pararnn[plot]'")
 
     def _check_positions(self, carried: bool, length: int) -> None:
         room = self.model.args.max_position_embeddings

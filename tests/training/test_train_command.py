@@ -16,10 +16,11 @@ from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.loading import load
 from mlx_pararnn.training import run as runs
 from mlx_pararnn.training.reporting import read_log
-from mlx_pararnn.training.settings import Plan
+from mlx_pararnn.training.settings import Plan, Settings
 from tests.support.training_runs import SMALL, TEXT, losses, same
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn", "train"]
@@ -118,6 +119,35 @@ def test_a_model_trained_as_the_page_says_goes_to_pytorch_and_comes_back(family,
     (trained, _), (returned, _) = load(out), load(back)
     assert returned.args == trained.args
     assert same(*(dict(tree_flatten(model.parameters())) for model in (trained, returned)))
+
+
+def begun(text, tmp_path, **settings):
+    kept = {"sample_every": 0, "eval_every": 0} | settings
+    return runs.start(tmp_path / "out", Plan(text, model=SMALL, settings=Settings(**kept)))
+
+
+def test_a_run_that_is_killed_has_a_plot_as_of_its_checkpoint(text, tmp_path):
+    run = begun(text, tmp_path, steps=4, batch_size=2, length=32, report_every=1, save_every=2)
+    plots = []
+    make_step = run.trainer._make_step
+
+    def killed(batch):
+        plots.append((run.out / "loss.png").exists())
+        if run.trainer.step == 3:
+            raise MemoryError
+        make_step(batch)
+
+    run.trainer._make_step = killed
+    with pytest.raises(MemoryError):
+        run.run()
+    assert plots == [False, False, True, True]
+
+
+def test_a_run_that_diverges_has_a_plot(text, tmp_path):
+    run = begun(text, tmp_path, batch_size=2, length=32, report_every=1, warmup=0, learning_rate=1e30)
+    with pytest.raises(PararnnError, match="is no number at step"):
+        run.run()
+    assert (run.out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def started(*arguments):
