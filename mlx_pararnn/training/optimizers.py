@@ -1,11 +1,15 @@
 """The optimizers of a training run: learning rate, which weights decay, their states in a checkpoint."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_map
 
+from ..compute import cpu_gradients
+from ..compute.layer_ops import updates_at_once
 from .settings import Settings
 
 Weights = dict[str, mx.array]
@@ -41,16 +45,76 @@ def decays(name: str, weight: mx.array) -> bool:
     )
 
 
-def optimizers_of(settings: Settings) -> tuple[optim.AdamW, optim.AdamW]:
+class AdamW(optim.AdamW):
+    """MLX's AdamW with bias correction; on a CPU all weights are updated in one pass, by all cores.
+
+    There it gives MLX's numbers but for rounding, and computes at once: leave it out of `mx.compile`.
+
+    Attributes:
+        at_once: whether the CPU backend computes; else it is MLX's own operations.
+        factor: what gradients are multiplied by first.
+    """
+
+    def __init__(self, learning_rate: Any, **options: Any) -> None:
+        super().__init__(learning_rate, bias_correction=True, **options)
+        self.at_once = updates_at_once()
+        self.factor = mx.array(1.0)
+        self._collected: list[tuple[mx.array, mx.array, dict[str, mx.array]]] = []
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """The new parameters, in the tree of `gradients`; float32 on a CPU."""
+        if not self.at_once:
+            return super().apply_gradients(gradients, parameters)
+        self._collected = []
+        places = super().apply_gradients(gradients, parameters)  # and the next step's learning rate
+        if not self._collected:
+            return places
+        given, weights, states = ([*column] for column in zip(*self._collected, strict=True))
+        firsts, seconds = ([state[name] for state in states] for name in ("m", "v"))
+        rate, (beta1, beta2) = self.learning_rate.astype(mx.float32), self.betas
+        numbers = [beta1, 1 - beta1, beta2, 1 - beta2, rate / (1 - beta1**self.step)]
+        numbers += [mx.rsqrt(1 - beta2**self.step), self.eps, 1 - rate * self.weight_decay, self.factor]
+        joined = mx.stack([mx.array(number, mx.float32) for number in numbers])
+        weights, firsts, seconds = cpu_gradients.adamw(joined, given, weights, firsts, seconds)
+        for state, first, second in zip(states, firsts, seconds, strict=True):
+            state["m"], state["v"] = first, second
+        return tree_map(lambda place: weights[place], places)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> Any:
+        """One weight's; on a CPU its place among those that are updated together."""
+        if not self.at_once:
+            return super().apply_single(self.factor * gradient, parameter, state)
+        self._collected.append((gradient, parameter, state))
+        return len(self._collected) - 1
+
+
+def clipping(gradients: Weights, largest: float, at_once: bool) -> tuple[mx.array, mx.array]:
+    """What to multiply gradients by for a norm of at most `largest` (0: any), and their norm.
+
+    Args:
+        at_once: the CPU backend computes the norm.
+    """
+    if at_once:
+        squares = cpu_gradients.squares([*gradients.values()])
+    else:
+        squares = mx.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
+    norm = mx.sqrt(squares)
+    return mx.minimum((largest or math.inf) / (norm + 1e-6), 1.0), norm
+
+
+def moving_average(average: Weights, weights: Weights, decay: mx.array) -> Weights:
+    """An average after the next weights."""
+    return {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+
+
+def optimizers_of(settings: Settings) -> tuple[AdamW, AdamW]:
     """One for the weights that decay, one for the others."""
     options: dict[str, Any] = {
         "betas": [settings.beta1, settings.beta2],
         "eps": settings.epsilon,
-        "bias_correction": True,
     }
     return tuple(  # type: ignore[return-value]
-        optim.AdamW(schedule(settings), weight_decay=decay, **options)
-        for decay in (settings.weight_decay, 0.0)
+        AdamW(schedule(settings), weight_decay=decay, **options) for decay in (settings.weight_decay, 0.0)
     )
 
 

@@ -13,6 +13,7 @@ from mlx_pararnn import Cell, get_cell, register_cell
 from mlx_pararnn.compute import adjoint, cpu, cpu_adjoint, cpu_build, texts
 from mlx_pararnn.compute.recurrence import recurrence
 from tests.support import oracle
+from tests.support.broken_text import broken, built_with
 from tests.support.fresh_cache import fresh_cache
 from tests.support.golden import DATA
 from tests.support.gradients import Slopes, masks
@@ -349,15 +350,6 @@ def test_what_fails_means_ops_for_the_gradient_alone(fault, bending, monkeypatch
         assert "recurrence" in built
 
 
-def broken(monkeypatch, file, old, new):
-    """A file of metal/ with a piece replaced, wherever a text is assembled from it."""
-    parts, text = texts.metal_text, texts.metal_text(file)
-    assert text.count(old) == 1, (file, text.count(old))
-    monkeypatch.setattr(
-        texts, "metal_text", lambda *path: text.replace(old, new) if path == (file,) else parts(*path)
-    )
-
-
 # In C++ alone: all shapes on one and on three threads, the same bits; what the compilers' sanitizers look at.
 MAIN = """
 #include <cstdio>
@@ -421,11 +413,6 @@ def test_sanitizers(name, flag, tmp_path):
     variables = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([*still, program], capture_output=True, text=True, env=variables)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def built_with(flags, monkeypatch):
-    flags = ["-std=c++17", *flags, "-shared", "-fPIC", "-pthread"]
-    monkeypatch.setattr(cpu_build, "_flags", lambda: flags)
 
 
 @pytest.mark.toolchain

@@ -18,89 +18,20 @@ from mlx.utils import tree_flatten
 
 from mlx_pararnn import PararnnError
 from mlx_pararnn.compute import cpu, cpu_build, cpu_gradients, layer_ops, texts
+from tests.support import adamw
 from tests.support.gradient_replay import Recorder, replay_text, replayed
+from tests.support.layer_functions import EPS, FUNCTIONS, SIZES, as_list, given_by, inputs_of, slopes_of
 from tests.support.msl.instances import DTYPES
 from tests.support.random_models import distance, make, numbers
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
-EPS, ARM = 1e-3, "aarch64-linux-gnu-g++"
+ARM = "aarch64-linux-gnu-g++"
 
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):
     """The CPU backend takes small arrays too."""
     monkeypatch.setattr(cpu, "_LARGE", 0)
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def rms_norm(x, weight):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * weight
-
-
-def conv_silu(x, window, weight, bias):
-    inputs, (T, K) = np.concatenate([window, x], axis=1), (x.shape[1], weight.shape[1])
-    z = bias + sum(weight[:, k] * inputs[:, k : k + T] for k in range(K))
-    return silu(z), inputs[:, T:]
-
-
-def cross_entropy(logits):
-    rows = logits.reshape(-1, logits.shape[-1])
-    picked = np.take_along_axis(rows, targets_of(rows.shape)[:, None], axis=-1)[:, 0]
-    top = rows.real.max(-1, keepdims=True)
-    return (top[:, 0] + np.log(np.exp(rows - top).sum(-1)) - picked).reshape(logits.shape[:-1])
-
-
-def targets_of(shape):
-    return np.arange(shape[0]) * 7 % shape[-1]
-
-
-def library_cross_entropy(logits, *, backend):
-    targets = mx.array(targets_of((logits.size // logits.shape[-1], logits.shape[-1])))
-    return layer_ops.cross_entropy(logits, targets.reshape(logits.shape[:-1]), backend=backend)
-
-
-# name: the library's function, the oracle's, and the inputs' shapes
-FUNCTIONS = {
-    "swiglu": (layer_ops.swiglu, lambda g, u: silu(g) * u, ["BTD", "BTD"]),
-    "rms_norm": (lambda *a, backend: layer_ops.rms_norm(*a, EPS, backend=backend), rms_norm, ["BTD", "D"]),
-    "gated_norm": (
-        lambda *a, backend: layer_ops.gated_norm(*a, EPS, backend=backend),
-        lambda h, g, w: rms_norm(h, w) * silu(g),
-        ["BTD", "BTD", "D"],
-    ),
-    **{
-        f"conv_silu, {K} taps": (layer_ops.conv_silu, conv_silu, ["BTD", f"B{K - 1}D", f"D{K}", "D"])
-        for K in (2, 4, 7)
-    },
-    "cross_entropy": (library_cross_entropy, cross_entropy, ["BTD"]),
-}
-SIZES = [(1, 1, 1), (2, 5, 37), (3, 2, 16), (2, 65, 8), (1, 150, 43), (3, 64, 130)]
-
-
-def inputs_of(name, size, dtype=mx.float32, seed=0):
-    letters = dict(zip("BTD", size, strict=True))
-    rng = np.random.default_rng(seed)
-    shapes = [tuple(letters.get(n) or int(n) for n in shape) for shape in FUNCTIONS[name][2]]
-    return [mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype) for shape in shapes]
-
-
-def as_list(outputs):
-    return [*outputs] if isinstance(outputs, tuple | list) else [outputs]
-
-
-def slopes_of(name, arrays):
-    """Cotangents: random numbers of the outputs' shapes and dtypes."""
-    outputs = as_list(FUNCTIONS[name][0](*arrays, backend="ops"))
-    rng = np.random.default_rng(9)
-    return [mx.array(rng.normal(size=y.shape).astype(np.float32)).astype(y.dtype) for y in outputs]
-
-
-def given_by(name, arrays, slopes, backend="cpu"):
-    function = FUNCTIONS[name][0]
-    return mx.vjp(lambda *a: as_list(function(*a, backend=backend)), arrays, slopes)[1]
 
 
 def along(name, arrays, slopes, n, direction):
@@ -153,6 +84,31 @@ def test_threads(name, monkeypatch):
         found.append(given_by(name, arrays, slopes))
     for others in found[1:]:
         assert all(mx.array_equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_adamw_against_float64():
+    adamw.check(adamw.problem())
+
+
+def test_adamw_threads(monkeypatch):
+    """The same bits however many there are, and what was given stays as it was."""
+    kinds, before, found = adamw.problem(), adamw.problem(), []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(cpu, "threads", lambda threads=threads: threads)
+        made = cpu_gradients.adamw(adamw.NUMBERS, *kinds)
+        found.append([array for kind in made for array in kind] + [cpu_gradients.squares(kinds[0])])
+    for others in found[1:]:
+        assert all(mx.array_equal(a, b) for a, b in zip(found[0], others, strict=True))
+    for kind, old in zip(kinds, before, strict=True):
+        assert all(mx.array_equal(a, b) for a, b in zip(kind, old, strict=True))
+
+
+def test_squares_against_float64():
+    arrays = adamw.problem()[0]
+    wanted = sum((numbers(array).astype(np.float64) ** 2).sum() for array in arrays)
+    assert cpu_gradients.squares(arrays).item() == pytest.approx(wanted, rel=1e-6)
+    arrays[1][5] = mx.nan
+    assert np.isnan(cpu_gradients.squares(arrays).item())
 
 
 def test_views_are_read_where_they_lie():
@@ -341,7 +297,10 @@ def record_all(monkeypatch, folder):
                 for dtype in DTYPES.values():
                     arrays = inputs_of(name, size, dtype)
                     given_by(name, arrays, slopes_of(name, arrays))
-    assert len(recorder.calls) == 2 * 3 * (len(FUNCTIONS) + 1)
+            kinds = adamw.problem((size, (5,), (16390,)))
+            cpu_gradients.squares(kinds[0])
+            cpu_gradients.adamw(adamw.NUMBERS, *kinds)
+    assert len(recorder.calls) == 2 * 3 * (len(FUNCTIONS) + 1) + 2 * 2
     return recorder.calls
 
 
