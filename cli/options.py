@@ -215,12 +215,13 @@ def load(
         _start(path)
         from mlx_pararnn.distributed import world
         from mlx_pararnn.loading import load as load_pair
+        from mlx_pararnn.loading import warm_up
         from mlx_pararnn.pocket.protocol import find_protocol
 
         pair = load_pair(path, adapter_path=adapters, state=state, group=world())
         if pair[0].group is not None and find_protocol(pair[1]) is not None:
             raise PararnnError("a model that uses tools runs in one process; start it without mlx.launch")
-        _compile(pair[0])
+        warm_up(pair[0])
     say_parts(pair[0])
     return pair
 
@@ -233,9 +234,10 @@ def load_with_images(
     with loading(model or "the bundled model"):
         _start(path)
         from mlx_pararnn.images.image_model import load_with_images as load_all
+        from mlx_pararnn.loading import warm_up
 
         loaded = load_all(path, adapter_path=adapters, state=state)
-        _compile(loaded[0])
+        warm_up(loaded[0])
     return loaded
 
 
@@ -252,9 +254,10 @@ def load_image_model(
     path = find(model, modules)
     with loading(model):
         from mlx_pararnn.images.image_model import load_image_model as load_pair
+        from mlx_pararnn.loading import warm_up
 
         pair = load_pair(path, adapter_path=adapters, state=state)
-        _compile(pair[0].language_model)
+        warm_up(pair[0].language_model)
     return pair
 
 
@@ -267,9 +270,10 @@ def load_model(
         start_quickly()
         from mlx_pararnn.distributed import world
         from mlx_pararnn.loading import load_model as load_alone
+        from mlx_pararnn.loading import warm_up
 
         alone, config = load_alone(path, adapter_path=adapters, state=state, group=world())
-        _compile(alone)
+        warm_up(alone)
     say_parts(alone)
     return alone, config, path
 
@@ -302,15 +306,6 @@ def from_rank_0(read: "Callable[[], T]") -> "T":
     if group is None:
         return read()
     return cast("T", share(group, read() if group.rank() == 0 else None))
-
-
-def _compile(model: "Model") -> None:
-    """Read two tokens and one more, so that nothing has to be compiled once a text is on the screen."""
-    import mlx.core as mx
-
-    states = model.make_cache()
-    for tokens in ([[0, 0]], [[0]]):
-        mx.eval(model(mx.array(tokens), cache=states))
 
 
 def find(model: str | None, modules: list[str] | None) -> Path:

@@ -1,5 +1,6 @@
 """`mlx-pararnn serve`: OpenAI's protocol and a chat page, over HTTP."""
 
+import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -80,6 +81,7 @@ def serve(
     chosen = sampling.choose_sampling(
         folder, sampling.CONVERSATION, options.given_sampling(temp, top_p, top_k, min_p, None)
     )
+    logging.getLogger("mlx_pararnn.chat.server").setLevel(logging.INFO)  # a log without a terminal too
     functions = model is None if functions is None else functions
     until_ready = ExitStack()
 

@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 
+from .cache import RecurrentCache
 from .compute.module_arrays import named_arrays
 from .distributed import Group
 from .errors import PararnnError, one_line
@@ -373,6 +374,14 @@ def load_cell(path: str | Path) -> tuple[RecurrentLayer, dict[str, Any]]:
         raise _misfit(path, error) from error
     mx.eval(layer.parameters())
     return layer, config
+
+
+def warm_up(model: Model) -> list[RecurrentCache]:
+    """Read two tokens and one more, so that nothing is compiled any more at a text; gives the state after."""
+    states = model.make_cache()
+    for tokens in ([[0, 0]], [[0]]):
+        mx.eval(model(mx.array(tokens), cache=states))
+    return states
 
 
 def _read_config(path: Path) -> dict[str, Any]:

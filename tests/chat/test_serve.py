@@ -107,6 +107,15 @@ def test_log_probabilities(client, demo):
     assert plain.choices[0].logprobs is None
 
 
+def test_requests_and_other_names_are_logged_without_a_terminal_too(server, client):
+    client.completions.create(model="gpt-4", prompt="a secret", max_tokens=1)
+    server.wait_for(r"(?m)^asked for the model 'gpt-4'; 'demo', the only one here, answers$", seconds=10)
+    server.wait_for(r"(?m)^POST /v1/completions: 200 in \d+\.\d\d s$", seconds=10)
+    request(server, "GET", "/lines%0aof%1b[1mothers")
+    server.wait_for(r"(?m)^GET /lines%0Aof%1B%5B1mothers: 404 in ", seconds=10)
+    assert "secret" not in server.said
+
+
 def test_sampling_and_seed(client):
     def sample(seed):
         return client.completions.create(

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import mlx.core as mx
@@ -480,3 +481,20 @@ def test_a_terminal_sees_life_and_compiling_on_one_line_that_goes(tmp_path):
     terminal.wait_for(r"\A\d+ steps\n46\n\d+ tokens in")
     assert terminal.exit_code() == 0
     assert b"compiling" not in terminal.raw.partition(b"46")[2]
+
+
+@pytest.mark.large
+def test_a_server_compiles_before_it_serves(tmp_path):
+    """On the same line; a first request, of a prompt, finds all libraries there."""
+    terminal = Terminal("serve", "--port", "0", XDG_CACHE_HOME=str(tmp_path))
+    terminal.wait_for(r"\ALoading the bundled model: compiling [\w-]+ for this CPU, on")
+    url = terminal.wait_for(r"\AServing at (\S+) ")[1]
+    libraries = set(tmp_path.rglob("*.so"))
+    body = json.dumps({"messages": [{"role": "user", "content": "12 + 34"}]}).encode()
+    asked = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=300) as answer:
+        assert json.load(answer)["choices"][0]["message"]["content"] == "46"
+    terminal.type("\x03")
+    assert terminal.exit_code() == 0
+    assert b"compiling" not in terminal.raw.partition(b"Serving at")[2]
+    assert set(tmp_path.rglob("*.so")) == libraries

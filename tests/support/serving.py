@@ -4,11 +4,11 @@ import http.client
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -73,31 +73,31 @@ class Server:
     """`mlx-pararnn serve` on a free port."""
 
     def __init__(self, *args):
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - no pipe, which a line for each request would fill
         self.process = subprocess.Popen(
             [*COMMAND, *map(str, args), "--port", "0"],
-            stderr=subprocess.PIPE,
+            stderr=self.log,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
-        assert self.process.stderr is not None
-        self.stderr = self.process.stderr
-        self.said = ""
         self.url = self.wait_for(r"Serving at (http://\S+)").group(1)
 
     def wait_for(self, pattern, seconds=120):
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.said)):
             assert time.monotonic() < deadline, self.said
-            if select.select([self.stderr], [], [], 0.5)[0]:
-                more = os.read(self.stderr.fileno(), 65536)
-                assert more, f"the server has left: {self.said}"
-                self.said += more.decode()
+            assert self.process.poll() is None, f"the server has left: {self.said}"
+            time.sleep(0.02)
         return match
+
+    @property
+    def said(self):
+        """All that is on its stderr so far."""
+        return os.pread(self.log.fileno(), 1 << 24, 0).decode()
 
     def stop(self, number=signal.SIGINT):
         """Exit code and the last words."""
         self.process.send_signal(number)
-        _, rest = self.process.communicate(timeout=60)
-        self.said += rest.decode()
+        self.process.wait(timeout=60)
         return self.process.returncode, self.said
 
 
@@ -115,7 +115,7 @@ def running(*args):
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
-        server.stderr.close()
+        server.log.close()
 
 
 def request(server, method, path, body=None, **headers):

@@ -11,7 +11,7 @@ import math
 import re
 import time
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -72,7 +72,8 @@ class Access:
             endpoint = getattr(scope.get("endpoint"), "__name__", "other")
             self._metrics.requests.labels(endpoint, str(status)).inc()
             seconds = time.monotonic() - begin
-            logger.info("%s %s: %d in %.2f s", scope["method"], scope["path"][:100], status, seconds)
+            path = quote(scope["path"][:100], errors="replace")  # on one line whatever it holds
+            logger.info("%s %s: %d in %.2f s", scope["method"], path, status, seconds)
 
     def _refusal(self, headers: Headers) -> Response | None:
         host = headers.get("host", "")

@@ -16,11 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ...errors import PararnnError
 from ...images.image_model import ImageModel, load_with_images
 from ...images.image_prompts import ImagePrompt, look
+from ...loading import warm_up
 from ...pocket.events import Event
 from ...text.detokenizer import Detokenizer
 from ..prompt_cache import SPACING, PromptCache
@@ -151,9 +150,7 @@ class Engine:
             self._path, adapter_path=self._adapters, state=self._state
         )
         model.snapshot_spacing = SPACING
-        probe = model.make_cache()
-        mx.eval(model(mx.array([[0]]), cache=probe))
-        self.state_nbytes = sum(layer.state_nbytes for layer in probe)
+        self.state_nbytes = sum(layer.state_nbytes for layer in warm_up(model))
         self.model, self.tokenizer, self.images = model, tokenizer, images
         self._end_tokens = set(tokenizer.eos_token_ids)
         self._prompts.open(model)
