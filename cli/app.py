@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -82,10 +83,25 @@ def _command(name: str) -> Any:
 
 
 def _say_usage_error(error: Any) -> None:
-    if error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":  # whose message is the help
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
         error.show()
         return
-    typer.echo(f"error: {error.format_message()} (see {error.ctx.command_path} --help)", err=True)
+    # What pydantic, which reads the values for Typer, writes besides.
+    said = re.sub(r"Value error, |, unable to parse \w+ as an? \w+", "", error.format_message()).rstrip(".")
+    if error.ctx is not None:
+        said += f"{_meant_prompt(error.ctx, said)} (see {error.ctx.command_path} --help)"
+    typer.echo(f"error: {said}", err=True)
+
+
+def _meant_prompt(context: Any, said: str) -> str:
+    """How to give the prompt that stands behind MODEL, or as MODEL, as some programs take it."""
+    extra = re.fullmatch(r"Got unexpected extra argument\(s\) \((.*)\)", said, re.DOTALL)
+    given = context.params
+    if not extra or context.command.name not in ("generate", "chat") or given.get("prompt") is not None:
+        return ""
+    from .options import meant_prompt
+
+    return f"; {meant_prompt(given.get('model'), extra[1])}"
 
 
 app = typer.Typer(

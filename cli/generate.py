@@ -1,8 +1,6 @@
 """`mlx-pararnn generate`: continue a prompt."""
 
 import json
-import re
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,7 +88,7 @@ def generate(
     """
     given = options.given_sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     if prompt is None and file is None and token_ids is None:
-        _check_for_prompt(model)
+        options.check_for_prompt(model)
     if token_ids is not None:
         if prompt is not None or file is not None or image is not None or stop or json_schema:
             raise typer.BadParameter("--tokens goes without --prompt, --file, --image, --stop, --json-schema")
@@ -178,12 +176,6 @@ def _load(
         return None, *options.load(model, *how)
     sees, tokenizer = options.load_image_model(model, *how)
     return sees, sees.language_model, tokenizer
-
-
-def _check_for_prompt(model: str | None) -> None:
-    """Refuse a MODEL that reads like a prompt, which would go on to wait for standard input."""
-    if model and not Path(model).exists() and re.search(r"[\s()?!,;:=\"']", model):
-        raise PararnnError(f"no such model folder: {model}; did you mean -p {shlex.quote(model)}?")
 
 
 def _text(prompt: str | None, file: Path | None) -> str:

@@ -1,6 +1,7 @@
 """Options that `generate` and `chat` share, and what they mean to MLX-LM."""
 
 import re
+import shlex
 import sys
 from enum import StrEnum
 from importlib import import_module
@@ -306,6 +307,20 @@ def from_rank_0(read: "Callable[[], T]") -> "T":
     if group is None:
         return read()
     return cast("T", share(group, read() if group.rank() == 0 else None))
+
+
+def check_for_prompt(model: str | None) -> None:
+    """Refuse a MODEL that reads like a prompt: text between words, or one plain word, and no folder."""
+    if model and not Path(model).exists() and (model.isalpha() or re.search(r"[\s()?!,;:=\"']", model)):
+        raise PararnnError(f"no such model folder: {model}; {meant_prompt(None, model)}")
+
+
+def meant_prompt(model: str | None, text: str) -> str:
+    """The question whether the command with that prompt was meant; a MODEL that is none belongs to it."""
+    if model and not Path(model).exists():
+        model, text = None, f"{model} {text}"
+    words = ["mlx-pararnn", "generate", *([model] if model else []), "-p", text]
+    return f"did you mean {shlex.join(words)}?"
 
 
 def find(model: str | None, modules: list[str] | None) -> Path:

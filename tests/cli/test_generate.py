@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -151,11 +152,29 @@ def test_token_ids_end_where_the_config_says(tmp_path, demo):
     assert run("generate", str(DEMO), "--tokens", ids, "-p", "x").exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["def main(", "Once upon a time", "what is 2 + 2?"])
-def test_a_model_that_reads_like_a_prompt(text):
-    result = run("generate", text)
-    assert result.exit_code == 1
-    assert result.stderr == f"error: no such model folder: {text}; did you mean -p '{text}'?\n"
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["def main("], "def main("),
+        (["Once"], "Once"),
+        (["what is 2 + 2?"], "what is 2 + 2?"),
+        (["Once", "upon", "a time"], "Once upon a time"),
+        ([DEMO, "Once", "upon"], "Once upon"),
+    ],
+)
+def test_a_prompt_where_a_model_should_be(command, given, text):
+    result = run(command, *map(str, given))
+    assert result.exit_code == (1 if len(given) == 1 else 2)
+    model = [str(DEMO)] if DEMO in given else []
+    meant = shlex.join(["mlx-pararnn", "generate", *model, "-p", text])
+    assert f"; did you mean {meant}?" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_words_for_a_wrong_model_stay_where_a_prompt_was_given():
+    assert "did you mean" not in run("generate", "wrong-name", "-p", "x").stderr
+    assert "did you mean" not in run("generate", DEMO.name, "extra", "-p", "x").stderr
 
 
 def command(*args, **streams):
