@@ -14,7 +14,7 @@ import typer
 from mlx_pararnn.errors import PararnnError
 
 from . import options
-from .progress import progress_bar
+from .progress import progress_bar, working
 from .report import Debug, expand_home, reports_errors, size, usage_error
 
 
@@ -272,8 +272,7 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-    if not os.path.isfile(checkpoint):
-        typer.echo(f"Read: {done.weights}", err=True)
+    _say_what_was_read(checkpoint, done.weights)
     typer.echo(
         f"{done.path}: {done.family}, {done.config['cell']}, {done.parameters:,} parameters, "
         f"{' and '.join(done.dtypes)}, {size(done.nbytes)}"
@@ -313,6 +312,12 @@ def _check_target(to: Target, options: list[tuple[tuple[Target, ...], dict[str, 
                 usage_error(f"{name} needs --to {needed}")
 
 
+def _say_what_was_read(source: str, weights: Path) -> None:
+    """Of a folder or a repository: which file of it."""
+    if not os.path.isfile(source):
+        typer.echo(f"Read: {weights}", err=True)
+
+
 def _weights(to: Target, quantize: bool, q_bits: Bits | None, palettize: Palette | None) -> str | None:
     """How a package's matrices are to be stored; None is as Core AI computes."""
     if palettize:
@@ -337,10 +342,11 @@ def _to_torch(source: str, output: Path, adapter_path: Path | None, force: bool)
 
 def _tell_cost(model: Path, checkpoint: str, family: str | None) -> None:
     """Print what quantizing cost, and note it in the model's config.json."""
-    from mlx_pararnn.convert.original import cost_against, note_cost
-
     try:
-        cost = cost_against(model, checkpoint, family)
+        with working("Measuring what quantizing cost"):
+            from mlx_pararnn.convert.original import cost_against, note_cost
+
+            cost = cost_against(model, checkpoint, family)
     except PararnnError as error:  # the model is written: it is as good as before
         typer.echo(f"What quantizing cost was not measured: {error}", err=True)
         return
@@ -361,6 +367,7 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
             from mlx_pararnn.convert.to_coreml import convert_to_coreml
 
             done = convert_to_coreml(source, output, **how, progress=progress)
+    _say_what_was_read(source, done.weights)
     made = done.settings
     title = "Core AI (experimental)" if to == Target.coreai else "Core ML"
     typer.echo(

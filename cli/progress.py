@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -42,9 +42,14 @@ def progress_bar(
         yield partial(bar.update, bar.add_task(description, total=total))
 
 
-@contextmanager
-def loading(name: str) -> Iterator[None]:
+def loading(name: str) -> AbstractContextManager[None]:
     """One line on a terminal while a model is loaded and compiled for; it goes when that is done."""
+    return working(f"Loading {name}")
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """One line on a terminal that says what is done, and what is compiled for it; it goes with the block."""
     dumb = os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
     if not sys.stderr.isatty() or dumb:
         yield
@@ -57,13 +62,13 @@ def loading(name: str) -> Iterator[None]:
 
     def line_of_its_own(record: logging.LogRecord) -> bool:
         compiling = record.name == "mlx_pararnn.compute.cpu_build" and record.levelno == logging.INFO
-        show(f"Loading {name}: {record.getMessage()}" if compiling else "")
+        show(f"{what}: {record.getMessage()}" if compiling else "")
         return not compiling
 
     handlers = list(logging.getLogger("mlx_pararnn").handlers)
     for handler in handlers:
         handler.addFilter(line_of_its_own)
-    show(f"Loading {name} ...")
+    show(f"{what} ...")
     try:
         yield
     finally:

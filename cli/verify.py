@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_pararnn.errors import PararnnError
+
 from . import options
+from .progress import working
 from .report import Debug, passed_or_not, reports_errors, usage_error
 
 if TYPE_CHECKING:
     from mlx_pararnn.tools.verification import Check
 
 SAMPLE = "The quick brown fox jumps over the lazy dog; 0123456789 times, import this and return None."
+SAME = "Same numbers."
 
 
 @reports_errors
@@ -59,8 +63,20 @@ def verify(
         usage_error("--against compares the weights as they are stored; leave out --adapter-path")
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX's first matrix product
     options.import_modules(modules)
+    with working(f"Checking {model or 'the bundled model'}"):
+        report = _checked(model, prompt, against, logits, adapter_path)
+    _report(as_json, *report)
+
+
+def _checked(
+    model: str | None,
+    prompt: str,
+    against: Path | None,
+    logits: Path | None,
+    adapter_path: Path | None,
+) -> "tuple[list[Check], str, dict[str, Any] | None]":
+    """The checks, the sentence for all that pass, and what quantizing cost."""
     from mlx_pararnn.convert.inspection import held_package
-    from mlx_pararnn.errors import PararnnError
     from mlx_pararnn.files.hub import find_model
     from mlx_pararnn.loading import BUNDLED, load_model
     from mlx_pararnn.tools.quantization_cost import noted_cost, sample_tokens
@@ -75,8 +91,7 @@ def verify(
     if package := held_package(path):
         if logits or against or adapter_path:
             usage_error(f"--against, --logits and --adapter-path are for MLX models, not {package} packages")
-        _verify_package(path, package, as_json)
-        return
+        return _checked_package(path, package)
     loaded, config = load_model(path, adapter_path=adapter_path)
     known = verify_files(path)
     quantized = "quantization" in config
@@ -100,27 +115,23 @@ def verify(
     if against and quantized:
         cost = cost_against(path, against)
     if not quantized:
-        _report(checks, as_json)
-    elif cost:
-        _report(checks, as_json, f"Quantized: {cost.sentence()}.", asdict(cost))
-    else:
-        _report(checks, as_json, "Quantized; --against the original tells what that cost.")
+        return checks, SAME, None
+    if cost:
+        return checks, f"Quantized: {cost.sentence()}.", asdict(cost)
+    return checks, "Quantized; --against the original tells what that cost.", None
 
 
-def _verify_package(path: Path, title: str, as_json: bool) -> None:
+def _checked_package(path: Path, title: str) -> "tuple[list[Check], str, None]":
     if title == "Core AI":
         from mlx_pararnn.convert.coreai import aimodel_check as coreai
 
-        _report(list(coreai.verify_package(path)), as_json, f"Same numbers. {coreai.unseen()}")
-    else:
-        from mlx_pararnn.convert.coreml import mlpackage_check as coreml
+        return list(coreai.verify_package(path)), f"{SAME} {coreai.unseen()}", None
+    from mlx_pararnn.convert.coreml import mlpackage_check as coreml
 
-        _report(list(coreml.verify_package(path)), as_json)
+    return list(coreml.verify_package(path)), SAME, None
 
 
-def _report(
-    checks: "list[Check]", as_json: bool, last: str = "Same numbers.", cost: dict[str, Any] | None = None
-) -> None:
+def _report(as_json: bool, checks: "list[Check]", last: str, cost: dict[str, Any] | None) -> None:
     """Print the checks and, if all passed, `last`; else exit with code 1."""
     passed = all(check.passed for check in checks)
     if as_json:

@@ -68,6 +68,7 @@ class Exported(os.PathLike[str]):
     """What an export wrote; usable as the path of the folder.
 
     Attributes:
+        weights: the file that was read: the weights, or what says where they are.
         settings: pararnn.json.
         nbytes: size of the matrices and vectors as stored.
         error: ||logits - logits of the original weights|| / ||the latter|| over a sample, both in float32.
@@ -76,6 +77,7 @@ class Exported(os.PathLike[str]):
     """
 
     path: Path
+    weights: Path
     settings: dict[str, Any]
     nbytes: int
     error: float
@@ -189,6 +191,7 @@ def export(
         write_reference(folder, folder / kind.name, tokens[:count], logits[first - 1 : count])
     return Exported(
         path=out,
+        weights=checkpoint.path,
         settings=described,
         nbytes=total_bytes(store.values()),
         error=float(np.linalg.norm(logits - original) / np.linalg.norm(original)),

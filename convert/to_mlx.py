@@ -106,13 +106,16 @@ def convert_to_mlx(
     where = checkpoint.source if isinstance(source, Checkpoint) else source
     check_output(out, force, checkpoint.source)
     if (checkpoint.config or {}).get("model_type") in ("pararnn", "pararnn_cell"):
-        given, todo = shlex.quote(str(checkpoint.folder)), ""
+        given, todo = str(checkpoint.folder), ""
         if tokenizer not in (None, "none"):
-            todo = (
-                f"; to give it a tokenizer: mlx-pararnn add-tokenizer {given} {shlex.quote(str(tokenizer))}"
-            )
-        if asked:
-            todo += f"; to quantize it: mlx-pararnn lm convert --hf-path {given} --mlx-path OUT -q"
+            command = ["mlx-pararnn", "add-tokenizer", given, str(tokenizer)]
+            todo = f"; to give it a tokenizer: {shlex.join(command)}"
+        if quantize:
+            options = {"--q-bits": q_bits, "--q-group-size": q_group_size, "--dtype": dtype}
+            how = [word for name, value in options.items() if value for word in (name, str(value))]
+            how += [] if q_mode == "affine" else ["--q-mode", q_mode]
+            command = ["mlx-pararnn", "lm", "convert", "--hf-path", given, "--mlx-path", str(out), "-q", *how]
+            todo += f"; to quantize it: {shlex.join(command)}"
         raise PararnnError(f"{where}: this is an MLX model already, nothing to convert{todo}")
     if not allow_nonfinite:
         checkpoint = finite(checkpoint)

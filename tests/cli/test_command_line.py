@@ -115,14 +115,27 @@ def test_ctrl_c_before_the_first_token(imported, arguments, tmp_path, monkeypatc
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("command", [["generate", "-p", "x"], ["chat"], ["serve", "--port", "0"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "-p", "x"], ["chat"], ["serve", "--port", "0"], ["verify"]], ids=lambda c: c[0]
+)
 def test_a_terminal_sees_life_before_anything_heavy_is_imported(command, tmp_path):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx/__init__.py").write_text("raise ImportError('imported', name='mlx')")
     terminal = Terminal(*command, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert terminal.exit_code() == 1
     assert "MLX cannot be loaded here (imported)" in terminal.text
-    assert terminal.raw.startswith(b"\r\x1b[KLoading the bundled model ...")
+    what = b"Checking" if command == ["verify"] else b"Loading"
+    assert terminal.raw.startswith(b"\r\x1b[K%s the bundled model ..." % what)
+
+
+@pytest.mark.large
+def test_a_terminal_is_told_that_the_cost_of_quantizing_is_measured(tmp_path):
+    source = golden_file("trained/paragru/final.pt")
+    terminal = Terminal("convert", source, "-o", tmp_path / "out", "--tokenizer", "bytes", "-q", columns=200)
+    assert terminal.exit_code() == 0
+    assert b"\r\x1b[KMeasuring what quantizing cost ...\r\x1b[K" in terminal.raw
+    assert "Measuring" not in terminal.text
+    assert "its cost on a bundled text: perplexity" in terminal.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit is not kept")

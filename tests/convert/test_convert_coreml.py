@@ -67,6 +67,7 @@ def test_a_checkpoint_becomes_a_package_with_its_tokenizer(data, tmp_path):
     # every weight once, though two functions use it
     assert 2 * made["parameters"] < weight_bytes(out) < 2 * made["parameters"] + 20_000
     assert f"{made['parameters']:,} parameters, float16, 1.6 MB" in result.stdout
+    assert "Read: " not in result.stderr  # it was named
     assert "128 of 128 likeliest tokens are the same" in result.stdout
     assert f"prefill 64 with {made['iterations']} Newton iterations" in result.stdout
 
@@ -102,6 +103,7 @@ def test_a_model_that_newton_does_not_solve_ships_decode_only(tmp_path):
     folder = plain_model(tmp_path / "slstm", cell="slstm", mixer="plain")
     result = export_to_coreml(folder, tmp_path / "out", "--tokenizer", "none", "--chunk", 32)
     assert result.exit_code == 0, result.output
+    assert f"Read: {folder / 'model.safetensors'}\n" in result.stderr
     made = settings(tmp_path / "out")
     assert (made["functions"], made["chunk"], made["iterations"]) == (["decode"], None, None)
     assert "warning: this model's prompts need more than 8 Newton iterations" in result.stderr

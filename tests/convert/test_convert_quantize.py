@@ -1,6 +1,7 @@
 """`convert -q`: what MLX-LM's own quantization would have made, read by mlx_lm.load and by ours."""
 
 import json
+import shlex
 from pathlib import Path
 
 import mlx_lm.utils
@@ -214,12 +215,18 @@ def test_a_quantized_model_is_not_converted_again(refused, converted):
     assert json.loads((folder / "config.json").read_text())["quantization"]["bits"] == 4
 
 
-def test_an_mlx_model_names_the_command_that_quantizes_or_unpacks_it(accepted, refused, tmp_path):
-    source = write_pt(tmp_path / "model.pt", apple_gru(d=32))
-    folder = accepted(source)
-    message = refused(folder, "-q", "--tokenizer", "none")
-    assert message.endswith(f"to quantize it: mlx-pararnn lm convert --hf-path {folder} --mlx-path OUT -q")
-    packed = accepted(source, "-q", "--tokenizer", "none")
+def test_an_mlx_model_names_the_command_that_quantizes_or_unpacks_it(converted, refused, tmp_path):
+    source = "lm/paragru_s64/state_dict.pt"
+    folder, out = converted(source, tokenizer="bytes"), tmp_path / "packed model"
+    how = ["-q", "--q-bits", "8", "--q-group-size", "32", "--dtype", "float16"]
+    message = refused(folder, *how, "--tokenizer", "none", out=out)
+    command = shlex.split(message.partition("to quantize it: mlx-pararnn ")[2])
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    made = json.loads((out / "config.json").read_text())["quantization"]
+    assert (made["bits"], made["group_size"]) == (8, 32)
+    assert "--q-mode mxfp4" in refused(folder, "-q", "--q-mode", "mxfp4", "--tokenizer", "none")
+    packed = converted(source, quantize=True)
     assert f"lm convert --hf-path {packed} --mlx-path UNPACKED -d" in refused(packed)
 
 
