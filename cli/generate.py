@@ -27,7 +27,11 @@ def generate(
     model: options.ModelPath = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="The text to continue; '-', or nothing, reads standard input."),
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="The text to continue, after what is piped in; '-', or nothing, reads standard input alone.",
+        ),
     ] = None,
     file: Annotated[
         Path | None,
@@ -179,11 +183,14 @@ def _load(
 
 
 def _text(prompt: str | None, file: Path | None) -> str:
-    """The text to continue: the file's, and after it on a new line the prompt's."""
-    if file is None:
-        return options.read_stdin() if prompt in (None, "-") else prompt or ""
-    text = options.read_file(file)
-    return text if prompt is None else f"{text}\n{options.read_stdin() if prompt == '-' else prompt}"
+    """The text to continue: the file's or what is piped in, and after it on a new line the prompt's."""
+    if file is not None:
+        text = options.read_file(file)
+        return text if prompt is None else f"{text}\n{options.read_stdin() if prompt == '-' else prompt}"
+    if prompt in (None, "-"):
+        return options.read_stdin()
+    piped = options.read_piped()
+    return f"{piped}\n{prompt}" if piped else prompt or ""
 
 
 def _schema(given: str) -> dict[str, Any]:

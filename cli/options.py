@@ -1,7 +1,10 @@
 """Options that `generate` and `chat` share, and what they mean to MLX-LM."""
 
+import os
 import re
+import select
 import shlex
+import stat
 import sys
 from enum import StrEnum
 from importlib import import_module
@@ -51,6 +54,7 @@ def stop_strings(values: list[str] | None) -> list[str] | None:
 
 
 MAX_TOKENS = 256
+PIPE_SECONDS = 1.0
 MAX_TEXT_BYTES = 64 << 20  # a million tokens take less than a tenth
 
 ModelPath = Annotated[
@@ -174,6 +178,27 @@ def read_stdin() -> str:
     if sys.stdin.isatty():
         end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
         typer.echo(f"Type the text; {end} on a line of its own ends it, Ctrl-C leaves.", err=True)
+    return read_text(sys.stdin.buffer, "standard input")
+
+
+def read_piped() -> str:
+    """What a pipe or a file at standard input holds, as `read_text` gives it; "" where it is anything else.
+
+    A pipe that others have left open may never give anything: after a second it is left out, which is said.
+    """
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # closed
+        return ""
+    if launched() or not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
+        return ""
+    if not select.select([sys.stdin], [], [], PIPE_SECONDS)[0]:
+        typer.echo(
+            "Nothing came through the pipe at standard input, so it is left out; -p - waits for it, "
+            "</dev/null closes it.",
+            err=True,
+        )
+        return ""
     return read_text(sys.stdin.buffer, "standard input")
 
 

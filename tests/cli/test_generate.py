@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -209,6 +210,38 @@ def test_the_prompt_may_come_from_stdin():
         for end in ("", "\n", "\r\n"):  # echo's new line is not part of the text
             result = run("generate", str(DEMO), *args, "-m", "5", input=f"def main({end}")
             assert result.stdout == "self,\n"
+
+
+@pytest.mark.large
+def test_what_is_piped_in_goes_before_the_prompt():
+    pipe = subprocess.PIPE
+    how = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True}
+    for given, prompt in (("a, b\nc\n", "a, b\nc\ndef main("), ("", "def main(")):
+        with command("-p", "def main(", "-m", "1", "--json", **how) as process:
+            said, errors = process.communicate(given)
+        assert (errors, json.loads(said)["prompt"]) == ("", prompt)
+    with command("-p", "def main(", "-m", "1", "--json", **how) as process:  # nobody closes it
+        assert process.wait() == 0
+        assert json.load(process.stdout)["prompt"] == "def main("
+        assert process.stderr.read().startswith("Nothing came through the pipe at standard input")
+
+
+@pytest.mark.parametrize(
+    ("make", "held"),
+    [
+        (lambda file: os.popen("printf 'a\\nb\\n'"), "a\nb"),
+        (lambda file: os.popen("sleep 0.3; printf 'late'"), "late"),
+        (lambda file: file.write_text("of a file\n") and file.open(), "of a file"),
+        (lambda file: Path(os.devnull).open(), ""),
+        (lambda file: os.popen("true"), ""),
+        (lambda file: socket.create_server(("127.0.0.1", 0)).makefile("r"), ""),
+    ],
+)
+def test_what_standard_input_holds_besides_a_prompt(make, held, tmp_path, monkeypatch, capsys):
+    with make(tmp_path / "file") as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert options.read_piped() == held
+    assert capsys.readouterr().err == ""
 
 
 def test_a_text_without_an_end_is_refused(monkeypatch, tmp_path):
