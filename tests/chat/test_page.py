@@ -7,6 +7,7 @@ from importlib.resources import files
 
 import pytest
 
+from mlx_pararnn.cli.options import stop_strings
 from tests.support.browser import ANSWER, IDLE, Browser, find_chromium, set_field
 from tests.support.demo import DEMO
 from tests.support.serving import TEMPLATE, demo_in_float32, running
@@ -23,7 +24,7 @@ FOCUS = "document.activeElement.id"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = demo_in_float32(tmp_path_factory.mktemp("page") / "templated")
+    folder = demo_in_float32(tmp_path_factory.mktemp("page") / "my-model")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with running(folder) as server:
         yield server
@@ -119,15 +120,15 @@ def test_system_prompt_and_settings_are_sent(page):
     for name, value in values.items():
         set_field(page, name, str(value))
     set_field(page, "max_tokens", "5")
-    set_field(page, "stop", "\\n\\n")
+    set_field(page, "stop", r"\n\t\\n\x")
     page.run("document.getElementById('input').focus()")
     ask(page, "hi")
     bodies = [json.loads(body) for url, body in page.requests if body]
     assert bodies[-1] == {
         **values,
         "max_tokens": 5,
-        "stop": "\n\n",
-        "model": "templated",
+        "stop": stop_strings([r"\n\t\\n\x"])[0],  # as the command line reads it
+        "model": "my-model",
         "stream": True,
         "stream_options": {"include_usage": True},
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}],
@@ -199,6 +200,9 @@ def test_without_a_template_and_with_a_key():
         assert page.run(styles) == ["inline"] * 4
         page.press("Enter")  # nothing typed: it goes on
         page.wait_for(f"{CONVERSATION}.length === 5 && {IDLE}")
+        page.run("navigator.clipboard.writeText = async (text) => { globalThis.clip = text; }; 0")
+        page.run("document.querySelector('#actions .copy-text').click()")
+        assert page.run("clip").startswith("def main(self, other):\n   ")
         page.run("document.getElementById('rewrite').click()")
         assert page.run("document.getElementById('input').value").startswith("def main(self, other):\n   ")
         assert page.run(CONVERSATION) == []
@@ -272,7 +276,7 @@ def test_save_and_load(page):
         "format": "mlx-pararnn-conversation",
         "version": 1,
         "title": "import os",
-        "model": "templated",
+        "model": "my-model",
         "system": "Be brief.",
         "messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), before, strict=True)],
     }
@@ -434,6 +438,7 @@ STATES = {
     "streaming": "set('max_tokens', 4000); $('input').value = 'import os'; send()",
     "long": f"conversation = {json.dumps(LONG)}; $('status').textContent = ''; show(); scrollDown()",
     "error": f"conversation = []; show(); $('input').value = 'import os'; complain({GONE!r}, send)",
+    "examples": "model.examples = ['12 + 34', 'what day is it?']; hint(); conversation = []; show()",
     "settings": "togglePanel('settings', 'toggle')",
     "chats": "togglePanel('list', 'list-toggle')",
     "question": "ask('Start a new conversation? This one stays under Chats.', 'Start'); 0",

@@ -232,7 +232,7 @@ def test_what_is_piped_in_goes_before_the_prompt():
         (lambda file: os.popen("printf 'a\\nb\\n'"), "a\nb"),
         (lambda file: os.popen("sleep 0.3; printf 'late'"), "late"),
         (lambda file: file.write_text("of a file\n") and file.open(), "of a file"),
-        (lambda file: Path(os.devnull).open(), ""),
+        (lambda file: Path(os.devnull).open(), ""),  # noqa: SIM115
         (lambda file: os.popen("true"), ""),
         (lambda file: socket.create_server(("127.0.0.1", 0)).makefile("r"), ""),
     ],

@@ -123,7 +123,8 @@ function settings() {
     const always = name === "temperature" || name === "max_tokens";
     if (field.value !== "" && (always || field.value !== field.defaultValue)) body[name] = Number(field.value);
   }
-  if ($("stop").value) body.stop = $("stop").value.replaceAll("\\n", "\n");
+  const escapes = {n: "\n", t: "\t", "\\": "\\"};  // as of the command line's --stop
+  if ($("stop").value) body.stop = $("stop").value.replace(/\\([nt\\])/g, (whole, name) => escapes[name]);
   return body;
 }
 
@@ -317,8 +318,10 @@ function beginEdit(i) {
   area.focus();
 }
 
+const wholeText = () => conversation.map((message) => message.content).join("");
+
 function rewrite() {
-  $("input").value = conversation.map((m) => m.content).join("") + $("input").value;
+  $("input").value = wholeText() + $("input").value;
   conversation = [];
   show();
   grow();
@@ -508,6 +511,7 @@ async function start() {
     $("system").placeholder = "needs a model with a chat template";
     $("send").textContent = "Continue";
     $("rewrite").hidden = false;
+    $("rewrite").after(copyButton("copy-text", "Copy", wholeText));
   }
   const id = sessionStorage.getItem("conversation");
   const entries = await kept();
