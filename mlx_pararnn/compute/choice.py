@@ -18,6 +18,7 @@ import mlx.core as mx
 from ..cells import Cell
 from ..errors import PararnnError
 from . import cpu, gpu
+from .cpu_build import NoCompilerError, was_told_before
 from .texts import has_kernel
 
 BACKENDS = ("metal", "cuda", "cpu", "ops")
@@ -222,6 +223,8 @@ def works_here(
 ) -> bool:
     """Whether a backend gives, on small problems, what plain MLX ops give; if not, a warning says so.
 
+    That there is no compiler is said once for all programs, after which `doctor` says it.
+
     Nobody has run it on every machine there is: where one does not take it, ops still give the answer.
     `TRIALS` keeps what came of it.
 
@@ -240,6 +243,8 @@ def works_here(
         TRIALS[f"{backend}: {what}"] = ""
     except Exception as error:  # of every type: MLX raises ValueError for a threadgroup that a GPU refuses
         TRIALS[f"{backend}: {what}"] = f"{error}"
+        if isinstance(error, NoCompilerError) and was_told_before(error):
+            return False
         # Of what is wrong with the machine one text, from one line: Python shows such a warning once.
         known = isinstance(error, PararnnError)
         reason, plea = (f"{error}", "") if known else (f"{what}: {error}", "; please report this")

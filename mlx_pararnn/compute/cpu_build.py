@@ -24,6 +24,7 @@ from . import prebuilt
 
 logger = logging.getLogger(__name__)
 _lock = threading.Lock()
+_TOLD = "no-compiler.txt"
 
 
 class BuildError(PararnnError):
@@ -216,7 +217,20 @@ def _compiled(text: str, name: str, key: str, folder: Path) -> Path:
             os.fsync(file.fileno())  # a name must not outlive a loss of power that its bytes do not
         library = folder / f"{name}-{key}-{prebuilt.digest(built)}.so"
         os.replace(built, library)
+        (folder / _TOLD).unlink(missing_ok=True)
         return library
+
+
+def was_told_before(error: NoCompilerError) -> bool:
+    """Whether the user was told so since something was last compiled; notes that it is told now."""
+    try:
+        with (library_folder()[0] / _TOLD).open("x") as file:
+            file.write(f"{error}\n")
+    except FileExistsError:
+        return True
+    except (BuildError, OSError):  # there is no place for a note
+        return False
+    return False
 
 
 def library_folder() -> tuple[Path, str]:

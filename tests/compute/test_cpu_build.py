@@ -143,6 +143,33 @@ def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_
         assert re.search(said, report["backend cpu"].advice)
 
 
+def test_that_there_is_no_compiler_is_said_once(monkeypatch, tmp_path):
+    cell, params, u, _ = problem("nlru", T=5)
+    arrays = mx.array(params), mx.array(u)
+    path = os.environ["PATH"]
+    monkeypatch.delenv("CXX", raising=False)
+
+    def run_here():
+        with fresh_cache(monkeypatch, tmp_path), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            mx.eval(recurrence(cell, *arrays)[0])
+        return len(said)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [run_here(), run_here()] == [1, 0]
+    with fresh_cache(monkeypatch, tmp_path):
+        report = {finding.item: finding for finding in doctor.examine()}
+        assert "no C++ compiler; install one" in report["backend cpu"].advice
+    monkeypatch.setenv("PATH", path)
+    assert run_here() == 0  # it compiles
+    for library in (tmp_path / "mlx-pararnn").glob("*.so"):
+        library.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [run_here(), run_here()] == [1, 0]  # the compiler is gone again
+    (tmp_path / "mlx-pararnn/no-compiler.txt").unlink()
+    assert run_here() == 1
+
+
 def test_a_cell_may_have_any_name(monkeypatch, tmp_path):
     """It becomes part of a file's name here, of a function's on a GPU."""
 
