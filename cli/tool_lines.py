@@ -39,9 +39,6 @@ class ToolLines:
     """
 
     def __init__(self, unfold: bool) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._unfold = unfold
         self._status: Status | None = None
         self._begin()
@@ -50,7 +47,7 @@ class ToolLines:
         """Take notice of an event; it is called before a piece of the answer is printed."""
         if self._unfold:
             self._show_all(event)
-        elif self._console.is_terminal:
+        elif on_terminal():
             self._fold(event)
         if isinstance(event, Finish):
             self._begin()
@@ -81,7 +78,7 @@ class ToolLines:
             self._written = True
             pointers = [f"{self._commands:,} steps"] if self._commands else []
             if parts := [*self._calls, *pointers]:
-                self._console.print(" · ".join(parts), style="dim")
+                typer.secho(" · ".join(parts), dim=True, err=True)
 
     def _progress(self, event: Event) -> None:
         """How far a turn has got, once it has taken a second and until it answers."""
@@ -92,7 +89,9 @@ class ToolLines:
         elif self._status is not None:
             self._status.update(f"{event.tokens:,} tokens", spinner_style="dim")
         elif time.monotonic() - self._start > PATIENCE:
-            self._status = self._console.status(f"{event.tokens:,} tokens", spinner_style="dim")
+            from rich.console import Console  # a tenth of a second, which short turns do without
+
+            self._status = Console(stderr=True).status(f"{event.tokens:,} tokens", spinner_style="dim")
             self._status.start()
 
     def _show_all(self, event: Event) -> None:
@@ -115,7 +114,12 @@ class ToolLines:
                 self._line("ends", f"{reason}; {tokens:,} tokens, {made:,} of them made; {seconds:.2f} s")
 
     def _line(self, kind: str, text: str) -> None:
-        self._console.print(f"{kind:>8}  {printable(text)}", style="dim")
+        typer.secho(f"{kind:>8}  {printable(text)}", dim=True, err=True)
+
+
+def on_terminal() -> bool:
+    """Whether somebody sees stderr."""
+    return sys.stderr.isatty()
 
 
 def printable(text: str) -> str:

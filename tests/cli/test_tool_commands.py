@@ -82,18 +82,14 @@ def test_show_tools_unfolds_what_was_done(folder, scripts):
 
 
 def test_a_terminal_gets_one_dim_line(folder, scripts, monkeypatch):
-    shown = io.StringIO()
-    monkeypatch.setattr(
-        "rich.console.Console",
-        lambda **options: Console(**{**options, "file": shown, "stderr": False, "force_terminal": True}),
-    )
+    monkeypatch.setattr("mlx_pararnn.cli.tool_lines.on_terminal", lambda: True)
     scripts[0].append(SUM.replace("2+3", "1+" * 60 + "1"))
-    result = run("generate", folder, "-p", "2+3?")
+    result = run("generate", folder, "-p", "2+3?", color=True)
     assert result.stdout == "It is 5.\n"
-    (line,) = [line for line in shown.getvalue().splitlines() if "calculate" in line]
-    assert "\x1b[2m" in line  # dim
+    (line,) = [line for line in result.stderr.splitlines() if "calculate" in line]
+    assert line.startswith("\x1b[2m")  # dim
     assert "… → 1+1+1+1" in line
-    assert "… · 2 steps" in line
+    assert line.endswith("… · 2 steps\x1b[0m")
 
 
 def test_a_long_turn_shows_how_far_it_is(monkeypatch):
@@ -102,6 +98,7 @@ def test_a_long_turn_shows_how_far_it_is(monkeypatch):
         "rich.console.Console",
         lambda **options: Console(**{**options, "file": shown, "stderr": False, "force_terminal": True}),
     )
+    monkeypatch.setattr("mlx_pararnn.cli.tool_lines.on_terminal", lambda: True)
     monkeypatch.setattr("mlx_pararnn.cli.tool_lines.PATIENCE", -1)
     with ToolLines(False) as lines:
         for _ in range(200):
