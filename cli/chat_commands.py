@@ -132,8 +132,7 @@ class Session:
         elif command == "/save":
             self._save(argument)
         elif command == "/load":
-            chat.load(argument)
-            say(f"Going on after {chat.tokens} tokens.")
+            self._load(argument)
         elif command == "/set":
             self._set(argument)
         elif command == "/system":
@@ -286,6 +285,26 @@ class Session:
         if text:
             self.chat.set_system(text)
         say(f"System prompt: {self.chat.system or 'none'}")
+
+    def _load(self, name: str) -> None:
+        from mlx_pararnn.chat.conversation_file import OfAnotherModelError, saved_path
+
+        try:
+            self.chat.load(name)
+        except OfAnotherModelError:
+            if self.ask is None:
+                raise
+            path = saved_path(name)
+            if not self.ask(f"{path} was saved with another model. Read its messages with this one?"):
+                say("Not loaded.")
+                return
+            count = self.chat.read_again(path)
+            if self.chat.uses_tools:
+                say("This model reads no earlier messages; the lists, timers and reminders are here.")
+            else:
+                say(f"{count} messages will be read with your next one.")
+            return
+        say(f"Going on after {self.chat.tokens} tokens.")
 
     def _save(self, name: str) -> None:
         from mlx_pararnn.chat.conversation_file import saved_path

@@ -22,6 +22,10 @@ from ..pocket.assistant import Assistant
 SAVED_UNDO_LIMIT = 8
 
 
+class OfAnotherModelError(PararnnError):
+    """A conversation was saved with another model: its state is of no use, its messages may be."""
+
+
 class Point(NamedTuple):
     """A moment of a conversation."""
 
@@ -100,15 +104,11 @@ def read_conversation(
         fits: whether a state is one that this model makes.
 
     Raises:
-        PararnnError: no such file, no saved state, or one of another model.
+        OfAnotherModelError: it was saved with another model.
+        PararnnError: no such file, or no saved state.
     """
-    given, path = Path(path).expanduser(), saved_path(path)
-    if not path.is_file():
-        reason = " (a saved conversation's name ends in .safetensors)" if given.is_file() else ""
-        raise PararnnError(f"no such file: {path}{reason}")
-    check_safetensors(path)
+    path = _existing(path)
     try:
-        _check_keys(path)
         cache, metadata = load_prompt_cache(str(path), return_metadata=True)
         messages = json.loads(metadata.get("messages", "[]"))
         last_token, memory = json.loads(metadata.get("last_token", "null")), metadata.get("memory", "")
@@ -119,12 +119,12 @@ def read_conversation(
         else:  # by cache_prompt, which notes the model's name
             same = _same_model(metadata["model"], model)
     except Exception as error:  # whatever a file that is something else leads the reader to
-        raise PararnnError(
-            f"{path} is not a conversation saved by /save, nor a prompt cache that MLX-LM wrote for this "
-            "model"
-        ) from error
+        raise _no_conversation(path) from error
     if not same:
-        raise PararnnError(f"{path} was saved with another model; load that model to go on with it")
+        raise OfAnotherModelError(
+            f"{path} was saved with another model; load that model to go on with it, or have this one read "
+            "its messages (/load in a terminal asks; in Python Chat.read_again)"
+        )
     try:
         sound = all(_is_whole(p) and fits(p.cache) for p in (now, *(turn.before for turn in turns)))
         sound = sound and all(isinstance(turn.text, str) for turn in turns)
@@ -135,12 +135,50 @@ def read_conversation(
     return now, turns
 
 
+def read_messages(path: str | Path) -> tuple[list[dict[str, str]], str]:
+    """The messages of a conversation that was saved with any model, and what its assistant remembers.
+
+    Raises:
+        PararnnError: no such file, or no saved conversation.
+    """
+    path = _existing(path)
+    try:
+        metadata = load_prompt_cache(str(path), return_metadata=True)[1]
+        messages, memory = json.loads(metadata["messages"]), metadata.get("memory", "")
+        sound = _are_messages(messages) and _is_memory(memory)
+    except Exception:  # whatever a file that is something else leads the reader to
+        sound = False
+    if not sound:
+        raise _no_conversation(path)
+    return messages, memory
+
+
+def _existing(path: str | Path) -> Path:
+    """The file of that name; raises PararnnError where there is none that could be a saved conversation."""
+    given, path = Path(path).expanduser(), saved_path(path)
+    if not path.is_file():
+        reason = " (a saved conversation's name ends in .safetensors)" if given.is_file() else ""
+        raise PararnnError(f"no such file: {path}{reason}")
+    check_safetensors(path)
+    try:
+        _check_keys(path)
+    except Exception as error:  # of safetensors, or of a key
+        raise _no_conversation(path) from error
+    return path
+
+
 def saved_path(path: str | Path) -> Path:
     """The file that `Chat.save` writes for a name: it ends in .safetensors."""
     path = Path(path).expanduser()
     if not path.name or path.is_dir():
         raise PararnnError(f"{path} is a folder; give a file name")
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
+def _no_conversation(path: Path) -> PararnnError:
+    return PararnnError(
+        f"{path} is not a conversation saved by /save, nor a prompt cache that MLX-LM wrote for this model"
+    )
 
 
 def _delete_left_overs(path: Path) -> None:
@@ -215,11 +253,17 @@ def _is_whole(point: Point) -> bool:
     return (
         all(isinstance(c, RecurrentCache) and c.finalized and len(c.offsets) == 1 for c in cache)
         and all(isinstance(c.offset, int) and c.offset >= 0 for c in cache)
-        and isinstance(messages, list)
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-        and all(isinstance(value, str) for message in messages for value in message.values())
+        and _are_messages(messages)
         and (last_token is None or isinstance(last_token, int))
         and _is_memory(point.memory)
+    )
+
+
+def _are_messages(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        and all(isinstance(value, str) for message in messages for value in message.values())
     )
 
 

@@ -25,7 +25,7 @@ from ..pocket.events import Event, Finish, Text
 from ..pocket.functions import Functions
 from ..pocket.loop import Limits
 from ..pocket.protocol import find_protocol
-from .conversation_file import Point, Turn, read_conversation, write_conversation
+from .conversation_file import Point, Turn, read_conversation, read_messages, write_conversation
 from .model_fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -181,11 +181,15 @@ class Chat:
         """
         self._check_system(text)
         said = [message for message in self.messages if message["role"] != "system"]
-        now, turns = self._empty(text).now._replace(memory=self._state.now.memory), []
+        self._state = self._told(text, said, self._state.now.memory)
+
+    def _told(self, system: str | None, said: list[dict[str, str]], memory: str) -> _State:
+        """After these messages, with nothing read of them."""
+        now, turns = self._empty(system).now._replace(memory=memory), []
         for question, answer in zip(said[::2], said[1::2], strict=False):
             turns.append(Turn(question["content"], now, image=question.get("image")))
             now = now._replace(messages=[*now.messages, question, answer])
-        self._state = _State(text, now, turns)
+        return _State(system, now, turns[-UNDO_LIMIT:])
 
     def due(self) -> list[str]:
         """What the assistant has to say by itself: sentences for timers and the like whose time has come."""
@@ -342,13 +346,36 @@ class Chat:
         """Go on from what `save` wrote, or from a prompt that MLX-LM's `cache_prompt` has read.
 
         Raises:
-            PararnnError: no such file, no saved state, or one of another model; nothing is changed then.
+            OfAnotherModelError: it was saved with another model, as `read_again` may go on from.
+            PararnnError: no such file, or no saved state; nothing is changed then.
         """
         model = str(self.tokenizer.name_or_path)
         now, turns = read_conversation(path, lambda: self._weights, model, self._fits)
         first = now.messages[0] if now.messages else {}
         system = first.get("content") if first.get("role") == "system" else None
         self._state = _State(system, now._replace(cache=self._copy(now.cache)), turns)
+
+    def read_again(self, path: str | Path) -> int:
+        """Go on from what `save` wrote with any model: its messages are read with the next question.
+
+        Returns how many there are. Where the tokenizer has no chat template the system prompt is left out. A
+        model that uses tools reads no earlier messages: of them it keeps the lists, timers and reminders.
+
+        Raises:
+            PararnnError: no such file, no saved conversation, or nothing in it that this model could read;
+                nothing is changed then.
+        """
+        messages, memory = read_messages(path)
+        system = next((m["content"] for m in messages if m["role"] == "system"), None)
+        said = [message for message in messages if message["role"] != "system"]
+        if any("image" in message for message in said) and self.images is None:
+            raise PararnnError(f"{path}: this conversation has an image, and this model sees none")
+        if self.uses_tools:
+            if not memory:
+                raise PararnnError(f"{path}: a model that uses tools reads no earlier messages")
+            system, said = None, []
+        self._state = self._told(system if self.tokenizer.has_chat_template else None, said, memory)
+        return len(self.messages)
 
     def _fits(self, cache: list[RecurrentCache]) -> bool:
         """True if `cache` has the shapes and types of a state of this model, and holds numbers only."""

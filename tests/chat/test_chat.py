@@ -15,9 +15,13 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
+from mlx_pararnn.chat.conversation_file import OfAnotherModelError
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli import message_editor
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.cli.chat_commands import Session
+from mlx_pararnn.cli.sampling import LIKELIEST
+from mlx_pararnn.cli.tool_lines import ToolLines
 from mlx_pararnn.pocket.functions import Functions
 from tests.support.demo import DEMO
 
@@ -406,16 +410,93 @@ def test_another_system_prompt_reads_the_conversation_again(templated, read):
     assert [message["content"] for message in conversation.messages] == ["Be long."]
 
 
+def changed_slightly(folder):
+    """Another model by its fingerprint, as one that was quantized is."""
+    model, tokenizer = load_in_float32(folder)
+    weight = model.model.embed_tokens.weight
+    model.model.embed_tokens.weight = weight.at[-1, -1].add(1)
+    return model, tokenizer
+
+
+def test_the_messages_of_another_models_conversation_are_read_again(templated, read, tmp_path, capsys):
+    other = Chat(*changed_slightly(templated), system="Be brief.")
+    answer = say(other, "one", max_tokens=2)
+    file = other.save(tmp_path / "talk")
+    conversation = Chat(*load_in_float32(templated))
+    questions = []
+
+    def session(ask):
+        return Session(conversation, LIKELIEST, 1, None, ToolLines(False), plain=True, ask=ask)
+
+    with pytest.raises(OfAnotherModelError, match="was saved with another model; load that model to go on"):
+        session(None).run("/load", str(file))
+    session(lambda question: questions.append(question)).run("/load", str(file))  # no
+    assert questions == [f"{file} was saved with another model. Read its messages with this one?"]
+    assert conversation.messages == []
+    session(lambda question: True).run("/load", str(tmp_path / "talk"))
+    assert capsys.readouterr().err == "Not loaded.\n3 messages will be read with your next one.\n"
+    assert (conversation.messages, conversation.system) == (other.messages, "Be brief.")
+    read.clear()
+    say(conversation, "two", max_tokens=1)
+    assert bytes(read).decode().startswith(f"[s]Be brief.~[u]one~[a]{answer.strip()}~[u]two~[a]")
+    assert (conversation.undo(), conversation.undo(), conversation.tokens) == ("two", "one", 0)
+
+
+def test_without_a_template_they_are_the_text_before_the_next(templated, demo, read, tmp_path):
+    other = Chat(*changed_slightly(templated), system="Be brief.")
+    answer = say(other, "one", max_tokens=2)
+    conversation = Chat(*demo)
+    assert conversation.read_again(other.save(tmp_path / "talk")) == 2
+    read.clear()
+    say(conversation, "two", max_tokens=1)
+    assert bytes(read).decode().startswith(f"one{answer}two")
+
+
+def test_a_model_that_uses_tools_takes_over_what_is_remembered(demo, tmp_path):
+    other, plain = Chat(*mlx_pararnn.load()), Chat(*demo)
+    called(other, "add_to_list", items="milk")
+    weight = (changed := mlx_pararnn.load())[0].model.embed_tokens.weight
+    changed[0].model.embed_tokens.weight = weight.at[-1, -1].add(1)
+    conversation = Chat(*changed)
+    assert conversation.read_again(other.save(tmp_path / "talk")) == 0
+    assert called(conversation, "show_list") == "To-do list: milk."
+    say(plain, "def", max_tokens=1)
+    with pytest.raises(PararnnError, match="a model that uses tools reads no earlier messages"):
+        conversation.read_again(plain.save(tmp_path / "plain"))
+
+
+def test_what_cannot_be_read_again_changes_nothing(demo, tmp_path):
+    conversation = Chat(*demo)
+    say(conversation, "def", max_tokens=3)
+    before = conversation.messages
+    (tmp_path / "noise.safetensors").write_bytes(b"noise")
+    seen = Chat(*demo)
+    say(seen, "x", max_tokens=1)
+    seen.messages[0]["image"] = "pixels"
+    seen.save(tmp_path / "seen")
+    damaged = seen.save(tmp_path / "damaged")
+    arrays, metadata = mx.load(str(damaged), return_metadata=True)
+    mx.eval(arrays)
+    mx.save_safetensors(str(damaged), arrays, {**metadata, "0.messages": '[{"role": "user"}]'})
+    for file, message in (
+        ("nowhere", "no such file"),
+        ("noise", "is not a conversation saved by /save"),
+        (DEMO / "model", "is not a conversation saved by /save"),
+        ("damaged", "is not a conversation saved by /save"),
+        ("seen", "this conversation has an image, and this model sees none"),
+    ):
+        with pytest.raises(PararnnError, match=message):
+            conversation.read_again(tmp_path / file)
+    assert (conversation.messages, conversation.tokens) == (before, 6)
+
+
 def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
     conversation = Chat(*demo)
     say(conversation, "def", max_tokens=3)
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     model, _ = mlx_pararnn.load_model(converted("trained/paragru/final.pt"))
     Chat(model, demo[1]).save(tmp_path / "other")
-    nearly, tokenizer = mlx_pararnn.load(DEMO)  # but for the last number of one matrix
-    weight = nearly.model.embed_tokens.weight
-    nearly.model.embed_tokens.weight = weight.at[-1, -1].add(1)
-    Chat(nearly, tokenizer).save(tmp_path / "nearly")
+    Chat(*changed_slightly(DEMO)).save(tmp_path / "nearly")
     for file, message in (
         ("nowhere", "no such file"),
         (
