@@ -4,6 +4,7 @@ For checkpoints of one's own, with a cell of one's own or not (docs/python.md ha
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +24,7 @@ Names = str | tuple[str | Callable[..., Array], ...]
 
 _EMBEDDING = "model.embed_tokens.weight"
 _LAYER = "{}"
+_NUMBER = re.compile(r"\{(?:(\d*)n(?:\+(\d+))?)?\}")  # {}, {n}, {2n}, {2n+1}, ...: of layer n
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class NamedTensors:
     Attributes:
         name: what `--family` takes.
         config: fields of config.json that no shape tells: cell, num_heads, mixer, norm, mlp, ...
-        parameters: the model's parameter -> state-dict names; {} in both stands for the layer's number. For a
-            single cell: `input_proj.weight`, `bias` and `recurrent_weight`.
+        parameters: the model's parameter -> state-dict names; {} in both stands for the layer's number, in
+            names {2n+1} for twice that and one, and so on. For a single cell: `input_proj.weight`, `bias` and
+            `recurrent_weight`.
         title: what the model card calls it.
     """
 
@@ -49,7 +52,7 @@ class NamedTensors:
     def detect(self, checkpoint: Checkpoint) -> bool:
         """Whether all tensors that the table names are there, of the first layer."""
         return all(
-            name.replace(_LAYER, "0") in checkpoint.tensors
+            _numbered(name, 0) in checkpoint.tensors
             for names in self.parameters.values()
             for name in _tensor_names(names)
         )
@@ -84,9 +87,9 @@ class NamedTensors:
         return Canonical(args, outputs, model_type="pararnn_cell" if single else "pararnn")
 
     def _layer_count(self, checkpoint: Checkpoint) -> int:
-        names = [n for names in self.parameters.values() for n in _tensor_names(names) if _LAYER in n]
+        names = [n for names in self.parameters.values() for n in _tensor_names(names) if _NUMBER.search(n)]
         count = 0
-        while any(name.replace(_LAYER, str(count)) in checkpoint.tensors for name in names):
+        while any(_numbered(name, count) in checkpoint.tensors for name in names):
             count += 1
         return max(count, 1)
 
@@ -159,8 +162,12 @@ def _tensor_names(names: Names) -> list[str]:
 
 def _of_layer(names: Names, layer: int) -> Names:
     if isinstance(names, str):
-        return names.replace(_LAYER, str(layer))
-    return tuple(n.replace(_LAYER, str(layer)) if isinstance(n, str) else n for n in names)
+        return _numbered(names, layer)
+    return tuple(_numbered(n, layer) if isinstance(n, str) else n for n in names)
+
+
+def _numbered(name: str, layer: int) -> str:
+    return _NUMBER.sub(lambda found: str(int(found[1] or 1) * layer + int(found[2] or 0)), name)
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> Shape:
