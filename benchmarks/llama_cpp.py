@@ -5,8 +5,9 @@ pip install gguf
 python benchmarks/llama_cpp.py FOLDER       writes results/llama-cpp-*.md
 
 Both have random weights of the same sizes: a ParaGRU here, a llama there, which also has attention over the
-few tokens so far and none of the recurrence. llama.cpp's Q8_0 and Q4_0 have a scale for 32 weights, and round
-what they multiply with to 8 bits too; ours have a scale and a bias for 64, and multiply in float32.
+few tokens so far and none of the recurrence. llama.cpp's Q8_0 and Q4_0 have a scale of 16 bits for 32 weights,
+and round what they multiply with to 8 bits too; ours have a scale and a bias for 64, in the dtype of the model
+that was quantized, and multiply with 24 bits where that is float32, with 16 where it is float16.
 """
 
 import argparse
@@ -32,7 +33,12 @@ TYPES = {
     "8": gguf.GGMLQuantizationType.Q8_0,
     "4": gguf.GGMLQuantizationType.Q4_0,
 }
-OURS = {"32": "float32", "8": "float32, 8 bits", "4": "float32, 4 bits"}
+# bits -> whose -> the precision of `quantization.at`; or llama.cpp's
+KINDS = {
+    "32": {"here": "float32", "llama.cpp": None},
+    "8": {"here, float32": "float32, 8 bits", "here, float16": "float16, 8 bits", "llama.cpp": None},
+    "4": {"here, float32": "float32, 4 bits", "here, float16": "float16, 4 bits", "llama.cpp": None},
+}
 # Answers each line, "file tokens", with the milliseconds of each of so many tokens.
 NODE = """
 import readline from "node:readline";
@@ -126,21 +132,19 @@ class Llama:
 def measure(folder, files, threads, rounds):
     """Milliseconds a token, a round each: (bits, whose) -> numbers."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    ours = {bits: quantization.at(precision) for bits, precision in OURS.items()}
-    llama, found = (
-        Llama(folder, threads, files["32"].with_name("llama.mjs")),
-        {(bits, who): [] for bits in TYPES for who in ("here", "llama.cpp")},
-    )
+    each = [(bits, who, precision) for bits, kinds in KINDS.items() for who, precision in kinds.items()]
+    ours = {precision: quantization.at(precision) for _, _, precision in each if precision}
+    llama = Llama(folder, threads, files["32"].with_name("llama.mjs"))
+    found = {(bits, who): [] for bits, who, _ in each}
     for turn in range(-1, rounds):
-        for bits in TYPES:
-            for who in ("here", "llama.cpp"):
-                time.sleep(PAUSE)
-                if who == "here":
-                    took = 1e3 * quantization.seconds_a_token(ours[bits], 9)
-                else:
-                    took = llama.milliseconds(files[bits], 9)
-                if turn >= 0:
-                    found[bits, who].append(took)
+        for bits, who, precision in each:
+            time.sleep(PAUSE)
+            if precision:
+                took = 1e3 * quantization.seconds_a_token(ours[precision], 9)
+            else:
+                took = llama.milliseconds(files[bits], 9)
+            if turn >= 0:
+                found[bits, who].append(took)
     llama.process.stdin.close()
     llama.process.wait()
     return found
