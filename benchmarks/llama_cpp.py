@@ -5,9 +5,9 @@ pip install gguf
 python benchmarks/llama_cpp.py FOLDER       writes results/llama-cpp-*.md
 
 Both have random weights of the same sizes: a ParaGRU here, a llama there, which also has attention over the
-few tokens so far and none of the recurrence. llama.cpp's Q8_0 and Q4_0 have a scale of 16 bits for 32 weights,
-and round what they multiply with to 8 bits too; ours have a scale and a bias for 64, in the dtype of the model
-that was quantized, and multiply with 24 bits where that is float32, with 16 where it is float16.
+few tokens so far and none of the recurrence. llama.cpp's Q8_0 and Q4_0 have a scale of 16 bits for 32
+weights, and round what they multiply with to 8 bits too; ours have a scale and a bias for 64, in the dtype of
+the model that was quantized, and multiply with 24 bits where that is float32, with 16 where it is float16.
 """
 
 import argparse
