@@ -35,7 +35,7 @@ SHAPES = [
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
-@pytest.mark.sampled("large")
+@pytest.mark.sampled("large", by=lambda name, shape, backend: [shape, backend, name == "slstm"])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "ops"])

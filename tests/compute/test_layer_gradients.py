@@ -42,7 +42,7 @@ def along(name, arrays, slopes, n, direction):
     return sum((numbers(s) * y.imag).sum() for s, y in zip(slopes, outputs, strict=True)) / 1e-200
 
 
-@pytest.mark.sampled("large")
+@pytest.mark.sampled("large", by=lambda name: [name])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -45,7 +45,7 @@ def up_to(name, text):
     return text[: text.index("\n", begin)] + "\n}  // namespace pararnn\n"
 
 
-@pytest.mark.sampled("toolchain", by=lambda side, fault: [(side, fault == "none")])
+@pytest.mark.sampled("toolchain", by=lambda side, fault: [side, fault == "none"])
 @pytest.mark.parametrize("name", STRUCTS)
 @pytest.mark.parametrize("fault", ["none", "dropped", "swapped", "added", "added at the end", "other type"])
 @pytest.mark.parametrize("side", ["C++", "Python"])

@@ -76,7 +76,7 @@ def test_against_the_oracle(cell, T, D, heads):
 
 
 @needs_harness
-@pytest.mark.sampled("harness")
+@pytest.mark.sampled("harness", by=lambda math: [math])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("math", ["metal", "fused", "expressions"])
 def test_other_rounding(cell, math):
@@ -88,7 +88,7 @@ def test_other_rounding(cell, math):
 
 
 @needs_harness
-@pytest.mark.sampled("harness")
+@pytest.mark.sampled("harness", by=lambda place: [place])
 @pytest.mark.parametrize("place", ["c", "state"])
 @pytest.mark.parametrize("activation", ["gelu", "silu", "elu", "softplus", "leaky_relu"])
 def test_other_activations(place, activation):

@@ -210,6 +210,7 @@ def test_low_precision(launched, dtype):
     assert launched
 
 
+@pytest.mark.sampled("harness", by=lambda name: [name] if name != "lstm" else [])
 @pytest.mark.parametrize("name", ["gru", "lstm", "slstm"])
 def test_gradients(launched, name):
     cell, params, u, state = problem(name, T=40, state=True)
@@ -282,6 +283,7 @@ def test_gradients_of_short_and_long(launched, T, heads, every):
     assert len(launched) == (2 if T <= 16 else 3)
 
 
+@pytest.mark.sampled("harness", by=lambda: ["one"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_gradients_in_low_precision(launched, dtype):
     cell, params, u, state = problem("lstm", T=50, state=True)

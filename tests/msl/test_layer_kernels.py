@@ -25,6 +25,7 @@ def test_text(call, tmp_path, capfd):
     assert_same(call.launch, call.inputs, tmp_path, capfd)
 
 
+@pytest.mark.sampled("harness", by=lambda call: [call.launch.name.split("_")[1]])
 @calls
 def test_language(call):
     wrapped = wrap(call.launch, call.inputs)
@@ -51,7 +52,7 @@ def test_cuda_twin_compiles(call):
     assert cuda.compile_ptx(cuda.cuda_twin(call.launch, call.inputs)) == []
 
 
-@pytest.mark.sampled("harness")
+@pytest.mark.sampled("harness", by=lambda T, dtype: [dtype, T in (16, 100)])
 @needs_harness
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [2, 3, 4, 8])
@@ -62,7 +63,7 @@ def test_conv(T, K, dtype):
         assert call.compare(call.run(order=order)) == ""
 
 
-@pytest.mark.sampled("harness")
+@pytest.mark.sampled("harness", by=lambda cell, dtype, gated: [cell == "slstm", dtype == "float16", gated])
 @needs_harness
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
@@ -205,6 +206,7 @@ def test_kernels_that_do_not_work_here_are_not_used(mac, monkeypatch, fault):
     assert call.compare({"total": np.array(total), "y": np.array(y)}) == ""
 
 
+@pytest.mark.sampled("harness", by=lambda dtype: [dtype] if dtype != "bfloat16" else [])
 @needs_harness
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_functions_give_what_the_kernels_do(launched, dtype):

@@ -185,12 +185,13 @@ def test_decoding_goes_on_from_the_context():
     assert {cache.offset for cache in caches} <= {4096 + 4, 4096 + 5}  # generate_step works one token ahead
 
 
-def test_every_cell_and_a_plain_model_are_measured():
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "nlru", "slstm"])
+def test_every_cell_and_a_plain_model_are_measured(cell):
     tiny = replace(benchmark.SHORT, steps=(3,), prompts=(3,), contexts=(2,), batches=(2,), generated=2)
-    for cell in ("gru", "lstm", "nlru", "slstm"):
-        args = ModelArgs(8, 1, 10, 8, cell=cell, mixer="plain", norm="layer", mlp="gelu")
-        measured = [case.measure(1).section for case in benchmark.cases(Model(args), tiny)]
-        assert list(dict.fromkeys(measured)) == [*benchmark.SECTIONS]
+    args = ModelArgs(8, 1, 10, 8, cell=cell, mixer="plain", norm="layer", mlp="gelu")
+    measured = [case.measure(1).section for case in benchmark.cases(Model(args), tiny)]
+    assert list(dict.fromkeys(measured)) == [*benchmark.SECTIONS]
 
 
 def test_alone_it_takes_the_bundled_model():
