@@ -35,7 +35,14 @@ SHAPES = [
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
-@pytest.mark.sampled("large", by=lambda name, shape, backend: [shape, backend, name == "slstm"])
+def shown(name, shape, backend):
+    """Each shape by one cell; of the others, which each cost a library, the one with the most slots."""
+    if name == "slstm":
+        return [name] if (shape[0], backend) == (63, "cpu") else []
+    return [shape, backend] if name == "gru" else []
+
+
+@pytest.mark.sampled("large", by=shown)
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "ops"])

@@ -156,7 +156,7 @@ def test_what_digits_leave_out_meets_the_weights_less_their_mean(bits, monkeypat
     assert np.abs(multiply(library, arrays, bits, 64, x, 0, 4)).max() < 1e-6 * 2**bits * np.abs(x).max()
 
 
-@pytest.mark.parametrize("form", ["Quantized", "3 digits", "2 digits"])
+@pytest.mark.parametrize("form", ["Quantized", "3 digits", pytest.param("2 digits", marks=pytest.mark.large)])
 def test_numbers_that_are_none(form, monkeypatch):
     """Infinite and undefined ones of x and of scales reach the rows that they belong to, and no others."""
     library, rng = built(4, 64, monkeypatch, form), np.random.default_rng(0)

@@ -42,7 +42,9 @@ def along(name, arrays, slopes, n, direction):
     return sum((numbers(s) * y.imag).sum() for s, y in zip(slopes, outputs, strict=True)) / 1e-200
 
 
-@pytest.mark.sampled("large", by=lambda name: [name])
+@pytest.mark.sampled(
+    "large", by=lambda name, size: [name, size] if name != "cross_entropy" or size[0] == 3 else []
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
