@@ -8,6 +8,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from mlx_pararnn.files.hub import BUNDLED
 from mlx_pararnn.files.model_files import has_plain_tokenizer, plain_tokenizer_parts
@@ -59,22 +60,70 @@ def folders(tmp_path_factory):
     """One tokenizer of each kind that this package writes."""
     trained = tmp_path_factory.mktemp("trained")
     write_tokenizer("bpe:400", ["the quick brown fox, the lazy dog\n" * 9, "straße 東京 😀"], trained)
-    return {"bytes": DEMO, "pocket": BUNDLED, "trained": trained}
+    others = {name: trained / name for name in ("saved", "neox", "padded")}
+    AutoTokenizer.from_pretrained(trained).save_pretrained(others["saved"])
+    as_neox(trained, others["neox"])
+    as_neox(trained, others["padded"])
+    config = json.loads((others["neox"] / "tokenizer_config.json").read_text())
+    del config["pad_token"]  # the class has its own
+    (others["padded"] / "tokenizer_config.json").write_text(json.dumps(config))
+    return {"bytes": DEMO, "pocket": BUNDLED, "trained": trained, **others}
+
+
+def as_neox(trained, folder):
+    """A tokenizer with the parts and the configuration that EleutherAI/gpt-neox-20b has."""
+    folder.mkdir()
+    tokenizer = json.loads((trained / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    special = flags | {"normalized": False, "special": True}
+    tokenizer |= {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "added_tokens": [
+            {"id": vocabulary["<|endoftext|>"], "content": "<|endoftext|>", **special},
+            {"id": len(vocabulary), "content": "<|padding|>", **special},
+            {"id": len(vocabulary) + 1, "content": "   ", **flags, "normalized": True, "special": False},
+        ],
+    }
+    config = {
+        **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space"), False),
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "pad_token": None,
+        "clean_up_tokenization_spaces": True,
+        "trim_offsets": True,
+        "tokenizer_class": "GPTNeoXTokenizer",
+        "added_tokens_decoder": {
+            str(token["id"]): {name: value for name, value in token.items() if name != "id"}
+            for token in tokenizer["added_tokens"]
+        },
+    }
+    uses = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps(uses))
 
 
 def both(folder):
     return load_tokenizer(folder, {}), PlainTokenizer(folder, *plain_tokenizer_parts(folder))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "pocket", "trained"])
+@pytest.mark.parametrize("kind", ["bytes", "pocket", "trained", "saved", "neox", "padded"])
 @settings(max_examples=60, deadline=None)
 @given(
-    text=st.text() | st.sampled_from(["<|end|>a", "x<|endoftext|> y", " a  b , .", "<|user|>"]),
+    text=st.text()
+    | st.sampled_from(
+        ["<|end|>a", "x<|endoftext|> y", " a  b , .", "<|user|>", "e\u0301    x", "<|padding|>"]
+    ),
     data=st.data(),
 )
 def test_a_plain_tokenizer_answers_as_transformers_does(kind, text, data, folders):
+    assert has_plain_tokenizer(folders[kind])
     theirs, ours = both(folders[kind])
     assert len(ours) == len(theirs)
+    assert ours.special_tokens_map == theirs.special_tokens_map
     assert ours.get_vocab() == theirs.get_vocab()
     assert (ours.bos_token, ours.bos_token_id) == (theirs.bos_token, theirs.bos_token_id)
     assert (ours.eos_token, ours.eos_token_id) == (theirs.eos_token, theirs.eos_token_id)
@@ -134,6 +183,34 @@ def test_what_says_more_is_left_to_transformers(change, tmp_path):
     assert has_plain_tokenizer(tmp_path / "model")
     change(tmp_path / "model")
     assert not has_plain_tokenizer(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed("tokenizer_config.json", add_bos_token=True),
+        changed("tokenizer_config.json", add_prefix_space=True),
+        changed("tokenizer_config.json", errors="strict"),
+        changed("tokenizer_config.json", bos_token={"content": "<|endoftext|>"}),
+        changed("tokenizer_config.json", pad_token="none such"),
+        changed("tokenizer_config.json", tokenizer_class="LlamaTokenizer"),
+        changed("tokenizer_config.json", backend="sentencepiece"),
+        changed("tokenizer.json", normalizer=None),
+        changed("tokenizer.json", pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
+        changed("tokenizer.json", pre_tokenizer={"type": "ByteLevel", "use_regex": False}),
+        changed("tokenizer.json", pre_tokenizer=None),
+        changed("tokenizer.json", decoder={"type": "Metaspace"}),
+        changed("tokenizer.json", post_processor={"type": "TemplateProcessing", "special_tokens": {"a": 1}}),
+        changed("tokenizer.json", model={"type": "Unigram"}),
+        changed("tokenizer.json", model={"type": "BPE", "ignore_merges": True}),
+        changed("tokenizer.json", added_tokens=[]),
+        changed("special_tokens_map.json", pad_token="<|endoftext|>"),
+    ],
+)
+def test_what_another_class_would_make_otherwise_is_left_to_transformers(change, folders, tmp_path):
+    folder = shutil.copytree(folders["neox"], tmp_path / "model")
+    change(folder)
+    assert not has_plain_tokenizer(folder)
 
 
 def run(script, *arguments, **options):

@@ -21,6 +21,14 @@ TOKENIZER_FILES = (
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 _TOKENS_OF_USE = {"bos_token", "eos_token", "unk_token", "pad_token"}
+# What transformers calls a tokenizer that it reads from tokenizer.json as it stands.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# It makes this one of tokenizer.json's vocabulary and merges, and of what `_is_neox` asks for.
+_NEOX_CLASSES = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
+_NEOX_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {
+    "pad_token": "<|padding|>"
+}
+_NEOX_SETTINGS = {"add_prefix_space", "trim_offsets", "errors", "add_bos_token", "add_eos_token"}
 _LFS_POINTER = b"version https://git-lfs"
 # Of files that MLX-LM and transformers open.
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -157,27 +165,68 @@ def has_plain_tokenizer(folder: Path) -> bool:
             return False
     except (PararnnError, OSError):
         return False
-    known = {
-        *("tokenizer_class", "clean_up_tokenization_spaces", "model_max_length"),
-        *("chat_template", "added_tokens_decoder", *_TOKENS_OF_USE),
-    }
-    if not isinstance(config, dict) or not isinstance(tokenizer, dict) or config.keys() - known:
+    if not isinstance(config, dict) or not isinstance(tokenizer, dict):
         return False
+    neox = config.get("tokenizer_class") in _NEOX_CLASSES
+    known = {
+        *("tokenizer_class", "clean_up_tokenization_spaces", "model_max_length", "backend", "is_local"),
+        *("local_files_only", "name_or_path", "special_tokens_map_file"),
+        *("chat_template", "added_tokens_decoder", *_TOKENS_OF_USE),
+        *(_NEOX_SETTINGS if neox else ()),
+    }
     added = _by_id(tokenizer.get("added_tokens"))
-    if added is None or config.get("added_tokens_decoder", added) != added:
+    if config.keys() - known or added is None or config.get("added_tokens_decoder", added) != added:
         return False
     special = [token["content"] for token in added.values() if token.get("special") is True]
     uses = _tokens_of_use(config)
+    told = _TOKENS_OF_USE & config.keys()
+    if neox and config.get("pad_token") is None:  # as gpt-neox-20b has it: there is none
+        told -= {"pad_token"}
     return (
-        config.get("tokenizer_class") == "PreTrainedTokenizerFast"
-        and config.get("clean_up_tokenization_spaces") is False
+        (_is_neox(config, tokenizer) if neox else _is_as_it_stands(config))
+        and config.get("backend", "tokenizers") == "tokenizers"
         and isinstance(config.get("chat_template"), str | None)
-        and uses.keys() == _TOKENS_OF_USE & config.keys()
+        and uses.keys() >= told
         and all(token in special for token in uses.values())
-        and (named is None or (isinstance(named, dict) and _texts(named) == uses))
+        and (named is None or (isinstance(named, dict) and _names_no_other(named, uses, neox)))
         and tokenizer.get("truncation") is None
         and tokenizer.get("padding") is None
     )
+
+
+def _is_as_it_stands(config: dict[str, Any]) -> bool:
+    cleans = config.get("clean_up_tokenization_spaces", False)
+    return config.get("tokenizer_class") in _PLAIN_CLASSES and cleans is False
+
+
+def _is_neox(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
+    """Whether tokenizer.json has what the class has of its own: normalizer, pre-tokenizer, decoder.
+
+    Spaces are never cleaned up of BPE, whatever the configuration says.
+    """
+    model, parts = tokenizer.get("model"), [tokenizer.get(name) for name in ("pre_tokenizer", "decoder")]
+    after = tokenizer.get("post_processor") or {"type": "ByteLevel"}
+    if not isinstance(model, dict) or not all(isinstance(part, dict) for part in (*parts, after)):
+        return False
+    others = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk")
+    before, decoder = parts
+    return (
+        tokenizer.get("normalizer") == {"type": "NFC"}
+        and before.get("type") == decoder.get("type") == "ByteLevel"
+        and not before.get("add_prefix_space")
+        and before.get("use_regex", True) is True
+        and model.get("type") == "BPE"
+        and not any(model.get(name) for name in (*others, "byte_fallback", "ignore_merges"))
+        and (after.get("type") == "ByteLevel" or after.get("special_tokens") == {})
+        and not any(config.get(name) for name in ("add_prefix_space", "add_bos_token", "add_eos_token"))
+        and config.get("errors", "replace") == "replace"
+    )
+
+
+def _names_no_other(named: dict[str, Any], uses: dict[str, str], neox: bool) -> bool:
+    """Whether special_tokens_map.json says of tokens what is known; of this class it may say less."""
+    texts = _texts(named)
+    return texts == uses or (neox and all(uses.get(name) == text for name, text in texts.items()))
 
 
 def plain_tokenizer_parts(folder: Path) -> tuple[dict[str, str], str | None]:
@@ -189,8 +238,11 @@ def plain_tokenizer_parts(folder: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _tokens_of_use(config: dict[str, Any]) -> dict[str, str]:
+    of_class = _NEOX_TOKENS if config.get("tokenizer_class") in _NEOX_CLASSES else {}
     return {
-        name: token for name, token in config.items() if name in _TOKENS_OF_USE and isinstance(token, str)
+        name: token
+        for name, token in {**of_class, **config}.items()
+        if name in _TOKENS_OF_USE and isinstance(token, str)
     }
 
 
