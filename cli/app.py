@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 import mlx_pararnn
 from mlx_pararnn.process.watchdog import ending_signals
 
+from .quick_values import Command, quick
 from .report import leave_the_word_to_rank_0
 
 UsageError: Any = typer.BadParameter.__base__  # Typer has no public name for it
@@ -60,6 +61,10 @@ class Commands(TyperGroup):
             self.commands[cmd_name] = _command(cmd_name)
         return self.commands[cmd_name]
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options before a command."""
+        return quick(super().get_params(ctx))
+
     def main(self, *args: Any, **options: Any) -> Any:
         """Run a command line, as Typer's groups do."""
         if not options.get("standalone_mode", True):
@@ -78,7 +83,7 @@ class Commands(TyperGroup):
 def _command(name: str) -> Any:
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     function = getattr(import_module(f".{COMMANDS[name]}", __package__), name.replace("-", "_"))
-    alone.command(name, context_settings=_SETTINGS.get(name))(function)
+    alone.command(name, cls=Command, context_settings=_SETTINGS.get(name))(function)
     return typer.main.get_command(alone)
 
 

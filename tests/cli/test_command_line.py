@@ -1,6 +1,7 @@
 """What holds for every command: its streams, paths, interrupts, and errors that are nobody's."""
 
 import ast
+import copy
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import mlx_pararnn
@@ -359,6 +361,48 @@ def test_wrong_usage_is_told_as_every_error(arguments, said):
     assert result.stderr.startswith(f"error: {said}")
     assert result.stderr.count("\n") == 1
     assert result.stderr.endswith("--help)\n") or arguments[-1] == "--preset"
+
+
+GIVEN = (None, "", "x", "0", "1", "4", "007", "-1", "+1", "1_0", " 7", "7\n", "\u0663", "9" * 30, "0.5", "1.", ".5",
+         "1e3", "nan", "inf", "true", "mlx", "float16", 3, 0.5)  # fmt: skip
+
+
+def outcome(parameter, context, value):
+    try:
+        made = parameter.get_runtime_param().coerce(value, param=parameter, ctx=context)
+    except typer.BadParameter as error:
+        return error.format_message()
+    return type(made), repr(made)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_values_are_as_typer_makes_them(name):
+    """Those that are taken as they are, too, and it has the last word on the others."""
+    command = typer.main.get_command(app).get_command(None, name)
+    context = command.context_class(command)
+    for quick in command.get_params(context):
+        if "get_runtime_param" not in vars(quick):  # -h
+            continue
+        plain = copy.copy(quick)
+        del vars(plain)["get_runtime_param"]
+        for value in GIVEN:
+            if not isinstance(value, str | None) and (quick.multiple or quick.nargs != 1):
+                continue
+            assert outcome(quick, context, value) == outcome(plain, context, value), (quick.name, value)
+
+
+def test_options_of_generate_and_chat_need_no_pydantic():
+    code = "import sys; from mlx_pararnn.cli.app import app; sys.argv[1:] = {}\n"
+    code += "try: app()\nexcept SystemExit: print('pydantic' in sys.modules)"
+    for words in (
+        ["generate", "Once", "-m", "1", "--temp", "0.5", "--seed", "3"],
+        ["chat", "Once"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(words)], capture_output=True, text=True, check=True
+        )
+        assert "no such model folder" in done.stderr
+        assert done.stdout == "False\n"
 
 
 def test_completion_of_commands():
