@@ -363,8 +363,8 @@ def test_wrong_usage_is_told_as_every_error(arguments, said):
     assert result.stderr.endswith("--help)\n") or arguments[-1] == "--preset"
 
 
-GIVEN = (None, "", "x", "0", "1", "4", "007", "-1", "+1", "1_0", " 7", "7\n", "\u0663", "9" * 30, "0.5", "1.", ".5",
-         "1e3", "nan", "inf", "true", "mlx", "float16", 3, 0.5)  # fmt: skip
+GIVEN = (None, "", "x", "0", "1", "4", "007", "-1", "+1", "1_0", " 7", "7\n", "\u0663", "9" * 30, "0.5",
+         "1.", ".5", "1e3", "nan", "inf", "true", "mlx", "float16", 3, 0.5)  # fmt: skip
 
 
 def outcome(parameter, context, value):
