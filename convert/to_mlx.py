@@ -111,8 +111,8 @@ def convert_to_mlx(
             command = ["mlx-pararnn", "add-tokenizer", given, str(tokenizer)]
             todo = f"; to give it a tokenizer: {shlex.join(command)}"
         if quantize:
-            options = {"--q-bits": q_bits, "--q-group-size": q_group_size, "--dtype": dtype}
-            how = [word for name, value in options.items() if value for word in (name, str(value))]
+            given_options = {"--q-bits": q_bits, "--q-group-size": q_group_size, "--dtype": dtype}
+            how = [word for name, value in given_options.items() if value for word in (name, str(value))]
             how += [] if q_mode == "affine" else ["--q-mode", q_mode]
             command = ["mlx-pararnn", "lm", "convert", "--hf-path", given, "--mlx-path", str(out), "-q", *how]
             todo += f"; to quantize it: {shlex.join(command)}"

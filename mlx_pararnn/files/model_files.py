@@ -204,12 +204,15 @@ def _is_neox(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
 
     Spaces are never cleaned up of BPE, whatever the configuration says.
     """
-    model, parts = tokenizer.get("model"), [tokenizer.get(name) for name in ("pre_tokenizer", "decoder")]
-    after = tokenizer.get("post_processor") or {"type": "ByteLevel"}
-    if not isinstance(model, dict) or not all(isinstance(part, dict) for part in (*parts, after)):
+    parts: list[Any] = [
+        tokenizer.get(name) for name in ("model", "pre_tokenizer", "decoder", "post_processor")
+    ]
+    if parts[-1] is None:
+        parts[-1] = {"type": "ByteLevel"}
+    if not all(isinstance(part, dict) for part in parts):
         return False
+    model, before, decoder, after = parts
     others = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk")
-    before, decoder = parts
     return (
         tokenizer.get("normalizer") == {"type": "NFC"}
         and before.get("type") == decoder.get("type") == "ByteLevel"
