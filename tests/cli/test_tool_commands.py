@@ -35,7 +35,7 @@ def scripts(monkeypatch):
     """Scripts that stand in for the model, one a turn; the sources that were made of them."""
     waiting, sources = [], []
 
-    def source(model, sampler, cache, progress):
+    def source(model, sampler, cache, progress, step_size):
         source = Script(waiting.pop(0) if waiting else SUM)
         source.cache, source.sampler = model.make_cache() if cache is None else cache, sampler
         read = source.read
