@@ -9,6 +9,7 @@ import pytest
 
 import mlx_pararnn  # loads OpenBLAS before a test imports MLX
 from mlx_pararnn import cells
+from mlx_pararnn.convert.families.names import REGISTERED
 from tests.support import quick_run
 from tests.support.golden import DATA, golden_file
 
@@ -74,9 +75,13 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture(autouse=True)
-def registry_as_it_was(monkeypatch):
-    """A cell that a test registers is gone after it."""
+def registries_as_they_were(monkeypatch):
+    """A cell or a family of checkpoints that a test registers is gone after it."""
     monkeypatch.setattr(cells, "_REGISTRY", dict(cells._REGISTRY))
+    families = dict(REGISTERED)
+    yield
+    REGISTERED.clear()
+    REGISTERED.update(families)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.families import NamedTensors, names, register_family
-from mlx_pararnn.convert.families.names import REGISTERED
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.errors import PararnnError
 
@@ -22,14 +21,6 @@ CELL = {
     "bias": ("z.bias", "r.bias", "h.bias"),
     "recurrent_weight": ("a_z", "a_r", "a_h"),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_registered():
-    before = dict(REGISTERED)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
 
 
 def state(**other):
