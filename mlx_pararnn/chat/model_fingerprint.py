@@ -1,4 +1,4 @@
-"""What tells a model's states from another's."""
+"""What tells a model's states from another's: its fingerprint, and the form of its arrays."""
 
 import hashlib
 from dataclasses import fields
@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..cache import Kept
 from ..compute.module_arrays import named_arrays
 
 FORMAT = "1"  # changes with what a state's arrays mean
@@ -19,6 +20,20 @@ def fingerprint(model: Any) -> str:
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
         digest.update(np.array(array.reshape(-1).view(mx.uint8)).data)
     return digest.hexdigest()[:16]
+
+
+def form_of(model: Any) -> list[Kept]:
+    """Each layer's arrays after a token, (state, window): all its states have their shapes and types."""
+    cache = model.make_cache()
+    model(mx.array([[0]]), cache=cache)
+    return [(layer.cache[0], layer.cache[1]) for layer in cache]
+
+
+def has_form(array: Any, form: mx.array | None) -> bool:
+    """Whether a state's array has the shape and type of `form`, and holds numbers only."""
+    if array is None or form is None:
+        return array is form
+    return (array.shape, array.dtype) == (form.shape, form.dtype) and bool(mx.isfinite(array).all().item())
 
 
 def _described(args: Any) -> list[tuple[str, Any]]:

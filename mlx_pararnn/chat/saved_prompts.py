@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 
 from ..cache import Kept, RecurrentCache
 from ..errors import PararnnError
-from .model_fingerprint import fingerprint
+from ..files.model_files import check_safetensors
+from .model_fingerprint import fingerprint, form_of, has_form
 from .prompt_cache import SPACING, PromptCache
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class SavedPromptCache(PromptCache):
 
     def open(self, model: Any) -> None:
         """Read what was saved for this model; called once, before any other use."""
-        self._model = fingerprint(model)
+        self._model, forms = fingerprint(model), form_of(model)
         for rest in self._folder.glob(".*.safetensors"):  # of a process that was killed while it wrote
             rest.unlink(missing_ok=True)
         self._trim_folder()
@@ -65,7 +67,7 @@ class SavedPromptCache(PromptCache):
             if match is None or match[1] != self._model:
                 continue
             try:
-                tokens, states = _read(path, match[2])
+                tokens, states = _read(path, match[2], forms)
             except Exception as error:  # whatever a damaged file leads to
                 logger.warning("a saved state cannot be used and is dropped: %s (%s)", path.name, error)
                 path.unlink(missing_ok=True)
@@ -109,13 +111,15 @@ class SavedPromptCache(PromptCache):
             path.unlink(missing_ok=True)
 
     def _found(self) -> list[Path]:
-        """All files, what was used last at the end."""
+        """All files, what was used last at the end; no folders, pipes or devices of such a name."""
         times = []
         for path in self._folder.glob("*.safetensors"):
             try:
-                times.append((path.stat().st_mtime_ns, path))
-            except FileNotFoundError:  # another server's, just now evicted
+                status = path.stat()
+            except OSError:  # another server's, just now evicted; a link to nothing
                 continue
+            if stat.S_ISREG(status.st_mode):
+                times.append((status.st_mtime_ns, path))
         return [path for _, path in sorted(times)]
 
     def _trim_folder(self) -> None:
@@ -152,8 +156,9 @@ def _write(folder: Path, model: str, tokens: bytes, states: list[RecurrentCache]
     return path
 
 
-def _read(path: Path, contents: str) -> tuple[np.ndarray, list[RecurrentCache]]:
-    """The tokens (T,) and the states that have read them."""
+def _read(path: Path, contents: str, forms: list[Kept]) -> tuple[np.ndarray, list[RecurrentCache]]:
+    """The tokens (T,) and the states that have read them; raises where they are not of `forms`."""
+    check_safetensors(path)
     if _hash(path) != contents:
         raise ValueError("its contents are not what they were")
     arrays: dict[str, mx.array] = dict(mx.load(str(path)))  # type: ignore[arg-type]
@@ -165,8 +170,17 @@ def _read(path: Path, contents: str) -> tuple[np.ndarray, list[RecurrentCache]]:
         if part == "state":
             window = arrays.get(f"{n}.{position}.window")
             layers.setdefault(int(n), {})[int(position)] = state, window
+    positions = [*layers.get(0, {})]
+    if (tokens.ndim, tokens.dtype) != (1, np.int32) or len(tokens) not in positions or min(positions) < 1:
+        raise ValueError("its tokens are not those of a state")
+    if len(layers) != len(forms) or any(layer.keys() != layers[0].keys() for layer in layers.values()):
+        raise ValueError("its layers are not those of the model")
     states = []
-    for number in range(len(layers)):
+    for number, form in enumerate(forms):
+        if not all(
+            has_form(a, b) for kept in layers[number].values() for a, b in zip(kept, form, strict=True)
+        ):
+            raise ValueError("its arrays are not those of a state of the model")
         layer = RecurrentCache()
         layer.cache = list(layers[number][len(tokens)])
         layer.offsets, layer.kept, layer.spacing = [len(tokens)], [layers[number]], SPACING

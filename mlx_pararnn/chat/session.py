@@ -26,7 +26,7 @@ from ..pocket.functions import Functions
 from ..pocket.loop import Limits
 from ..pocket.protocol import find_protocol
 from .conversation_file import Point, Turn, read_conversation, read_messages, write_conversation
-from .model_fingerprint import fingerprint
+from .model_fingerprint import fingerprint, form_of, has_form
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -378,13 +378,12 @@ class Chat:
         return len(self.messages)
 
     def _fits(self, cache: list[RecurrentCache]) -> bool:
-        """True if `cache` has the shapes and types of a state of this model, and holds numbers only."""
-        like = self.model.make_cache()
-        self.model(mx.array([[0]]), cache=like)
-        return len(cache) == len(like) and all(
-            _same_form(a, b)
-            for mine, c in zip(like, cache, strict=True)
-            for a, b in zip(mine.cache, c.cache, strict=True)
+        """True if `cache` can be a state of this model; before the first word it has no arrays."""
+        forms = form_of(self.model)
+        return len(cache) == len(forms) and all(
+            array is None or has_form(array, form)
+            for layer, arrays in zip(cache, forms, strict=True)
+            for array, form in zip(layer.cache, arrays, strict=True)
         )
 
     def _prompt(self, text: str, image: str | None) -> tuple[list[int], dict[str, Any]]:
@@ -474,10 +473,3 @@ def _marked(message: dict[str, str]) -> dict[str, str]:
 
 class _Interrupted(Exception):
     """Raised inside MLX-LM's prompt loop, between two pieces, to leave it."""
-
-
-def _same_form(a: mx.array | None, b: Any) -> bool:
-    """`b` may be missing: a conversation saved before its first word."""
-    if a is None or b is None:
-        return b is None
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(mx.isfinite(b).all().item())

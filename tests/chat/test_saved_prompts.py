@@ -1,5 +1,6 @@
 """States in a folder: found again by the next server of the same model, dropped where they are damaged."""
 
+import hashlib
 import os
 import signal
 from dataclasses import dataclass
@@ -117,17 +118,64 @@ def test_a_damaged_file_is_dropped_with_a_warning(tmp_path, model, caplog, damag
     assert (read(again, [4] * 200), read(again, [*TEXT, 5])) == (0, len(TEXT))
 
 
-def test_a_whole_file_that_holds_something_else_is_dropped(tmp_path, model, caplog):
-    """Its name is right for its contents, which are no states."""
-    import hashlib
+def wider(name, array):
+    return name, mx.concatenate([array, array], axis=-1)
 
+
+HOSTILE = {
+    "no states": lambda arrays: {"tokens": arrays["tokens"], "a": mx.zeros(3)},
+    "no tokens": lambda arrays: {name: a for name, a in arrays.items() if name != "tokens"},
+    "none at all": lambda arrays: {**arrays, "tokens": arrays["tokens"][:0]},
+    "other tokens": lambda arrays: {**arrays, "tokens": arrays["tokens"].astype(mx.float32)},
+    "a table of tokens": lambda arrays: {**arrays, "tokens": arrays["tokens"][None]},
+    "fewer tokens": lambda arrays: {**arrays, "tokens": arrays["tokens"][:-1]},
+    "wider": lambda arrays: dict(wider(*pair) if pair[0] != "tokens" else pair for pair in arrays.items()),
+    "of two rows": lambda arrays: {
+        name: a if name == "tokens" else mx.concatenate([a, a]) for name, a in arrays.items()
+    },
+    "of another type": lambda arrays: {
+        name: a if name == "tokens" else a.astype(mx.float16) for name, a in arrays.items()
+    },
+    "no numbers": lambda arrays: {name: a if name == "tokens" else a * mx.nan for name, a in arrays.items()},
+    "a snapshot without numbers": lambda arrays: {**arrays, "1.64.state": arrays["1.64.state"] * mx.inf},
+    "a layer more": lambda arrays: {**arrays, "2.210.state": arrays["1.210.state"]},
+    "a layer less": lambda arrays: {name: a for name, a in arrays.items() if not name.startswith("1.")},
+    "no window": lambda arrays: {name: a for name, a in arrays.items() if name != "0.210.window"},
+    "a snapshot of one layer": lambda arrays: {name: a for name, a in arrays.items() if "1.64." not in name},
+    "before the beginning": lambda arrays: {
+        **arrays,
+        **{f"{n}.-5.{part}": arrays[f"{n}.210.{part}"] for n in "01" for part in ("state", "window")},
+    },
+    "a number of any length": lambda arrays: {**arrays, f"{'9' * 5000}.210.state": arrays["1.210.state"]},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_whole_file_that_holds_something_else_is_dropped(tmp_path, model, caplog, change):
+    """Its name is right for its contents, which are no states of the model; the server goes on without it."""
+    saved(tmp_path, model, TEXT)
+    (path,) = tmp_path.iterdir()
+    arrays = mx.load(str(path))
+    mx.eval(arrays)
+    path.unlink()
     rest = tmp_path / "x.safetensors"
-    mx.save_safetensors(str(rest), {"tokens": mx.array([1, 2, 3]), "a": mx.zeros(3)})
+    mx.save_safetensors(str(rest), HOSTILE[change](arrays))
     contents = hashlib.sha256(rest.read_bytes()).hexdigest()[:32]
     path = rest.rename(tmp_path / f"{fingerprint(model)}-{contents}.safetensors")
-    assert len(opened(tmp_path, model)) == 0
+    again = opened(tmp_path, model)
     assert "cannot be used and is dropped" in caplog.text
-    assert not path.exists()
+    assert (len(again), path.exists()) == (0, False)
+
+
+def test_what_is_no_file_is_left_alone(tmp_path, model):
+    """A pipe, which nobody would ever write to, a folder, a link to nothing."""
+    saved(tmp_path, model, TEXT)
+    names = [f"{fingerprint(model)}-{n}{'0' * 31}.safetensors" for n in range(3)]
+    os.mkfifo(tmp_path / names[0])
+    (tmp_path / names[1]).mkdir()
+    (tmp_path / names[2]).symlink_to("nowhere")
+    assert read(opened(tmp_path, model, max_bytes=10), [*TEXT, 5]) == 0  # too little: all files are evicted
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_what_was_used_last_stays_within_the_bytes(tmp_path, model):
