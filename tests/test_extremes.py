@@ -13,6 +13,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.sampling import Sampling, sampler
 from mlx_pararnn.compute.recurrence import recurrence
+from mlx_pararnn.generation import stream_generate
 from mlx_pararnn.loading import load
 from tests.support import oracle
 from tests.support.demo import DEMO
@@ -58,19 +59,62 @@ def test_a_seed_draws_the_same_again():
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "cpu"},
+        {"backend": "ops", "method": "sequential"},
+        {"backend": "ops", "method": "newton", "chunk": 3},
+    ],
+    ids=["cpu", "sequential", "newton"],
+)
 @pytest.mark.parametrize("name", ["gru", "lstm", "nlru", "slstm"])
-def test_inputs_that_overflow_the_activations_give_numbers(name):
-    """Gates of 1e30, and of the largest float32: sigmoid and tanh end at 0 and 1, and so do the states."""
+def test_inputs_that_overflow_the_activations_are_the_oracles(name, options):
+    """Gates up to the largest float32, all of them and every other one: sigmoid, tanh and exp end at 0 and 1.
+
+    Powers of two, whose sums float32 has as float64 does. sLSTM's m adds gates: 12 of the largest would be
+    infinite; and of 2**14 it rounds away what R h adds, which an exponential makes large. Float32 then
+    has a number, and not the right one.
+    """
     cell, params, u, _ = problem(name, T=12, D=6)
-    for size in (1e4, 1e30, 3e38):
-        if name == "slstm" and size > 1e4:
-            continue  # its gates are exponentials of sums: beyond float32 there is no right value
-        for method in ("sequential", "newton"):
-            hidden, last = recurrence(
-                cell, mx.array(params), mx.array(np.sign(u) * np.float32(size)), method=method
-            )
-            assert mx.isfinite(hidden).all(), (size, method)
-            assert mx.isfinite(last).all()
+    every_other = np.indices(u.shape).sum(axis=0) % 2 == 0
+    for power in (14, 60, 100, 123 if name == "slstm" else 127):
+        large = (np.sign(u) * 2.0**power).astype(np.float32)
+        for given in (large, np.where(every_other, large, u)):
+            wanted = oracle_of(cell, params, given)
+            hidden, last = recurrence(cell, mx.array(params), mx.array(given), **options)
+            assert mx.isfinite(hidden).all(), power
+            assert mx.isfinite(last).all(), power
+            if name == "slstm" and power == 14:
+                continue
+            for mine, theirs in zip((hidden, *mx.split(last, last.shape[1], 1)), wanted, strict=True):
+                difference = np.abs(np.array(mine).reshape(theirs.shape) - theirs).max()
+                assert difference < 2e-5 * max(1, np.abs(theirs).max()), power
+
+
+def oracle_of(cell, params, u):
+    """The output (B, 1, T, D) and each slot's last state (B, 1, D), in float64."""
+    plain = u[:, 0].astype(np.float64)
+    states = oracle.sequential(cell, params.astype(np.float64), plain)
+    return [states[cell.output_slot], *(state[:, -1] for state in states)]
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_logits_that_float16_does_not_hold(cell):
+    """The likeliest of those that are infinite is not known any more: one of them is taken, at every step."""
+    model, tokenizer = small_model(num_hidden_layers=1, cell=cell), load(DEMO)[1]
+    norm = model.model.norm
+    norm.weight = norm.weight * 2_000
+    model.lm_head.weight = model.lm_head.weight * 30
+    model.set_dtype(mx.float16)
+    prompt = list(b"def main(")
+    tokens = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=20)]
+    model.set_dtype(mx.float32)
+    logits = np.array(model(mx.array([[*prompt, *tokens]]))[0])[len(prompt) - 1 : -1]
+    largest = float(np.finfo(np.float16).max)
+    assert (logits.max(axis=-1) > 1.1 * largest).all()
+    assert (logits[np.arange(len(tokens)), tokens] > 0.9 * largest).all()
 
 
 @pytest.mark.large

@@ -295,16 +295,20 @@ def half():
 
 
 @pytest.mark.large
-def test_weights_that_make_no_numbers_end_the_answer_in_a_sentence(tmp_path):
+@pytest.mark.parametrize(("scale", "dtype"), [(mx.nan, mx.float32), (60_000, mx.float16)])
+def test_weights_that_make_no_numbers_end_the_answer_in_a_sentence(tmp_path, scale, dtype):
+    """NaN among them, or logits that float16 does not hold; without log probabilities tokens are given."""
     model = Model(ModelArgs(16, 1, 256, 16))
-    model.set_dtype(mx.float32)
-    model.model.norm.weight = model.model.norm.weight * mx.nan
+    model.model.norm.weight = model.model.norm.weight * scale
+    model.lm_head.weight = model.lm_head.weight * 30
+    model.set_dtype(dtype)
     with running(folder_of(tmp_path / "broken", model)) as server:
         for path, body in [*LOGPROBS, ("/v1/completions", {"prompt": "xyz", "logprobs": 2, "echo": True})]:
             for stream in (False, True):
                 status, said = told(server, path, {**body, "stream": stream})
                 assert status == (200 if stream and path == "/v1/responses" else 500)
                 assert "no log probabilities (NaN)" in said[-1]["error"]["message"]
+        assert told(server, "/v1/completions", {"prompt": "x"})[0] == 200
         code, last = server.stop()
     assert (code, "Traceback" in last) == (0, False)
 
