@@ -233,6 +233,7 @@ ACTS = {
     "reset": lambda chat, folder: chat.reset(),
     "set_system": lambda chat, folder: chat.set_system("Be brief."),
     "load": lambda chat, folder: chat.load(folder / "other"),
+    "read_again": lambda chat, folder: chat.read_again(folder / "other"),
     "save": lambda chat, folder: chat.save(folder / "saved"),
 }
 
