@@ -251,6 +251,7 @@ def same_conversation(a, b):
 
 
 @pytest.mark.large
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where a generator is closed
 @pytest.mark.parametrize("act", ACTS)
 def test_an_interrupt_anywhere_leaves_a_conversation_as_it_was_or_is_to_be(act, tmp_path):
     folder = shutil.copytree(DEMO, tmp_path / "model")

@@ -81,8 +81,11 @@ class Chat:
         self._check_system(system)
         self._state = self._empty(system)
         self._protocol = find_protocol(tokenizer)
-        self._assistant = Assistant() if functions is None else None
-        self.functions = assistant_functions(self._assistant) if functions is None else functions
+        self._assistant: Assistant | None = None
+        if functions is None:
+            self._assistant = Assistant()
+            functions = assistant_functions(self._assistant)
+        self.functions = functions
 
     def reset(self) -> None:
         """Forget the conversation."""
