@@ -155,7 +155,9 @@ def kinds_of_text(chance):
         ("POST", RESPONSES, lambda: {"input": "x", "max_output_tokens": 1, "stream": True}, {}, 200),
         (
             "POST", CHAT,
-            lambda: {"messages": [TOLD], "tools": [function(chance)], "tool_choice": "required"},
+            lambda: {
+                "messages": [TOLD], "max_tokens": 2, "tools": [function(chance)], "tool_choice": "required",
+            },
             {}, 200,
         ),
         ("POST", CHAT, lambda: {"messages": [picture_message(chance)], "max_tokens": 1}, {}, 400),
