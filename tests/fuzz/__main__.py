@@ -48,7 +48,7 @@ class Watch:
 
     def __init__(self, folder: Path, processes: bool, last: Path) -> None:
         self.folder, self.processes, self.active = str(folder.resolve()), processes, False
-        self.ticks = 0
+        self.ticks, self.memory = 0, _peak()
         # What native code hangs or fails in is there afterwards.
         self.last = last
         self._file = os.open(last, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -66,6 +66,9 @@ class Watch:
         finally:
             self.active = False
             self._limit(0, 0)
+        if (peak := _peak()) - self.memory > MEMORY:
+            self.memory = peak  # so that the next input is not blamed for it
+            raise Finding("more than 1 GB of memory")
 
     def _limit(self, seconds: int, waiting: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -127,16 +130,13 @@ def fuzz(name: str, runs: int, seconds: float, seed: int = 0) -> tuple[int, int]
         watch = Watch(Path(work), target.processes, last)
         rng = random.Random(f"{name} {seed}")
         first = [*target.seeds, *(path.read_bytes() for path in sorted(FOUND.glob(f"{name}-*")))]
-        begun, memory, done = time.monotonic(), _peak(), 0
+        begun, done = time.monotonic(), 0
         while done < len(first) or (done < runs and time.monotonic() - begun < seconds):
             data = (
                 first[done] if done < len(first) else changed(target.seeds, target.words, rng, target.inside)
             )
             try:
                 watch.run(target, data)
-                if _peak() - memory > MEMORY:
-                    memory = _peak()
-                    raise Finding("more than 1 GB of memory")
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
@@ -185,10 +185,12 @@ def _by_coverage(name: str, runs: int, seconds: float, seed: int, corpus: Path |
         except Exception:  # it is no container any more
             return changed([data], target.words, rng)[:longest]
 
+    # libFuzzer's own limit ends the process: for memory that native code takes and does not come back from.
+    memory = (_peak() + 2 * MEMORY) >> 20
     longest = max(4096, 2 * max(map(len, target.seeds)))
     options = [f"-runs={runs}", f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", f"-timeout={WAITING}"]
     atheris.Setup(
-        [sys.argv[0], *options, f"-max_len={longest}", "-rss_limit_mb=4096", str(corpus)],
+        [sys.argv[0], *options, f"-max_len={longest}", f"-rss_limit_mb={memory}", str(corpus)],
         one,
         custom_mutator=mutated,
         enable_python_coverage=True,

@@ -1,4 +1,4 @@
-"""What is fuzzed: of each target a function of bytes that raises on a finding only, and first inputs."""
+"""What is fuzzed: files of models, requests and what is typed; answers.py and pictures.py have the others."""
 
 import contextlib
 import io
@@ -9,14 +9,12 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError
@@ -37,15 +35,10 @@ from mlx_pararnn.cli.tool_lines import ToolLines
 from mlx_pararnn.convert.inspection import inspect
 from mlx_pararnn.convert.readers.forms import read_weights
 from mlx_pararnn.convert.readers.pickles import load_pickle
-from mlx_pararnn.images.picture import read_picture
 from mlx_pararnn.loading import load_model, load_states, load_tokenizer
-from mlx_pararnn.pocket.answers import assistant_functions
-from mlx_pararnn.pocket.assistant import Assistant
-from mlx_pararnn.pocket.protocol import Command, find_protocol
 from mlx_pararnn.process.watchdog import Watchdog
-from mlx_pararnn.text.detokenizer import BYTES, Detokenizer, StopMatcher
 from mlx_pararnn.training.data import read_documents
-from tests.fuzz.changes import Inside
+from tests.fuzz.answers import calls, detokenizer, pieces, schemas, tool_calls
 from tests.fuzz.inputs import (
     JINJA_WORDS,
     JSON_WORDS,
@@ -53,7 +46,6 @@ from tests.fuzz.inputs import (
     TEMPLATE,
     TEMPLATES,
     ZIP_WORDS,
-    checked_chunks,
     content_in,
     header_in,
     header_in_named,
@@ -62,28 +54,12 @@ from tests.fuzz.inputs import (
     small_model,
     torch_files,
 )
+from tests.fuzz.pictures import image_bodies, image_model_folder, picture
+from tests.fuzz.target import Target, named, put
 from tests.support.golden import DATA
 from tests.support.small_models import torch_lm
 
 SMALL = 1 << 20  # bytes of tensors that are read
-
-
-class Target(NamedTuple):
-    """Of one kind of input.
-
-    Attributes:
-        run: takes bytes, and raises on a finding only.
-        seeds: inputs to begin with.
-        words: what changes put in.
-        processes: whether it may start processes.
-        inside: what takes the header out of a container, for changes that leave the rest whole.
-    """
-
-    run: Callable[[bytes], None]
-    seeds: list[bytes]
-    words: tuple[bytes, ...] = ()
-    processes: bool = False
-    inside: Inside | None = None
 
 
 def pickle(folder: Path) -> Target:
@@ -195,72 +171,6 @@ def template(folder: Path) -> Target:
             )
 
     return Target(run, [TEMPLATE.encode(), *map(str.encode, TEMPLATES)], JINJA_WORDS, processes=True)
-
-
-def calls(_: Path) -> Target:
-    """What a model says: marks of the protocol in any order, and calls of functions."""
-    _, tokenizer = mlx_pararnn.load()
-    protocol = find_protocol(tokenizer)
-    assert protocol is not None
-    functions = assistant_functions(Assistant())
-    called = protocol.render_call("add", {"a": 1})
-    turns = [
-        protocol.render_message("add 1 and 2"),
-        [
-            *protocol.render_message("add 1"),
-            *called,
-            *protocol.render_result("3"),
-            *protocol.render_answer("3"),
-        ],
-        [*called[:9], protocol.command_ids[Command("read", 1)], *called[9:]],
-    ]
-    seeds = [
-        *(bytes(t if t < 256 else t - 256 + 0xF5 for t in turn) for turn in turns),
-        b'{"name": "x", "arguments": {}}',
-        *(json.dumps({"name": f.name, "arguments": {"text": "1", "n": 1}}).encode() for f in functions),
-    ]
-
-    def run(data: bytes) -> None:
-        # Bytes that stand in no UTF-8 are the special tokens.
-        tokens = [byte if byte < 0xF5 else byte - 0xF5 + 256 for byte in data]
-        with contextlib.suppress(PararnnError):
-            parts = protocol.split(tokens)
-            assert [token for part in parts for token in part.tokens] == tokens
-        protocol.decode(tokens)
-        try:
-            call = json.loads(data)
-            name, arguments = str(call["name"]), json.dumps(call["arguments"])
-        except (ValueError, TypeError, LookupError, RecursionError):
-            name, arguments = next(iter(functions)).name, data.decode(errors="replace")
-        assert isinstance(functions.call(name, arguments).text, str)
-
-    marks = tuple(bytes([byte]) for byte in range(0xF5, 0x100))
-    return Target(run, seeds, (*JSON_WORDS, *marks))
-
-
-def detokenizer(_: Path) -> Target:
-    """Tokens to text, and stop strings in it: pieces are the whole."""
-    alphabet = sorted(BYTES, key=BYTES.__getitem__)
-    vocabulary = {character: n for n, character in enumerate(alphabet)}
-    inner = Tokenizer(models.BPE(vocabulary, []))
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
-
-    def run(data: bytes) -> None:
-        tokens, stop = list(data), data[-3:].decode(errors="replace") or "x"
-        streaming = Detokenizer(tokenizer)
-        matcher, text = StopMatcher([stop]), ""
-        for token in tokens:
-            streaming.add_token(token)
-            text += matcher.add(streaming.last_segment) if matcher.found is None else ""
-        streaming.finalize()
-        whole = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        assert streaming.text == whole, (streaming.text, whole)
-        text += matcher.add(streaming.last_segment) if matcher.found is None else ""
-        text += matcher.flush() if matcher.found is None else ""
-        assert text == whole.partition(stop)[0], (text, whole, stop)
-
-    return Target(run, ["Größe \U0001f600 x".encode(), b"\xf0\x9f\x98", b"aab aab aaab"])
 
 
 def commands(folder: Path) -> Target:
@@ -385,7 +295,7 @@ def tokenizer_files(folder: Path) -> Target:
         load_tokenizer(folder / name, {"eos_token_id": 0})
 
     def run(data: bytes) -> None:
-        if not (name := _put(folder, list(kept), data)):
+        if not (name := put(folder, list(kept), data)):
             return
         try:
             with contextlib.suppress(PararnnError):
@@ -395,7 +305,7 @@ def tokenizer_files(folder: Path) -> Target:
         finally:
             (folder / name).write_bytes(kept[name])
 
-    seeds = [_named(name, content) for name, content in kept.items()]
+    seeds = [named(name, content) for name, content in kept.items()]
     return Target(run, seeds, JSON_WORDS, inside=content_in)
 
 
@@ -420,7 +330,7 @@ def weights(folder: Path) -> Target:
     load_model(folder, adapter_path=folder)
 
     def run(data: bytes) -> None:
-        name = _put(folder, list(seeds), data)
+        name = put(folder, list(seeds), data)
         try:
             with contextlib.suppress(PararnnError):
                 if name == "model.safetensors":
@@ -434,7 +344,7 @@ def weights(folder: Path) -> Target:
             if name:
                 (folder / name).write_bytes(seeds[name])
 
-    named = [_named(name, content) for name, content in seeds.items()]
+    named = [named(name, content) for name, content in seeds.items()]
     return Target(run, named, JSON_WORDS, inside=header_in_named)
 
 
@@ -515,7 +425,7 @@ def _package_target(
     kept = {name: (out / name).read_bytes() for name in ("pararnn.json", *names)}
 
     def run(data: bytes) -> None:
-        name = _put(out, list(kept), data)
+        name = put(out, list(kept), data)
         if name == "pararnn.json":
             (out / agreed).write_bytes(agreeing((out / name).read_bytes()))
         try:
@@ -527,68 +437,18 @@ def _package_target(
             for changed in (name, agreed) if name == "pararnn.json" else (name,) if name else ():
                 (out / changed).write_bytes(kept[changed])
 
-    seeds = [_named(name, content) for name, content in kept.items()]
+    seeds = [named(name, content) for name, content in kept.items()]
     # What is said is most of what there is to read: the description three times as often as the others.
     seeds += 2 * seeds[:1]
     return Target(run, seeds, (*JSON_WORDS, b"/dev/zero", b"../"), inside=header_in_named)
 
 
-def picture(_: Path) -> Target:
-    """Image files."""
-    import PIL.Image
-
-    image = PIL.Image.effect_noise((24, 18), 60).convert("RGB")
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    saved: list[tuple[str, str, dict[str, Any]]] = [
-        ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "RGBA", {}), ("PNG", "1", {}), ("PNG", "I;16", {}),
-        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"progressive": True}),
-        ("WEBP", "RGB", {}), ("WEBP", "RGBA", {"lossless": True}), ("GIF", "P", {"transparency": 3}),
-        ("BMP", "RGB", {}), ("BMP", "P", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
-        ("TIFF", "CMYK", {}), ("TIFF", "1", {"compression": "group4"}),
-        ("TIFF", "RGB", {"compression": "jpeg"}),
-    ]  # fmt: skip
-    seeds = []
-    for kind, mode, options in saved:
-        file = io.BytesIO()
-        image.convert("L" if mode == "I;16" else mode).convert(mode).save(file, kind, **options)
-        seeds.append(file.getvalue())
-    frames = io.BytesIO()
-    image.save(frames, "GIF", save_all=True, append_images=[image.rotate(90)])
-    seeds.append(frames.getvalue())
-    words = (b"\xff\xd8", b"\xff\xc0", b"\xff\xda", b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"eXIf",
-             b"iCCP", b"RIFF", b"VP8 ", b"VP8L", b"VP8X", b"ANMF", b"II*\0", b"MM\0*",
-             b"\xff\xff\xff\x7f")  # fmt: skip
-
-    def run(data: bytes) -> None:
-        # of a small size, so that the whole is made of what a small file says
-        with contextlib.suppress(PararnnError):
-            found = read_picture(data, 16, 1 << 20)
-            assert (found.shape, found.dtype) == ((16, 16, 3), np.uint8)
-
-    return Target(run, seeds, words, inside=checked_chunks)
-
-
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    make.__name__.replace("_", "-"): make
+    "image-model" if make is image_model_folder else make.__name__.replace("_", "-"): make
     for make in (pickle, torch_file, safetensors, index, distributed, config, state, tokenizer, template,
                  calls, detokenizer, commands, bodies, training, tokenizer_files, weights, coreml, coreai,
-                 picture)
+                 picture, tool_calls, pieces, schemas, image_bodies, image_model_folder)
 }  # fmt: skip
-
-
-def _named(name: str, content: bytes) -> bytes:
-    """A file of a folder, as one input."""
-    return name.encode() + b"\n" + content
-
-
-def _put(folder: Path, names: list[str], data: bytes) -> str | None:
-    """Write the file that an input names; None where it names none of these."""
-    name, _, content = data.partition(b"\n")
-    found = next((known for known in names if known.encode() == name), None)
-    if found:
-        (folder / found).write_bytes(content)
-    return found
 
 
 def _reading(folder: Path, name: str) -> Callable[[bytes], None]:

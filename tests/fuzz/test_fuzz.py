@@ -25,8 +25,10 @@ def run(folder, *command):
     )
 
 
-@pytest.mark.parametrize("name", ["pickle", "torch-file", "safetensors", "index", "distributed"])
-def test_changed_checkpoints_are_read_or_refused(name, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["pickle", "torch-file", "safetensors", "index", "distributed", "tool-calls", "pieces"]
+)
+def test_changed_inputs_are_read_or_refused(name, tmp_path):
     target = TARGETS[name](tmp_path)
     rng = random.Random(0)
     for data in target.seeds + [path.read_bytes() for path in FOUND.glob(f"{name}-*")]:
@@ -83,6 +85,23 @@ Path("kept").touch()
 for name in TARGETS:
     print(name, *runner.fuzz(name, 1, 60))
 """
+# The same by coverage, with a stand-in for atheris that tries one input.
+BY_COVERAGE = (
+    FAULTS[: FAULTS.index("for name in TARGETS")]
+    + """
+import contextlib
+given = {}
+def Setup(options, one, **others): given.update(options=options, one=one)
+def Fuzz(): given["one"](b"x")
+instrument_imports = lambda include: contextlib.nullcontext()
+sys.modules["atheris"] = types.SimpleNamespace(Setup=Setup, Fuzz=Fuzz, instrument_imports=instrument_imports)
+for name in ("foreign", "grows", "sound"):
+    print(name, file=sys.stderr)
+    runner._by_coverage(name, 1, 60, 0, None)
+limit = next(int(option.partition("=")[2]) for option in given["options"] if "rss_limit" in option)
+assert runner._peak() >> 20 < limit < (runner._peak() >> 20) + 201, (limit, runner._peak())
+"""
+)
 
 
 def test_each_kind_of_fault_is_found(tmp_path):
@@ -95,6 +114,13 @@ def test_each_kind_of_fault_is_found(tmp_path):
     assert len(list(tmp_path.iterdir())) == len(counts) + 1  # each input is kept
     for said in ("KeyError", "elsewhere is opened for writing", "os.system", "too long", "1 GB of memory"):
         assert said in done.stderr
+
+
+def test_guided_by_coverage_the_same_limits_hold(tmp_path):
+    done = run(tmp_path, "-c", BY_COVERAGE)
+    assert done.returncode == 0, done.stderr
+    said = re.split(r"^(?:foreign|grows|sound)$", done.stderr, flags=re.M)
+    assert ["KeyError" in said[1], "1 GB of memory" in said[2], said[3].strip()] == [True, True, ""], said
 
 
 @pytest.mark.large

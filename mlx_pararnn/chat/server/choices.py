@@ -77,22 +77,22 @@ class MessageParser:
             for call in parsed if isinstance(parsed, list) else [parsed]:
                 if self.calls == self._most_calls:
                     break
-                arguments = call["arguments"]
-                part.calls.append(
-                    {
-                        "index": self.calls,
-                        "id": call.get("id") or f"call_{uuid.uuid4().hex[:24]}",
-                        "type": "function",
-                        "function": {
-                            "name": call["name"],
-                            "arguments": json.dumps(arguments, ensure_ascii=False, allow_nan=False),
-                        },
-                    }
-                )
+                part.calls.append({"index": self.calls, **_openai_call(call)})
                 self.calls += 1
         except Exception as error:  # each format's parser has its own; a call that was cut short, mostly
             logger.warning("a call of a tool cannot be read: %s", error)
             part.content += text
+
+
+def _openai_call(call: Any) -> dict[str, Any]:
+    """A call that one of MLX-LM's parsers read; raises where no client could read it."""
+    name, arguments, given = call["name"], call["arguments"], call.get("id")
+    if not (isinstance(name, str) and isinstance(arguments, dict)):
+        raise ValueError("a name must be a string, and arguments an object")
+    identity = given if isinstance(given, str) and given else f"call_{uuid.uuid4().hex[:24]}"
+    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    f"{identity}{name}{written}".encode()  # half of a character by its escape in JSON
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": written}}
 
 
 class TokenTexts:
