@@ -1,23 +1,39 @@
 """Nothing is sent anywhere: importing a module opens no connection, nor does a command on local files."""
 
+import json
+import shutil
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
+from mlx_pararnn.cli.app import COMMANDS
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
+from tests.support.image_models import image_model, write_image_model
+from tests.support.serving import Server
+from tests.support.training_runs import SMALL, TEXT
 
 pytestmark = pytest.mark.large
 
 # What Python's own sockets do is seen; a library's native code is not.
 WATCHED = """
-import socket, sys
+import ipaddress, os, socket, sys
+
+def is_address(host):
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 def hook(event, arguments):
     if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto"):
+        if event == "socket.getaddrinfo" and is_address(arguments[0]):
+            return  # a number is no name, and asks nobody
         if event != "socket.connect" or arguments[0].family in (socket.AF_INET, socket.AF_INET6):
-            raise SystemExit(f"{event} {arguments[1:]}")
+            os.write(2, f"{event} {arguments[1:]}".encode())
+            os._exit(1)  # in whichever thread it is
 
 sys.addaudithook(hook)
 """
@@ -30,7 +46,7 @@ for name in names:
     importlib.import_module(name)
 print(len(names))
 """
-COMMANDS = """
+RUNNING = """
 import json
 from typer.testing import CliRunner
 from mlx_pararnn.cli.app import app
@@ -61,29 +77,49 @@ def test_no_module_opens_a_connection_as_it_is_imported():
 
 
 def test_no_command_opens_one(tmp_path):
-    import json
-
     model = str(DEMO)
+    write_image_model(image_model(), tmp_path / "images")
+    (tmp_path / "data.txt").write_text(TEXT)
+    settings = {"steps": 2, "batch_size": 2, "length": 32, "model": SMALL}
+    (tmp_path / "train.yaml").write_text(json.dumps(settings))  # JSON is YAML too
+    shutil.copytree(DEMO, tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    checkpoint = str(golden_file("lm/paragru_s64/state_dict.pt"))
     commands = [
-        (
-            [
-                "convert",
-                str(golden_file("lm/paragru_s64/state_dict.pt")),
-                "-o",
-                "out",
-                "--tokenizer",
-                "bytes",
-            ],
-            "",
-        ),
+        (["convert", checkpoint, "-o", "out", "--tokenizer", "bytes"], ""),
+        (["add-tokenizer", "model", "bytes"], ""),
         (["generate", model, "-p", "x", "-m", "2"], ""),
         (["generate", "-p", "2 + 3", "-m", "20"], ""),
+        (["draw", "a", "-o", "picture.png", "--model", "images"], ""),
         (["chat", model, "-m", "2"], "x\n/save talk\n"),
+        (["train", "data.txt", "-o", "trained", "--config", "train.yaml"], ""),
         (["inspect", model], ""),
         (["verify", model], ""),
+        (["bench", model, "-p", "8", "-m", "2"], ""),
+        (["lm", "generate", "--model", model, "--prompt", "x", "-m", "2"], ""),
         (["doctor"], ""),
         (["cache"], ""),
     ]
-    done = watched(COMMANDS, json.dumps(commands), cwd=tmp_path)
+    assert {arguments[0] for arguments, _ in commands} == COMMANDS.keys() - {"serve"}
+    done = watched(RUNNING, json.dumps(commands), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [arguments[0] for arguments, _ in commands]
+
+
+def test_a_server_opens_none_as_it_answers(monkeypatch):
+    serve = "sys.argv[0] = 'mlx-pararnn'\nfrom mlx_pararnn.__main__ import main\nmain()"
+    monkeypatch.setattr("tests.support.serving.COMMAND", [sys.executable, "-c", WATCHED + serve, "serve"])
+    server = Server(DEMO)
+    request = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    with urllib.request.urlopen(f"{server.url}/v1/models") as answer:
+        assert answer.status == 200
+    asked = urllib.request.Request(
+        f"{server.url}/v1/chat/completions",
+        json.dumps(request).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(asked) as answer:
+        assert json.load(answer)["usage"]["completion_tokens"] == 2
+    code, said = server.stop()
+    assert code == 0, said
