@@ -11,7 +11,9 @@ import time
 from contextlib import suppress
 
 import pytest
+from safetensors.numpy import load_file
 
+from mlx_pararnn.cli.app import COMMANDS
 from mlx_pararnn.loading import load_model
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
@@ -152,6 +154,10 @@ def in_a_copy(templates, tmp_path, number):
     return shutil.copytree(templates, tmp_path / str(number))
 
 
+def test_every_command_is_among_them():
+    assert {line.split()[0] for line in EVERY_COMMAND} == COMMANDS.keys()
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("command", EVERY_COMMAND)
 def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_path):
@@ -160,12 +166,15 @@ def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_pa
         pytest.importorskip("coremltools")
     chance = random.Random(command)
     start = time.monotonic()
-    with begun(command, in_a_copy(templates, tmp_path, "whole")) as process:
+    folder = in_a_copy(templates, tmp_path, "whole")
+    with begun(command, folder) as process:
         try:
             process.communicate(timeout=LONGEST)
         except subprocess.TimeoutExpired:
             process.kill()
     took = time.monotonic() - start
+    if process.returncode == 0 and "-o" in EVERY_COMMAND[command] and command != "draw":
+        load_out(command, folder / "out")
     for number, name in enumerate([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]):
         folder = in_a_copy(templates, tmp_path, number)
         with begun(command, folder) as process:
@@ -181,7 +190,7 @@ def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_pa
         assert process.returncode in ends, said
         assert "Traceback" not in said
         assert "Exception ignored" not in said
-        if (folder / "out").exists() and command != "convert --to torch":
+        if (folder / "out").exists():
             load_out(command, folder / "out")
         if (folder / "picture.png").exists():
             assert (folder / "picture.png").stat().st_size > 0
@@ -192,5 +201,10 @@ def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_pa
 def load_out(command, out):
     if "coreml" in command:
         assert (out / "ParaRNN.mlpackage/Manifest.json").exists()
+    elif "torch" in command:
+        written, given = (load_file(folder / "model.safetensors") for folder in (out, DEMO))
+        head = given["model.embed_tokens.weight"].size  # which is the embedding, and stands there twice
+        assert sum(w.size for w in written.values()) == sum(w.size for w in given.values()) + head
+        assert (out / "tokenizer.json").read_bytes() == (DEMO / "tokenizer.json").read_bytes()
     elif command != "train" or (out / "model.safetensors").exists():
         load_model(out)
