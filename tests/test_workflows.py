@@ -1,4 +1,4 @@
-"""The workflows take actions by commit, and no step can hang for hours."""
+"""The workflows take actions by commit and tools by version, and no step can hang for hours."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 yaml = pytest.importorskip("yaml")
 
-WORKFLOWS = sorted((Path(__file__).parents[1] / ".github/workflows").glob("*.yml"))
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -73,9 +74,50 @@ def test_oldest_and_newest_versions_are_tried_each_week():
     (when,) = workflow[True]["schedule"]  # `on` is YAML for true
     assert re.fullmatch(r"\d+ \d+ \* \* \d", when["cron"])
     (job,) = workflow["jobs"].values()
-    assert job["strategy"]["matrix"] == {
+    matrix = job["strategy"]["matrix"]
+    newer = matrix.pop("include")
+    assert matrix == {
         "runs-on": ["ubuntu-latest", "macos-15"],
         "versions": ["oldest", "newest"],
+        "python-version": ["3.11"],
+    }
+    assert {(one["runs-on"], one["python-version"]) for one in newer} == {
+        (machine, python) for machine in matrix["runs-on"] for python in ("3.13", "3.14")
     }
     assert any("--resolution lowest-direct" in step.get("run", "") for step in job["steps"])
     assert job["steps"][-1]["run"] == "pytest"
+
+
+def test_every_target_is_fuzzed_each_week_on_what_earlier_weeks_found():
+    workflow = yaml.safe_load((WORKFLOWS[0].parent / "fuzzing.yml").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"\d+ \d+ \* \* \d", workflow[True]["schedule"][0]["cron"])
+    assert set(workflow["jobs"]) == {"readers", "native"}
+    for name, job in workflow["jobs"].items():
+        steps = {step.get("uses", "").split("@")[0]: step for step in job["steps"]}
+        restored, saved = (steps[f"actions/cache/{what}"] for what in ("restore", "save"))
+        assert restored["with"]["path"] == saved["with"]["path"] == "corpus"
+        assert restored["with"]["restore-keys"] == f"{name}-"
+        assert saved["if"] == "always()"  # what a run found it found on the way
+        (run,) = (step["run"] for step in job["steps"] if "--corpus" in step.get("run", ""))
+        assert 'corpus/$target"' in run
+        assert "--list" in run
+    assert "--atheris" in str(workflow["jobs"]["readers"]["steps"])
+
+
+def test_tools_of_a_release_have_one_version_each():
+    """Wherever they are installed, and a bot proposes newer ones."""
+    tools = (ROOT / ".ci/requirements.txt").read_text(encoding="utf-8")
+    names = re.findall(r"^([a-z-]+)==[\d.]+$", tools, re.M)
+    assert names == sorted(names)
+    assert {"build", "twine", "cyclonedx-bom", "uv", "wheel"} == set(names)
+    found = set()
+    for path in [*WORKFLOWS, ROOT / ".ci/run"]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            for name in names:
+                if re.search(rf"pip\"? install .*(?<=\s){name}(?=\s|$)", line):
+                    assert "--constraint .ci/requirements.txt" in line, (path.name, line)
+                    found.add(name)
+    assert found == set(names)
+    bot = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text(encoding="utf-8"))
+    watched = {(one["package-ecosystem"], one["directory"]) for one in bot["updates"]}
+    assert watched == {("github-actions", "/"), ("pip", "/.ci")}
