@@ -124,7 +124,7 @@ def tool_calls(_: Path) -> Target:
     properties = {name: {"type": kind} for name, kind in zip("anbcdo", kinds, strict=True)}
     function = {"name": "f", "parameters": {"type": "object", "properties": properties}}
     tools = [{"type": "function", "function": function}]
-    names = sorted(module.name for module in iter_modules(mlx_lm.tool_parsers.__path__))
+    names = sorted(CALLS.keys() & {module.name for module in iter_modules(mlx_lm.tool_parsers.__path__)})
     tokenizers, seeds, marks = [], [], {b"<think>", b"</think>"}
     for n, name in enumerate(names):
         module = import_module(f"mlx_lm.tool_parsers.{name}")

@@ -143,7 +143,9 @@ def native_run(tmp_path, target, text=None, lanes=8):
 
 @pytest.mark.large
 @pytest.mark.toolchain
-@pytest.mark.parametrize("target", ["recurrence-gru", "adjoint-slstm", "elementwise", "gradients"])
+@pytest.mark.parametrize(
+    "target", ["recurrence-gru", "adjoint-slstm", "elementwise", "gradients", "token-gru"]
+)
 def test_the_cpu_backends_own_text_has_no_finding(target, tmp_path):
     assert native_run(tmp_path, target) == (0, [])
 
