@@ -194,7 +194,8 @@ def pieces(_: Path) -> Target:
     def run(data: bytes) -> None:
         tokenizer = tokenizers[data[0] % len(kinds) if data else 0]
         tokens = [int.from_bytes(data[at : at + 2]) % len(names) for at in range(2, len(data) - 1, 2)]
-        before, after = tokens[: (cut := min(data[1], len(tokens)) if tokens else 0)], tokens[cut:]
+        cut = min(data[1], len(tokens)) if tokens else 0  # what the prompt has of them
+        before, after = tokens[:cut], tokens[cut:]
         streaming = Detokenizer(tokenizer, before)
         text = ""
         for token in after:
@@ -218,11 +219,14 @@ def pieces(_: Path) -> Target:
                 runs.append(b"")
         return runs
 
-    seeds = []
-    for kind in range(len(kinds)):
-        for words in ([mark + "Hello", mark, ".", "a"], [*(f"<0x{b:02X}>" for b in "größe".encode()), "a"]):
-            ids = b"".join(vocabulary[word].to_bytes(2) for word in words)
-            seeds.append(bytes([kind, 1]) + ids)
+    texts_of_bytes = [[f"<0x{byte:02X}>" for byte in text.encode()] for text in ("größe", " \U0001f600")]
+    lines = [[mark + "Hello", mark, ".", "a"], [*texts_of_bytes[0], "a"], [*texts_of_bytes[1], mark + "a"]]
+    seeds = [
+        bytes([kind, cut]) + b"".join(vocabulary[name].to_bytes(2) for name in line)
+        for kind in range(len(kinds))
+        for cut in (0, 1)
+        for line in lines
+    ]
     return Target(run, seeds, tuple(vocabulary[name].to_bytes(2) for name in names))
 
 
