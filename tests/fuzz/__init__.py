@@ -3,7 +3,8 @@
     python -m tests.fuzz pickle --runs 100000
     python -m tests.fuzz --list
 
-targets.py has what is tried, __main__.py tries it. With atheris installed the changes are guided by coverage.
+targets.py, answers.py and pictures.py have what is tried, __main__.py tries it. With atheris installed the
+changes are guided by coverage.
 """
 
 import mlx_pararnn  # noqa: F401 - before MLX, as it wishes
