@@ -6,12 +6,14 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from mlx_pararnn.compute import cpu_build
 from tests.support.disks import small_disk
+from tests.support.privileges import given_away
 
 pytestmark = [
     pytest.mark.usefixtures("cpu_backend"),
@@ -125,13 +127,10 @@ def test_what_others_may_have_put_there_is_not_loaded(who, cache, tmp_path):
     if who == "a link":
         library.unlink()
         library.symlink_to(planted)
-    elif who == "another user's":
-        if os.geteuid():
-            pytest.skip("only root gives files away")
-        os.chown(library, 65534, 65534)
-    else:
+    elif who == "writable by others":
         library.chmod(0o777)
-    assert load() == SOUND
+    with given_away(library) if who == "another user's" else nullcontext():
+        assert load() == SOUND
 
 
 def load_raw_dies(library):
@@ -197,16 +196,14 @@ def test_a_cache_on_a_disk_that_is_read_only(monkeypatch, tmp_path, caplog):
 
 @pytest.mark.parametrize("linked", [False, True])
 def test_another_users_folder_is_refused_whatever_stands_in_it(linked, cache, tmp_path):
-    if os.geteuid():
-        pytest.skip("only root gives files away")
     assert load() == SOUND
     place = cache
     if linked:
         place = cache.rename(tmp_path / "elsewhere")
         cache.symlink_to(place)
         assert load() == SOUND  # a link to a folder of one's own is that folder
-    os.chown(place, 65534, 65534)
-    done = python(LOAD)
+    with given_away(place):
+        done = python(LOAD)
     assert f"{cache} can be written by other users" in done.stderr
     assert done.stdout == ""
 

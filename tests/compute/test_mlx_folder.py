@@ -4,19 +4,20 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mlx_pararnn.compute import cpu_build
+from tests.support.privileges import given_away
 
 pytestmark = [
     pytest.mark.usefixtures("cpu_backend"),
     pytest.mark.skipif(sys.platform != "linux", reason="MLX compiles for a CPU in a shared folder on Linux"),
 ]
 
-ANOTHER = 65534
 COMPILE = """
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -80,13 +81,6 @@ def planted(tmp_path_factory) -> Path:
     return shared / "mlx"
 
 
-def give_away(folder):
-    if os.geteuid():
-        pytest.skip("only root gives files away")
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, ANOTHER, ANOTHER)
-
-
 @pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     ("whose", "order"),
@@ -94,15 +88,14 @@ def give_away(folder):
 )
 def test_a_planted_library_is_not_loaded(whose, order, planted, shared, tmp_path):
     shutil.copytree(planted, shared / "mlx")
-    if whose == "another's":
-        give_away(shared / "mlx")
-    elif whose == "all may write":
+    if whose == "all may write":
         (shared / "mlx").chmod(0o777)
-    else:
+    elif whose == "a link":
         (shared / "mlx").rename(tmp_path / "elsewhere")
         (shared / "mlx").symlink_to(tmp_path / "elsewhere")
     code = IMPORTS[order] + CHECK % str(shared)
-    done = run(shared, tmp_path, "-c", code)
+    with given_away(shared / "mlx") if whose == "another's" else nullcontext():
+        done = run(shared, tmp_path, "-c", code)
     assert (done.returncode, done.stdout) == (0, "3.0\nTrue\n"), done.stderr
     (used,) = (tmp_path / "cache" / "mlx-pararnn").iterdir()
     assert used.stat().st_mode & 0o777 == 0o700
@@ -115,8 +108,8 @@ def test_a_folder_of_anothers_does_not_end_generation(place, shared, tmp_path):
     folder = shared / place.replace("VERSION", mx.__version__)
     folder.mkdir(parents=True)
     folder.chmod(0o700)
-    give_away(folder)
-    done = run(shared, tmp_path, *GENERATE)
+    with given_away(folder):
+        done = run(shared, tmp_path, *GENERATE)
     assert done.returncode == 0, done.stderr
     assert not [*folder.rglob("*.so")]
 

@@ -1,7 +1,6 @@
 """A disk of its own for a test, that can be full or read-only."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.support.privileges import as_root
 
 
 class Disk:
@@ -31,11 +32,6 @@ class Disk:
         """Whether anybody may write, root too."""
         how = f"remount,{'rw' if allowed else 'ro'}"
         subprocess.run([*as_root(), "mount", "-o", how, self.path], check=True)
-
-
-def as_root() -> list[str]:
-    """What a command begins with that only root may run; where sudo would ask for a password it fails."""
-    return [] if os.geteuid() == 0 or not shutil.which("sudo") else ["sudo", "-n"]
 
 
 @contextmanager
