@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 
 import mlx.core as mx
 import mlx_lm.tool_parsers
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -29,7 +30,7 @@ from tests.fuzz.target import Target
 
 def calls(_: Path) -> Target:
     """What a model says: marks of the protocol in any order, and calls of functions."""
-    _, tokenizer = mlx_pararnn.load()
+    tokenizer = mlx_pararnn.load()[1]
     protocol = find_protocol(tokenizer)
     assert protocol is not None
     functions = assistant_functions(Assistant())
@@ -205,8 +206,8 @@ def pieces(_: Path) -> Target:
         text += streaming.last_segment
         assert text == streaming.text
         if all(map(is_text, [*runs_of_bytes(before), *runs_of_bytes(tokens)])):
-            prompt = tokenizer.decode(before, clean_up_tokenization_spaces=False)
-            whole = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            prompt = str(tokenizer.decode(before, clean_up_tokenization_spaces=False))
+            whole = str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
             assert prompt + text == whole, (prompt, text, whole)
 
     def runs_of_bytes(tokens: list[int]) -> list[bytes]:
@@ -250,7 +251,7 @@ def schemas(folder: Path) -> Target:
             allowed = keep(tokens, mx.zeros((1, 256)))
             if keep.finished:
                 return
-            choices = [token for token, logit in enumerate(allowed[0].tolist()) if logit == 0]
+            choices = np.flatnonzero(np.array(allowed[0]) == 0).tolist()
             tokens = mx.concatenate([tokens, mx.array([chance.choice(choices)], mx.int32)])
 
     def run(data: bytes) -> None:

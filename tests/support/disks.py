@@ -39,7 +39,7 @@ def small_disk(path: Path, size: str) -> Iterator[Disk]:
     """A file system of that size, of this user's; the test is skipped where nobody may mount it."""
     path.mkdir()
     options = f"size={size},uid={os.geteuid()},gid={os.getegid()}"
-    mount = [*as_root(), "mount", "-t", "tmpfs", "-o", options, "tmpfs", path]
+    mount = [*as_root(), "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs to mount a tmpfs")
     try:
