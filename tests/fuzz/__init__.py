@@ -3,7 +3,7 @@
     python -m tests.fuzz pickle --runs 100000
     python -m tests.fuzz --list
 
-targets.py, answers.py and pictures.py have what is tried, __main__.py tries it. With atheris installed the
+targets.py, outputs.py and pictures.py have what is tried, __main__.py tries it. With atheris installed the
 changes are guided by coverage.
 """
 

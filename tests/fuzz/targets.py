@@ -1,4 +1,4 @@
-"""What is fuzzed: files of models, requests and what is typed; answers.py and pictures.py have the others."""
+"""What is fuzzed: files of models, requests and what is typed; outputs.py and pictures.py have the others."""
 
 import contextlib
 import io
@@ -38,7 +38,6 @@ from mlx_pararnn.convert.readers.pickles import load_pickle
 from mlx_pararnn.loading import load_model, load_states, load_tokenizer
 from mlx_pararnn.process.watchdog import Watchdog
 from mlx_pararnn.training.data import read_documents
-from tests.fuzz.answers import calls, detokenizer, pieces, schemas, tool_calls
 from tests.fuzz.inputs import (
     JINJA_WORDS,
     JSON_WORDS,
@@ -54,6 +53,7 @@ from tests.fuzz.inputs import (
     small_model,
     torch_files,
 )
+from tests.fuzz.outputs import calls, detokenizer, pieces, schemas, tool_calls
 from tests.fuzz.pictures import image_bodies, image_model_folder, picture
 from tests.fuzz.target import Target, named, put
 from tests.support.golden import DATA
