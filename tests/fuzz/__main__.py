@@ -154,7 +154,7 @@ def _by_coverage(name: str, runs: int, seconds: float, seed: int, corpus: Path |
     """Ends the process; what reaches new lines stays in the folder `corpus`, for a later run."""
     import atheris  # type: ignore[import-not-found]
 
-    with atheris.instrument_imports(include=["mlx_pararnn"]):
+    with atheris.instrument_imports(include=["mlx_pararnn", "mlx_lm.tool_parsers"]):
         from .targets import TARGETS
     work = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     atexit.register(shutil.rmtree, work, ignore_errors=True)
