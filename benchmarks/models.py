@@ -55,17 +55,20 @@ def llama(sizes=LARGE):
     return _ready(mlx_llama.Model(args))
 
 
-def mamba2():
-    """Mamba2 has no MLP: eight of its layers (state 128, heads of 64) have the size of our four."""
+def mamba2(sizes=LARGE, heads=30, head_dim=64):
+    """Mamba2 has no MLP: eight of its layers (state 128, heads of 64) have the size of our four.
+
+    Of models.SMALL it has the size with 9 heads of 32.
+    """
     args = mlx_mamba2.ModelArgs(
         model_type="mamba2",
-        num_heads=30,
-        head_dim=64,
-        vocab_size=VOCABULARY,
-        hidden_size=D,
-        intermediate_size=1920,
+        num_heads=heads,
+        head_dim=head_dim,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.d,
+        intermediate_size=heads * head_dim,
         state_size=128,
-        num_hidden_layers=2 * LAYERS,
+        num_hidden_layers=2 * sizes.layers,
         layer_norm_epsilon=1e-6,
         conv_kernel=4,
         n_groups=1,
