@@ -64,11 +64,11 @@ def test_the_run_is_that_of_mlxs_operations(monkeypatch):
     """Clipping, decay by group, average and all: the losses of a run without the CPU backend."""
     settings = {"steps": 8, "weight_decay": 0.3, "clip": 0.5, "ema": 0.9, "max_recurrent_norm": 0.5}
     run = trainer(settings)
-    assert run._at_once
+    assert all(optimizer.at_once for optimizer in optimizers_of(run.settings))
     run.run()
     monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
     in_ops = trainer(settings)
-    assert not in_ops._at_once
+    assert not any(optimizer.at_once for optimizer in optimizers_of(in_ops.settings))
     in_ops.run()
     for step, told in losses(run.lines).items():
         for (name, value), (_, wanted) in zip(told, losses(in_ops.lines)[step], strict=True):
