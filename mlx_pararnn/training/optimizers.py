@@ -45,13 +45,17 @@ def decays(name: str, weight: mx.array) -> bool:
     )
 
 
+Call = tuple[mx.array, mx.array, dict[str, mx.array]]  # gradient, weight, moments
+
+
 class AdamW(optim.AdamW):
     """MLX's AdamW with bias correction; on a CPU all weights are updated in one pass, by all cores.
 
-    There it gives MLX's numbers but for rounding, and computes at once: leave it out of `mx.compile`.
+    There it gives MLX's numbers but for rounding, and computes at once: leave it out of `mx.compile`. Weights
+    that are not float32 are updated by MLX's own operations.
 
     Attributes:
-        at_once: whether the CPU backend computes; else it is MLX's own operations.
+        at_once: whether the CPU backend computes.
         factor: what gradients are multiplied by first.
     """
 
@@ -59,33 +63,39 @@ class AdamW(optim.AdamW):
         super().__init__(learning_rate, bias_correction=True, **options)
         self.at_once = updates_at_once()
         self.factor = mx.array(1.0)
-        self._collected: list[tuple[mx.array, mx.array, dict[str, mx.array]]] = []
+        self._calls: list[Call] = []
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """The new parameters, in the tree of `gradients`; float32 on a CPU."""
-        if not self.at_once:
-            return super().apply_gradients(gradients, parameters)
-        self._collected = []
-        places = super().apply_gradients(gradients, parameters)  # and the next step's learning rate
-        if not self._collected:
-            return places
-        given, weights, states = ([*column] for column in zip(*self._collected, strict=True))
+        """The new parameters, in the tree of `gradients`."""
+        self._calls = []
+        places = super().apply_gradients(gradients, parameters)  # and the next step and learning rate
+        calls, self._calls = self._calls, []
+        exact = all(a.dtype == mx.float32 for g, p, state in calls for a in (g, p, state["m"], state["v"]))
+        if calls and exact and self.at_once:
+            new = self._updated(calls)
+        else:
+            new = []
+            for gradient, parameter, state in calls:
+                scaled = (self.factor * gradient).astype(gradient.dtype)
+                new.append(super().apply_single(scaled, parameter, state))
+        return tree_map(lambda place: new[place], places)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> int:
+        """The weight's place among those that are updated together."""
+        self._calls.append((gradient, parameter, state))
+        return len(self._calls) - 1
+
+    def _updated(self, calls: list[Call]) -> list[mx.array]:
+        gradients, weights, states = ([*column] for column in zip(*calls, strict=True))
         firsts, seconds = ([state[name] for state in states] for name in ("m", "v"))
         rate, (beta1, beta2) = self.learning_rate.astype(mx.float32), self.betas
         numbers = [beta1, 1 - beta1, beta2, 1 - beta2, rate / (1 - beta1**self.step)]
         numbers += [mx.rsqrt(1 - beta2**self.step), self.eps, 1 - rate * self.weight_decay, self.factor]
         joined = mx.stack([mx.array(number, mx.float32) for number in numbers])
-        weights, firsts, seconds = cpu_gradients.adamw(joined, given, weights, firsts, seconds)
+        weights, firsts, seconds = cpu_gradients.adamw(joined, gradients, weights, firsts, seconds)
         for state, first, second in zip(states, firsts, seconds, strict=True):
             state["m"], state["v"] = first, second
-        return tree_map(lambda place: weights[place], places)
-
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> Any:
-        """One weight's; on a CPU its place among those that are updated together."""
-        if not self.at_once:
-            return super().apply_single(self.factor * gradient, parameter, state)
-        self._collected.append((gradient, parameter, state))
-        return len(self._collected) - 1
+        return weights
 
 
 def clipping(gradients: Weights, largest: float, at_once: bool) -> tuple[mx.array, mx.array]:

@@ -60,6 +60,16 @@ def test_a_tree_of_weights_and_none():
     assert optimizer.apply_gradients({}, weights) == {}
 
 
+def test_half_precision_is_left_to_mlx():
+    weights = {"a": mx.ones((5, 7), mx.bfloat16), "b": mx.ones(3)}
+    made = []
+    for optimizer in (AdamW(1e-2), optim.AdamW(1e-2, bias_correction=True)):
+        optimizer.init(weights)
+        made.append(optimizer.apply_gradients(weights, weights))
+    assert same(*made)
+    assert made[0]["a"].dtype == mx.bfloat16
+
+
 def test_the_run_is_that_of_mlxs_operations(monkeypatch):
     """Clipping, decay by group, average and all: the losses of a run without the CPU backend."""
     settings = {"steps": 8, "weight_decay": 0.3, "clip": 0.5, "ema": 0.9, "max_recurrent_norm": 0.5}
