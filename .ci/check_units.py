@@ -14,14 +14,15 @@ def failures(units: list[str], files: list[Path]) -> list[str]:
     for file in files:
         try:
             checks = json.loads(file.read_text(encoding="utf-8"))["checks"]
-        except (ValueError, KeyError):
+            told = [(c["name"], c["passed"], f"{c['difference']:.2g} ({c['note']})") for c in checks]
+        except (ValueError, LookupError, TypeError):
             found.append(f"{file}: verify did not end")
             continue
         for unit in units:
-            own = [check for check in checks if check["name"].startswith(unit)]
+            own = [check for check in told if check[0].startswith(unit)]
             if not own:
                 found.append(f"{file}: nothing was run on {unit}")
-            found += [f"{file}: {c['name']}: {c['difference']:.2g}" for c in own if not c["passed"]]
+            found += [f"{file}: {name}: {what}" for name, passed, what in own if not passed]
     return found
 
 

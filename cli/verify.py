@@ -52,8 +52,8 @@ def verify(
 
     Of a quantized model it tells what quantizing cost: perplexity and KL divergence on a bundled text.
 
-    A Core ML package is run on this Mac's CPU, GPU and Neural Engine, against what MLX gave at its export; a
-    Core AI package on a Mac or on Linux.
+    A Core ML package is run on the CPU, the GPU and the Neural Engine, as far as this Mac has them, each in a
+    process of its own, against what MLX gave at its export; a Core AI package on a Mac or on Linux.
 
     Example: mlx-pararnn verify my-model --against final.pt
 
@@ -128,7 +128,8 @@ def _checked_package(path: Path, title: str) -> "tuple[list[Check], str, None]":
         return list(coreai.verify_package(path)), f"{SAME} {coreai.unseen()}", None
     from mlx_pararnn.convert.coreml import mlpackage_check as coreml
 
-    return list(coreml.verify_package(path)), SAME, None
+    checks = list(coreml.verify_package(path))
+    return checks, f"{SAME} {coreml.unseen()}".rstrip(), None
 
 
 def _report(as_json: bool, checks: "list[Check]", last: str, cost: dict[str, Any] | None) -> None:

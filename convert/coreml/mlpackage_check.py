@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,75 +12,91 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_pararnn.errors import PararnnError, one_line
+from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.files.model_files import open_regular
 from mlx_pararnn.tools.verification import Check
 
 from ..package.description import checked_description
 from ..package.reference import checked_reference, relative_difference
 from ..readers.forms import COREML, PACKAGE_FILE, check_package_files, read_json_object
+from .compute_unit import UNITS, compile_package, present_units, run_on
 from .require_coremltools import quiet, require_coremltools
 
 Array = npt.NDArray[Any]
 
-# ||logits - MLX's|| / ||MLX's||. Float16 computed on paper stays under half of it (docs/coreml.md).
+# ||logits - MLX's|| / ||MLX's||.
 TOLERANCE = 1e-2
+# That a processor may take: so many, and one more for each so many bytes of the package.
+_SECONDS, _BYTES_A_SECOND = 60, 2 << 20
 _MODEL, _WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"  # as the manifest names them
 _BLOBS = f"{_WEIGHTS}/weight.bin"
 _MOST_MODEL_BYTES = 128 << 20  # of a program, whose weights are beside it
 # What stands before each weight in weight.bin: a mark, its type, its size and its place.
 _BLOB, _BLOB_MARK = struct.Struct("<IIQQ"), 0xDEADBEEF
-# coremltools' names of the processors that a package may run on, and ours.
-UNITS = {"CPU_ONLY": "CPU", "CPU_AND_GPU": "GPU", "CPU_AND_NE": "Neural Engine"}
 
 
 def verify_package(folder: Path) -> Iterator[Check]:
     """The reference text read by prefill and decode, on each kind of processor, against MLX's logits.
 
+    Each processor that this machine has is asked in a process of its own; one that fails is a failed check.
+
     Raises:
         PararnnError: the folder is not whole, or this is not a Mac that can run it.
     """
     settings = _checked_settings(folder)
-    tokens, logits = checked_reference(folder, folder / COREML.name, settings)
+    package = folder / COREML.name
+    tokens, logits = checked_reference(folder, package, settings)
     if not can_predict():
         raise PararnnError(
             f"{folder}: the package is whole and says what {PACKAGE_FILE} says, but Core ML runs on macOS 15 "
             "or newer only, so none of its numbers were compared; run this on a Mac"
         )
-    for unit, name in UNITS.items():
-        try:
-            functions = {f: open_function(folder / COREML.name, f, unit) for f in settings["functions"]}
-            answers = _read(settings, functions, tokens)
-        except Exception as error:  # Core ML has its own for each thing that may be wrong
-            raise PararnnError(
-                f"{folder}: Core ML does not run it on the {name} ({one_line(error)}); export the model again"
-            ) from error
-        expected = logits[-len(answers) :]
-        if settings["output"] == "token":
-            likeliest = np.array(answers).reshape(-1)
-            difference = float((likeliest != expected.argmax(-1)).sum())
-            yield Check(f"{name}: tokens that differ from MLX's", difference, 0.0, f"of {len(answers)}")
-            continue
-        ours = np.stack(answers).astype(np.float32)
-        same = int((ours.argmax(-1) == expected.argmax(-1)).sum())
-        difference = relative_difference(ours, expected)
-        note = f"{same} of {len(answers)} likeliest tokens equal"
-        yield Check(f"{name} against MLX in float32, relative", difference, TOLERANCE, note)
+    nbytes = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+    seconds = _SECONDS + nbytes / _BYTES_A_SECOND
+    with tempfile.TemporaryDirectory(prefix="mlx-pararnn-") as scratch:
+        compiled = compile_package(package, Path(scratch))
+        for unit in present_units():
+            name = UNITS[unit]
+            between = Path(scratch, unit)
+            between.mkdir()
+            try:
+                answers, places = run_on(unit, compiled, settings, tokens, between, seconds)
+            except PararnnError as error:
+                yield Check(f"{name}: runs that failed", 1, 0, str(error), counted="run")
+                continue
+            yield _check(name, settings, answers, logits, _told(places))
+
+
+def unseen() -> str:
+    """Which processors `verify_package` did not ask, since this machine has none; "" if it has all."""
+    absent = [name for unit, name in UNITS.items() if unit not in present_units()]
+    return f"Not asked, as this machine has none: {', '.join(absent)}." if absent else ""
+
+
+def _check(name: str, settings: Mapping[str, Any], answers: Array, logits: Array, note: str) -> Check:
+    expected = logits[-len(answers) :]
+    if settings["output"] == "token":
+        differing = float((answers.reshape(-1) != expected.argmax(-1)).sum())
+        return Check(f"{name}: tokens that differ from MLX's", differing, 0.0, f"of {len(answers)}{note}")
+    ours = answers.astype(np.float32)
+    same = int((ours.argmax(-1) == expected.argmax(-1)).sum())
+    difference = relative_difference(ours, expected)
+    note = f"{same} of {len(answers)} likeliest tokens equal{note}"
+    return Check(f"{name} against MLX in float32, relative", difference, TOLERANCE, note)
+
+
+def _told(places: Mapping[str, Mapping[str, int]]) -> str:
+    """Where Core ML's plan has the operations of each function."""
+    return "".join(
+        f"; {function}: " + ", ".join(f"{count} operations on {name}" for name, count in counts.items())
+        for function, counts in places.items()
+        if counts
+    )
 
 
 def can_predict() -> bool:
     """Whether this machine runs Core ML models of iOS 18 and macOS 15."""
     return platform.system() == "Darwin" and int(platform.mac_ver()[0].split(".")[0]) >= 15
-
-
-def open_function(package: Path, name: str, unit: str) -> Any:
-    """A coremltools model of one function, on one kind of processor ("CPU_ONLY", ...)."""
-    import coremltools as ct
-
-    with quiet():
-        return ct.models.MLModel(
-            str(package), function_name=name, compute_units=getattr(ct.ComputeUnit, unit)
-        )
 
 
 def _checked_settings(folder: Path) -> dict[str, Any]:
@@ -164,27 +181,3 @@ def file_values(message: Any) -> Iterator[Any]:
                 yield part
             else:
                 yield from file_values(part)
-
-
-def _read(settings: Mapping[str, Any], functions: Mapping[str, Any], tokens: Array) -> list[Any]:
-    """What the calls of a runner give: prefill for a first chunk, if there is one, then decode."""
-    in_graph = settings["state"] == "graph"
-    state = functions["decode"].make_state() if in_graph else None
-    passed = {} if in_graph else {s["name"]: np.zeros(s["shape"], s["dtype"]) for s in settings["states"]}
-    chunk = settings.get("chunk") or 0
-    pieces = [("prefill", tokens[:chunk])] if chunk else []
-    pieces += [("decode", tokens[t : t + 1]) for t in range(chunk, len(tokens))]
-    answers, position = [], 0
-    for name, piece in pieces:
-        inputs = {"tokens": np.asarray(piece, np.int32)[None], **passed}
-        if settings["max_position_embeddings"] is not None:
-            inputs["position"] = np.array([position], np.int32)
-        outputs = (
-            functions[name].predict(inputs, state=state) if in_graph else functions[name].predict(inputs)
-        )
-        passed = {key: outputs[f"{key}_out"] for key in passed}
-        answers.append(np.asarray(outputs[settings["output"]]).reshape(-1))
-        if len(answers[-1]) != (1 if settings["output"] == "token" else settings["vocab_size"]):
-            raise ValueError(f"{name} gives {len(answers[-1])} numbers")
-        position += len(piece)
-    return answers

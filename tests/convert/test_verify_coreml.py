@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +16,16 @@ pytest.importorskip("coremltools", reason="coremltools has no wheel for this Pyt
 from typer.testing import CliRunner
 
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.convert.coreml import compute_unit
 from mlx_pararnn.convert.coreml import mlpackage_check as package_check
 from mlx_pararnn.convert.package.constants import Plain
 from mlx_pararnn.convert.package.package_digest import stored_digest
+from mlx_pararnn.errors import PararnnError
 from tests.support.coreml.exports import export_to_coreml, plain_model, settings
-from tests.support.coreml.interpreter import Package
+from tests.support.coreml.stand_in import StandIn
+
+ROOT = Path(__file__).parents[2]
+CHECK_UNITS = ROOT / ".ci" / "check_units.py"
 
 
 def verify(*arguments):
@@ -74,20 +83,6 @@ def test_verify_sees_that_weights_are_cut_short(left, packages, tmp_path):
     assert "its weights are cut short" in result.stderr
 
 
-class StandIn:
-    """In place of a coremltools model on a Mac: the interpreter of the tests, and an error on request."""
-
-    def __init__(self, package, name, wrong=0.0):
-        self.function, self.wrong = Package(package).function(name), wrong
-
-    def make_state(self):
-        return self.function.new_state()
-
-    def predict(self, inputs, state=None):
-        outputs = self.function(inputs, state or {})
-        return {k: v + self.wrong * (k == "logits") for k, v in outputs.items()}
-
-
 def test_verify_sees_that_weights_are_others(packages, tmp_path):
     """Whole by their sizes, zero from a place on: what a copy that was interrupted leaves."""
     package = shutil.copytree(packages(), tmp_path / "zeroed")
@@ -100,26 +95,103 @@ def test_verify_sees_that_weights_are_others(packages, tmp_path):
     assert "its weights are not those that were exported" in result.stderr
 
 
+@pytest.fixture
+def mac(monkeypatch):
+    """A function that makes this machine one with these processors, on which the interpreter runs."""
+
+    def make(units, **wrong):
+        def run_on(unit, compiled, settings, tokens, *_):
+            if unit in wrong and wrong[unit] is None:
+                raise PararnnError("not done after 61 seconds")
+            functions = {name: StandIn(compiled, name, wrong.get(unit, 0)) for name in settings["functions"]}
+            return compute_unit.read(settings, functions, tokens), {"decode": {"CPU": 7, "GPU": 2}}
+
+        monkeypatch.setattr(package_check, "can_predict", lambda: True)
+        monkeypatch.setattr(package_check, "compile_package", lambda package, folder: package)
+        monkeypatch.setattr(package_check, "present_units", lambda: units)
+        monkeypatch.setattr(package_check, "run_on", run_on)
+
+    return make
+
+
+ALL = list(compute_unit.UNITS)
+
+
 @pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("options", [[], ["--state", "io"], ["--argmax"]])
-def test_verify_compares_every_processor_with_the_reference(packages, monkeypatch, options):
+def test_verify_compares_every_processor_with_the_reference(packages, mac, options):
     out = packages(*options)
-    monkeypatch.setattr(package_check, "can_predict", lambda: True)
-    monkeypatch.setattr(package_check, "open_function", lambda package, name, unit: StandIn(package, name))
+    mac(ALL)
     result = verify(out, "--json")
     assert result.exit_code == 0, result.output
     checks = json.loads(result.stdout)["checks"]
     assert [c["name"].split(":")[0].split(" against")[0] for c in checks] == ["CPU", "GPU", "Neural Engine"]
+    assert all("; decode: 7 operations on CPU, 2 operations on GPU" in c["note"] for c in checks)
     if not options:
         assert all(0 < c["difference"] < 5e-3 and "9 of 9" in c["note"] for c in checks)
-        monkeypatch.setattr(
-            package_check,
-            "open_function",
-            lambda package, name, unit: StandIn(package, name, wrong=float(unit == "CPU_AND_NE")),
-        )
+        mac(ALL, CPU_AND_NE=1.0)
         result = verify(out)
         assert result.exit_code == 1
         assert [line.count("FAIL") for line in result.stdout.splitlines()[1:4]] == [0, 0, 1]
+
+
+def test_a_processor_that_fails_is_one_failed_check(packages, mac, tmp_path):
+    """The others are compared as ever, so a CPU that is right passes in CI; none speaks for an absent one."""
+    mac(["CPU_ONLY", "CPU_AND_GPU"], CPU_AND_GPU=None)
+    result = verify(packages(), "--json")
+    assert result.exit_code == 1
+    cpu, gpu = json.loads(result.stdout)["checks"]
+    assert (cpu["passed"], gpu["passed"]) == (True, False)
+    assert gpu["name"] == "GPU: runs that failed"
+    assert gpu["note"] == "not done after 61 seconds"
+    file = tmp_path / "verified.json"
+    file.write_text(result.stdout)
+    assert failed_units("CPU", file) == (0, "all passed\n")
+    assert failed_units("GPU", file) == (1, f"{file}: GPU: runs that failed: 1 (not done after 61 seconds)\n")
+    assert failed_units("Neural Engine", file) == (1, f"{file}: nothing was run on Neural Engine\n")
+    mac(["CPU_ONLY"])
+    assert (
+        "Same numbers. Not asked, as this machine has none: GPU, Neural Engine.\n"
+        in verify(packages()).stdout
+    )
+
+
+def failed_units(*arguments):
+    done = subprocess.run(
+        [sys.executable, CHECK_UNITS, *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+    assert not done.stderr
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("text", ["", "error: no", "[]", '{"checks": 3}', '{"checks": [{"name": "CPU"}]}'])
+def test_what_verify_did_not_end_does_not_pass(text, tmp_path):
+    file = tmp_path / "verified.json"
+    file.write_text(text)
+    assert failed_units("CPU", file) == (1, f"{file}: verify did not end\n")
+
+
+@pytest.mark.large
+def test_each_processor_has_a_process_of_its_own(packages, monkeypatch):
+    """One ends, one hangs, one is right: the command's own processes, with the interpreter in them."""
+    monkeypatch.setattr(package_check, "can_predict", lambda: True)
+    monkeypatch.setattr(package_check, "compile_package", lambda package, folder: package)
+    monkeypatch.setattr(package_check, "present_units", lambda: ALL)
+    monkeypatch.setattr(package_check, "_SECONDS", 25)
+    monkeypatch.setattr(compute_unit, "COMMAND", [sys.executable, "-m", "tests.support.coreml.stand_in"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("STAND_IN", json.dumps({"CPU_AND_GPU": "end", "CPU_AND_NE": "hang"}))
+    result = verify(packages(), "--json")
+    assert result.exit_code == 1, result.output
+    cpu, gpu, neural = json.loads(result.stdout)["checks"]
+    assert cpu["passed"], cpu
+    assert cpu["note"].startswith("9 of 9 likeliest tokens equal; decode: 5 operations on CPU")
+    assert gpu["note"] == f"it ended with code {-signal.SIGABRT}"
+    assert neural["note"] == "not done after 25 seconds"
+    monkeypatch.setenv("STAND_IN", json.dumps(dict.fromkeys(ALL[1:], "refuse") | {"CPU_ONLY": "no plan"}))
+    cpu, gpu, neural = json.loads(verify(packages(), "--json").stdout)["checks"]
+    assert (cpu["passed"], cpu["note"]) == (True, "9 of 9 likeliest tokens equal")
+    assert gpu["note"] == neural["note"] == "it ended with code 1: no such model"
 
 
 def test_verify_of_a_package_that_is_not_whole(packages, tmp_path, monkeypatch):

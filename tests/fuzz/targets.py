@@ -352,7 +352,7 @@ def coreml(folder: Path) -> Target:
     """Core ML packages, given to `inspect` and `verify`; a stand-in runs the program."""
     import coremltools as ct
 
-    from mlx_pararnn.convert.coreml import mlpackage_check
+    from mlx_pararnn.convert.coreml import compute_unit, mlpackage_check
     from mlx_pararnn.convert.to_coreml import convert_to_coreml
 
     model = small_model(folder / "model")
@@ -373,8 +373,13 @@ def coreml(folder: Path) -> Target:
         def predict(self, inputs: dict[str, Any], state: Any = None) -> dict[str, Any]:
             return {"logits": np.zeros((1, 1, 256), np.float16)}
 
+    def run_on(unit: str, compiled: Path, settings: dict[str, Any], tokens: Any, *_: Any) -> Any:
+        return compute_unit.read(settings, dict.fromkeys(settings["functions"], Function()), tokens), {}
+
     mlpackage_check.can_predict = lambda: True
-    mlpackage_check.open_function = lambda package, name, unit: Function()
+    mlpackage_check.compile_package = lambda package, folder: package
+    mlpackage_check.present_units = lambda: ["CPU_ONLY"]
+    mlpackage_check.run_on = run_on
     names = ("model.mlpackage/Manifest.json", program, blobs, "reference.safetensors")
     return _package_target(out, names, program, agreeing, mlpackage_check.verify_package)
 
