@@ -173,6 +173,7 @@ def export(
         original = _logits(model, tokens)
         store, exceptions = _stored_weights(model, weights, form, allow_nonfinite, say)
         logits = _logits(model, tokens)
+        half = _half_logits(model, tokens) if form.activations == np.float16 else None
         if iterations is None:
             say("counting Newton iterations", 0.0)
             iterations = iterations_needed(model, tokens, length, form.recurrence_dtype, kind.title)
@@ -188,7 +189,9 @@ def export(
         write(folder / kind.name, built, described, shown(checkpoint.title), say)
         first = functions.get("prefill", 1)
         count = min(len(tokens), first + TAIL if "prefill" in functions else TAIL)
-        write_reference(folder, folder / kind.name, tokens[:count], logits[first - 1 : count])
+        answers = slice(first - 1, count)
+        of_half = None if half is None else half[answers]
+        write_reference(folder, folder / kind.name, tokens[:count], logits[answers], of_half)
     return Exported(
         path=out,
         weights=checkpoint.path,
@@ -275,6 +278,15 @@ def _sample_tokens(folder: Path, config: dict[str, Any], args: ModelArgs, count:
 def _logits(model: Model, tokens: list[int]) -> Array:
     """(T, V) in float32."""
     return np.array(model(mx.array([tokens]), method="sequential", backend="ops")[0])
+
+
+def _half_logits(model: Model, tokens: list[int]) -> Array:
+    """(T, V), computed in float16; the model is as before."""
+    weights = model.parameters()
+    model.set_dtype(mx.float16)
+    logits = _logits(model, tokens).astype(np.float32)
+    model.update(weights)
+    return logits
 
 
 def _stored_weights(

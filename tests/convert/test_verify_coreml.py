@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python and machine")
 
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from mlx_pararnn.cli.app import app
@@ -156,6 +158,62 @@ def test_a_processor_that_fails_is_one_failed_check(packages, mac, tmp_path):
     )
 
 
+def reference_of(out):
+    with safe_open(out / "reference.safetensors", "numpy") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata()
+
+
+def test_what_is_allowed_is_measured_on_float16(packages, mac, tmp_path):
+    """Eight times as far as MLX's own float16; a package of an earlier version has the fixed bound."""
+    out = shutil.copytree(packages(), tmp_path / "out")
+    arrays, metadata = reference_of(out)
+    assert 1e-4 < arrays["yardstick"] < 2e-3
+    assert arrays["margins"].shape == (9,)
+    size = np.sqrt((arrays["logits"] ** 2).mean())
+    mac(["CPU_ONLY"], CPU_ONLY=float(9e-3 * size))
+    result = verify(out, "--json")
+    [check] = json.loads(result.stdout)["checks"]
+    assert (check["passed"], check["tolerance"]) == (False, pytest.approx(8 * arrays["yardstick"]))
+    save_file({name: arrays[name] for name in ("tokens", "logits")}, out / "reference.safetensors", metadata)
+    [check] = json.loads(verify(out, "--json").stdout)["checks"]
+    assert (check["passed"], check["tolerance"]) == (True, 1e-2)
+
+
+@pytest.mark.large
+def test_tokens_that_are_as_likely_pass(packages, mac, tmp_path):
+    """Where the second likeliest comes as near as float16 is off; nothing else does."""
+    out = shutil.copytree(packages("--argmax"), tmp_path / "out")
+    mac(["CPU_ONLY"])
+    arrays, metadata = reference_of(out)
+    logits, margins = arrays["logits"], arrays["margins"]
+    best, place = logits.argmax(-1), len(margins) - 2
+    other = (best[place] + 1) % logits.shape[-1]
+    for behind, passes in ((7.9 * margins[place], True), (8.1 * margins[place], False)):
+        changed = logits.copy()  # MLX's own likeliest is another, and the package's so far behind it
+        changed[place, other] = logits[place, best[place]] + behind
+        save_file(arrays | {"logits": changed}, out / "reference.safetensors", metadata)
+        [check] = json.loads(verify(out, "--json").stdout)["checks"]
+        assert (check["passed"], check["difference"]) == (passes, float(not passes))
+        assert check["note"].startswith(f"8 of 9 likeliest tokens equal{', 1 as likely' * passes};")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"yardstick": None}, {"margins": None}, {"yardstick": np.inf}, {"margins": np.zeros(3)}]
+)
+def test_a_yardstick_that_is_none_is_refused(packages, mac, tmp_path, wrong):
+    out = shutil.copytree(packages(), tmp_path / "out")
+    mac(["CPU_ONLY"])
+    arrays, metadata = reference_of(out)
+    [(name, value)] = wrong.items()
+    arrays.pop(name)
+    arrays |= {} if value is None else {name: np.array(value, np.float32)}
+    save_file(arrays, out / "reference.safetensors", metadata)
+    result = verify(out)
+    assert result.exit_code == 1
+    assert "is not of the model that pararnn.json describes" in result.stderr
+
+
 def failed_units(*arguments):
     done = subprocess.run(
         [sys.executable, CHECK_UNITS, *map(str, arguments)], capture_output=True, text=True, timeout=60
@@ -177,7 +235,7 @@ def test_each_processor_has_a_process_of_its_own(packages, monkeypatch):
     monkeypatch.setattr(package_check, "can_predict", lambda: True)
     monkeypatch.setattr(package_check, "compile_package", lambda package, folder: package)
     monkeypatch.setattr(package_check, "present_units", lambda: ALL)
-    monkeypatch.setattr(package_check, "_SECONDS", 25)
+    monkeypatch.setattr(package_check, "_SECONDS", 40)
     monkeypatch.setattr(compute_unit, "COMMAND", [sys.executable, "-m", "tests.support.coreml.stand_in"])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("STAND_IN", json.dumps({"CPU_AND_GPU": "end", "CPU_AND_NE": "hang"}))
@@ -187,7 +245,7 @@ def test_each_processor_has_a_process_of_its_own(packages, monkeypatch):
     assert cpu["passed"], cpu
     assert cpu["note"].startswith("9 of 9 likeliest tokens equal; decode: 5 operations on CPU")
     assert gpu["note"] == f"it ended with code {-signal.SIGABRT}"
-    assert neural["note"] == "not done after 25 seconds"
+    assert neural["note"] == "not done after 40 seconds"
     monkeypatch.setenv("STAND_IN", json.dumps(dict.fromkeys(ALL[1:], "refuse") | {"CPU_ONLY": "no plan"}))
     cpu, gpu, neural = json.loads(verify(packages(), "--json").stdout)["checks"]
     assert (cpu["passed"], cpu["note"]) == (True, "9 of 9 likeliest tokens equal")
