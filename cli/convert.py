@@ -147,7 +147,7 @@ def convert(
     state: Annotated[
         State | None,
         typer.Option(
-            help="Core ML: keep the state inside, in float16 (graph), or pass it in and out in float32 (io). "
+            help="Core ML: keep the state inside, in float16 (graph), or pass it in and out (io). "
             "Default: graph."
         ),
     ] = None,
@@ -156,7 +156,10 @@ def convert(
     ] = None,
     recurrence: Annotated[
         Precision | None,
-        typer.Option(help="Core AI: what the recurrence and its state are in. Default: float32."),
+        typer.Option(
+            help="Packages: what the recurrence and its state are in. Default: float32; but for Core ML with "
+            "--state graph, which has float16 only."
+        ),
     ] = None,
     chunk: Annotated[
         int | None,
@@ -210,8 +213,8 @@ def convert(
             ((Target.mlx,), {"--dtype": dtype, "--q-group-size": q_group_size, "--q-mode": q_mode}),
             ((Target.mlx,), {"--model-file": model_file}),
             ((Target.coreml,), {"--state": state, "--argmax": argmax}),
-            ((Target.coreai,), {"--precision": precision, "--recurrence": recurrence}),
-            (packages, {"--chunk": chunk, "--iterations": iterations}),
+            ((Target.coreai,), {"--precision": precision}),
+            (packages, {"--chunk": chunk, "--iterations": iterations, "--recurrence": recurrence}),
             (packages, {"--palettize": palettize, "--initial-state": initial_state}),
             ((*packages, Target.torch), {"--adapter-path": adapter_path}),
             ((Target.mlx, *packages), {"--quantize": quantize, "--tokenizer": tokenizer}),
@@ -229,10 +232,9 @@ def convert(
     if to in packages:
         of_target: dict[str, Any] = {"state": (state or State.graph).value, "argmax": argmax}
         if to == Target.coreai:
-            of_target = {
-                "precision": (precision or Precision.float32).value,
-                "recurrence": (recurrence or Precision.float32).value,
-            }
+            of_target = {"precision": (precision or Precision.float32).value}
+        if recurrence:
+            of_target["recurrence"] = recurrence.value
         _to_package(
             to,
             checkpoint,
@@ -392,7 +394,7 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
             err=True,
         )
     if made["cell"] == "slstm" and made["states"][0]["dtype"] == "float16":
-        wide = "--state io" if to == Target.coreml else "--recurrence float32"
+        wide = "--state io" if to == Target.coreml and made["state"] == "graph" else "--recurrence float32"
         typer.echo(
             f"warning: sLSTM's state grows with the text and loses digits in float16; {wide} keeps it in "
             "float32",

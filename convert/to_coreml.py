@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_pararnn.errors import PararnnError
 
 from .coreml.require_coremltools import require_coremltools
@@ -17,6 +19,7 @@ def convert_to_coreml(
     out: str | Path,
     *,
     state: str = "graph",
+    recurrence: str | None = None,
     chunk: int | None = None,
     iterations: int | None = None,
     argmax: bool = False,
@@ -35,7 +38,9 @@ def convert_to_coreml(
     docs/coreml.md says what `out` then holds.
 
     Args:
-        state: "graph", Core ML's own states in float16; "io", inputs and outputs, the recurrence in float32.
+        state: "graph", Core ML's own states in float16; "io", inputs and outputs.
+        recurrence: what the recurrence is computed in and its state is in; with "io" "float32", the default,
+            or "float16"; with "graph" "float16" only.
         chunk: tokens that `prefill` reads at once, 2 to 128; 64 by default.
         iterations: of Newton's method in `prefill`; None measures how many this model needs.
         argmax: give the likeliest token instead of the logits.
@@ -50,6 +55,13 @@ def convert_to_coreml(
     """
     if state not in ("graph", "io"):
         raise PararnnError(f"state {state!r}: choose graph or io")
+    if recurrence not in (None, "float32", "float16"):
+        raise PararnnError(f"recurrence {recurrence!r}: choose float32 or float16")
+    if state == "graph" and recurrence == "float32":
+        raise PararnnError(
+            "--recurrence float32: Core ML keeps its own states in float16; add --state io, which passes "
+            "them in and out"
+        )
     check_options(chunk, iterations, weights, "float16")
     require_coremltools()
     return export(
@@ -57,7 +69,7 @@ def convert_to_coreml(
         out,
         COREML,
         _write,
-        Form(state == "graph", argmax),
+        Form(state == "graph", argmax, recurrence=np.dtype(recurrence).type if recurrence else None),
         chunk=chunk,
         iterations=iterations,
         weights=weights,

@@ -129,6 +129,10 @@ class CoreAI(Operations):
         """See `Operations`."""
         return core.reduce_max(x, _int32(len(self.shape(x)) - 1))
 
+    def length(self, x: Any) -> Any:
+        """See `Operations`."""
+        return core.sqrt(self.total(self.mul(x, x), len(self.shape(x)) - 1))
+
     def total(self, x: Any, axis: int) -> Any:
         """See `Operations`."""
         return core.reduce_sum(x, _int32(axis))

@@ -25,7 +25,7 @@ class MIL(Operations):
     """Operations of the MIL function that is open."""
 
     title = "Core ML"
-    in_float32 = "--state io"
+    in_float32 = "--state io --recurrence float32"
 
     add, sub, mul, divide, power = map(_two, (mb.add, mb.sub, mb.mul, mb.real_div, mb.pow))
     maximum, equal, not_equal = map(_two, (mb.maximum, mb.equal, mb.not_equal))
@@ -128,6 +128,10 @@ class MIL(Operations):
     def largest(self, x: Any) -> Any:
         """See `Operations`."""
         return mb.reduce_max(x=x, axes=[-1], keep_dims=True)
+
+    def length(self, x: Any) -> Any:
+        """See `Operations`."""
+        return mb.reduce_l2_norm(x=x, axes=[-1], keep_dims=True)
 
     def total(self, x: Any, axis: int) -> Any:
         """See `Operations`."""

@@ -16,11 +16,11 @@ class Form:
     """How the functions are to be, whatever the model.
 
     Attributes:
-        graph_state: states inside the program; else inputs and outputs, the recurrence in float32.
+        graph_state: states inside the program; else inputs and outputs.
         argmax: give the likeliest token instead of the logits.
         activations: np.float16 or np.float32.
-        recurrence: what the recurrence and its state are in; None is what Core ML takes: its own states can
-            be float16 only.
+        recurrence: what the recurrence and its state are in; None is the widest that Core ML takes: its own
+            states can be float16 only.
     """
 
     graph_state: bool = True

@@ -109,6 +109,10 @@ class Operations:
         """Over the last axis, which stays with length 1."""
         raise NotImplementedError
 
+    def length(self, x: Variable) -> Variable:
+        """The root of the sum of squares over the last axis, which stays with length 1."""
+        raise NotImplementedError
+
     def total(self, x: Variable, axis: int) -> Variable:
         """The sum over an axis, which stays with length 1."""
         raise NotImplementedError

@@ -262,22 +262,27 @@ class _Builder:
         return ops.mul(x, ops.rsqrt(square))
 
     def _scaled_norm(self, x: Any, centred: bool) -> Any:
-        """For float16: the mean square taken of the row divided by its largest number m.
+        """For float16: the length taken of the row divided by its largest number.
 
         The squares of numbers above 255 overflow there, and eps is below the normal numbers. With
-        eps = a b, m = max(|x|, a, b), y = x / m:
-        x / sqrt(mean(x^2) + eps) = x * (1 / sqrt(mean(y^2) + (a / m)(b / m)) / m), a factor of at most 1e4.
+        X = (x, a, b) where a^2 + b^2 = D eps, and Y = X / max |X|, whose part for x is y:
+        x / sqrt(mean(x^2) + eps) = y sqrt(D) / ||Y||.
         """
         ops = self.ops
-        a, b = _factors(self.args.norm_eps)
-        m = ops.maximum(ops.largest(ops.abs(x)), max(a, b))
-        y = ops.divide(x, m)
+        steps, width = ops.shape(x)[1:]
+        pair = _two_near(max(self.args.norm_eps, SMALLEST_ROOT**2) * width / 2, np.add)
+        y = ops.concat([x, ops.constant(np.tile(np.array(pair), (1, steps, 1)))], 2)
+        y = ops.divide(y, ops.largest(ops.abs(y)))
+        inside = ops.slice(y, [0, 0, 0], [1, steps, width])
         if centred:
-            mean = ops.mean(y)
-            x, y = ops.sub(x, ops.mul(mean, m)), ops.sub(y, mean)
-        square = ops.mean(ops.mul(y, y))
-        square = ops.add(square, ops.mul(ops.divide(a, m), ops.divide(b, m)))
-        return ops.mul(x, ops.divide(ops.rsqrt(square), m))
+            inside = ops.sub(inside, ops.mean(inside))
+            y = ops.concat([inside, ops.slice(y, [0, 0, width], [1, steps, 2])], 2)
+        size = ops.length(y)
+        root = np.float16(width**0.5)
+        if root.astype(np.float64) ** 2 == width:
+            return ops.mul(inside, ops.divide(root, size))
+        first, second = _two_near(width**0.5, np.multiply)
+        return ops.mul(inside, ops.mul(ops.divide(first, size), second))
 
     def _linear(self, x: Any, path: str) -> Any:
         bias = self._numbers(f"{path}.bias") if f"{path}.bias" in self.weights else None
@@ -292,10 +297,14 @@ class _Builder:
         return self.weights[name].values().astype(self.form.activations)
 
 
-def _factors(eps: float) -> tuple[Any, Any]:
-    """Two float16 numbers near sqrt(eps) whose product is eps to about 1e-5, which no float16 number is."""
-    root = np.float16(max(eps**0.5, SMALLEST_ROOT))
+def _two_near(value: float, how: Any) -> tuple[Any, Any]:
+    """Two float16 numbers, near the root of `value`, that give what no float16 number is, to about 1e-5.
+
+    With np.multiply that is `value`, their product; with np.add 2 `value`, the sum of their squares.
+    """
+    root = np.float16(value**0.5)
     near = (root.view(np.uint16) + np.arange(-64, 65)).astype(np.uint16).view(np.float16)
-    products = near[:, None].astype(np.float64) * near
-    i, j = np.unravel_index(np.abs(products - max(eps, SMALLEST_ROOT**2)).argmin(), products.shape)
+    wide = near.astype(np.float64)
+    made = how.outer(wide, wide) if how is np.multiply else how.outer(wide**2, wide**2) / 2
+    i, j = np.unravel_index(np.abs(made - value).argmin(), made.shape)
     return near[i], near[j]

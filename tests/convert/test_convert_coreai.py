@@ -219,7 +219,7 @@ def test_options_that_do_not_go_together(model, no_export, options):
     no_export(model, *options, code=2)
 
 
-@pytest.mark.parametrize("options", [["--precision", "float16"], ["--recurrence", "float16"]])
+@pytest.mark.parametrize("options", [["--precision", "float16"]])
 def test_core_ai_options_need_core_ai(model, tmp_path, options):
     result = convert(model, "-o", tmp_path / "out", "--to", "coreml", *options)
     assert result.exit_code == 2

@@ -140,10 +140,13 @@ def test_iterations_are_measured_on_more_than_two_small_chunks(tmp_path, data):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize(("cell", "state", "warned"), [("slstm", "graph", True), ("slstm", "io", False)])
+@pytest.mark.parametrize(
+    ("cell", "state", "warned"), [("slstm", "graph", True), ("slstm", "io", False), ("slstm", "half", True)]
+)
 def test_a_state_that_grows_is_warned_of(tmp_path, cell, state, warned):
     folder = plain_model(tmp_path / "mlx", cell=cell, mixer="plain")
-    options = ("--tokenizer", "none", "--chunk", 2, "--iterations", 2, "--state", state)
+    options = ("--tokenizer", "none", "--chunk", 2, "--iterations", 2)
+    options += ("--state", "io", "--recurrence", "float16") if state == "half" else ("--state", state)
     result = export_to_coreml(folder, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert ("warning: sLSTM's state grows" in result.stderr) == warned
@@ -309,6 +312,9 @@ def test_sizes_and_values_that_core_ml_cannot_take(tmp_path, model, no_export):
     assert "--chunk 1: choose 2 to 128 tokens" in no_export(model, "--chunk", 1)
     assert "--chunk 500: choose 2 to 128 tokens" in no_export(model, "--chunk", 500)
     assert "--iterations 0: choose at least 1" in no_export(model, "--iterations", 0)
+    assert "Core ML keeps its own states in float16; add --state io" in no_export(
+        model, "--recurrence", "float32"
+    )
     positions = write_pt(tmp_path / "positions.pt", babylm(positions=8))
     message = no_export(positions, "--tokenizer", "none", "--chunk", 16)
     assert "this model has 8 learned positions" in message
@@ -349,7 +355,10 @@ def test_options_that_do_not_go_together(model, no_export, options):
     no_export(model, *options, code=2)
 
 
-@pytest.mark.parametrize("options", [["--state", "io"], ["--chunk", 8], ["--argmax"], ["--palettize", 4]])
+@pytest.mark.parametrize(
+    "options",
+    [["--state", "io"], ["--chunk", 8], ["--argmax"], ["--recurrence", "float16"], ["--palettize", 4]],
+)
 def test_core_ml_options_need_core_ml(model, tmp_path, options):
     result = convert(model, "-o", tmp_path / "out", *options)
     assert result.exit_code == 2

@@ -12,7 +12,7 @@ import pytest
 ct = pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python and machine")
 
 import mlx.core as mx  # noqa: E402
-from coremltools.proto import Model_pb2  # noqa: E402
+from coremltools.proto import MIL_pb2, Model_pb2  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mlx_pararnn import load_model, register_cell  # noqa: E402
@@ -92,6 +92,21 @@ def test_every_kind_of_layer(exports, kind, state):
     out = exports(source, "--chunk", chunk, "--state", state)
     modes = ("float16",) if (kind, state) in ROUNDED_CONSTANTS else ("float64", "float16")
     check(out, exports.model(source), some_ids(50, 2 * chunk + 3), modes)
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("kind", ["gru", "lstm", "slstm", "nlru"])
+def test_a_state_outside_in_float16(exports, kind):
+    """Nothing is left in float32 then, so that nothing changes from float16 to it and back."""
+    source = exports.small(**KINDS[kind])
+    chunk = 4 if kind == "slstm" else 8
+    out = exports(source, "--chunk", chunk, "--state", "io", "--recurrence", "float16")
+    check(out, exports.model(source), some_ids(50, 2 * chunk + 3))
+    runner = Runner(out)
+    assert {s["dtype"] for s in runner.info["states"]} == {"float16"}
+    for name in runner.info["functions"]:
+        made = [o.type.tensorType for op in runner.package.block(name).operations for o in op.outputs]
+        assert MIL_pb2.FLOAT32 not in {tensor.dataType for tensor in made}
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])

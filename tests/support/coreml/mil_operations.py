@@ -193,6 +193,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "pow": lambda x, y: np.power(x, y),
     "real_div": lambda x, y: x / y,
     "reduce_argmax": reduce_arg(np.argmax),
+    "reduce_l2_norm": reduced(lambda x, axis, keepdims: np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims))),
     "reduce_max": reduced(np.max),
     "reduce_mean": reduced(np.mean),
     "reduce_min": reduced(np.min),
