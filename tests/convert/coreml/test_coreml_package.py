@@ -207,6 +207,14 @@ def test_a_transcript_says_all_that_a_runner_needs(exports, tmp_path, state):
     assert all(set(p["outputs"]) == {"logits", *states} for p in predictions)
 
 
+@pytest.mark.large
+def test_no_transcript_is_made_where_two_tokens_are_nearly_as_likely(exports, tmp_path):
+    out = exports(exports.source(TRAINED), "--tokenizer", "bytes", "--chunk", 16, "--state", "graph")
+    with pytest.raises(SystemExit, match=r"def main.*: '.' leads by 0\.0\d* only"):
+        record([str(out), str(tmp_path / "t.json"), "--prompt", "# n\u00e9\ndef main(", "--tokens", "8"])
+    assert not (tmp_path / "t.json").exists()
+
+
 @pytest.mark.sampled("large", by=lambda: ["one"])
 def test_coremltools_reads_the_program_back(small):
     """Its own reader builds every operation anew and infers the types: they are the saved ones."""
