@@ -10,7 +10,7 @@ ct = pytest.importorskip("coremltools", reason="coremltools has no wheel for thi
 
 from coremltools.proto import FeatureTypes_pb2, MIL_pb2  # noqa: E402
 
-from tests.support.coreml.exports import KINDS, ONE, QUANTIZED, TRAINED, some_ids  # noqa: E402
+from tests.support.coreml.exports import GOLDEN, KINDS, ONE, QUANTIZED, TRAINED, some_ids  # noqa: E402
 from tests.support.coreml.interpreter import shape_of  # noqa: E402
 from tests.support.coreml.record_transcript import main as record  # noqa: E402
 from tests.support.coreml.runner import Runner  # noqa: E402
@@ -217,16 +217,26 @@ def test_no_transcript_is_made_where_two_tokens_are_nearly_as_likely(exports, tm
 
 @pytest.mark.sampled("large", by=lambda: ["one"])
 def test_coremltools_reads_the_program_back(small):
+    reads_back(small.package)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(("source", "chunk"), [*((g[0], 8) for g in GOLDEN), (TRAINED, 16)])
+def test_coremltools_reads_the_golden_programs_back(exports, source, chunk):
+    reads_back(Runner(exports(exports.source(source), "--chunk", chunk, "--state", "graph")).package)
+
+
+def reads_back(package):
     """Its own reader builds every operation anew and infers the types: they are the saved ones."""
     from coremltools.converters.mil.frontend.milproto.load import load
 
-    spec = small.package.spec
-    program = load(spec, spec.specificationVersion, str(small.package.weights_folder))
-    assert set(program.functions) == set(small.package.functions)
+    spec = package.spec
+    program = load(spec, spec.specificationVersion, str(package.weights_folder))
+    assert set(program.functions) == set(package.functions)
     for name, function in program.functions.items():
-        saved = [op for op in small.package.block(name).operations if op.type != "const"]
+        saved = [op for op in package.block(name).operations if op.type != "const"]
         read = [op for op in function.operations if op.op_type != "const"]
         assert [shape_of(o.type.tensorType) for op in saved for o in op.outputs] == [
             tuple(o.shape) for op in read for o in op.outputs if op.op_type != "coreml_update_state"
         ]
-        assert [o.name for o in function.outputs] == list(small.package.block(name).outputs)
+        assert [o.name for o in function.outputs] == list(package.block(name).outputs)

@@ -41,8 +41,8 @@ def transcript(folder: Path, prompt: str = PROMPT, count: int = 32) -> dict:
         second, first = np.sort(outputs["logits"].ravel())[-2:]
         if first - second <= SURE:
             sys.exit(
-                f"{prompt!r}: {tokenizer.decode([token])!r} leads by {first - second:.2g} only, and {SURE} is "
-                "what tells processors from errors; take another prompt, or fewer tokens"
+                f"{prompt!r}: {tokenizer.decode([token])!r} leads by {first - second:.2g} only, and {SURE} "
+                "tells processors from errors; take another prompt, or fewer tokens"
             )
     states = {s["name"]: s["dtype"] for s in runner.info["states"]}
 
