@@ -10,6 +10,8 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case unreadableSettings(reason: String)
   /// The package needs a newer operating system than this one.
   case needsNewerSystem(URL, required: String)
+  /// A file of a ``ModelDownload`` cannot be had, or is not what it should be.
+  case downloadFailed(URL, reason: String)
   /// Core ML refused to compile or load the model.
   case cannotLoad(URL, reason: String)
   /// No tokenizer stands beside the package and none was given.
@@ -20,12 +22,14 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case wrongVocabulary(tokenizer: Int, model: Int)
   /// A generation option outside its range.
   case invalidOption(String)
-  /// The package gives only the likeliest token, so nothing can be sampled.
+  /// The package gives only the likeliest token, so nothing can be sampled or held to a schema.
   case samplingNeedsLogits
   /// The package gives only the likeliest token, so it cannot be held to the protocol of tools.
   case toolsNeedLogits
   /// A model that uses tools has been asked in a way that is for others, or the other way round.
   case toolsMismatch(reason: String)
+  /// No token can go on in a text that keeps the schema, or the tokenizer does not tell the bytes of its tokens.
+  case schemaCannotBeKept
   /// A function that a model cannot be allowed to call.
   case invalidFunction(name: String, reason: String)
   /// There is nothing to read.
@@ -64,6 +68,8 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
       "The package's description cannot be read: \(reason). Export it with a matching version of mlx-pararnn."
     case .needsNewerSystem(let url, let required):
       "\(url.lastPathComponent) needs \(required) or newer; export it for this system or update the system."
+    case .downloadFailed(let url, let reason):
+      "\(url.absoluteString) cannot be downloaded: \(reason). What has been received is kept for the next attempt."
     case .cannotLoad(let url, let reason):
       "Core ML cannot load \(url.path): \(reason)"
     case .missingTokenizer(let folder):
@@ -75,11 +81,13 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
     case .invalidOption(let reason):
       "A generation option is out of range: \(reason)."
     case .samplingNeedsLogits:
-      "This package gives only the likeliest token; set temperature to 0 and no penalty, or export without --argmax."
+      "This package gives only the likeliest token; set temperature to 0, no penalty and no schema, or export without --argmax."
     case .toolsNeedLogits:
       "This package gives only the likeliest token, and tools need all logits; export without --argmax."
     case .toolsMismatch(let reason):
       "This model cannot be asked so: \(reason)."
+    case .schemaCannotBeKept:
+      "No token of the vocabulary can follow where the schema is to be kept; the tokenizer must tell bytes(of:)."
     case .invalidFunction(let name, let reason):
       "The function \(name) cannot be allowed: \(reason)."
     case .emptyPrompt:
