@@ -3,6 +3,16 @@ import Testing
 
 @testable import ParaRNN
 
+extension Sampler {
+  /// The probability of every token.
+  fileprivate func probabilities(_ logits: [Float], after recent: [Int]) -> [Float] {
+    var all = [Float](repeating: 0, count: logits.count)
+    let (tokens, probabilities) = candidates(logits, after: recent)
+    for (token, probability) in zip(tokens, probabilities) { all[token] = probability }
+    return all
+  }
+}
+
 @Suite struct SamplerTests {
   struct Case: Decodable {
     struct Options: Decodable {
@@ -38,6 +48,36 @@ import Testing
       #expect(ours.count == test.probabilities.count)
       for (p, q) in zip(ours, test.probabilities) {
         #expect(abs(p - q) <= 1e-5 && (p == 0) == (q == 0), "case \(number): \(p) instead of \(q)")
+      }
+    }
+  }
+
+  /// Neither temperature nor filters change what a token's probability is said to be.
+  @Test func logProbabilities() throws {
+    for test in try TestData.decode([Case].self, "sampling.json") {
+      let sampler = Sampler(test.generationOptions())
+      var penalized = test.logits.map(Double.init)
+      if let penalty = test.options.repetitionPenalty {
+        for token in Set(test.recent.suffix(20)) {
+          penalized[token] *= penalized[token] < 0 ? Double(penalty) : 1 / Double(penalty)
+        }
+      }
+      let total = log(penalized.reduce(0) { $0 + exp($1) })
+      for token in stride(from: 0, to: test.logits.count, by: 17) {
+        let ours = Double(sampler.logProbability(of: token, test.logits, after: test.recent))
+        #expect(abs(ours - (penalized[token] - total)) < 1e-4)
+      }
+    }
+  }
+
+  @Test func whetherAllAreFinite() {
+    let numbers: [Float] = [0, 3e38, -3e38, 1e-45, 3e38]
+    #expect(numbers.areFinite && [Float]().areFinite)
+    for bad: Float in [.nan, .infinity, -.infinity] {
+      for place in numbers.indices {
+        var numbers = numbers
+        numbers[place] = bad
+        #expect(!numbers.areFinite)
       }
     }
   }
