@@ -37,6 +37,7 @@ public struct BPETokenizer: ParaRNNTokenizer {
   private let merges: [UInt64: Merge]
   private let takesWholePieces: Bool
   private let added: [Added]
+  private let idsOfAdded: Set<Int>
   private let normalizers: [Normalizer]
   private let splitters: [Splitter]
   private let before: [Int]
@@ -124,6 +125,7 @@ public struct BPETokenizer: ParaRNNTokenizer {
       bytesOfToken[vocabulary[text] ?? id] = written(text) ?? Array(text.utf8)
     }
     self.added = added
+    idsOfAdded = Set(added.map(\.id))
     self.bytesOfToken = bytesOfToken
     self.tokenOfBytes = tokenOfBytes
     vocabularySize = (bytesOfToken.keys.max() ?? -1) + 1
@@ -163,6 +165,12 @@ public struct BPETokenizer: ParaRNNTokenizer {
   public func token(named name: String) -> Int? {
     let bytes = characters == nil ? ByteAlphabet.bytes(name) : Array(name.utf8)
     return added.first { Array($0.name.utf8) == Array(name.utf8) }?.id ?? bytes.flatMap { tokenOfBytes[$0] }
+  }
+
+  /// Those of added tokens are nil: a model does not write them as text.
+  public func bytes(of token: Int) -> [UInt8]? {
+    guard let bytes = bytesOfToken[token], !idsOfAdded.contains(token) else { return nil }
+    return characters.map { $0.decoder.bytes(String(decoding: bytes, as: UTF8.self)) } ?? bytes
   }
 
   public func decode(_ tokens: [Int]) -> String {

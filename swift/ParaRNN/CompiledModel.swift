@@ -1,10 +1,6 @@
 #if canImport(CoreML)
   import CoreML
 
-  #if canImport(CryptoKit)
-    import CryptoKit
-  #endif
-
   /// Finds a model on disk, compiles it where needed and keeps what was compiled.
   struct CompiledModel {
     /// The .mlmodelc that is to be loaded.
@@ -27,8 +23,10 @@
       return found
     }
 
-    /// - Parameter cache: where compiled models are kept.
-    init(_ url: URL, cache: URL) async throws {
+    /// - Parameters:
+    ///   - cache: where compiled models are kept.
+    ///   - compiling: is called before one is compiled.
+    init(_ url: URL, cache: URL, compiling: () -> Void) async throws {
       try SystemRequirement.check(url)
       guard url.pathExtension == "mlpackage" else {
         self.url = url
@@ -39,7 +37,10 @@
       let key = try Self.key(url)
       let kept = Self.contents(of: cache).first { $0.hasSuffix("-\(key.content).mlmodelc") }
       self.url = cache.appendingPathComponent(kept ?? "\(key.name)-\(key.place)-\(key.content).mlmodelc")
-      if kept == nil { try await compile() }
+      if kept == nil {
+        compiling()
+        try await compile()
+      }
     }
 
     /// Compile anew what is in the cache; false for a model that came compiled.
@@ -117,13 +118,13 @@
     private static func key(_ package: URL) throws -> (name: String, place: String, content: String) {
       var place = Fingerprint()
       place.add(package.path)
-      var hash = ContentHash()
+      var hash = FileHash()
       for file in try files(in: package) {
-        hash.add(Data(file.path.dropFirst(package.path.count).utf8))
-        hash.add(try Data(contentsOf: file, options: .mappedIfSafe))
+        let path = file.path.dropFirst(package.path.count)
+        hash.add(Data("\(path) \(try FileHash.hexadecimal(of: file))\n".utf8))
       }
       let name = package.deletingPathExtension().lastPathComponent
-      return (name, place.hexadecimal, "\(system)-\(hash.hexadecimal)")
+      return (name, place.hexadecimal, "\(system)-\(hash.hexadecimal.prefix(16))")
     }
 
     /// Every regular file under `folder`, in a fixed order.
@@ -158,30 +159,5 @@
       }
       return hash.hexadecimal
     }
-  }
-
-  /// A hash of whole files, in 16 hexadecimal digits; SHA-256 where there is CryptoKit.
-  private struct ContentHash {
-    #if canImport(CryptoKit)
-      private var hash = SHA256()
-
-      mutating func add(_ data: Data) {
-        withUnsafeBytes(of: UInt64(data.count).littleEndian) { hash.update(bufferPointer: $0) }
-        hash.update(data: data)
-      }
-
-      var hexadecimal: String {
-        hash.finalize().prefix(8).map { String(format: "%02x", $0) }.joined()
-      }
-    #else
-      private var hash = Fingerprint()
-
-      mutating func add(_ data: Data) {
-        withUnsafeBytes(of: UInt64(data.count).littleEndian) { hash.add($0) }
-        hash.add(data)
-      }
-
-      var hexadecimal: String { hash.hexadecimal }
-    #endif
   }
 #endif

@@ -5,10 +5,11 @@
   protocol Answering: Actor {
     /// The next piece of text; nil at the end.
     func next() async throws -> String?
+    /// The next token; nil at the end.
+    func nextToken() async throws -> GeneratedToken?
     /// Give nothing more.
     func stop() async
-    /// True once the whole prompt has been read and no prediction has failed.
-    var isSound: Bool { get async }
+    var standing: Standing { get async }
     /// False once it has ended, was stopped or has failed.
     var isGoingOn: Bool { get }
     /// The memory after what has been read and said.
@@ -18,6 +19,16 @@
     var statistics: GenerationStatistics { get }
   }
 
+  /// What is left of an answer, wherever it ends.
+  enum Standing: Sendable {
+    /// Nothing: its prompt has not been read.
+    case unread
+    /// Its text and the memory after it.
+    case sound
+    /// Its text: a prediction failed after the prompt was read, and what it did to the memory is unknown.
+    case textAlone
+  }
+
   /// One answer in the making: reads the prompt in chunks, then gives a piece of text at each call.
   actor Generation: Answering {
     private let model: ParaRNNModel
@@ -25,6 +36,9 @@
     private var sampler: Sampler
     private var detokenizer: Detokenizer
     private var stopTexts: StopTexts
+    /// What ``GenerationOptions/schema`` allows, and which tokens that means.
+    private let grammar: JSONGrammar?
+    private var guided: GuidedTokens?
     private var unread: ArraySlice<Int>
     private var recent: [Int]
     private var output: ParaRNNModel.Output?
@@ -36,8 +50,7 @@
     private(set) var statistics = GenerationStatistics()
     /// All text given so far.
     private(set) var text = ""
-    /// True once the whole prompt has been read and no prediction has failed.
-    private(set) var isSound = false
+    private(set) var standing = Standing.unread
     private var hasEnded = false
     var isGoingOn: Bool { !hasEnded }
 
@@ -57,6 +70,7 @@
       if let positions = settings.positions, memory.position + all.count >= positions {
         throw ParaRNNError.noRoom(taken: memory.position + all.count, positions: positions)
       }
+      grammar = try options.grammar()
       self.model = model
       self.options = options
       self.memory = memory
@@ -69,8 +83,16 @@
       statistics.promptTokens = all.count
     }
 
-    /// The next piece of text; nil at the end.
     func next() async throws -> String? {
+      while let token = try await token(withProbability: false) {
+        if !token.text.isEmpty { return token.text }
+      }
+      return nil
+    }
+
+    func nextToken() async throws -> GeneratedToken? { try await token(withProbability: true) }
+
+    private func token(withProbability: Bool) async throws -> GeneratedToken? {
       if isBusy { throw ParaRNNError.busy }
       if hasEnded { return nil }
       isBusy = true
@@ -85,7 +107,7 @@
         let read = ContinuousClock.now
         statistics.promptSeconds += (read - start).seconds
         defer { statistics.generationSeconds += (ContinuousClock.now - read).seconds }
-        return try await generate()
+        return try await generate(withProbability)
       } catch {
         hasEnded = true
         throw error
@@ -103,77 +125,108 @@
       if isBusy { await withCheckedContinuation { waiting.append($0) } }
     }
 
-    /// Whole chunks by prefill, what is left by decode.
     private func read() async throws {
       while !unread.isEmpty {
         try Task.checkCancellation()
-        let chunk = await model.chunk.flatMap { unread.count >= $0 ? $0 : nil } ?? 1
-        try await predict(Array(unread.prefix(chunk)))
-        unread = unread.dropFirst(chunk)
+        unread = unread.dropFirst(try await predict(unread))
         if hasEnded { throw CancellationError() }
       }
-      isSound = true
+      if standing == .unread { standing = .sound }
     }
 
-    private func generate() async throws -> String? {
-      while !hasEnded {
-        try Task.checkCancellation()
-        if statistics.generatedTokens == options.maxTokens { return end(.maxTokens) }
-        if let token = memory.pending {
-          if let positions = model.settings.positions, memory.position >= positions { return end(.positions) }
-          try await predict([token])
-          memory.pending = nil
-          if hasEnded { break }
-        }
-        guard let output else { return nil }
-        let token =
-          switch output {
-          case .logits(let logits): sampler.pick(logits, after: recent)
-          case .token(let token): token
-          }
-        memory.pending = token
-        statistics.generatedTokens += 1
-        recent = recent.suffix(Sampler.penalized - 1) + [token]
-        if model.settings.endTokens.contains(token) { return end(.endOfText) }
-        let piece = stopTexts.append(detokenizer.append(token))
-        if stopTexts.isFound {
-          hasEnded = true
-          statistics.stopReason = .stopText
-          text += piece
-          return piece.isEmpty ? nil : piece
-        }
-        if !piece.isEmpty {
-          text += piece
-          return piece
-        }
+    private func generate(_ withProbability: Bool) async throws -> GeneratedToken? {
+      try Task.checkCancellation()
+      if options.maxTokens == 0 {
+        end(.maxTokens)
+        return nil
       }
-      return nil
+      if let token = memory.pending {
+        _ = try await predict([token])
+        memory.pending = nil
+        if hasEnded { return nil }
+      }
+      guard let output else { return nil }
+      let id: Int
+      var logProbability: Float?
+      switch output {
+      case .logits(let logits):
+        id = sampler.pick(try await allowed(logits), after: recent)
+        if withProbability { logProbability = sampler.logProbability(of: id, logits, after: recent) }
+      case .token(let token): id = token
+      }
+      memory.pending = id
+      statistics.generatedTokens += 1
+      recent = recent.suffix(Sampler.penalized - 1) + [id]
+      let isEnd = model.settings.endTokens.contains(id)
+      if !isEnd { guided?.take(id) }
+      var piece = isEnd ? "" : stopTexts.append(detokenizer.append(id))
+      if isEnd || guided?.isStopped == true {
+        end(.endOfText)
+      } else if stopTexts.isFound {
+        end(.stopText)
+      } else if statistics.generatedTokens == options.maxTokens {
+        end(.maxTokens)
+      } else if let positions = model.settings.positions, memory.position >= positions {
+        end(.positions)
+      }
+      if hasEnded, !stopTexts.isFound {
+        // What was held back of an incomplete character, or of what might have become a stop text.
+        piece += stopTexts.append(detokenizer.finish())
+        if !stopTexts.isFound { piece += stopTexts.finish() }
+      }
+      text += piece
+      return GeneratedToken(id: id, text: piece, logProbability: logProbability)
     }
 
-    private func predict(_ tokens: [Int]) async throws {
-      let (output, state): (ParaRNNModel.Output, ParaRNNModel.State)
+    /// The logits of the tokens that the schema allows here; all where there is none.
+    private func allowed(_ logits: [Float]) async throws -> [Float] {
+      guard let grammar else { return logits }
+      if guided == nil { guided = GuidedTokens(grammar, try await model.vocabularyBytes()) }
+      var mask = guided!.allowed()
+      if guided!.isComplete {
+        for token in model.settings.endTokens where token < mask.count { mask[token] = true }
+      }
+      var logits = logits
+      var isAnyAllowed = false
+      for token in logits.indices {
+        if mask[token] { isAnyAllowed = true } else { logits[token] = -.infinity }
+      }
+      if !isAnyAllowed { throw ParaRNNError.schemaCannotBeKept }
+      return logits
+    }
+
+    /// Read the first of `tokens`; returns how many.
+    private func predict(_ tokens: ArraySlice<Int>) async throws -> Int {
+      let prediction: ParaRNNModel.Prediction
       do {
-        (output, state) = try await model.predict(tokens, at: memory.position, memory.state)
+        prediction = try await model.predict(tokens, at: memory.position, memory.state)
       } catch {
-        isSound = false
+        if standing == .sound { standing = .textAlone }
         throw error
       }
-      self.output = output
-      memory.state = state
-      memory.position += tokens.count
+      output = prediction.output
+      memory.state = prediction.state
+      memory.position += prediction.count
       // Otherwise a long answer keeps a thread of the few that all tasks share to itself.
       await Task.yield()
+      return prediction.count
     }
 
-    /// The last piece, with what was held back of an incomplete character.
-    private func end(_ reason: GenerationStatistics.StopReason) -> String? {
+    private func end(_ reason: GenerationStatistics.StopReason) {
       hasEnded = true
       statistics.stopReason = reason
-      var piece = stopTexts.append(detokenizer.finish())
-      if !stopTexts.isFound { piece += stopTexts.finish() }
-      text += piece
-      return piece.isEmpty ? nil : piece
     }
+  }
+
+  /// A token that a model has said.
+  public struct GeneratedToken: Sendable, Equatable {
+    public let id: Int
+    /// What it adds to the text; "" for an end of text, and while a character or a text in
+    /// ``GenerationOptions/stop`` may still be completed.
+    public let text: String
+    /// The logarithm of its probability among all tokens, after the repetition penalty and before temperature and
+    /// filters; nil for a package that gives only the likeliest token.
+    public let logProbability: Float?
   }
 
   /// Text as it is generated, piece by piece; pieces hold whole Unicode scalars.
@@ -190,6 +243,12 @@
 
     public func makeAsyncIterator() -> AsyncIterator { AsyncIterator(source: source) }
 
+    /// The same stream token by token, with ids and probabilities; a stream is read once, in either way.
+    ///
+    /// - Throws (while it is read): as this stream; ``ParaRNNError/toolsMismatch(reason:)`` for a model that uses tools,
+    ///   whose ``ParaRNNChat/events(respondingTo:options:limits:)`` tell more.
+    public var tokens: TokenStream { TokenStream(source: source) }
+
     /// Counts and speeds so far; nil before the first piece.
     public var statistics: GenerationStatistics? {
       get async { await source.answer?.statistics }
@@ -202,6 +261,26 @@
 
       public mutating func next(isolation actor: isolated (any Actor)?) async throws -> String? {
         try await source.started()?.next()
+      }
+    }
+  }
+
+  /// The tokens of a ``TextStream`` as they are generated.
+  public struct TokenStream: AsyncSequence, Sendable {
+    public typealias Element = GeneratedToken
+    public typealias Failure = any Error
+
+    fileprivate let source: LazyAnswer<any Answering>
+
+    public func makeAsyncIterator() -> AsyncIterator { AsyncIterator(source: source) }
+
+    public struct AsyncIterator: AsyncIteratorProtocol {
+      fileprivate let source: LazyAnswer<any Answering>
+
+      public mutating func next() async throws -> GeneratedToken? { try await source.started()?.nextToken() }
+
+      public mutating func next(isolation actor: isolated (any Actor)?) async throws -> GeneratedToken? {
+        try await source.started()?.nextToken()
       }
     }
   }

@@ -16,10 +16,14 @@ public struct GenerationOptions: Sendable, Equatable {
   public var seed: UInt64?
   /// Texts before which an answer ends; they are not part of it.
   public var stop: [String]
+  /// A JSON schema, as text, that the answer keeps: it is one JSON value without spaces between its parts, members of an
+  /// object in the order of the schema; nil for free text. The schema may have `type`, `properties`, `required`, `items`,
+  /// `enum`, `const`, `anyOf` and bounds; bounds of numbers are not kept. Where `maxTokens` ends it, the value is cut off.
+  public var schema: String?
 
   public init(
     maxTokens: Int = 256, temperature: Float = 0, topK: Int = 0, topP: Float = 1, minP: Float = 0,
-    repetitionPenalty: Float = 1, seed: UInt64? = nil, stop: [String] = []
+    repetitionPenalty: Float = 1, seed: UInt64? = nil, stop: [String] = [], schema: String? = nil
   ) {
     self.maxTokens = maxTokens
     self.temperature = temperature
@@ -29,6 +33,7 @@ public struct GenerationOptions: Sendable, Equatable {
     self.repetitionPenalty = repetitionPenalty
     self.seed = seed
     self.stop = stop
+    self.schema = schema
   }
 
   func check() throws {
@@ -38,6 +43,7 @@ public struct GenerationOptions: Sendable, Equatable {
     try require(maxTokens >= 0, "maxTokens is \(maxTokens), below 0")
     try require(temperature >= 0 && temperature.isFinite, "temperature is \(temperature), not from 0 up")
     try require(!stop.contains(""), "a text in stop is empty")
+    _ = try grammar()
     try require(topK >= 0, "topK is \(topK), below 0")
     try require(topP > 0 && topP <= 1, "topP is \(topP), not above 0 and up to 1")
     try require(minP >= 0 && minP <= 1, "minP is \(minP), not from 0 to 1")
@@ -46,6 +52,15 @@ public struct GenerationOptions: Sendable, Equatable {
       "repetitionPenalty is \(repetitionPenalty), not above 0")
   }
 
+  /// What ``schema`` allows.
+  func grammar() throws -> JSONGrammar? {
+    do {
+      return try schema.map { try JSONSchema($0).grammar }
+    } catch let refused as JSONSchema.Refused {
+      throw ParaRNNError.invalidOption(refused.reason)
+    }
+  }
+
   /// True if the likeliest token is all that is wanted.
-  var isGreedy: Bool { temperature == 0 && repetitionPenalty == 1 }
+  var isGreedy: Bool { temperature == 0 && repetitionPenalty == 1 && schema == nil }
 }

@@ -1,6 +1,18 @@
 #if canImport(CoreML)
   import CoreML
 
+  /// What loading a model is at.
+  public enum LoadingStage: Sendable, Equatable {
+    /// The package's files are read, to find what was compiled of them.
+    case checking
+    /// Core ML compiles the package, which it does once.
+    case compiling
+    /// Core ML loads the model for these processors.
+    case loading(MLComputeUnits)
+    /// Text can be generated; what reads prompts in chunks may follow.
+    case loaded
+  }
+
   /// Loads the functions of a model, on other processors than those asked for where these do not take it.
   struct ModelLoader: @unchecked Sendable {  // its configuration is a copy, which nothing changes
     /// A function that was loaded, for one owner.
@@ -16,6 +28,7 @@
 
     private let configuration: MLModelConfiguration
     private let timeout: Duration
+    let progress: (@Sendable (LoadingStage) -> Void)?
     /// Those asked for, the GPU and the CPU, the CPU.
     private var chain: [MLComputeUnits] {
       let usual: [MLComputeUnits] = [.cpuAndGPU, .cpuOnly]
@@ -23,9 +36,12 @@
       return asked == .cpuOnly ? [.cpuOnly] : [asked] + usual.filter { $0 != asked }
     }
 
-    init(_ configuration: MLModelConfiguration, timeout: Duration) {
+    init(
+      _ configuration: MLModelConfiguration, timeout: Duration, progress: (@Sendable (LoadingStage) -> Void)?
+    ) {
       self.configuration = configuration.copy() as! MLModelConfiguration
       self.timeout = timeout
+      self.progress = progress
     }
 
     /// The decode function on the first of the chain that takes it.
@@ -35,6 +51,7 @@
       var first: (any Error)?
       var mayRecompile = true
       for units in chain {
+        progress?(.loading(units))
         do {
           return try await load(compiled.url, "decode", units)
         } catch {

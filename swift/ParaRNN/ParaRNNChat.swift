@@ -10,12 +10,17 @@
   /// ```
   ///
   /// Leaving the loop early, or cancelling its task, keeps what has been said so far; while the question is still
-  /// being read, the conversation is as if it had not been asked.
+  /// being read, the conversation is as if it had not been asked. Where a prediction fails after that, as when an app
+  /// goes to the background and loses the GPU, question and text are kept too: the next turn reads them again.
   public actor ParaRNNChat {
     public nonisolated let model: ParaRNNModel
     private let format: ChatFormat?
     private let functions: ToolFunctions
+    /// What the standard functions remember.
+    private let assistant: Assistant
     private var settled: [ChatMessage]
+    /// How many of the last messages are not in the memory, since a prediction failed.
+    private var unread = 0
     private var memory: ParaRNNModel.Memory?
     private var turns: [Turn] = []
     private var current: (question: String, generation: any Answering)?
@@ -28,24 +33,20 @@
     /// A question, and the conversation before it.
     private struct Turn {
       let messages: [ChatMessage]
+      let unread: Int
       let before: ParaRNNModel.Snapshot
-    }
-
-    init(model: ParaRNNModel, system: String?, format: ChatFormat?, functions: ToolFunctions) {
-      self.model = model
-      self.format = format
-      self.functions = functions
-      settled = system.map { [ChatMessage(.system, $0)] } ?? []
+      let remembered: AssistantMemory
     }
 
     init(
       model: ParaRNNModel, format: ChatFormat?, functions: ToolFunctions, messages: [ChatMessage],
-      memory: ParaRNNModel.Memory?
+      unread: Int = 0, remembering kept: AssistantMemory = .init(), memory: ParaRNNModel.Memory? = nil
     ) {
       self.model = model
       self.format = format
-      self.functions = functions
+      (self.functions, assistant) = functions.forChat(remembering: kept)
       self.memory = memory
+      self.unread = unread
       settled = messages
     }
 
@@ -76,7 +77,9 @@
     public var messages: [ChatMessage] {
       get async {
         let settled = settled  // before the first await, that what is settled meanwhile is not there twice
-        guard let (question, generation) = current, await generation.isSound else { return settled }
+        guard let (question, generation) = current, await generation.standing != .unread else {
+          return settled
+        }
         return settled + [ChatMessage(.user, question), ChatMessage(.assistant, await generation.text)]
       }
     }
@@ -106,10 +109,34 @@
       turns.removeLast()
       let question = settled.dropFirst(turn.messages.count).first?.text ?? ""
       settled = turn.messages
+      unread = turn.unread
+      await assistant.recall(turn.remembered)
       return question
     }
 
-    /// The whole memory of the conversation, for ``ParaRNNModel/chat(restoring:format:)``. What was said before cannot
+    /// Another conversation that goes on from here; what happens in either is unknown to the other.
+    ///
+    /// - Throws: ``ParaRNNError/busy``
+    public func branch() async throws -> ParaRNNChat {
+      if isBusy { throw ParaRNNError.busy }
+      isBusy = true
+      defer { isBusy = false }
+      try await settle()
+      let snapshot = try await model.snapshot(try await currentMemory())
+      let other = ParaRNNChat(
+        model: model, format: format, functions: functions, messages: settled, unread: unread,
+        remembering: await assistant.kept, memory: try await model.memory(of: snapshot))
+      await other.take(turns)
+      return other
+    }
+
+    private func take(_ turns: [Turn]) { self.turns = turns }
+
+    /// Sentences for the timers, alarms and reminders of ``ToolFunctions/standard(now:zone:seconds:)`` whose time has
+    /// come since it was last asked for. Who shows them asks from time to time: nothing rings by itself.
+    public func due() async -> [String] { await assistant.due() }
+
+    /// The whole memory of the conversation, and of the standard functions in it, for ``ParaRNNModel/chat(restoring:format:)``. What was said before cannot
     /// be taken back after it.
     ///
     /// - Throws: ``ParaRNNError/busy``
@@ -120,7 +147,8 @@
       try await settle()
       let snapshot = try await model.snapshot(try await currentMemory())
       return SavedChat(
-        messages: settled, position: snapshot.position, pending: snapshot.pending, tensors: snapshot.tensors
+        messages: settled, unread: unread, remembered: await assistant.kept, position: snapshot.position,
+        pending: snapshot.pending, tensors: snapshot.tensors
       ).data(fingerprint: model.fingerprint)
     }
 
@@ -151,7 +179,8 @@
       }
       return try await begin(text) { memory in
         try ToolAnswer(
-          text, model: model, memory: memory, tools: tools, functions: functions, limits: limits,
+          text, after: settled.suffix(unread), model: model, memory: memory, tools: tools,
+          functions: functions, limits: limits,
           options: options)
       }
     }
@@ -166,7 +195,9 @@
       let memory = try await currentMemory()
       let before = try await model.snapshot(memory)
       let generation = try make(memory)
-      turns = turns.suffix(Self.undoLimit - 1) + [Turn(messages: settled, before: before)]
+      let turn = Turn(
+        messages: settled, unread: unread, before: before, remembered: await assistant.kept)
+      turns = turns.suffix(Self.undoLimit - 1) + [turn]
       current = (text, generation)
       return generation
     }
@@ -176,12 +207,18 @@
       guard let (question, generation) = current else { return }
       await generation.stop()
       current = nil
-      if await generation.isSound {
+      switch await generation.standing {
+      case .sound:
         memory = await generation.memory
-        settled += [ChatMessage(.user, question), ChatMessage(.assistant, await generation.text)]
-      } else if let turn = turns.popLast() {
-        memory = try await model.memory(of: turn.before)
+        unread = 0
+      case .textAlone:
+        memory = try await model.memory(of: turns.last!.before)
+        unread += 2
+      case .unread:
+        if let turn = turns.popLast() { memory = try await model.memory(of: turn.before) }
+        return
       }
+      settled += [ChatMessage(.user, question), ChatMessage(.assistant, await generation.text)]
     }
 
     /// What the model has to read before it answers `text`: this turn alone.
@@ -193,7 +230,7 @@
         let text = try format.text(of: settled + [question])
         return tokenizer.encode(text, addingSpecialTokens: format.addsSpecialTokens)
       }
-      let next = format.afterAnswer + format.text(of: question)
+      let next = format.afterAnswer + (settled.suffix(unread) + [question]).map(format.text(of:)).joined()
       var tokens = tokenizer.encode(next, addingSpecialTokens: false)
       // The model ended its answer itself, with the token that the format puts there.
       if let pending = memory.pending, model.settings.endTokens.contains(pending), tokens.first == pending {
@@ -215,6 +252,10 @@
   /// the length of a JSON description (eight bytes, little-endian), the description, each tensor of the memory.
   struct SavedChat {
     let messages: [ChatMessage]
+    /// How many of the last messages are not in the memory.
+    let unread: Int
+    /// What the standard functions remember.
+    let remembered: AssistantMemory
     let position: Int
     let pending: Int?
     let tensors: [StateTensor]
@@ -224,12 +265,19 @@
     private struct Description: Codable {
       let model: String
       let messages: [ChatMessage]
+      let unread: Int?
+      let memory: String?
       let position: Int
       let pending: Int?
     }
 
-    init(messages: [ChatMessage], position: Int, pending: Int?, tensors: [StateTensor]) {
+    init(
+      messages: [ChatMessage], unread: Int = 0, remembered: AssistantMemory = .init(), position: Int,
+      pending: Int?, tensors: [StateTensor]
+    ) {
       self.messages = messages
+      self.unread = unread
+      self.remembered = remembered
       self.position = position
       self.pending = pending
       self.tensors = tensors
@@ -237,7 +285,8 @@
 
     func data(fingerprint: String) -> Data {
       let description = Description(
-        model: fingerprint, messages: messages, position: position, pending: pending)
+        model: fingerprint, messages: messages, unread: unread == 0 ? nil : unread,
+        memory: remembered.text.isEmpty ? nil : remembered.text, position: position, pending: pending)
       let encoder = JSONEncoder()
       encoder.outputFormatting = .sortedKeys
       // Strings and whole numbers always encode.
@@ -283,7 +332,8 @@
       guard description.model == fingerprint else { throw ParaRNNError.savedWithAnotherModel }
       var rest = memory
       guard rest.count == settings.stateBytes, (0...Int(Int32.max)).contains(description.position),
-        (0..<settings.vocabularySize).contains(description.pending ?? 0)
+        (0..<settings.vocabularySize).contains(description.pending ?? 0),
+        (0...description.messages.count).contains(description.unread ?? 0)
       else { throw Self.refuse("its memory is damaged") }
       var tensors: [StateTensor] = []
       for form in settings.states {
@@ -293,7 +343,13 @@
       guard tensors.allSatisfy(\.isFinite) else {
         throw Self.refuse("its memory holds numbers that are none")
       }
+      do {
+        remembered = try AssistantMemory(description.memory ?? "")
+      } catch {
+        throw Self.refuse("what its functions remember is damaged")
+      }
       messages = description.messages
+      unread = description.unread ?? 0
       position = description.position
       pending = description.pending
       self.tensors = tensors

@@ -27,56 +27,70 @@
     /// Tells this model from others.
     nonisolated let fingerprint: String
     private let decode: MLModel
-    /// nil until it is loaded, and for good where it cannot be: prompts are read token by token then.
+    /// nil while it is not loaded: prompts are read token by token then.
     private var prefill: MLModel?
     private var loadingPrefill: Task<Void, Never>?
+    /// nil without such a function, and once it is known that it cannot be loaded.
+    private var loadPrefill: (@Sendable () async -> ModelLoader.Loaded?)?
+    private var pressure: MemoryPressure?
+    private var vocabulary: VocabularyBytes?
+    private let executor = QueueExecutor("ParaRNNModel")
+
+    /// A prediction takes its thread for a while: one of a queue's own, not one of the few that all tasks share.
+    public nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
 
     /// Load a model; an .mlpackage is compiled at its first use, and the result is kept.
     ///
     /// Where Core ML cannot load it for `computeUnits`, it is loaded for the GPU and the CPU, and then for the CPU;
     /// ``computeUnits`` says which. The function that reads prompts in chunks is loaded in the background: prompts are
-    /// read token by token until it is there, and when it cannot be loaded.
+    /// read token by token until it is there, and when it cannot be loaded. It is given up when the system is short of
+    /// memory, and loaded again for the next prompt that is long enough.
     ///
     /// - Parameters:
     ///   - url: the .mlpackage or .mlmodelc, or the folder that `mlx-pararnn convert --to coreml` wrote.
     ///   - tokenizer: nil to read tokenizer.json beside the model.
     ///   - computeUnits: where Core ML may run the model.
     ///   - timeout: how long each attempt to load it may take.
+    ///   - progress: is told of each stage as it begins.
     /// - Throws: ``ParaRNNError``
     public init(
       contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil,
       computeUnits: MLComputeUnits = .cpuAndGPU,
-      timeout: Duration = .seconds(120)
+      timeout: Duration = .seconds(120), progress: (@Sendable (LoadingStage) -> Void)? = nil
     ) async throws {
       try await self.init(
         contentsOf: url, tokenizer: tokenizer, computeUnits: computeUnits, timeout: timeout,
-        cache: CompiledModel.defaultCache())
+        cache: CompiledModel.defaultCache(), progress: progress)
     }
 
     /// Load a model with a configuration of Core ML's, whose `computeUnits` are those asked for.
     public init(
       contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil,
-      configuration: sending MLModelConfiguration, timeout: Duration = .seconds(120)
+      configuration: sending MLModelConfiguration, timeout: Duration = .seconds(120),
+      progress: (@Sendable (LoadingStage) -> Void)? = nil
     ) async throws {
       try await self.init(
-        url, tokenizer, ModelLoader(configuration, timeout: timeout), cache: CompiledModel.defaultCache())
+        url, tokenizer, ModelLoader(configuration, timeout: timeout, progress: progress),
+        cache: CompiledModel.defaultCache())
     }
 
     init(
       contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil,
       computeUnits: MLComputeUnits = .cpuAndGPU,
-      timeout: Duration = .seconds(120), cache: URL
+      timeout: Duration = .seconds(120), cache: URL, progress: (@Sendable (LoadingStage) -> Void)? = nil
     ) async throws {
       let configuration = MLModelConfiguration()
       configuration.computeUnits = computeUnits
-      try await self.init(url, tokenizer, ModelLoader(configuration, timeout: timeout), cache: cache)
+      try await self.init(
+        url, tokenizer, ModelLoader(configuration, timeout: timeout, progress: progress), cache: cache)
     }
 
     private init(
       _ url: URL, _ tokenizer: (any ParaRNNTokenizer)?, _ loader: ModelLoader, cache: URL
     ) async throws {
       let url = try CompiledModel.find(url)
-      let compiled = try await CompiledModel(url, cache: cache)
+      loader.progress?(.checking)
+      let compiled = try await CompiledModel(url, cache: cache) { loader.progress?(.compiling) }
       let loaded = try await Self.load(url, compiled, loader)
       decode = loaded.model
       computeUnits = loaded.units
@@ -91,15 +105,24 @@
       if let size = self.tokenizer.vocabularySize, size > settings.vocabularySize {
         throw ParaRNNError.wrongVocabulary(tokenizer: size, model: settings.vocabularySize)
       }
+      loader.progress?(.loaded)
       if settings.chunk != nil {
-        loadingPrefill = Task { [weak self] in
-          let prefill = try? await loader.load(compiled.url, "prefill", loaded.units)
-          await self?.take(prefill)
-        }
+        loadPrefill = { try? await loader.load(compiled.url, "prefill", loaded.units) }
+        pressure = MemoryPressure { [weak self] in Task { await self?.releasePrefill() } }
+        beginLoadingPrefill()
       }
     }
 
-    private func take(_ prefill: ModelLoader.Loaded?) { self.prefill = prefill?.model }
+    private func beginLoadingPrefill() {
+      guard let loadPrefill, loadingPrefill == nil else { return }
+      loadingPrefill = Task { [weak self] in await self?.take(await loadPrefill()) }
+    }
+
+    private func take(_ loaded: ModelLoader.Loaded?) {
+      prefill = loaded?.model
+      loadingPrefill = nil
+      if loaded == nil { loadPrefill = nil }
+    }
 
     private static func load(
       _ url: URL, _ compiled: CompiledModel, _ loader: ModelLoader
@@ -120,17 +143,18 @@
     /// Wait until prompts can be read in chunks, or it is known that they cannot.
     func prefillLoaded() async { await loadingPrefill?.value }
 
+    /// Give up the function that reads prompts in chunks, as when the system is short of memory. The next prompt that is
+    /// long enough loads it again.
+    public func releasePrefill() { prefill = nil }
+
     /// Load all that is loaded in the background, and make a prediction with each function: Core ML takes longer for its
     /// first ones. To be called when a question is likely soon; nothing has to wait for it.
     public func prewarm() async {
       await prefillLoaded()
-      for count in [1, chunk].compactMap({ $0 }) where count <= settings.positions ?? .max {
-        _ = try? predict([Int](repeating: 0, count: count), at: 0, emptyMemory().state)
+      for count in [1, settings.chunk].compactMap({ $0 }) where count <= settings.positions ?? .max {
+        _ = try? predict([Int](repeating: 0, count: count)[...], at: 0, emptyMemory().state)
       }
     }
-
-    /// How many tokens of a prompt can be read at once now; nil for one.
-    var chunk: Int? { prefill == nil ? nil : settings.chunk }
 
     /// The JSON text in a model's metadata.
     private static func text(of model: MLModel) -> String? {
@@ -143,6 +167,16 @@
         throw ParaRNNError.missingTokenizer(folder)
       }
       return try BPETokenizer(contentsOf: file)
+    }
+
+    /// The bytes of all tokens, found at the first use.
+    ///
+    /// - Throws: ``ParaRNNError/schemaCannotBeKept``
+    func vocabularyBytes() throws -> VocabularyBytes {
+      if let vocabulary { return vocabulary }
+      vocabulary = VocabularyBytes(tokenizer, count: settings.vocabularySize)
+      guard let vocabulary else { throw ParaRNNError.schemaCannotBeKept }
+      return vocabulary
     }
 
     // MARK: - Generating
@@ -174,7 +208,9 @@
     public nonisolated func chat(
       system: String? = nil, format: ChatFormat? = nil, functions: ToolFunctions = .init()
     ) -> ParaRNNChat {
-      ParaRNNChat(model: self, system: system, format: format ?? chatFormat, functions: functions)
+      ParaRNNChat(
+        model: self, format: format ?? chatFormat, functions: functions,
+        messages: system.map { [ChatMessage(.system, $0)] } ?? [])
     }
 
     /// A conversation that goes on after messages from elsewhere; they are read before the first answer.
@@ -197,7 +233,7 @@
         throw ParaRNNError.wrongMessages(reason: "the last one has no answer; pass it to respond(to:)")
       }
       return ParaRNNChat(
-        model: self, format: format ?? chatFormat, functions: .init(), messages: messages, memory: nil)
+        model: self, format: format ?? chatFormat, functions: .init(), messages: messages)
     }
 
     /// The conversation that ``ParaRNNChat/save()`` gave.
@@ -212,7 +248,7 @@
         pending: conversation.pending)
       return ParaRNNChat(
         model: self, format: format ?? chatFormat, functions: functions, messages: conversation.messages,
-        memory: memory)
+        unread: conversation.unread, remembering: conversation.remembered, memory: memory)
     }
 
     // MARK: - Memory
@@ -281,19 +317,33 @@
       case token(Int)
     }
 
-    /// Read `tokens`, one of them or a whole chunk, that follow `position` others.
-    ///
-    /// Returns what comes next and the state after them; a graph's state is changed in place.
-    func predict(_ tokens: [Int], at position: Int, _ state: State) throws -> (Output, State) {
+    struct Prediction: Sendable {
+      /// How many tokens it has read.
+      let count: Int
+      /// What comes next.
+      let output: Output
+      /// After them; a graph's state is changed in place.
+      let state: State
+    }
+
+    /// Read a chunk of `tokens`, which follow `position` others, or only the first where there are fewer.
+    func predict(_ tokens: ArraySlice<Int>, at position: Int, _ state: State) throws -> Prediction {
       do {
-        return try run(tokens, position, state)
+        var (model, count) = (decode, 1)
+        if let chunk = settings.chunk, tokens.count >= chunk {
+          if let prefill { (model, count) = (prefill, chunk) } else { beginLoadingPrefill() }
+        }
+        let read = Array(tokens.prefix(count))
+        let (output, state) = try run(model, read, position, state)
+        return Prediction(count: read.count, output: output, state: state)
       } catch {
         throw error as? ParaRNNError ?? .predictionFailed(reason: error.localizedDescription)
       }
     }
 
-    private func run(_ tokens: [Int], _ position: Int, _ state: State) throws -> (Output, State) {
-      let model = tokens.count > 1 ? prefill! : decode
+    private func run(
+      _ model: MLModel, _ tokens: [Int], _ position: Int, _ state: State
+    ) throws -> (Output, State) {
       var inputs: [String: Any] = [
         "tokens": MLFeatureValue(multiArray: try MLMultiArray(tokens, shape: [1, tokens.count]))
       ]
@@ -329,7 +379,7 @@
         guard logits.count == settings.vocabularySize else {
           throw ParaRNNError.predictionFailed(reason: "it gave \(logits.count) logits")
         }
-        guard logits.allSatisfy(\.isFinite) else {
+        guard logits.areFinite else {
           throw ParaRNNError.predictionFailed(reason: "its logits are not all finite numbers")
         }
         return .logits(logits)

@@ -14,11 +14,16 @@ public protocol ParaRNNTokenizer: Sendable {
   /// The id of a token as tokenizer.json writes it; nil if there is none, or the tokenizer does not tell. Needed for
   /// models that use tools alone.
   func token(named name: String) -> Int?
+
+  /// The bytes that a token adds to a text; nil for one that is no text, and where the tokenizer does not tell. Needed
+  /// for ``GenerationOptions/schema`` alone.
+  func bytes(of token: Int) -> [UInt8]?
 }
 
 extension ParaRNNTokenizer {
   public var vocabularySize: Int? { nil }
   public func token(named name: String) -> Int? { nil }
+  public func bytes(of token: Int) -> [UInt8]? { nil }
 }
 
 /// Tokens are the bytes of UTF-8: for models trained on raw bytes.
@@ -28,6 +33,8 @@ public struct ByteTokenizer: ParaRNNTokenizer {
   public var vocabularySize: Int? { 256 }
 
   public func encode(_ text: String, addingSpecialTokens: Bool) -> [Int] { text.utf8.map(Int.init) }
+
+  public func bytes(of token: Int) -> [UInt8]? { UInt8(exactly: token).map { [$0] } }
 
   /// Ids from 256 on are no bytes and have no text.
   public func decode(_ tokens: [Int]) -> String {

@@ -7,7 +7,7 @@ import Foundation
 /// Counts and speeds of one answer. Time that the consumer of the stream took between two pieces is not in it.
 public struct GenerationStatistics: Sendable, Equatable {
   public enum StopReason: Sendable, Equatable {
-    /// The model ended the text.
+    /// The model ended the text, or the value that ``GenerationOptions/schema`` describes is complete.
     case endOfText
     /// One of ``GenerationOptions/stop`` was said.
     case stopText

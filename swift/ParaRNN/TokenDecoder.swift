@@ -42,6 +42,21 @@ struct TokenDecoder: Sendable {
     steps.reduce(tokens) { Self.apply($1, to: $0) }.joined()
   }
 
+  /// What a token adds within a text, where nothing is taken off its ends.
+  func bytes(_ token: String) -> [UInt8] {
+    var text = token
+    for step in steps {
+      switch step {
+      case .bytes: if let byte = Self.byte(text) { return [byte] }
+      case .replace: text = Self.apply(step, to: [text])[0]
+      case .metaspace(let replacement, _):
+        text = Self.apply(.metaspace(replacement, dropsFirst: false), to: [text])[0]
+      case .fuse, .strip: break
+      }
+    }
+    return Array(text.utf8)
+  }
+
   private static func apply(_ step: Step, to tokens: [String]) -> [String] {
     switch step {
     case .replace(let pattern, let content):

@@ -341,13 +341,45 @@
       }
     }
 
-    @Test func aFailedPredictionTakesTheTurnBack() async throws {
-      let fake = ascii(HashModel(failsAt: 12))
+    /// The third token of the second answer fails, as when an app loses the GPU in the background.
+    @Test(arguments: [true, false], [true, false])
+    func aFailedPredictionKeepsTheText(inGraph: Bool, isSaved: Bool) async throws {
+      let fake = ascii(HashModel(inGraph: inGraph, failsAt: 15, failsOnce: true))
+      try await fake.loadASCII { (model) async throws in
+        let format = ChatFormat(
+          beforeSystem: "<", afterSystem: ">", beforeUser: "[", afterUser: "]", afterAnswer: ";")
+        var chat = model.chat(format: format)
+        let first = try await said(chat, "a")
+        let error = await failure { _ = try await said(chat, "b", 50) }
+        #expect(error == .predictionFailed(reason: "it failed as asked"))
+        let partial = try #require(await chat.messages.last?.text)
+        let before = ids("[a]" + first + ";[b]")
+        #expect(partial.utf8.count == 4 && ids(partial) == fake.continuation(of: before, count: 4))
+        if isSaved { chat = try await model.chat(restoring: try await chat.save(), format: format) }
+        #expect(await chat.messages.map(\.text) == ["a", first, "b", partial])
+        // Question and text are read again, once, from the state before them.
+        let third = try await said(chat, "c")
+        let all = ids("[a]" + first + ";[b]" + partial + ";[c]")
+        #expect(ids(third) == fake.continuation(of: all, count: 5))
+        let fourth = try await said(chat, "d")
+        #expect(ids(fourth) == fake.continuation(of: all + ids(third + ";[d]"), count: 5))
+        #expect(try await chat.undo() == "d")
+        #expect(try await chat.undo() == "c")
+        #expect(try await said(chat, "c") == third)
+        guard !isSaved else { return }
+        _ = try await (chat.undo(), chat.undo())
+        #expect(await chat.messages.map(\.text) == ["a", first])
+        let other = try await said(chat, "e")
+        #expect(ids(other) == fake.continuation(of: ids("[a]" + first + ";[e]"), count: 5))
+      }
+    }
+
+    @Test func aFailureWhileTheQuestionIsReadTakesItBack() async throws {
+      let fake = ascii(HashModel(failsAt: 9, failsOnce: true))
       try await fake.loadASCII { (model) async throws in
         let chat = model.chat(format: .plain)
         let first = try await said(chat, "one")
-        let error = await failure { _ = try await said(chat, "three", 50) }
-        #expect(error == .predictionFailed(reason: "it failed as asked"))
+        #expect(await failure { _ = try await said(chat, "three") } != nil)
         #expect(await chat.messages.map(\.text) == ["one", first])
         let second = try await said(chat, "x", 1)
         #expect(ids(second) == fake.continuation(of: ids("one" + first + "x"), count: 1))

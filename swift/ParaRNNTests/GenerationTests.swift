@@ -148,6 +148,37 @@
       }
     }
 
+    @Test func tokensWithTheirProbabilities() async throws {
+      let said = "é, ok"
+      var fake = HashModel(chunk: 4, ends: [10])
+      fake.script = [0] + said.utf8.map(Int.init) + [10]
+      try await fake.load { (model) async throws in
+        let stream = model.generate("x", options: .init(maxTokens: 50))
+        var tokens: [GeneratedToken] = []
+        for try await token in stream.tokens { tokens.append(token) }
+        #expect(tokens.map(\.id) == said.utf8.map(Int.init) + [10])
+        #expect(tokens.map(\.text) == ["", "é", ",", " ", "o", "k", ""])
+        // The stand-in's logits: 9 for the token, 0 for the others.
+        let expected = Float(9 - log(exp(9.0) + 255))
+        #expect(tokens.allSatisfy { abs($0.logProbability! - expected) < 1e-5 })
+        #expect(await stream.statistics?.generatedTokens == tokens.count)
+        // Cut off in a character: the rest of the text goes with the last token.
+        var cut: [GeneratedToken] = []
+        for try await token in model.generate("x", options: .init(maxTokens: 1)).tokens { cut.append(token) }
+        #expect(cut.map(\.text) == ["\u{FFFD}"])
+        // Text that may be the beginning of a stop text.
+        var texts: [String] = []
+        let options = GenerationOptions(maxTokens: 5, stop: [", oh"])
+        for try await token in model.generate("x", options: options).tokens { texts.append(token.text) }
+        #expect(texts == ["", "é", "", "", ", o"])
+      }
+      try await HashModel(gives: "token").load { (model) async throws in
+        for try await token in model.generate("x", options: .init(maxTokens: 2)).tokens {
+          #expect(token.logProbability == nil)
+        }
+      }
+    }
+
     @Test func seededSamplingRepeats() async throws {
       try await HashModel().loadASCII { (model) async throws in
         func sample(_ seed: UInt64?) async throws -> [Int] {

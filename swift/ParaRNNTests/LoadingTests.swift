@@ -273,6 +273,100 @@ import Testing
       #expect(fake.calls.all.dropFirst(7) == [4, 1])
     }
 
+    /// As when the system is short of memory.
+    @Test func prefillThatWasReleased() async throws {
+      let (folder, fake, loads) = (try FakeFolder(), ascii(HashModel(chunk: 4)), Loads())
+      try await MLModel.$behaviour.withValue(fake.behaviour) {
+        try await MLModel.$whileLoading.withValue({ units, function in loads.add(units, function) }) {
+          let model = try await ParaRNNModel(
+            contentsOf: folder.package, tokenizer: ASCII(), cache: folder.cache)
+          try await release(model, fake, loads)
+        }
+      }
+    }
+
+    func release(_ model: ParaRNNModel, _ fake: HashModel, _ loads: Loads) async throws {
+      @Sendable func read(_ prompt: [Int]) async throws -> [Int] {
+        let before = fake.calls.all.count
+        let ours = try await tokens(model.generate(tokens: prompt, options: .init(maxTokens: 1)))
+        #expect(ours == fake.continuation(of: prompt, count: 1))
+        return Array(fake.calls.all[before...])
+      }
+      await model.prefillLoaded()
+      #expect(try await read([1, 2, 3, 4, 5]) == [4, 1])
+      await model.releasePrefill()
+      let before = loads.all
+      // A short prompt does not want it; a long one does, and does not wait for it.
+      #expect(try await read([1, 2, 3]) == [1, 1, 1])
+      #expect(loads.all == before)
+      #expect(try await read([1, 2, 3, 4, 5]).first == 1)
+      await model.prefillLoaded()
+      #expect(loads.all.count == before.count + 1 && loads.all.last?.hasSuffix("prefill") == true)
+      #expect(try await read([1, 2, 3, 4, 5]) == [4, 1])
+      // Given up in the middle of a prompt, whatever the moment.
+      for _ in 0..<20 {
+        async let ours = read(Array(0..<40))
+        await model.releasePrefill()
+        #expect(try await ours.reduce(0, +) == 40)
+      }
+    }
+
+    @Test func whatLoadingIsAt() async throws {
+      let fake = try FakeFolder()
+      let said = Stages()
+      for (units, stages) in [
+        (.all, [.checking, .compiling, .loading(.all), .loading(.cpuAndGPU), .loaded]),
+        (.cpuOnly, [.checking, .loading(.cpuOnly), .loaded]),
+      ] as [(MLComputeUnits, [LoadingStage])] {
+        try await MLModel.$behaviour.withValue(HashModel().behaviour) {
+          try await MLModel.$whileLoading.withValue({ units, _ in
+            if units == .all { throw MLModelError(.generic, "not here") }
+          }) {
+            _ = try await ParaRNNModel(
+              contentsOf: fake.package, tokenizer: ByteTokenizer(), computeUnits: units, cache: fake.cache
+            ) { said.add($0) }
+          }
+        }
+        #expect(said.takeAll() == stages)
+      }
+    }
+
+    final class Stages: @unchecked Sendable {
+      private let lock = NSLock()
+      private var list: [LoadingStage] = []
+      func add(_ stage: LoadingStage) { lock.withLock { list.append(stage) } }
+      func takeAll() -> [LoadingStage] {
+        lock.withLock {
+          defer { list = [] }
+          return list
+        }
+      }
+    }
+
+    /// A prediction blocks its thread: not one of the few that all tasks share.
+    @Test(.timeLimit(.minutes(5))) func predictionsLeaveTheSharedThreadsAlone() async throws {
+      var waits = HashModel().behaviour
+      let (inner, gate) = (waits.predict, DispatchSemaphore(value: 0))
+      waits.predict = {
+        gate.wait()
+        return try inner($0, $1, $2)
+      }
+      let count = ProcessInfo.processInfo.activeProcessorCount + 2
+      try await MLModel.$behaviour.withValue(waits) {
+        var tasks: [Task<Void, any Error>] = []
+        for _ in 0..<count {
+          let fake = try FakeFolder()
+          let model = try await ParaRNNModel(
+            contentsOf: fake.package, tokenizer: ByteTokenizer(), cache: fake.cache)
+          tasks.append(Task { for try await _ in model.generate("a", options: .init(maxTokens: 1)) {} })
+        }
+        // More models wait than there are shared threads, and this task goes on nevertheless.
+        try await Task.sleep(for: .milliseconds(50))
+        for _ in 0..<count { gate.signal() }
+        for task in tasks { try await task.value }
+      }
+    }
+
     @Test func prefillThatCannotBeLoaded() async throws {
       let fake = HashModel(chunk: 4)
       let model = try await load(try FakeFolder(), fake) { _, function in

@@ -96,6 +96,10 @@ import Testing
 @Suite struct StandardFunctionTests {
   struct Recorded: Decodable {
     struct Call: Decodable {
+      struct Asked: Decodable {
+        let name: String
+        let arguments: [String: String]
+      }
       let name: String
       let arguments: [String: String]
       let text: String
@@ -148,6 +152,59 @@ import Testing
     let nested = String(repeating: "(", count: 5000) + "1" + String(repeating: ")", count: 5000)
     for deep in [nested, String(repeating: "-", count: 5000) + "1"] {
       #expect(throws: ToolError.self) { try Calculator.calculate(deep) }
+    }
+  }
+
+  /// What is remembered is the same text as Python's, and comes due as there.
+  @Test func whatIsRememberedIsThatOfPython() async throws {
+    struct Record: Decodable {
+      struct Moment: Decodable {
+        let now: String
+        let due: [String]
+        let memory: String
+      }
+      let now: String
+      let calls: [Recorded.Call.Asked]
+      let memory: String
+      let later: [Moment]
+    }
+    let record = try Records.decode(Record.self, "memory.json")
+    let clock = WallClock(try #require(Moment(iso: record.now)))
+    let assistant = Assistant { clock.now }
+    for call in record.calls { _ = try await assistant.call(call.name) { call.arguments[$0] ?? "" } }
+    func check(_ kept: AssistantMemory, _ memory: String) throws {
+      let recalled = try AssistantMemory(memory)
+      let (ours, theirs) = (try JSONText(recalled.text), try JSONText(memory))
+      #expect(recalled == kept && ours == theirs)
+    }
+    try check(await assistant.kept, record.memory)
+    for later in record.later.dropLast() {
+      clock.now = try #require(Moment(iso: later.now))
+      #expect(await assistant.due() == later.due)
+      try check(await assistant.kept, later.memory)
+    }
+    await assistant.recall(try AssistantMemory(record.memory))
+    #expect(await assistant.due() == record.later.last?.due)
+    try check(await assistant.kept, record.later.last!.memory)
+    let nothing = try AssistantMemory("")
+    #expect(nothing == AssistantMemory() && nothing.text == "")
+    for bad in [
+      "[]", "{", #"{"timers": [["a"]]}"#, #"{"timers": [["a", null]]}"#, #"{"alarms": [["", "soon"]]}"#,
+      #"{"reminders": [[1, null]]}"#, #"{"lists": {"a": [1]}}"#, #"{"lists": []}"#, #"{"timers": 1}"#,
+      #"{"alarms": [["", "2026-02-30T00:00:00"]]}"#,
+      #"{"reminders": [\#(Array(repeating: #"["a", null]"#, count: 101).joined(separator: ","))]}"#,
+    ] {
+      #expect(throws: AssistantMemory.Malformed.self) { try AssistantMemory(bad) }
+    }
+  }
+
+  private final class WallClock: @unchecked Sendable {
+    private let lock = NSLock()
+    private var moment: Moment
+    init(_ moment: Moment) { self.moment = moment }
+    var now: Moment {
+      get { lock.withLock { moment } }
+      set { lock.withLock { moment = newValue } }
     }
   }
 
@@ -263,6 +320,103 @@ import Testing
         for try await piece in chat.respond(to: second.message) { text += piece }
         #expect(text == "I can do sums.")
         #expect(await chat.messages.map(\.text) == [first.message, "", second.message, "I can do sums."])
+      }
+    }
+
+    /// The failed turn's question and text are read again, as the protocol writes them, before the next one.
+    @Test func aFailedPredictionKeepsTheText() async throws {
+      let tools = try Records.tools()
+      let said = [ChatMessage(.user, "hé"), ChatMessage(.assistant, "I can")]
+      let again = tools.render(turns: said)
+      let (answer, end): (Int, Int) = (tools[.answer], tools[.end])
+      var expected = tools.render(message: "hé")
+      expected.append(answer)
+      expected += tools.encode("I can")
+      expected.append(end)
+      #expect(again == expected)
+      var script = Array(again.dropLast())
+      script += tools.encode("?")
+      script += tools.render(message: "and now?")
+      script.append(answer)
+      script += tools.encode("ok")
+      script.append(end)
+      let fake = HashModel(
+        chunk: nil, vocabulary: 278, ends: [257], script: script, failsAt: again.count - 1, failsOnce: true)
+      try await load(fake) { (model) async throws in
+        let chat = model.chat()
+        let error = await failure { for try await _ in chat.respond(to: "hé") {} }
+        #expect(error == .predictionFailed(reason: "it failed as asked"))
+        #expect(await chat.messages == said)
+        let before = fake.calls.all.count
+        var answer = ""
+        for try await piece in chat.respond(to: "and now?") { answer += piece }
+        #expect(answer == "ok")
+        #expect(fake.calls.all.count - before == fake.script.count - 1)
+      }
+    }
+
+    final class MovedClock: @unchecked Sendable {
+      private let lock = NSLock()
+      private var date: Date
+      init(_ date: Date) { self.date = date }
+      var now: Date { lock.withLock { date } }
+      func pass(_ seconds: Double) { lock.withLock { date += seconds } }
+    }
+
+    /// Saved, taken back and branched with the conversation.
+    @Test func whatFunctionsRemember() async throws {
+      let tools = try Records.tools()
+      let clock = MovedClock(try #require(ISO8601DateFormatter().date(from: "2026-06-01T12:00:00Z")))
+      let functions = try ToolFunctions.standard(
+        now: { clock.now }, zone: try #require(TimeZone(secondsFromGMT: 0)), seconds: 600)
+      var script: [Int] = []
+      func turn(_ message: String, _ name: String, _ arguments: String, _ result: String) {
+        script += tools.render(message: message)
+        script.append(tools[.call])
+        script += tools.encode(#"{"name":"\#(name)","arguments":\#(arguments)}"#)
+        script.append(tools[.result])
+        script += tools.render(result: result)
+        script.append(tools[.answer])
+        script.append(tools[.end])
+      }
+      turn("t", "set_timer", #"{"duration":"5 minutes"}"#, "Timer set for 5 minutes.")
+      turn("l", "add_to_list", #"{"items":"milk"}"#, "Added milk to your to-do list.")
+      turn("s", "show_list", "{}", "To-do list: milk.")
+      try await load(HashModel(vocabulary: 278, ends: [257], script: script)) { (model) async throws in
+        func say(_ chat: ParaRNNChat, _ message: String) async throws -> String {
+          var answer = ""
+          for try await piece in chat.respond(to: message) { answer += piece }
+          return answer
+        }
+        let chat = model.chat(functions: functions)
+        #expect(try await say(chat, "t") == "Timer set for 5 minutes.")
+        #expect(try await say(chat, "l") == "Added milk to your to-do list.")
+        let saved = try await chat.save()
+        let text = #"\"lists\":{\"to-do\":[\"milk\"]}"#
+        #expect(String(decoding: saved, as: UTF8.self).contains(text))
+        let branch = try await chat.branch()
+        let restored = try await model.chat(restoring: saved, functions: functions)
+        // With no functions it keeps what it cannot use.
+        let idle = try await model.chat(
+          restoring: try await model.chat(restoring: saved).save(), functions: functions)
+        for other in [chat, branch, restored, idle] {
+          #expect(try await say(other, "s") == "To-do list: milk.")
+        }
+        #expect(try await branch.undo() == "s")
+        #expect(try await branch.undo() == "l")
+        #expect(try await !String(decoding: branch.save(), as: UTF8.self).contains("milk"))
+        #expect(try await String(decoding: chat.save(), as: UTF8.self).contains("milk"))
+        // Another chat with the same functions knows of none of it.
+        clock.pass(301)
+        #expect(await model.chat(functions: functions).due().isEmpty)
+        for other in [chat, branch] {
+          #expect(await other.due() == ["The timer is over."])
+          #expect(await other.due().isEmpty)
+        }
+        // Told once, also where a memory is recalled that still has it.
+        #expect(try await chat.undo() == "s")
+        #expect(try await chat.undo() == "l")
+        #expect(await chat.due().isEmpty)
       }
     }
 

@@ -4,7 +4,7 @@
 """
 
 import json
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -198,12 +198,55 @@ def functions():
     return recorded
 
 
-RECORDS = {"turns.json": turns, "calls.json": calls, "tokenizer.json": tokenizer, "functions.json": functions}
+def memory():
+    """What an assistant remembers after some calls, as text, and what it says as time goes on."""
+    now = datetime(2026, 6, 1, 12, 0, 0, 250000)
+    clock = [now]
+    assistant = Assistant(now=lambda: clock[0])
+    said = Functions(assistant.functions())
+    calls = [
+        ("set_timer", {"duration": "5 minutes"}),
+        ("set_timer", {"duration": "an hour", "name": "pasta"}),
+        ("set_alarm", {"time": "7 pm"}),
+        ("set_reminder", {"text": "call José", "time": "3 pm"}),
+        ("set_reminder", {"text": 'say "hi"'}),
+        ("add_to_list", {"items": "milk, eggs and bread", "list": "Shopping"}),
+        ("add_to_list", {"items": "laundry"}),
+    ]
+    for name, arguments in calls:
+        assert not said.call(name, json.dumps(arguments)).failed
+    begun, later = assistant.memory(), []
+    for seconds in (299, 1, 3600, 4 * 3600, 86400):
+        clock[0] += timedelta(seconds=seconds)
+        later.append({"now": clock[0].isoformat(), "due": assistant.due(), "memory": assistant.memory()})
+    assistant.recall(begun)
+    later.append({"now": clock[0].isoformat(), "due": assistant.due(), "memory": assistant.memory()})
+    recorded = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    return {"now": now.isoformat(), "calls": recorded, "memory": begun, "later": later}
+
+
+RECORDS = {
+    "turns.json": turns,
+    "calls.json": calls,
+    "tokenizer.json": tokenizer,
+    "functions.json": functions,
+    "memory.json": memory,
+}
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_what_swift_is_held_to_is_what_python_makes(name):
     assert json.loads((FOLDER / name).read_text(encoding="utf-8")) == RECORDS[name]()
+
+
+def test_python_recalls_what_swift_writes():
+    """Swift's text has no spaces and characters as they are; its tests compare it with this one."""
+    for moment in (memory(), *memory()["later"]):
+        if moment["memory"]:
+            compact = json.dumps(json.loads(moment["memory"]), ensure_ascii=False, separators=(",", ":"))
+            assistant = Assistant()
+            assistant.recall(compact)
+            assert assistant.memory() == moment["memory"]
 
 
 if __name__ == "__main__":

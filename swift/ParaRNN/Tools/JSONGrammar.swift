@@ -110,10 +110,21 @@ struct GrammarMatcher: Sendable {
   }
 
   private var ways: [(next: ByteSet, then: Rest?)] = []
+  /// What the ways were found in.
+  private var opened: [Rest?] = []
   /// True if the text is complete; more may be allowed nevertheless.
   private(set) var isComplete = false
 
-  init(_ grammar: JSONGrammar) { open(Rest(grammar, nil)) }
+  init(_ grammar: JSONGrammar) {
+    opened = [Rest(grammar, nil)]
+    open(opened[0])
+  }
+
+  /// Equal for matchers that came of the same one and can go on in the same ways.
+  struct Key: Hashable {
+    fileprivate let opened: [ObjectIdentifier?]
+  }
+  var key: Key { Key(opened: opened.map { $0.map(ObjectIdentifier.init) }) }
 
   /// The bytes that may come next; none after the end.
   var allowed: ByteSet { ways.reduce(into: ByteSet()) { $0.formUnion($1.next) } }
@@ -125,8 +136,12 @@ struct GrammarMatcher: Sendable {
   mutating func take(_ byte: UInt8) {
     let taken = ways.filter { $0.next.contains(byte) }
     ways = []
+    opened = []
     isComplete = false
-    for way in taken { open(way.then) }
+    for way in taken where !opened.contains(where: { $0 === way.then }) {
+      opened.append(way.then)
+      open(way.then)
+    }
   }
 
   /// Find the bytes with which `rest` can begin.
@@ -143,7 +158,9 @@ struct GrammarMatcher: Sendable {
     case .anyValue: open(Rest(.anyValueChoices, then))
     case .repeated(let part, let least, let most):
       if least == 0 { open(then) }
-      if most != 0 {
+      if least == 0, most == nil {
+        open(Rest(part, rest))
+      } else if most != 0 {
         open(Rest(part, Rest(.repeated(part, least: max(least - 1, 0), most: most.map { $0 - 1 }), then)))
       }
     case .members(let members, let from, let isFirst):

@@ -4,8 +4,8 @@ extension ToolFunctions {
   /// What the model that ships can call: timers, alarms, reminders, lists, dates, conversions and calculations, with
   /// the results of Python's `mlx_pararnn.pocket.assistant`.
   ///
-  /// Every argument is a piece of the user's message as it was written. Nothing rings and nothing is kept on disk: an
-  /// app that wants either adds functions of its own with the same names and arguments to a new list.
+  /// Every argument is a piece of the user's message as it was written. What is remembered belongs to a chat, and is
+  /// saved and taken back with it; ``ParaRNNChat/due()`` tells which timers are over.
   ///
   /// - Parameters:
   ///   - now: the clock.
@@ -14,9 +14,9 @@ extension ToolFunctions {
   public static func standard(
     now: @escaping @Sendable () -> Date = { Date() }, zone: TimeZone = .current, seconds: Double = 5
   ) throws -> ToolFunctions {
-    let assistant = Assistant { Moment(now(), in: zone) }
     var functions = ToolFunctions(seconds: seconds)
     functions.instead = TwoRequests.instead
+    functions.assistant = Assistant { Moment(now(), in: zone) }
     for (name, description, parameters) in Assistant.functions {
       let schema = JSONText.object([
         .init(name: "type", value: .string("object")),
@@ -30,8 +30,9 @@ extension ToolFunctions {
         .init(name: "required", value: .array(parameters.filter { !$0.hasSuffix("?") }.map { .string($0) })),
         .init(name: "additionalProperties", value: .bool(false)),
       ])
-      try functions.add(name, description, schema: schema.text) { (arguments: [String: String]) in
-        try await assistant.call(name) { arguments[$0] ?? "" }
+      try functions.add(name, description, schema.text) { data, assistant in
+        let arguments = try JSONDecoder().decode([String: String].self, from: data)
+        return try await assistant!.call(name) { arguments[$0] ?? "" }
       }
     }
     return functions
@@ -39,7 +40,7 @@ extension ToolFunctions {
 }
 
 /// The standard functions and what they remember.
-private actor Assistant {
+actor Assistant {
   /// Names, descriptions and parameters; those with a question mark can be left out.
   static let functions: [(String, String, [String])] = [
     ("set_timer", "Start a timer.", ["duration", "name?"]),
@@ -69,37 +70,47 @@ private actor Assistant {
     ("time_now", "What time it is.", []),
     ("date_today", "What date it is.", []),
   ]
-  private static let most = 100  // timers, alarms, reminders, and items of all lists
   private static let defaultList = "to-do"
-
-  /// A timer, an alarm or a reminder.
-  private struct Entry {
-    let name: String
-    let at: Moment?
-  }
+  private typealias Entry = AssistantMemory.Entry
 
   private let now: @Sendable () -> Moment
-  private var timers: [Entry] = []
-  private var alarms: [Entry] = []
-  private var reminders: [Entry] = []
-  private var lists: [(key: String, items: [String])] = []
+  private(set) var kept: AssistantMemory
+  /// When ``due()`` was asked last.
+  private var told: Moment?
 
-  init(now: @escaping @Sendable () -> Moment) { self.now = now }
+  init(kept: AssistantMemory = .init(), now: @escaping @Sendable () -> Moment) {
+    self.kept = kept
+    self.now = now
+  }
+
+  /// Another one with the same clock.
+  nonisolated func another(_ kept: AssistantMemory) -> Assistant { Assistant(kept: kept, now: now) }
+
+  func recall(_ kept: AssistantMemory) { self.kept = kept }
+
+  /// Sentences for the timers, alarms and reminders whose time has come since it was last asked for; each once, also
+  /// where an earlier memory is recalled.
+  func due() -> [String] {
+    let now = now()
+    defer { told = now }
+    return kept.takeDue(by: now, told: told)
+  }
 
   func call(_ name: String, _ argument: (String) -> String) throws -> String {
     switch name {
     case "set_timer": try setTimer(argument("duration"), argument("name"))
     case "cancel_timer":
-      cancel(&timers, "timer", argument("name").lowercased()) { $0.name.lowercased() }
+      cancel(&kept.timers, "timer", argument("name").lowercased()) { $0.name.lowercased() }
     case "show_timers": showTimers()
     case "set_alarm": try setAlarm(argument("time"), argument("day"))
     case "cancel_alarm": try cancelAlarm(argument("time"))
     case "show_alarms": showAlarms()
     case "set_reminder": try setReminder(argument("text"), argument("time"), argument("day"))
     case "cancel_reminder":
-      cancel(&reminders, "reminder", argument("text").lowercased()) { $0.name.lowercased() }
+      cancel(&kept.reminders, "reminder", argument("text").lowercased()) { $0.name.lowercased() }
     case "show_reminders":
-      show("reminder", reminders.map { entry in entry.name + (entry.at.map { " (\($0.words))" } ?? "") })
+      show(
+        "reminder", kept.reminders.map { entry in entry.name + (entry.at.map { " (\($0.words))" } ?? "") })
     case "add_to_list": try addToList(argument("items"), argument("list"))
     case "remove_from_list": removeFromList(argument("items"), argument("list"))
     case "show_list": showList(argument("list"))
@@ -125,16 +136,16 @@ private actor Assistant {
       _ = try length.totalSeconds()
       throw ToolError("That is too long for a timer.")
     }
-    try add(&timers, Entry(name: name, at: at), "timers")
+    try add(&kept.timers, Entry(name: name, at: at), "timers")
     return "\(name.isEmpty ? "Timer" : "Timer for \(name)") set for \(length.words)."
   }
 
   private func showTimers() -> String {
     let now = now()
-    timers.removeAll { $0.at! <= now }
+    kept.timers.removeAll { $0.at! <= now }
     return show(
       "timer",
-      timers.map { entry in
+      kept.timers.map { entry in
         let left = Length(seconds: Int((entry.at!.seconds - now.seconds).rounded(.toNearestOrEven)))
         return "\(entry.name.isEmpty ? "timer" : entry.name): \(left.words) left"
       })
@@ -142,7 +153,7 @@ private actor Assistant {
 
   private func setAlarm(_ time: String, _ day: String) throws -> String {
     let at = try DateWords.moment(time, day, now())
-    try add(&alarms, Entry(name: "", at: at), "alarms")
+    try add(&kept.alarms, Entry(name: "", at: at), "alarms")
     return "Alarm set for \(at.words)."
   }
 
@@ -150,24 +161,24 @@ private actor Assistant {
     // 7 means both 7:00 and 19:00.
     func named(_ at: Moment) -> String { "\(at.hour % 12) \(at.minute)" }
     let wanted = time.isEmpty ? "" : named(try DateWords.moment(time, "", now()))
-    return cancel(&alarms, "alarm", wanted) { named($0.at!) }
+    return cancel(&kept.alarms, "alarm", wanted) { named($0.at!) }
   }
 
   private func showAlarms() -> String {
     let now = now()
-    alarms.removeAll { $0.at! <= now }
-    return show("alarm", alarms.map { $0.at!.words })
+    kept.alarms.removeAll { $0.at! <= now }
+    return show("alarm", kept.alarms.map { $0.at!.words })
   }
 
   private func setReminder(_ text: String, _ time: String, _ day: String) throws -> String {
     let at = time.isEmpty && day.isEmpty ? nil : try DateWords.moment(time, day, now())
-    try add(&reminders, Entry(name: text, at: at), "reminders")
+    try add(&kept.reminders, Entry(name: text, at: at), "reminders")
     return "I will remind you: \(text)" + (at.map { ", \($0.words)." } ?? ".")
   }
 
   private func add(_ entries: inout [Entry], _ entry: Entry, _ what: String) throws {
-    if entries.count >= Self.most {
-      throw ToolError("There are \(Self.most) \(what) already. Cancel one first.")
+    if entries.count >= AssistantMemory.most {
+      throw ToolError("There are \(AssistantMemory.most) \(what) already. Cancel one first.")
     }
     entries.append(entry)
   }
@@ -194,30 +205,30 @@ private actor Assistant {
       .map { $0.trimmingCharacters(in: .whitespacesAndNewlines) }.filter { !$0.isEmpty }
   }
 
-  private func place(_ name: String) -> Int? { lists.firstIndex { $0.key == name.lowercased() } }
+  private func place(_ name: String) -> Int? { kept.lists.firstIndex { $0.key == name.lowercased() } }
 
   private func addToList(_ items: String, _ list: String) throws -> String {
     let name = list.isEmpty ? Self.defaultList : list
-    if lists.reduce(0, { $0 + $1.items.count }) >= Self.most {
+    if kept.lists.reduce(0, { $0 + $1.items.count }) >= AssistantMemory.most {
       throw ToolError("The lists are full. Remove something first.")
     }
     let new = self.items(items)
     if let place = place(name) {
-      lists[place].items += new
+      kept.lists[place].items += new
     } else {
-      lists.append((name.lowercased(), new))
+      kept.lists.append(.init(key: name.lowercased(), items: new))
     }
     return "Added \(Words.join(new)) to your \(name) list."
   }
 
   private func removeFromList(_ items: String, _ list: String) -> String {
-    let names = list.isEmpty ? lists.map(\.key) : [list]
+    let names = list.isEmpty ? kept.lists.map(\.key) : [list]
     var removed: [String] = []
     for item in self.items(items) {
       for at in names.compactMap(place) {
-        let kept = lists[at].items.filter { $0.lowercased() != item.lowercased() }
-        guard kept.count < lists[at].items.count else { continue }
-        lists[at].items = kept
+        let left = kept.lists[at].items.filter { $0.lowercased() != item.lowercased() }
+        guard left.count < kept.lists[at].items.count else { continue }
+        kept.lists[at].items = left
         removed.append(item)
         break
       }
@@ -228,7 +239,7 @@ private actor Assistant {
   }
 
   private func showList(_ list: String) -> String {
-    let shown = lists.filter { !$0.items.isEmpty && (list.isEmpty || $0.key == list.lowercased()) }.map {
+    let shown = kept.lists.filter { !$0.items.isEmpty && (list.isEmpty || $0.key == list.lowercased()) }.map {
       list in
       "\(list.key.prefix(1).uppercased())\(list.key.dropFirst()) list: \(list.items.joined(separator: ", "))."
     }
@@ -238,7 +249,7 @@ private actor Assistant {
 
   private func clearList(_ list: String) -> String {
     let name = list.isEmpty ? Self.defaultList : list
-    if let place = place(name) { lists.remove(at: place) }
+    if let place = place(name) { kept.lists.remove(at: place) }
     return "Your \(name) list is empty now."
   }
 

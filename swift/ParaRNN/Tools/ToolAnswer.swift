@@ -15,30 +15,36 @@
     private(set) var statistics = GenerationStatistics()
     private(set) var text = ""
 
+    /// - Parameter earlier: turns that the model has yet to read.
     /// - Throws: ``ParaRNNError`` for options or a message that cannot be.
     init(
-      _ message: String, model: ParaRNNModel, memory: ParaRNNModel.Memory, tools: ToolProtocol,
+      _ message: String, after earlier: [ChatMessage], model: ParaRNNModel, memory: ParaRNNModel.Memory,
+      tools: ToolProtocol,
       functions: ToolFunctions, limits: ToolLimits, options: GenerationOptions
     ) throws {
       try options.check()
       if model.settings.output == .token { throw ParaRNNError.toolsNeedLogits }
+      if options.schema != nil {
+        throw ParaRNNError.toolsMismatch(
+          reason: "a model that uses tools answers in words, and takes no schema")
+      }
       if message.isEmpty { throw ParaRNNError.emptyPrompt }
       var limits = limits
-      promptTokens = tools.render(message: message).count + (memory.pending == nil ? 0 : 1)
+      let before = [memory.pending].compactMap { $0 } + tools.render(turns: earlier)
+      promptTokens = before.count + tools.render(message: message).count
       if let positions = model.settings.positions {
         let taken = memory.position + promptTokens
         if taken >= positions { throw ParaRNNError.noRoom(taken: taken, positions: positions) }
         limits.steps = min(limits.steps, positions - taken)
       }
-      source = ModelTokens(model: model, memory: memory, end: tools[.end], options: options)
+      source = ModelTokens(model: model, memory: memory, before: before, end: tools[.end], options: options)
       turn = try ToolTurn(message, tools: tools, source: source, functions: functions, limits: limits)
       statistics.promptTokens = promptTokens
     }
 
     var memory: ParaRNNModel.Memory { get async { await source.memory } }
 
-    /// True once the message has been read and no prediction has failed.
-    var isSound: Bool { get async { await turn.isRead && !hasFailed } }
+    var standing: Standing { get async { await turn.isRead ? hasFailed ? .textAlone : .sound : .unread } }
 
     /// The next event; nil at the end.
     func nextEvent() async throws -> ToolEvent? {
@@ -71,6 +77,10 @@
         if case .text(let piece) = event.kind { return piece }
       }
       return nil
+    }
+
+    func nextToken() async throws -> GeneratedToken? {
+      throw ParaRNNError.toolsMismatch(reason: "it uses tools; read its events")
     }
 
     /// Give nothing more.
@@ -108,9 +118,14 @@
     private var recent: [Int] = []
     private var output: ParaRNNModel.Output?
     private var isStopped = false
+    /// To be read before the turn.
+    private var before: [Int]
 
-    init(model: ParaRNNModel, memory: ParaRNNModel.Memory, end: Int, options: GenerationOptions) {
+    init(
+      model: ParaRNNModel, memory: ParaRNNModel.Memory, before: [Int], end: Int, options: GenerationOptions
+    ) {
       self.model = model
+      self.before = before
       self.end = end
       state = memory
       sampler = Sampler(options)
@@ -127,19 +142,17 @@
     func stop() { isStopped = true }
 
     func read(_ tokens: [Int]) async throws {
-      var unread = ([state.pending].compactMap { $0 } + tokens)[...]
-      state.pending = nil
+      var unread = (before + tokens)[...]
+      before = []
       recent = (recent + unread).suffix(Sampler.penalized)
       while !unread.isEmpty {
         try Task.checkCancellation()
         if isStopped { throw CancellationError() }
-        let chunk = await model.chunk.flatMap { unread.count >= $0 ? $0 : nil } ?? 1
-        let piece = Array(unread.prefix(chunk))
-        let (output, next) = try await model.predict(piece, at: state.position, state.state)
-        self.output = output
-        state.state = next
-        state.position += piece.count
-        unread = unread.dropFirst(chunk)
+        let prediction = try await model.predict(unread, at: state.position, state.state)
+        output = prediction.output
+        state.state = prediction.state
+        state.position += prediction.count
+        unread = unread.dropFirst(prediction.count)
         await Task.yield()
       }
     }

@@ -34,7 +34,7 @@ public struct ToolFunctions: Sendable {
     let name: String
     let description: String
     let schema: JSONSchema
-    let run: @Sendable (Data) async throws -> String
+    let run: @Sendable (Data, Assistant?) async throws -> String
   }
 
   /// Given the user's message and a function's name, a sentence that is the result in place of the call, or nil.
@@ -43,6 +43,8 @@ public struct ToolFunctions: Sendable {
   private let seconds: Double
   private let resultBytes: Int
   private let late = Late()
+  /// What the standard functions remember; each chat has one of its own.
+  var assistant: Assistant?
   private static let errorCharacters = 300
 
   /// - Parameters:
@@ -68,7 +70,7 @@ public struct ToolFunctions: Sendable {
     _ name: String, _ description: String, schema: String,
     _ body: @escaping @Sendable (Arguments) async throws -> Output
   ) throws {
-    try add(name, description, schema) { data in
+    try add(name, description, schema) { data, _ in
       try Self.text(try await body(try JSONDecoder().decode(Arguments.self, from: data)))
     }
   }
@@ -78,12 +80,12 @@ public struct ToolFunctions: Sendable {
     _ name: String, _ description: String, _ body: @escaping @Sendable () async throws -> Output
   ) throws {
     let none = #"{"type":"object","properties":{},"additionalProperties":false}"#
-    try add(name, description, none) { _ in try Self.text(try await body()) }
+    try add(name, description, none) { _, _ in try Self.text(try await body()) }
   }
 
-  private mutating func add(
+  mutating func add(
     _ name: String, _ description: String, _ schema: String,
-    run: @escaping @Sendable (Data) async throws -> String
+    run: @escaping @Sendable (Data, Assistant?) async throws -> String
   ) throws {
     func refuse(_ reason: String) -> ParaRNNError { .invalidFunction(name: name, reason: reason) }
     let isName =
@@ -96,6 +98,14 @@ public struct ToolFunctions: Sendable {
     } catch let refused as JSONSchema.Refused {
       throw refuse(refused.reason)
     }
+  }
+
+  /// The same functions for one chat, which remembers `kept`, whichever functions it has.
+  func forChat(remembering kept: AssistantMemory) -> (functions: ToolFunctions, assistant: Assistant) {
+    var own = self
+    let assistant = assistant?.another(kept) ?? Assistant(kept: kept) { Moment(Date(), in: .current) }
+    own.assistant = assistant
+    return (own, assistant)
   }
 
   subscript(name: String) -> Function? { list.first { $0.name == name } }
@@ -118,7 +128,7 @@ public struct ToolFunctions: Sendable {
   private func run(_ function: Function, _ arguments: Data) async -> Outcome {
     let (outcomes, found) = AsyncStream.makeStream(of: Outcome.self)
     let call = Late.Call()
-    let (late, seconds) = (late, seconds)
+    let (late, seconds, assistant) = (late, seconds, assistant)
     let task = Task {
       // The time is that of the function, not of waiting for a thread; and a timer of its own counts it, since a
       // function that blocks its thread would hold up a sleeping task.
@@ -129,7 +139,7 @@ public struct ToolFunctions: Sendable {
       }
       let outcome: Outcome
       do {
-        outcome = Outcome(text: try await function.run(arguments), failed: false)
+        outcome = Outcome(text: try await function.run(arguments, assistant), failed: false)
       } catch let error as ToolError {
         outcome = Outcome(text: error.sentence, failed: true)
       } catch {

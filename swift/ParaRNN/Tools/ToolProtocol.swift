@@ -51,6 +51,16 @@ struct ToolProtocol: Sendable {
   /// The start of a turn, after which the model goes on; also the memory at that time.
   func render(message: String) -> [Int] { [self[.user]] + encode(message) + [self[.end]] }
 
+  /// Turns that were had, questions and their answers, as text alone: how an answer came about is not in it.
+  func render(turns: [ChatMessage]) -> [Int] {
+    var tokens: [Int] = []
+    for turn in turns {
+      tokens += turn.role == .user ? render(message: turn.text) : [self[.answer]]
+      if turn.role != .user { tokens += render(result: turn.text) }
+    }
+    return tokens
+  }
+
   /// What is fed after a call.
   func render(result: String) -> [Int] { encode(result) + [self[.end]] }
 
