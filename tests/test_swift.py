@@ -4,14 +4,19 @@ The Swift package itself is built and tested by swift/linux/test.sh.
 """
 
 import json
+import os
+import re
+import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 SWIFT = Path(__file__).parents[1] / "swift"
+APP = SWIFT.parent / "examples/ChatApp"
 
 
 def script(name):
@@ -40,6 +45,86 @@ def test_probabilities_are_mlx_lms():
 )
 def test_tokens_are_hugging_faces():
     assert committed("tokenizers.json") == script("make_vectors").tokenizer_cases()
+
+
+@pytest.fixture
+def xcode(tmp_path):
+    """Runs the app's build phase, with stand-ins for commands; returns what it says and the resources."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    commands = {
+        "mlx-pararnn": 'mkdir -p "$4/model.mlpackage"\necho "$2" > "$4/model.mlpackage/of"\n'
+        'echo {} > "$4/tokenizer.json"',
+        "xcrun": 'mkdir "$4/model.mlmodelc" && cp "$3/of" "$4/model.mlmodelc/"',
+    }
+
+    def build(missing=(), **settings):
+        for name, text in commands.items():
+            (tools / name).unlink(missing_ok=True)
+            if name not in missing:
+                (tools / name).write_text(f'#!/bin/sh\necho "{name} $*"\n{text}\n')
+                (tools / name).chmod(0o755)
+        resources = tmp_path / "products/ChatApp.app"
+        environment = {
+            "PATH": f"{tools}:/usr/bin:/bin",
+            "SRCROOT": str(APP),
+            "DERIVED_FILE_DIR": str(tmp_path / "derived"),
+            "TARGET_BUILD_DIR": str(tmp_path / "products"),
+            "UNLOCALIZED_RESOURCES_FOLDER_PATH": "ChatApp.app",
+        }
+        (tmp_path / "derived").mkdir(exist_ok=True)
+        run = subprocess.run(
+            [APP / "demo-model.sh"], env=environment | settings, capture_output=True, text=True, timeout=60
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout, resources
+
+    return build
+
+
+def test_the_app_gets_a_demo_model(xcode):
+    said, resources = xcode()
+    assert "mlx-pararnn convert" in said
+    assert "--to coreml" in said
+    model = Path((resources / "model.mlmodelc/of").read_text().strip())
+    assert (model / "config.json").is_file()  # the model that the package brings
+    assert (resources / "tokenizer.json").is_file()
+    (resources / "model.mlmodelc/of").unlink()
+    (resources / "model.mlmodelc").rmdir()
+    said, _ = xcode()
+    assert "mlx-pararnn" not in said
+    assert "xcrun coremlcompiler" in said
+
+
+@pytest.mark.skipif(
+    any(os.access(f"{folder}/mlx-pararnn", os.X_OK) for folder in ("/opt/homebrew/bin", "/usr/local/bin"))
+    or (APP.parents[1] / ".venv").exists(),
+    reason="this machine has the command where the build phase looks for it",
+)
+def test_without_an_exporter_the_app_has_no_model(xcode):
+    said, resources = xcode(missing=["mlx-pararnn"])
+    assert said.startswith("note: ")
+    assert not resources.exists()
+
+
+def test_an_empty_setting_leaves_the_model_out(xcode):
+    said, resources = xcode(DEMO_MODEL="")
+    assert said.startswith("note: ")
+    assert not resources.exists()
+
+
+def test_the_shared_scheme_names_the_project_target():
+    project = (APP / "ChatApp.xcodeproj/project.pbxproj").read_text(encoding="utf-8")
+    scheme = ElementTree.parse(APP / "ChatApp.xcodeproj/xcshareddata/xcschemes/ChatApp.xcscheme").getroot()
+    targets = {r.attrib["BlueprintIdentifier"] for r in scheme.iter("BuildableReference")}
+    assert len(targets) == 1
+    assert re.search(rf"{targets.pop()} /\* ChatApp \*/ = {{\s+isa = PBXNativeTarget;", project)
+    for action in ("LaunchAction", "ProfileAction", "ArchiveAction"):
+        assert scheme.find(action).attrib["buildConfiguration"] == "Release"
+    phases = re.search(r"buildPhases = \((.*?)\)", project, re.DOTALL).group(1)
+    for identifier in re.findall(r"[A-F0-9]{24}", phases):
+        assert len(re.findall(rf"\n\t\t{identifier} ", project)) == 1
+    assert "demo-model.sh" in project
 
 
 def test_docs_have_swift_samples():

@@ -20,7 +20,8 @@ rm -rf "$work/swift"
 cp -R "$root/Package.swift" "$root/swift" "$work/"
 mkdir -p "$work/tests/data"
 cp -R "$root/tests/data/tools" "$work/tests/data/"
-cp "$root/examples/ChatApp/ChatApp/Conversation.swift" "$work/swift/ParaRNNTests/"
+cp "$root"/examples/ChatApp/ChatApp/Conversation.swift "$root"/examples/ChatApp/Tests/*.swift \
+  "$work/swift/ParaRNNTests/"
 python3 "$root/swift/doc_samples.py" > "$work/swift/ParaRNNTests/DocSamples.swift"
 
 # One folder for each way: with a shared one, the stand-in of the second would be found by the first.

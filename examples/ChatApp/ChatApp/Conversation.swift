@@ -1,38 +1,100 @@
 #if canImport(CoreML)
+  import CoreML
   import Foundation
   import Observation
   import ParaRNN
 
-  /// What the window shows of a conversation, and what its buttons do.
+  /// What the window shows of a conversation and its branches, and what its buttons do.
   @MainActor @Observable final class Conversation {
-    private(set) var messages: [ChatMessage] = []
-    /// What tools were used for, by the message's place in ``messages``.
-    private(set) var toolLines: [Int: String] = [:]
+    /// Where Core ML may run a model, as the window offers it.
+    enum Units: String, CaseIterable, Identifiable {
+      case gpu = "GPU and CPU"
+      case all = "All"
+      case neuralEngine = "Neural Engine and CPU"
+      case cpu = "CPU"
+      var id: Self { self }
+      fileprivate var forCoreML: MLComputeUnits {
+        switch self {
+        case .gpu: .cpuAndGPU
+        case .all: .all
+        case .neuralEngine: .cpuAndNeuralEngine
+        case .cpu: .cpuOnly
+        }
+      }
+    }
+
+    /// How hot the device is, as far as it matters here.
+    enum Heat { case fine, hot, tooHot }
+
+    private struct Branch {
+      let chat: ParaRNNChat
+      var messages: [ChatMessage]
+      /// What tools were used for, by the message's place.
+      var toolLines: [Int: String] = [:]
+    }
+
     private(set) var isAnswering = false
+    private(set) var isLoading = false
     private(set) var status = "No model yet"
-    private var chat: ParaRNNChat?
+    /// What came due of timers, alarms and reminders, until it is dismissed.
+    private(set) var due: [String] = []
+    private var branches: [Branch] = []
+    /// The place of the branch that is shown.
+    private(set) var shown = 0
+    private var heat = Heat.fine
     private var answer: Task<Void, Never>?
 
-    var canAsk: Bool { chat != nil && !isAnswering }
+    var branchCount: Int { branches.count }
+    var messages: [ChatMessage] { branches.isEmpty ? [] : branches[shown].messages }
+    var toolLines: [Int: String] { branches.isEmpty ? [:] : branches[shown].toolLines }
+    var canAsk: Bool { !branches.isEmpty && !isAnswering && !isLoading && heat != .tooHot }
 
-    func load(_ url: URL) async {
-      status = "Loading \(url.lastPathComponent), the first time takes a while …"
+    /// Load a model, and go on with the conversation that `saved` holds if it is one with this model.
+    ///
+    /// - Returns: whether the model is there.
+    @discardableResult
+    func load(_ url: URL, units: Units = .gpu, saved: Data? = nil) async -> Bool {
+      guard !isLoading, !isAnswering else { return false }
+      isLoading = true
+      defer { isLoading = false }
       do {
-        let model = try await ParaRNNModel(contentsOf: url)
-        chat = model.chat(format: model.chatFormat ?? .plain, functions: try .standard())
-        messages = []
-        toolLines = [:]
+        let model = try await ParaRNNModel(contentsOf: url, computeUnits: units.forCoreML) { stage in
+          Task { @MainActor in self.tell(stage, url.lastPathComponent) }
+        }
+        let functions = try ToolFunctions.standard()
+        let format = model.chatFormat ?? .plain
+        var chat = model.chat(format: format, functions: functions)
+        if let saved {
+          chat = (try? await model.chat(restoring: saved, format: format, functions: functions)) ?? chat
+        }
+        branches = [Branch(chat: chat, messages: await chat.messages)]
+        shown = 0
         Task { await model.prewarm() }
-        status = "\(model.settings.parameters) parameters, state \(model.settings.stateBytes) bytes"
+        let used = Units.allCases.first { $0.forCoreML == model.computeUnits } ?? .cpu
+        status =
+          "\(model.settings.parameters) parameters on \(used.rawValue), state \(model.settings.stateBytes) bytes"
+        return true
       } catch {
         status = error.localizedDescription
+        return false
+      }
+    }
+
+    private func tell(_ stage: LoadingStage, _ name: String) {
+      guard isLoading else { return }
+      switch stage {
+      case .checking: status = "Loading \(name) …"
+      case .compiling: status = "Core ML compiles \(name), which it does once …"
+      case .loading: status = "Core ML loads \(name) …"
+      case .loaded: break
       }
     }
 
     func ask(_ text: String) {
-      guard let chat, !isAnswering else { return }
+      guard canAsk else { return }
       isAnswering = true
-      messages += [ChatMessage(.user, text), ChatMessage(.assistant, "")]
+      let chat = branches[shown].chat
+      branches[shown].messages += [ChatMessage(.user, text), ChatMessage(.assistant, "")]
       answer = Task {
         var failure: String?
         var statistics: GenerationStatistics?
@@ -41,7 +103,7 @@
             statistics = try await answerWithTools(chat, text)
           } else {
             let stream = chat.respond(to: text, options: .init(temperature: 0.7, topP: 0.95))
-            for try await piece in stream { messages[messages.count - 1].text += piece }
+            for try await piece in stream { try await show(piece) }
             statistics = await stream.statistics
           }
         } catch is CancellationError {
@@ -49,7 +111,7 @@
         } catch {
           failure = error.localizedDescription
         }
-        messages = await chat.messages
+        branches[shown].messages = await chat.messages
         if let failure {
           status = failure
         } else if let statistics {
@@ -68,23 +130,85 @@
       for try await event in events {
         summary.add(event)
         switch event.kind {
-        case .text(let piece): messages[place].text += piece
-        case .call, .result, .finish: toolLines[place] = summary.line
+        case .text(let piece): try await show(piece)
+        case .call, .result, .finish: branches[shown].toolLines[place] = summary.line
         default: break
         }
       }
       return await events.statistics
     }
 
+    /// Nothing runs ahead of the reader: who waits between two pieces lets a hot device cool.
+    private func show(_ piece: String) async throws {
+      branches[shown].messages[messages.count - 1].text += piece
+      if heat == .hot { try await Task.sleep(for: .milliseconds(200)) }
+    }
+
     func stop() { answer?.cancel() }
+
+    /// Wait for the answer that is being made.
+    func answered() async { await answer?.value }
 
     /// Take back the last question; returns it.
     func undo() async -> String? {
-      guard let chat, !isAnswering else { return nil }
+      guard canAsk else { return nil }
+      let chat = branches[shown].chat
       let question = try? await chat.undo()
-      messages = await chat.messages
-      toolLines = toolLines.filter { $0.key < messages.count }
+      branches[shown].messages = await chat.messages
+      branches[shown].toolLines = toolLines.filter { $0.key < messages.count }
       return question
     }
+
+    /// Go on in a copy of the conversation; the other stays as it is.
+    func branch() async {
+      guard canAsk else { return }
+      do {
+        var copy = branches[shown]
+        copy = Branch(chat: try await copy.chat.branch(), messages: copy.messages, toolLines: copy.toolLines)
+        branches.append(copy)
+        shown = branches.count - 1
+      } catch {
+        status = error.localizedDescription
+      }
+    }
+
+    /// Show another branch, by its place.
+    func show(branch place: Int) {
+      if !isAnswering, branches.indices.contains(place) { shown = place }
+    }
+
+    /// Stop an answer, since an app in the background has no GPU, and give the branch that is shown as bytes.
+    func leave() async -> Data? {
+      stop()
+      await answered()
+      return branches.isEmpty ? nil : try? await branches[shown].chat.save()
+    }
+
+    /// A hot device gets pauses between pieces of text; one that is too hot is asked nothing.
+    func take(_ heat: Heat) {
+      guard heat != self.heat else { return }
+      self.heat = heat
+      switch heat {
+      case .fine: break
+      case .hot: status = "The device is hot: answers come more slowly"
+      case .tooHot:
+        stop()
+        status = "The device is too hot to answer; let it cool"
+      }
+    }
+
+    /// Ask for what has come due until the task is cancelled; `ring` is called for each time that something has.
+    func watch(every interval: Duration = .milliseconds(500), ring: () -> Void) async {
+      while (try? await Task.sleep(for: interval)) != nil {
+        var found: [String] = []
+        for branch in branches { found += await branch.chat.due() }
+        if !found.isEmpty {
+          due += found
+          ring()
+        }
+      }
+    }
+
+    func dismissDue() { due = [] }
   }
 #endif

@@ -1,0 +1,124 @@
+#if canImport(CoreML) && os(Linux)
+  import CoreML
+  import Foundation
+  import Testing
+
+  @testable import ParaRNN
+
+  /// What the window shows, with a stand-in for the model; swift/linux/test.sh runs this among the package's tests.
+  @MainActor @Suite struct ConversationTests {
+    func open(
+      _ fake: HashModel, _ body: @MainActor (Conversation, FakeFolder) async throws -> Void
+    ) async throws {
+      let folder = try FakeFolder(tokenizer: LoadingTests.byteTokenizer)
+      try await MLModel.$behaviour.withValue(fake.behaviour) {
+        let conversation = Conversation()
+        #expect(!conversation.canAsk)
+        #expect(await conversation.load(folder.package))
+        #expect(conversation.canAsk)
+        try await body(conversation, folder)
+      }
+    }
+
+    var ab: HashModel {
+      var model = HashModel(vocabulary: 3)
+      model.script = [0]
+      return model
+    }
+
+    func ask(_ conversation: Conversation, _ text: String) async {
+      conversation.ask(text)
+      #expect(conversation.isAnswering && !conversation.canAsk)
+      await conversation.answered()
+    }
+
+    @Test func branchesAndUndo() async throws {
+      try await open(ab) { conversation, _ in
+        await ask(conversation, "ab")
+        #expect(conversation.messages.map(\.role) == [.user, .assistant])
+        #expect(conversation.messages[1].text.count == 256)
+        await conversation.branch()
+        #expect(conversation.branchCount == 2 && conversation.shown == 1)
+        await ask(conversation, "b")
+        #expect(conversation.messages.count == 4)
+        conversation.show(branch: 0)
+        #expect(conversation.messages.count == 2)
+        conversation.show(branch: 7)
+        #expect(await conversation.undo() == "ab")
+        #expect(conversation.messages.isEmpty)
+        conversation.show(branch: 1)
+        #expect(await conversation.undo() == "b")
+        #expect(await conversation.undo() == "ab")
+      }
+    }
+
+    @Test func leftAndTakenUpAgain() async throws {
+      try await open(ab) { conversation, folder in
+        conversation.ask("ab")
+        let saved = try #require(await conversation.leave())
+        #expect(!conversation.isAnswering)
+        await ask(conversation, "ab")
+        let whole = try #require(await conversation.leave())
+        for (data, messages) in [(saved, nil), (whole, conversation.messages), (Data("no".utf8), [])] {
+          let other = Conversation()
+          #expect(await other.load(folder.package, units: .cpu, saved: data))
+          if let messages { #expect(other.messages == messages) }
+          #expect(other.status.contains("CPU"))
+        }
+      }
+    }
+
+    @Test func aHotDevice() async throws {
+      try await open(ab) { conversation, _ in
+        conversation.take(.hot)
+        conversation.ask("ab")
+        while conversation.messages[1].text.isEmpty { try await Task.sleep(for: .milliseconds(1)) }
+        conversation.take(.tooHot)
+        await conversation.answered()
+        #expect(!conversation.canAsk && conversation.status.contains("too hot"))
+        #expect(conversation.messages[1].text.count < 256)
+        conversation.take(.fine)
+        #expect(conversation.canAsk)
+      }
+    }
+
+    @Test func whatCannotBeLoaded() async throws {
+      let conversation = Conversation()
+      #expect(await !conversation.load(URL(fileURLWithPath: "/nowhere")))
+      #expect(conversation.status.contains("/nowhere") && conversation.messages.isEmpty)
+      #expect(await conversation.leave() == nil)
+    }
+
+    @MainActor final class Bell { var rings = 0 }
+
+    /// A timer of the assistant's rings once, whichever branch is shown.
+    @Test(.timeLimit(.minutes(5))) func timersRing() async throws {
+      let tools = try Records.tools()
+      var script = tools.render(message: "t")
+      script.append(tools[.call])
+      script += tools.encode(#"{"name":"set_timer","arguments":{"duration":"1 second"}}"#)
+      script.append(tools[.result])
+      script += tools.render(result: "Timer set for 1 second.")
+      script.append(tools[.answer])
+      script.append(tools[.end])
+      let fake = HashModel(vocabulary: 278, ends: [257], script: script)
+      let folder = try FakeFolder(
+        tokenizer: String(contentsOf: Records.url("tokenizer.json"), encoding: .utf8))
+      try await MLModel.$behaviour.withValue(fake.behaviour) {
+        let conversation = Conversation()
+        #expect(await conversation.load(folder.package))
+        await ask(conversation, "t")
+        #expect(conversation.messages.last?.text == "Timer set for 1 second.")
+        #expect(conversation.toolLines[1]?.contains("set_timer") == true)
+        let bell = Bell()
+        let watching = Task { await conversation.watch(every: .milliseconds(5)) { bell.rings += 1 } }
+        while conversation.due.isEmpty { try await Task.sleep(for: .milliseconds(5)) }
+        watching.cancel()
+        await watching.value
+        #expect(conversation.due == ["The timer is over."] && bell.rings == 1)
+        conversation.dismissDue()
+        #expect(conversation.due.isEmpty)
+      }
+    }
+  }
+#endif
