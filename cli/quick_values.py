@@ -22,7 +22,9 @@ def quick(parameters: list[Any]) -> list[Any]:
     """Let these take what was left out, text, and numbers within their bounds as they are."""
     for parameter in parameters:
         # Typer documents neither: without them it looks at each value itself, as it does otherwise.
-        descriptor, make = (getattr(parameter, name, None) for name in ("type_descriptor", "get_runtime_param"))
+        descriptor, make = (
+            getattr(parameter, name, None) for name in ("type_descriptor", "get_runtime_param")
+        )
         if descriptor is not None and make is not None and "get_runtime_param" not in vars(parameter):
             later = _Later(descriptor, make)
             parameter.get_runtime_param = lambda later=later: later

@@ -24,8 +24,10 @@ def problem(shapes=SHAPES, seed=0):
 
 def exact(gradients, weights, firsts, seconds):
     """New weights, first and second moments."""
-    beta1, rest1, beta2, rest2, rate, root, epsilon, kept, factor = (float(n) for n in NUMBERS.tolist())
-    made = [[], [], []]
+    beta1, rest1, beta2, rest2, rate, root, epsilon, kept, factor = (
+        n.item() for n in np.array(NUMBERS, np.float64)
+    )
+    made: list[list[np.ndarray]] = [[], [], []]
     for arrays in zip(gradients, weights, firsts, seconds, strict=True):
         gradient, weight, first, second = (numbers(array).astype(np.float64) for array in arrays)
         gradient = factor * gradient

@@ -1,5 +1,8 @@
 """What runs around the recurrence, and the loss: the library's functions and NumPy's, and gradients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -39,11 +42,15 @@ def library_cross_entropy(logits, *, backend):
 
 
 # name: the library's function, the oracle's, and the inputs' shapes
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[str]]] = {
     "swiglu": (layer_ops.swiglu, lambda g, u: silu(g) * u, ["BTD", "BTD"]),
-    "rms_norm": (lambda *a, backend: layer_ops.rms_norm(*a, EPS, backend=backend), rms_norm, ["BTD", "D"]),
+    "rms_norm": (
+        lambda x, w, backend: layer_ops.rms_norm(x, w, EPS, backend=backend),
+        rms_norm,
+        ["BTD", "D"],
+    ),
     "gated_norm": (
-        lambda *a, backend: layer_ops.gated_norm(*a, EPS, backend=backend),
+        lambda h, g, w, backend: layer_ops.gated_norm(h, g, w, EPS, backend=backend),
         lambda h, g, w: rms_norm(h, w) * silu(g),
         ["BTD", "BTD", "D"],
     ),

@@ -91,10 +91,11 @@ class Translated:
             return tuple(values[output] for output in outputs)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        body.__signature__ = inspect.Signature([inspect.Parameter(key, kind) for key in inputs])
+        signature = inspect.Signature([inspect.Parameter(key, kind) for key in inputs])
+        setattr(body, "__signature__", signature)  # noqa: B010 - no type knows it
         given = {k: Annotated[core.Value, core.TensorType(*v, name=k)] for k, v in (inputs | outputs).items()}
         body.__annotations__ = {key: given[key] for key in inputs}
-        body.__annotations__["return"] = tuple[tuple(given[key] for key in outputs)]
+        body.__annotations__["return"] = tuple.__class_getitem__(tuple(given[key] for key in outputs))
         core.graph(body, provided_name=name)
 
     def _translate(self, name, values):
