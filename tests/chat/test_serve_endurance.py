@@ -112,7 +112,7 @@ def bytes_of(process):
     return 1024 * kilobytes
 
 
-MOST = 2 << 20  # bytes that 8,000 requests may add: 262 each
+MOST = 4 << 20  # bytes that 8,000 requests may add: 524 each
 TOLD = {"role": "user", "content": "x"}
 RESPONSES = "/v1/responses"
 
