@@ -200,7 +200,7 @@ def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_pa
 
 def load_out(command, out):
     if "coreml" in command:
-        assert (out / "ParaRNN.mlpackage/Manifest.json").exists()
+        assert (out / "model.mlpackage/Manifest.json").exists()
     elif "torch" in command:
         written, given = (load_file(folder / "model.safetensors") for folder in (out, DEMO))
         head = given["model.embed_tokens.weight"].size  # which is the embedding, and stands there twice
