@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.process.watchdog import ending_signals
 from mlx_pararnn.training.reporting import read_log
 from tests.support.ranks import PATIENCE, free_ports, ranks, run_ranks, said
 from tests.support.training_runs import SMALL, TEXT, losses, same
@@ -57,7 +58,10 @@ def close_to(told, wanted):
 
 
 def in_this_process(*arguments):
+    handlers = {number: signal.getsignal(number) for number in ending_signals()}
     done = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    for number, handler in handlers.items():  # the command takes Ctrl-C for itself
+        signal.signal(number, handler)
     assert done.exit_code == 0, done.output
 
 
@@ -71,15 +75,6 @@ def killed(count, folder, arguments, out, rank, until):
         processes[rank].send_signal(signal.SIGKILL)
         others = [process for n, process in enumerate(processes) if n != rank]
         return [process.wait(20) for process in others]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def handlers():
-    """The command takes Ctrl-C for itself."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
