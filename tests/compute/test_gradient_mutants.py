@@ -43,7 +43,6 @@ MUTANTS = {
     "weights' slopes twice": ("if (t < begin) return;", ""),
     "no bias": ("Vec z = load(bias + i, n);", "Vec z(0.0f);"),
     "inputs by the strides of a copy": ("(place - K + 1) * size[5]", "(place - K + 1) * width"),
-    "the window's slope of x": ("t < K - 1 ? to_window", "t < K - 2 ? to_window"),
     # cross entropy
     "the smallest logit": ("choose(x > tops, x, tops)", "choose(x > tops, tops, x)"),
     "the largest of one lane": ("k < LANES; ++k) top", "k < 1; ++k) top"),
