@@ -1,6 +1,6 @@
 """Every benchmark, one after the other, then docs/performance.md.
 
-python benchmarks/all.py [--quick]            about twenty minutes on two cores, without training.py
+python benchmarks/all.py [--quick]            about half an hour on two cores
 
 Needs pip install -e ".[bench]" and a machine with nothing else to do. --quick only tries that all run.
 """

@@ -193,6 +193,8 @@ def main():
         command = [sys.executable, __file__, *sys.argv[1:], "--child", who]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         curves[who] = [json.loads(line) for line in done.stdout.splitlines()]
+    if not curves:
+        parser.error("none of these models can be trained here: pip install pararnn-torch")
     shortest = min(points[-1][1] for points in curves.values())
     rows = [
         (

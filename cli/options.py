@@ -184,7 +184,7 @@ def read_stdin() -> str:
 def read_piped() -> str:
     """What a pipe or a file at standard input holds, as `read_text` gives it; "" where it is anything else.
 
-    A pipe that others have left open may never give anything: after a second it is left out, which is said.
+    A pipe that another program has left open never ends: after a second it is said what is waited for.
     """
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
@@ -194,11 +194,10 @@ def read_piped() -> str:
         return ""
     if not select.select([sys.stdin], [], [], PIPE_SECONDS)[0]:
         typer.echo(
-            "Nothing came through the pipe at standard input, so it is left out; -p - waits for it, "
-            "</dev/null closes it.",
+            "Waiting for the end of the pipe at standard input, which goes before the prompt; "
+            "</dev/null leaves it out.",
             err=True,
         )
-        return ""
     return read_text(sys.stdin.buffer, "standard input")
 
 
@@ -342,7 +341,9 @@ def check_for_prompt(model: str | None) -> None:
 
 def meant_prompt(model: str | None, text: str) -> str:
     """The question whether the command with that prompt was meant; a MODEL that is none belongs to it."""
-    if model and not Path(model).exists():
+    from mlx_pararnn.files.hub import is_hub_name
+
+    if model and not Path(model).exists() and not is_hub_name(model, with_owner=True):
         model, text = None, f"{model} {text}"
     words = ["mlx-pararnn", "generate", *([model] if model else []), "-p", text]
     return f"did you mean {shlex.join(words)}?"

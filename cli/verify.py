@@ -90,7 +90,9 @@ def _checked(
     path = find_model(model or BUNDLED)
     if package := held_package(path):
         if logits or against or adapter_path:
-            usage_error(f"--against, --logits and --adapter-path are for MLX models, not {package} packages")
+            raise PararnnError(
+                f"{path}: --against, --logits and --adapter-path are for MLX models, not {package} packages"
+            )
         return _checked_package(path, package)
     loaded, config = load_model(path, adapter_path=adapter_path)
     known = verify_files(path)

@@ -1,5 +1,5 @@
-// The gradients of the elementwise work around the recurrence, the cross entropy with its own, and AdamW's update, on a
-// CPU; comes after cpu.h and cpu_rows.h. cpu_elementwise.cpp has what is differentiated. `slope` is the loss's derivative by an
+// The gradients of the elementwise work around the recurrence, and the cross entropy with its own, on a CPU; comes
+// after cpu.h and cpu_rows.h. cpu_elementwise.cpp has what is differentiated. `slope` is the loss's derivative by an
 // output; weights, and sums over rows, which are their gradients, are float32.
 
 namespace pararnn {
@@ -233,79 +233,13 @@ void cross_entropy_gradient(
   });
 }
 
-constexpr int64_t STRETCH = 1 << 14;  // numbers that a thread takes at a time
-
-// Runs work(array, stretch, begin, end) for every stretch of each array; stretches are counted through all arrays.
-template <typename Work>
-void stretches(const int64_t* counts, int64_t arrays, int threads, const Work& work) {
-  std::vector<int64_t> first(1, 0);
-  for (int64_t k = 0; k < arrays; ++k) first.push_back(first[k] + (counts[k] + STRETCH - 1) / STRETCH);
-  in_parallel(first[arrays], threads, [&](int64_t stretch) {
-    int64_t k = 0;
-    while (stretch >= first[k + 1]) ++k;
-    const int64_t begin = (stretch - first[k]) * STRETCH;
-    work(k, stretch, begin, begin + STRETCH < counts[k] ? begin + STRETCH : counts[k]);
-  });
-}
-
-// size: the number of arrays, their sizes; in: the arrays; out: the sum of all squares, float32, added up in the order
-// of the stretches
-template <typename T>
-void squares(const void* const* in, void* const* out, const int64_t* size, const float*, int threads) {
-  int64_t most = 0;
-  for (int64_t k = 1; k <= size[0]; ++k) most += size[k] / STRETCH + 1;
-  std::vector<double> sums(most, 0.0);
-  stretches(size + 1, size[0], threads, [&](int64_t k, int64_t stretch, int64_t begin, int64_t end) {
-    const T* x = static_cast<const T*>(in[k]);
-    Vec sum(0.0f);
-    vectors(end - begin, [&](int64_t i, int n) {
-      const Vec value = load(x + begin + i, n);
-      sum = sum + value * value;
-    });
-    sums[stretch] = total(sum);
-  });
-  double all = 0.0;
-  for (const double sum : sums) all += sum;
-  *static_cast<float*>(out[0]) = float(all);
-}
-
-// size: the number of weights' arrays, their sizes; in: what one step has for all of them (float32): beta1, 1 - beta1,
-// beta2, 1 - beta2, learning rate / (1 - beta1^step), 1 / sqrt(1 - beta2^step), epsilon,
-// 1 - learning rate * weight decay, what gradients are multiplied by; then all gradients, all weights, all first
-// moments and all second ones; out: all new weights, first and second moments
-template <typename T>
-void adamw(const void* const* in, void* const* out, const int64_t* size, const float*, int threads) {
-  const float* numbers = static_cast<const float*>(in[0]);
-  const float beta1 = numbers[0], rest1 = numbers[1], beta2 = numbers[2], rest2 = numbers[3];
-  const float rate = numbers[4], root = numbers[5], epsilon = numbers[6], kept = numbers[7], factor = numbers[8];
-  const int64_t arrays = size[0];
-  stretches(size + 1, arrays, threads, [&](int64_t k, int64_t, int64_t begin, int64_t end) {
-    const auto from = [&](int64_t kind) { return static_cast<const T*>(in[1 + kind * arrays + k]); };
-    const auto to = [&](int64_t kind) { return static_cast<T*>(out[kind * arrays + k]); };
-    const T *gradients = from(0), *weights = from(1), *firsts = from(2), *seconds = from(3);
-    T *new_weights = to(0), *new_firsts = to(1), *new_seconds = to(2);
-    vectors(end - begin, [&](int64_t i, int n) {
-      i += begin;
-      const Vec gradient = load(gradients + i, n) * factor;
-      const Vec first = load(firsts + i, n) * beta1 + gradient * rest1;
-      const Vec second = load(seconds + i, n) * beta2 + gradient * gradient * rest2;
-      const Vec change = first * rate / (metal::precise::sqrt(second) * root + epsilon);
-      store(new_weights + i, load(weights + i, n) * kept - change, n);
-      store(new_firsts + i, first, n);
-      store(new_seconds + i, second, n);
-    });
-  });
-}
-
 }  // namespace pararnn
 
-#define PARARNN_EXPORT_EACH(dtype, T)                            \
-  PARARNN_EXPORT(swiglu_gradient, dtype, T, void* const*)        \
-  PARARNN_EXPORT(rms_norm_gradient, dtype, T, void* const*)      \
-  PARARNN_EXPORT(gated_norm_gradient, dtype, T, void* const*)    \
-  PARARNN_EXPORT(conv_silu_gradient, dtype, T, void* const*)     \
-  PARARNN_EXPORT(cross_entropy, dtype, T, void* const*)          \
-  PARARNN_EXPORT(cross_entropy_gradient, dtype, T, void* const*) \
-  PARARNN_EXPORT(squares, dtype, T, void* const*)                \
-  PARARNN_EXPORT(adamw, dtype, T, void* const*)
+#define PARARNN_EXPORT_EACH(dtype, T)                         \
+  PARARNN_EXPORT(swiglu_gradient, dtype, T, void* const*)     \
+  PARARNN_EXPORT(rms_norm_gradient, dtype, T, void* const*)   \
+  PARARNN_EXPORT(gated_norm_gradient, dtype, T, void* const*) \
+  PARARNN_EXPORT(conv_silu_gradient, dtype, T, void* const*)  \
+  PARARNN_EXPORT(cross_entropy, dtype, T, void* const*)       \
+  PARARNN_EXPORT(cross_entropy_gradient, dtype, T, void* const*)
 PARARNN_DTYPES(PARARNN_EXPORT_EACH)

@@ -245,7 +245,7 @@ class Chat:
         def prompt_progress(done: int, total: int) -> None:
             if interrupted():
                 raise _Interrupted
-            if done == total - 1:
+            if done == total - 1 and not self.uses_tools:  # which reads messages and results, each by itself
                 read.extend(self._copy(cache))
             progress(done, total)
 

@@ -1,7 +1,6 @@
 """Gradients of the elementwise work on the CPU backend: metal/cpu_gradients.cpp, compiled and called.
 
-cpu.py has what is differentiated, but for the cross entropy, which stands here whole, as does AdamW's update.
-All runs at once.
+cpu.py has what is differentiated, but for the cross entropy, which stands here whole. All runs at once.
 """
 
 import ctypes
@@ -91,40 +90,6 @@ def cross_entropy_gradient(
     rest = [mx.contiguous(array) for array in (targets, largest, sums, slope)]
     outputs = [room(logits.shape, logits.dtype)]
     return _call("cross_entropy_gradient", [logits, *rest], outputs, [*logits.shape, stride])[0]
-
-
-def squares(arrays: list[mx.array]) -> mx.array:
-    """The sum of all squares, float32, of arrays of one dtype; the same bits on any number of threads."""
-    (total,) = _call("squares", [*map(mx.contiguous, arrays)], [room((1,), mx.float32)], _sizes(arrays))
-    return total[0]
-
-
-def adamw(
-    numbers: mx.array,
-    gradients: list[mx.array],
-    weights: list[mx.array],
-    firsts: list[mx.array],
-    seconds: list[mx.array],
-) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
-    """One update of all weights, at once; everything is float32.
-
-    Args:
-        numbers: what the C++ has for all weights, in its order.
-        firsts, seconds: the moments.
-
-    Returns:
-        The new weights, first and second moments; what was given stays as it was.
-    """
-    count = len(weights)
-    outputs = [room((weight.size,), mx.float32) for weight in 3 * weights]
-    arrays = [numbers, *map(mx.contiguous, (*gradients, *weights, *firsts, *seconds))]
-    made = _call("adamw", arrays, outputs, _sizes(weights))
-    shaped = [flat.reshape(weights[k % count].shape) for k, flat in enumerate(made)]
-    return shaped[:count], shaped[count : 2 * count], shaped[2 * count :]
-
-
-def _sizes(arrays: list[mx.array]) -> list[int]:
-    return [len(arrays), *(array.size for array in arrays)]
 
 
 def _call(

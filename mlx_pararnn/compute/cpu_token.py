@@ -127,10 +127,10 @@ class Known(NamedTuple):
 
 
 class Memory:
-    """What is known of one model's arrays, which keep shape and dtype as long as they live."""
+    """What is known of one model's arrays, as long as they are the same, of the same shapes and dtypes."""
 
     def __init__(self) -> None:
-        self._arrays: list[weakref.ref[mx.array]] = []
+        self._arrays: list[tuple[weakref.ref[mx.array], mx.Dtype, tuple[int, ...]]] = []
         self._known = Known(False, False, {})
 
     def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
@@ -141,10 +141,11 @@ class Memory:
         groups = (*weights.layers, weights.last, weights.embedding, weights.head)
         arrays = [array for group in groups for array in group.values()]
         if len(arrays) != len(self._arrays) or any(
-            seen() is not array for seen, array in zip(self._arrays, arrays, strict=True)
+            seen() is not array or array.dtype != dtype or array.shape != shape  # += may change both
+            for (seen, dtype, shape), array in zip(self._arrays, arrays, strict=True)
         ):
             self._known = _known(weights)
-            self._arrays = [weakref.ref(array) for array in arrays]
+            self._arrays = [(weakref.ref(array), array.dtype, array.shape) for array in arrays]
         return self._known
 
 

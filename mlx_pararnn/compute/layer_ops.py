@@ -152,11 +152,6 @@ def cross_entropy(logits: mx.array, targets: mx.array, *, backend: str | None = 
     return cast(mx.array, losses).reshape(targets.shape)
 
 
-def updates_at_once() -> bool:
-    """Whether `cpu_gradients.squares` and `adamw` are to be used: on a CPU that has the backend."""
-    return choose_elementwise(1 << 20, list) == "cpu" and _gradients_work(mx.float32)
-
-
 def recurrence_and_norm(
     choice: Choice,
     cell: Cell,
@@ -378,16 +373,6 @@ def _cross_entropy_ops(logits: mx.array, targets: mx.array) -> Arrays:
     return mx.logsumexp(exact, axis=-1) - picked, largest, sums
 
 
-def _adamw_ops(
-    numbers: mx.array, gradient: mx.array, weight: mx.array, first: mx.array, second: mx.array
-) -> Arrays:
-    """What `cpu_gradients.adamw` computes for one weight."""
-    beta1, rest1, beta2, rest2, rate, root, epsilon, kept, factor = numbers
-    gradient = factor * gradient
-    first, second = beta1 * first + rest1 * gradient, beta2 * second + rest2 * mx.square(gradient)
-    return kept * weight - rate * first / (mx.sqrt(second) * root + epsilon), first, second
-
-
 @lru_cache(maxsize=1)
 def _conv_cpu() -> Callable[..., Any]:
     def launch(x: mx.array, window: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
@@ -572,13 +557,6 @@ def _gradients_work(dtype: mx.Dtype) -> bool:
         yield (losses, largest, sums), _exactly(lambda a: _cross_entropy_ops(a, targets), logits)
         d_logits = cpu_gradients.cross_entropy_gradient(logits, targets, largest, sums, slope)
         yield (d_logits,), wanted(lambda a: _cross_entropy_ops(a, targets)[:1], (logits,), (slope,))
-        if dtype == mx.float32:
-            yield (cpu_gradients.squares([up, weight]),), (up.square().sum() + weight.square().sum(),)
-            numbers, arrays = mx.arange(1, 10) / 7, (up, 1 - up, x, up.square())
-            given = cpu_gradients.adamw(numbers, *([array, array[:1]] for array in arrays))
-            for k, place in enumerate((slice(None), slice(1))):
-                updated = _adamw_ops(numbers, *(array[place] for array in arrays))
-                yield [kind[k] for kind in given], updated
 
     return works_here(f"the gradients of elementwise work, {cpu.DTYPES[dtype]}", "cpu", outcomes)
 

@@ -223,9 +223,9 @@ class Assistant:
                 "I would not remember a list here: mlx-pararnn chat does. "
                 "Sums, dates and units work here too."
             )
-        if sum(map(len, self.lists.values())) >= _MOST:
-            raise NotUnderstood("The lists are full. Remove something first.")
         new = _items(items)
+        if sum(map(len, self.lists.values())) + len(new) > _MOST:
+            raise NotUnderstood("The lists are full. Remove something first.")
         self.lists.setdefault(name.lower(), []).extend(new)
         return f"Added {join(new)} to your {name} list."
 

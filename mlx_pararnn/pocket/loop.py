@@ -290,6 +290,7 @@ class _Turn:
         elif not call.name:
             outcome = Outcome('error: that is no call; write {"name": ..., "arguments": {...}}', True)
         elif sentence := self.functions.instead(self.message, call.name):
+            self.calls += 1
             outcome = Outcome(sentence, True)
         else:
             self.calls += 1

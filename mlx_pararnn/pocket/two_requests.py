@@ -19,16 +19,18 @@ _ENTRY = (
     r"(?:set|start|cancel|stop|show|make)\b(?:\s+\S+){0,4}?\s+(?:timers?|alarms?|reminders?)\b"
     r"|(?:remind|wake)\s+me\b"
 )
-_OTHER = (
-    r"(?:put|take|clear|delete|show)\b.*\blists?\b|how\s+(?:many|much|long)\b"
-    r"|(?:convert|calculate|tell me|what|what's|whats|when|which)\b"
-)
+_LIST = r"(?:put|take|clear|delete|show)\b.*\blists?\b"
+_OTHER = r"how\s+(?:many|much|long)\b|(?:convert|calculate|tell me|what|what's|whats|when|which)\b"
 _ITEM = r"(?:add|remove)\s+[^\W\d]"
+# "add salt and take out the trash to my list" names one list, which is the first request's
+_OF_LISTS = re.compile(f"{_NEXT}(?:{_ENTRY}|{_OTHER}|{_ITEM})|\\blists?\\b.*{_NEXT}{_LIST}")
 _AFTER = {
     "set_reminder": re.compile(f"{_NEXT}(?:{_ENTRY})"),  # of what people want to be reminded the rest may be
-    "calculate": re.compile(f"{_NEXT}(?:{_ENTRY}|{_OTHER})"),  # "ten plus five and then add three"
+    "calculate": re.compile(f"{_NEXT}(?:{_ENTRY}|{_LIST}|{_OTHER})"),  # "ten plus five and then add three"
+    "add_to_list": _OF_LISTS,
+    "remove_from_list": _OF_LISTS,
 }
-_AFTER_ANY = re.compile(f"{_NEXT}(?:{_ENTRY}|{_OTHER}|{_ITEM})")
+_AFTER_ANY = re.compile(f"{_NEXT}(?:{_ENTRY}|{_LIST}|{_OTHER}|{_ITEM})")
 
 
 def instead(message: str, function: str) -> str | None:

@@ -1,15 +1,11 @@
 """The optimizers of a training run: learning rate, which weights decay, their states in a checkpoint."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_map
 
-from ..compute import cpu_gradients
-from ..compute.layer_ops import updates_at_once
 from .settings import Settings
 
 Weights = dict[str, mx.array]
@@ -45,86 +41,16 @@ def decays(name: str, weight: mx.array) -> bool:
     )
 
 
-Call = tuple[mx.array, mx.array, dict[str, mx.array]]  # gradient, weight, moments
-
-
-class AdamW(optim.AdamW):
-    """MLX's AdamW with bias correction; on a CPU all weights are updated in one pass, by all cores.
-
-    There it gives MLX's numbers but for rounding, and computes at once: leave it out of `mx.compile`. Weights
-    that are not float32 are updated by MLX's own operations.
-
-    Attributes:
-        at_once: whether the CPU backend computes.
-        factor: what gradients are multiplied by first.
-    """
-
-    def __init__(self, learning_rate: Any, **options: Any) -> None:
-        super().__init__(learning_rate, bias_correction=True, **options)
-        self.at_once = updates_at_once()
-        self.factor = mx.array(1.0)
-        self._calls: list[Call] = []
-
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """The new parameters, in the tree of `gradients`."""
-        self._calls = []
-        places = super().apply_gradients(gradients, parameters)  # and the next step and learning rate
-        calls, self._calls = self._calls, []
-        exact = all(a.dtype == mx.float32 for g, p, state in calls for a in (g, p, state["m"], state["v"]))
-        if calls and exact and self.at_once:
-            new = self._updated(calls)
-        else:
-            new = []
-            for gradient, parameter, state in calls:
-                scaled = (self.factor * gradient).astype(gradient.dtype)
-                new.append(super().apply_single(scaled, parameter, state))
-        return tree_map(lambda place: new[place], places)
-
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> int:
-        """The weight's place among those that are updated together."""
-        self._calls.append((gradient, parameter, state))
-        return len(self._calls) - 1
-
-    def _updated(self, calls: list[Call]) -> list[mx.array]:
-        gradients, weights, states = ([*column] for column in zip(*calls, strict=True))
-        firsts, seconds = ([state[name] for state in states] for name in ("m", "v"))
-        rate, (beta1, beta2) = self.learning_rate.astype(mx.float32), self.betas
-        numbers = [beta1, 1 - beta1, beta2, 1 - beta2, rate / (1 - beta1**self.step)]
-        numbers += [mx.rsqrt(1 - beta2**self.step), self.eps, 1 - rate * self.weight_decay, self.factor]
-        joined = mx.stack([mx.array(number, mx.float32) for number in numbers])
-        weights, firsts, seconds = cpu_gradients.adamw(joined, gradients, weights, firsts, seconds)
-        for state, first, second in zip(states, firsts, seconds, strict=True):
-            state["m"], state["v"] = first, second
-        return weights
-
-
-def clipping(gradients: Weights, largest: float, at_once: bool) -> tuple[mx.array, mx.array]:
-    """What to multiply gradients by for a norm of at most `largest` (0: any), and their norm.
-
-    Args:
-        at_once: the CPU backend computes the norm.
-    """
-    if at_once:
-        squares = cpu_gradients.squares([*gradients.values()])
-    else:
-        squares = mx.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
-    norm = mx.sqrt(squares)
-    return mx.minimum((largest or math.inf) / (norm + 1e-6), 1.0), norm
-
-
-def moving_average(average: Weights, weights: Weights, decay: mx.array) -> Weights:
-    """An average after the next weights."""
-    return {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
-
-
-def optimizers_of(settings: Settings) -> tuple[AdamW, AdamW]:
+def optimizers_of(settings: Settings) -> tuple[optim.AdamW, optim.AdamW]:
     """One for the weights that decay, one for the others."""
     options: dict[str, Any] = {
         "betas": [settings.beta1, settings.beta2],
         "eps": settings.epsilon,
+        "bias_correction": True,
     }
     return tuple(  # type: ignore[return-value]
-        AdamW(schedule(settings), weight_decay=decay, **options) for decay in (settings.weight_decay, 0.0)
+        optim.AdamW(schedule(settings), weight_decay=decay, **options)
+        for decay in (settings.weight_decay, 0.0)
     )
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,8 @@ class Run:
                 written to. What was written before stays, and the run can be resumed.
         """
         with _alone(self.out), _explained_writing(self.out):
+            if find_spec("matplotlib") is None:
+                logger.info("no plot of the losses: it needs pip install 'mlx-pararnn[plot]'")
             self.trainer.resume()
             if self.group is not None:
                 share(self.group, [self.plan.to_json(), dataclasses.asdict(self.model.args)])
@@ -119,8 +122,8 @@ class Run:
             self._targets = [Log(self.out, self.trainer.step), reporters, self._show]
             try:
                 return self.trainer.run()
-            except PararnnError:  # the losses diverged: the plot shows how
-                draw_losses(self.out)
+            except PararnnError:  # where the losses diverged the plot shows how
+                self._draw()
                 raise
             finally:
                 reporters.close()
@@ -150,8 +153,14 @@ class Run:
             raise OSError(str(error)) from error
         card = training_card(self.plan, self.model.args, self.parameters, self.trainer, self.tokens)
         write_whole(self.out / "README.md", card.encode())
-        if draw_losses(self.out) is None:
-            logger.info("no plot of the losses: it needs pip install 'mlx-pararnn[plot]'")
+        self._draw()
+
+    def _draw(self) -> None:
+        """The plot of the losses so far, without which a run goes on all the same."""
+        try:
+            draw_losses(self.out)
+        except Exception as error:  # of a plotting library any
+            logger.warning("the losses cannot be plotted: %s", error)
 
     def _check_positions(self, carried: bool, length: int) -> None:
         room = self.model.args.max_position_embeddings

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..compute.layer_ops import cross_entropy
@@ -21,16 +22,7 @@ from ..distributed import Group, share, share_arrays
 from ..errors import PararnnError
 from . import checkpoints
 from .batches import Batch, Resumable, arrays_of, batches_from, shared, targets
-from .optimizers import (
-    Weights,
-    clipping,
-    copied,
-    groups,
-    moving_average,
-    optimizer_arrays,
-    optimizers_of,
-    restore_optimizers,
-)
+from .optimizers import Weights, copied, groups, optimizer_arrays, optimizers_of, restore_optimizers
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -122,9 +114,7 @@ class Trainer:
         self.valid_loss: float | None = None
 
         self._gradient = mx.value_and_grad(self._objective)
-        self._at_once = all(optimizer.at_once for optimizer in self._optimizers)
-        self._apply: Callable[..., Any] = self._updated if self._at_once else mx.compile(self._updated)
-        self._averaged = mx.compile(moving_average)
+        self._apply: Callable[..., Any] = mx.compile(self._updated)
         if mx.default_device().type == mx.DeviceType.gpu if compiled is None else compiled:
             self._gradient = mx.compile(self._gradient)
 
@@ -350,13 +340,13 @@ class Trainer:
     ) -> tuple[Weights, list[Any], Weights, mx.array]:
         """New weights, optimizer states and moving average, and the norm of the gradient before clipping."""
         settings = self.settings
-        factor, norm = clipping(gradients, settings.clip, self._at_once)
+        gradients, norm = optim.clip_grad_norm(gradients, settings.clip or math.inf)
         new: Weights = {}
         states = []
         for optimizer, group, state in zip(
             self._optimizers, groups(gradients), optimizer_states, strict=True
         ):
-            optimizer.state, optimizer.factor = copied(state), factor
+            optimizer.state = copied(state)
             new |= optimizer.apply_gradients(group, {name: weights[name] for name in group})
             states.append(optimizer.state)
         if (limit := settings.max_recurrent_norm) is not None:
@@ -366,7 +356,7 @@ class Trainer:
         if average and settings.ema is not None:
             step = states[0]["step"].astype(mx.float32)
             decay = mx.minimum(settings.ema, (1 + step) / (10 + step))  # less at first, to leave the start
-            average = self._averaged(average, new, decay)
+            average = {name: decay * average[name] + (1 - decay) * new[name] for name in new}
         return {name: new[name] for name in weights}, states, average, norm
 
     def _diverged(self, loss: float) -> None:

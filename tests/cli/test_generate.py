@@ -220,10 +220,10 @@ def test_what_is_piped_in_goes_before_the_prompt():
         with command("-p", "def main(", "-m", "1", "--json", **how) as process:
             said, errors = process.communicate(given)
         assert (errors, json.loads(said)["prompt"]) == ("", prompt)
-    with command("-p", "def main(", "-m", "1", "--json", **how) as process:  # nobody closes it
-        assert process.wait() == 0
-        assert json.load(process.stdout)["prompt"] == "def main("
-        assert process.stderr.read().startswith("Nothing came through the pipe at standard input")
+    with command("-p", "def main(", "-m", "1", "--json", **how) as process:  # closed late
+        assert process.stderr.readline().startswith("Waiting for the end of the pipe at standard input")
+        said, errors = process.communicate("late")
+        assert (errors, json.loads(said)["prompt"]) == ("", "late\ndef main(")
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,7 @@ def test_what_is_piped_in_goes_before_the_prompt():
     ],
 )
 def test_what_standard_input_holds_besides_a_prompt(make, held, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(options, "PIPE_SECONDS", 60.0)
     with make(tmp_path / "file") as stream:
         monkeypatch.setattr(sys, "stdin", stream)
         assert options.read_piped() == held

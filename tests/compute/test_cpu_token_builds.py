@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_pararnn.cache import held_arrays
-from mlx_pararnn.compute import cpu, cpu_build, cpu_token, layer_ops, texts
+from mlx_pararnn.compute import cpu, cpu_build, cpu_cores, cpu_token, layer_ops, texts
 from tests.support.fresh_cache import fresh_cache
 from tests.support.msl.instances import DTYPES
 from tests.support.random_models import (
@@ -35,7 +35,7 @@ def test_threads(kind, monkeypatch, calls):
     monkeypatch.setattr(cpu_token, "_MANY", 0)
 
     def run(threads):
-        monkeypatch.setattr(cpu, "threads", lambda: threads)
+        monkeypatch.setattr(cpu_cores, "threads", lambda: threads)
         cache = made.make_cache(2)
         return [by_token(made, TOKENS, cache), *held_arrays(cache)]
 
@@ -55,7 +55,7 @@ def test_how_many_threads(monkeypatch):
         return together(*fields)
 
     monkeypatch.setattr(cpu_token, "Token", token)
-    monkeypatch.setattr(cpu, "threads", lambda: 2)
+    monkeypatch.setattr(cpu_cores, "threads", lambda: 2)
     for size in (64, 256):
         by_token(make(hidden_size=size, intermediate_size=size), TOKENS[:, :1])
     assert asked == [1, 2]

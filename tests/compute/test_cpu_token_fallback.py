@@ -344,4 +344,10 @@ def test_arrays_that_are_replaced_are_looked_at_again(calls):
         assert distance(numbers(given), numbers(by_token(made, TOKENS, backend="ops"))) < 2e-3
     assert old() is None
     assert mx.array_equal(by_token(copy.deepcopy(made), TOKENS), by_token(made, TOKENS))
+    calls.clear()
+    weight = made.model.norm.weight
+    weight += mx.zeros((2, 1))  # the same object is of another shape
+    with pytest.raises(ValueError, match="weight"):
+        by_token(made, TOKENS)
+    assert not any(calls)
     pickle.loads(pickle.dumps(cpu_token.Memory()))

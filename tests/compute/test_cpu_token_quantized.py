@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_pararnn import load_model
 from mlx_pararnn.cache import held_arrays
-from mlx_pararnn.compute import cpu, cpu_build, cpu_token, texts
+from mlx_pararnn.compute import cpu, cpu_build, cpu_cores, cpu_token, texts
 from mlx_pararnn.files.quantization_formats import BITS, GROUP_SIZES
 from tests.support.golden import golden_of
 from tests.support.msl.instances import DTYPES
@@ -121,7 +121,7 @@ def test_rows_threads_and_layouts(monkeypatch, calls):
     tokens = mx.random.randint(0, 37, (cpu.FEW_ROWS, 2), key=mx.random.key(0))
 
     def run(threads, rows):
-        monkeypatch.setattr(cpu, "threads", lambda: threads)
+        monkeypatch.setattr(cpu_cores, "threads", lambda: threads)
         cache = made.make_cache(rows.shape[0])
         return [by_token(made, rows, cache), *held_arrays(cache)]
 

@@ -18,7 +18,6 @@ from mlx.utils import tree_flatten
 
 from mlx_pararnn import PararnnError
 from mlx_pararnn.compute import cpu, cpu_build, cpu_gradients, layer_ops, texts
-from tests.support import adamw
 from tests.support.gradient_replay import Recorder, replay_text, replayed
 from tests.support.layer_functions import EPS, FUNCTIONS, SIZES, as_list, given_by, inputs_of, slopes_of
 from tests.support.msl.instances import DTYPES
@@ -86,31 +85,6 @@ def test_threads(name, monkeypatch):
         found.append(given_by(name, arrays, slopes))
     for others in found[1:]:
         assert all(mx.array_equal(a, b) for a, b in zip(found[0], others, strict=True))
-
-
-def test_adamw_against_float64():
-    adamw.check(adamw.problem())
-
-
-def test_adamw_threads(monkeypatch):
-    """The same bits however many there are, and what was given stays as it was."""
-    kinds, before, found = adamw.problem(), adamw.problem(), []
-    for threads in (1, 2, 3, 7):
-        monkeypatch.setattr(cpu, "threads", lambda threads=threads: threads)
-        made = cpu_gradients.adamw(adamw.NUMBERS, *kinds)
-        found.append([array for kind in made for array in kind] + [cpu_gradients.squares(kinds[0])])
-    for others in found[1:]:
-        assert all(mx.array_equal(a, b) for a, b in zip(found[0], others, strict=True))
-    for kind, old in zip(kinds, before, strict=True):
-        assert all(mx.array_equal(a, b) for a, b in zip(kind, old, strict=True))
-
-
-def test_squares_against_float64():
-    arrays = adamw.problem()[0]
-    wanted = sum((numbers(array).astype(np.float64) ** 2).sum() for array in arrays)
-    assert cpu_gradients.squares(arrays).item() == pytest.approx(wanted, rel=1e-6)
-    arrays[1][5] = mx.nan
-    assert np.isnan(cpu_gradients.squares(arrays).item())
 
 
 def test_views_are_read_where_they_lie():
@@ -299,10 +273,7 @@ def record_all(monkeypatch, folder):
                 for dtype in DTYPES.values():
                     arrays = inputs_of(name, size, dtype)
                     given_by(name, arrays, slopes_of(name, arrays))
-            kinds = adamw.problem((size, (5,), (16390,)))
-            cpu_gradients.squares(kinds[0])
-            cpu_gradients.adamw(adamw.NUMBERS, *kinds)
-    assert len(recorder.calls) == 2 * 3 * (len(FUNCTIONS) + 1) + 2 * 2
+    assert len(recorder.calls) == 2 * 3 * (len(FUNCTIONS) + 1)
     return recorder.calls
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.process.watchdog import ending_signals
 from mlx_pararnn.training.reporting import read_log
-from tests.support.ranks import PATIENCE, free_ports, ranks, run_ranks, said
+from tests.support.ranks import PATIENCE, port_and_next, ranks, run_ranks, said
 from tests.support.training_runs import SMALL, TEXT, losses, same
 
 pytestmark = pytest.mark.large
@@ -124,7 +124,7 @@ def test_mlx_launch_starts_it(given, alone, tmp_path):
     scripts = Path(sys.executable).parent
     done = subprocess.run(
         [
-            scripts / "mlx.launch", "-n", "2", "--backend", "ring", "--starting-port", str(free_ports(1)[0]),
+            scripts / "mlx.launch", "-n", "2", "--backend", "ring", "--starting-port", str(port_and_next()),
             "--", sys.executable, *TRAIN, *given, "-o", tmp_path / "out",
         ],
         capture_output=True, text=True, timeout=PATIENCE, check=False,

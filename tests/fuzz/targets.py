@@ -344,8 +344,8 @@ def weights(folder: Path) -> Target:
             if name:
                 (folder / name).write_bytes(seeds[name])
 
-    named = [named(name, content) for name, content in seeds.items()]
-    return Target(run, named, JSON_WORDS, inside=header_in_named)
+    inputs = [named(name, content) for name, content in seeds.items()]
+    return Target(run, inputs, JSON_WORDS, inside=header_in_named)
 
 
 def coreml(folder: Path) -> Target:

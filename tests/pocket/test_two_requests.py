@@ -31,6 +31,20 @@ def test_a_second_request_is_seen(first, second, join):
     assert instead(first, "set_timer") is None
 
 
+@pytest.mark.parametrize(
+    ("message", "twice"),
+    [
+        ("add salt and take out the trash to my list", False),
+        ("put bread and show tickets on my list", False),
+        ("add milk to my list and show my shopping list", True),
+        ("remove eggs from my list and clear the todo list", True),
+    ],
+)
+def test_a_list_named_once_is_the_first_requests(message, twice):
+    for function in ("add_to_list", "remove_from_list"):
+        assert instead(message, function) == (SENTENCE if twice else None)
+
+
 @pytest.mark.parametrize("split", ["train", "held"])
 @pytest.mark.parametrize("plain", [0, 1])
 def test_one_request_is_never_taken_for_two(split, plain):

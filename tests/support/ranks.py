@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 PATIENCE = 400  # seconds until processes that wait for each other are ended
@@ -21,6 +21,15 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def port_and_next() -> int:
+    """A port that nobody listens on, nor on the one after it, which mlx.launch takes too."""
+    while True:
+        (port,) = free_ports(1)
+        with socket.socket() as after, suppress(OSError, OverflowError):
+            after.bind(("127.0.0.1", port + 1))
+            return port
 
 
 @contextmanager

@@ -83,16 +83,18 @@ class Server:
 
     def wait_for(self, pattern, seconds=120):
         deadline = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.said)):
+        while True:
+            left = self.process.poll() is not None
+            if match := re.search(pattern, self.said):
+                return match
+            assert not left, f"the server has left: {self.said}"
             assert time.monotonic() < deadline, self.said
-            assert self.process.poll() is None, f"the server has left: {self.said}"
             time.sleep(0.02)
-        return match
 
     @property
     def said(self):
         """All that is on its stderr so far."""
-        return os.pread(self.log.fileno(), 1 << 24, 0).decode()
+        return os.pread(self.log.fileno(), 1 << 24, 0).decode(errors="replace")
 
     def stop(self, number=signal.SIGINT):
         """Exit code and the last words."""

@@ -74,14 +74,14 @@ class MessageParser:
             return
         try:
             parsed = self._tokenizer.tool_parser(text, self._tools)
-            for call in parsed if isinstance(parsed, list) else [parsed]:
-                if self.calls == self._most_calls:
-                    break
-                part.calls.append({"index": self.calls, **_openai_call(call)})
-                self.calls += 1
+            calls = [_openai_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception as error:  # each format's parser has its own; a call that was cut short, mostly
             logger.warning("a call of a tool cannot be read: %s", error)
             part.content += text
+            return
+        for call in calls[: self._most_calls - self.calls]:
+            part.calls.append({"index": self.calls, **call})
+            self.calls += 1
 
 
 def _openai_call(call: Any) -> dict[str, Any]:

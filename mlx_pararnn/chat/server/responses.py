@@ -104,6 +104,7 @@ async def response_events(
 ) -> AsyncGenerator[Event, None]:
     """The same as OpenAI's events, the last of which holds the whole answer."""
     conversation = await service.converse(chat)
+    service.weigh(conversation.jobs)  # a refusal has a status of its own only before the first event
     head = _head(service, request)
     output = _Output()
     yield output.event("response.created", response=head)

@@ -234,7 +234,7 @@ class Service:
     async def pieces(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all jobs as they come, with the job's number."""
         begin: float | None = time.monotonic()
-        weight = self._weigh(jobs)
+        weight = self.weigh(jobs)
         found: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue(1)
 
         async def pump(n: int, job: Job) -> None:
@@ -263,7 +263,7 @@ class Service:
             for task in tasks:
                 task.cancel()
 
-    def _weigh(self, jobs: list[Job]) -> int:
+    def weigh(self, jobs: list[Job]) -> int:
         """What a request's jobs hold, in units of `Job.weight`.
 
         Raises:

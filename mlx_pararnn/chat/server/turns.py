@@ -62,7 +62,8 @@ class Turns:
             tokens += self._protocol.render_call(str(function.get("name")), function["arguments"])
             tokens += self._protocol.render_result(results[call["id"]])
         assistant = Assistant()
-        assistant.hear(message["content"] for message in messages if message["role"] == "assistant")
+        if self._own:
+            assistant.hear(message["content"] for message in messages if message["role"] == "assistant")
         return Prompt(tokens, find_room(self._engine.model, len(tokens)), memory=assistant.memory())
 
     def begin(

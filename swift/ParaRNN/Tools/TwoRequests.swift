@@ -13,9 +13,9 @@ enum TwoRequests {
   private static let entry =
     #"(?:set|start|cancel|stop|show|make)\b(?:\s+\S+){0,4}?\s+(?:timers?|alarms?|reminders?)\b"#
     + #"|(?:remind|wake)\s+me\b"#
+  private static let list = #"(?:put|take|clear|delete|show)\b.*\blists?\b"#
   private static let other =
-    #"(?:put|take|clear|delete|show)\b.*\blists?\b|how\s+(?:many|much|long)\b"#
-    + #"|(?:convert|calculate|tell me|what|what's|whats|when|which)\b"#
+    #"how\s+(?:many|much|long)\b|(?:convert|calculate|tell me|what|what's|whats|when|which)\b"#
   private static let item = #"(?:add|remove)\s+[^\W\d]"#
 
   /// What to say instead of calling a standard function for a message; nil to call it. It is a sentence where after
@@ -24,12 +24,14 @@ enum TwoRequests {
     let text = String(String.UnicodeScalarView(message.unicodeScalars.prefix(longest))).lowercased()
     let second =
       switch function {
-      case "set_reminder": entry  // of what people want to be reminded the rest may be
-      case "calculate": "\(entry)|\(other)"  // "ten plus five and then add three"
-      default: "\(entry)|\(other)|\(item)"
+      case "set_reminder": "\(next)(?:\(entry))"  // of what people want to be reminded the rest may be
+      case "calculate": "\(next)(?:\(entry)|\(list)|\(other))"  // "ten plus five and then add three"
+      // "add salt and take out the trash to my list" names one list, which is the first request's
+      case "add_to_list", "remove_from_list":
+        #"\#(next)(?:\#(entry)|\#(other)|\#(item))|\blists?\b.*\#(next)\#(list)"#
+      default: "\(next)(?:\(entry)|\(list)|\(other)|\(item))"
       }
-    let asksTwice =
-      !Words.matches(first, in: text).isEmpty && !Words.matches("\(next)(?:\(second))", in: text).isEmpty
+    let asksTwice = !Words.matches(first, in: text).isEmpty && !Words.matches(second, in: text).isEmpty
     return asksTwice ? sentence : nil
   }
 }
