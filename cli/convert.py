@@ -382,10 +382,8 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
     )
     kept = f"state {made['state']}" if to == Target.coreml else f"state {made['states'][0]['dtype']}"
     if made["chunk"]:
-        typer.echo(
-            f"decode reads one token, prefill {made['chunk']} with {made['iterations']} Newton iterations; "
-            f"{kept}"
-        )
+        listed = " and ".join(f"{name} {count}" for name, count in made["chunks"].items())
+        typer.echo(f"decode reads one token, {listed}, with {made['iterations']} Newton iterations; {kept}")
     else:
         typer.echo(
             "warning: this model's prompts need more than 8 Newton iterations at once, or numbers beyond "

@@ -38,7 +38,7 @@ from .package.package_digest import stored_digest
 from .package.program import EXPORTED
 from .package.reference import TAIL, write_reference
 from .readers.checkpoint import Checkpoint, open_checkpoint
-from .readers.forms import PACKAGE_FILE, PackageKind
+from .readers.forms import COREML, PACKAGE_FILE, PackageKind
 from .readers.wording import listed, shown
 from .to_mlx import convert_to_mlx
 from .writers.output_folder import MLX_PART, check_output, whole_or_nothing, write_json
@@ -50,6 +50,7 @@ Progress = Callable[[str, float], None]
 Array = npt.NDArray[Any]
 
 CHUNK = 64
+SHORT_CHUNK = 16  # of the second prefill of a Core ML package, for texts that are shorter, and ends
 # Fields of config.json that say nothing about what a model computes.
 _BESIDE = {
     "eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id", "quantization", "quantization_config",
@@ -181,6 +182,10 @@ def export(
         mx.clear_cache()
         shutil.rmtree(folder / MLX_PART, ignore_errors=True)
         functions = {"decode": 1} | ({"prefill": length} if iterations else {})
+        if iterations and kind == COREML and length >= 2 * SHORT_CHUNK:
+            functions[f"prefill_{SHORT_CHUNK}"] = (
+                SHORT_CHUNK  # Newton's iterate of a step is of those before it
+            )
         described = _settings(args, model_config, kind, form, functions, iterations, weights, parameters)
         described |= {"weights_digest": stored_digest(store), **settings}
         add_chat_format(described, folder, model_config)
@@ -336,6 +341,7 @@ def _settings(
         "package": kind.name,
         "functions": list(functions),
         "chunk": functions.get("prefill"),
+        "chunks": {name: count for name, count in functions.items() if count > 1},
         "iterations": iterations if "prefill" in functions else None,
         "state": "graph" if form.graph_state else "io",
         "states": [

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mlx_pararnn.errors import PararnnError, one_line
 
+from ..package.description import prefills
 from .require_coremltools import quiet
 
 Array = npt.NDArray[Any]
@@ -60,7 +61,7 @@ def compile_package(package: Path, folder: Path) -> Path:
 def run_on(
     unit: str, compiled: Path, settings: Mapping[str, Any], tokens: Array, folder: Path, seconds: float
 ) -> tuple[Array, dict[str, dict[str, int]]]:
-    """What a runner's calls on `tokens` give on `unit`, one row a call; and where operations are placed.
+    """What a runner's calls on `tokens` give on `unit`, as `read` has it; and where operations are placed.
 
     Args:
         settings: pararnn.json, checked.
@@ -68,8 +69,8 @@ def run_on(
         seconds: after which the process is ended.
 
     Returns:
-        The rows, and by function how many of its operations Core ML prefers to run on which processor; empty
-        where it does not say.
+        The answers, and by function how many of its operations Core ML prefers to run on which processor;
+        empty where it does not say.
 
     Raises:
         PararnnError: it could not be run there; the sentence says why.
@@ -136,13 +137,26 @@ def placed(compiled: str, unit: str) -> dict[str, dict[str, int]]:
 
 
 def read(settings: Mapping[str, Any], functions: Mapping[str, Any], tokens: Array) -> Array:
-    """What the calls of a runner give: prefill for a first chunk, if there is one, then decode."""
+    """What the calls of a runner give after the first chunk and each token that follows: (prefills, m, V).
+
+    The chunk is read once by each prefill, the largest first, and what it leaves by `decode`; or once by
+    `decode` alone, where there is no other. V is 1 where the token comes out, not the logits.
+    """
+    chunk, wanted = settings.get("chunk") or 1, len(tokens) - (settings.get("chunk") or 1) + 1
+    readings = []
+    for name, count in (prefills(dict(settings)) or {"decode": 1}).items():
+        pieces = [(name, tokens[t : t + count]) for t in range(0, chunk - count + 1, count)]
+        pieces += [("decode", tokens[t : t + 1]) for t in range(chunk - chunk % count, len(tokens))]
+        readings.append(_read(settings, functions, pieces)[-wanted:])
+    return np.stack(readings)
+
+
+def _read(
+    settings: Mapping[str, Any], functions: Mapping[str, Any], pieces: list[tuple[str, Array]]
+) -> Array:
     in_graph = settings["state"] == "graph"
     state = functions["decode"].make_state() if in_graph else None
     passed = {} if in_graph else {s["name"]: np.zeros(s["shape"], s["dtype"]) for s in settings["states"]}
-    chunk = settings.get("chunk") or 0
-    pieces = [("prefill", tokens[:chunk])] if chunk else []
-    pieces += [("decode", tokens[t : t + 1]) for t in range(chunk, len(tokens))]
     answers, position = [], 0
     for name, piece in pieces:
         inputs = {"tokens": np.asarray(piece, np.int32)[None], **passed}

@@ -16,7 +16,7 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.files.model_files import open_regular
 from mlx_pararnn.tools.verification import Check
 
-from ..package.description import checked_description
+from ..package.description import checked_description, prefills
 from ..package.reference import Reference, checked_reference, relative_difference
 from ..readers.forms import COREML, PACKAGE_FILE, check_package_files, read_json_object
 from .compute_unit import UNITS, compile_package, present_units, run_on
@@ -66,7 +66,10 @@ def verify_package(folder: Path) -> Iterator[Check]:
             except PararnnError as error:
                 yield Check(f"{name}: runs that failed", 1, 0, str(error), counted="run")
                 continue
-            yield _check(name, settings, answers, reference, _told(places))
+            counts = prefills(settings).values()
+            for count, reading in zip(counts or [1], answers, strict=True):
+                title = f"{name}, {count} at once," if len(counts) > 1 else name
+                yield _check(title, settings, reading, reference, _told(places))
 
 
 def unseen() -> str:
@@ -87,7 +90,9 @@ def _check(name: str, settings: Mapping[str, Any], answers: Array, reference: Re
     told = f", {ties.sum()} as likely" if ties.any() else ""
     note = f"{same.sum()} of {len(answers)} likeliest tokens equal{told}{note}"
     if settings["output"] == "token":
-        return Check(f"{name}: tokens that differ from MLX's", float((~same & ~ties).sum()), 0.0, note)
+        return Check(
+            f"{name.rstrip(',')}: tokens that differ from MLX's", float((~same & ~ties).sum()), 0.0, note
+        )
     tolerance = TOLERANCE if reference.yardstick is None else _TIMES * reference.yardstick
     difference = relative_difference(answers, expected)
     return Check(f"{name} against MLX in float32, relative", difference, tolerance, note)

@@ -50,8 +50,9 @@ def _wrong_field(settings: dict[str, Any], kind: PackageKind) -> str | None:
         "format_version": settings.get("format_version") == 1,
         "package": settings.get("package") == kind.name,
         "precision": precision in precisions,
-        "functions": functions in (["decode"], ["decode", "prefill"], ["prefill", "decode"]),
-        "chunk": type(chunk) is int and 2 <= chunk <= MAX_CHUNK if functions != ["decode"] else chunk is None,
+        "functions": isinstance(functions, list) and functions[:1] == ["decode"],
+        "chunk": _is_chunk(chunk) if functions != ["decode"] else chunk is None,
+        "chunks": isinstance(functions, list) and _has_chunks(prefills(settings), functions, chunk),
         "state": settings.get("state") in ("graph", "io"),
         "output": settings.get("output") in ("logits", "token"),
         "weights": settings.get("weights") in (*_DTYPES, *PACKED),
@@ -59,6 +60,29 @@ def _wrong_field(settings: dict[str, Any], kind: PackageKind) -> str | None:
         "states": _has_states(settings.get("states"), args),
     }
     return next((name for name, is_right in right.items() if not is_right), None)
+
+
+def prefills(settings: dict[str, Any]) -> dict[str, int]:
+    """Name -> tokens that it reads, of the functions that read several, the largest first.
+
+    Packages of earlier versions say `chunk` alone.
+    """
+    chunk = settings.get("chunk")
+    return settings.get("chunks", {} if chunk is None else {"prefill": chunk})
+
+
+def _has_chunks(chunks: Any, functions: list[Any], chunk: Any) -> bool:
+    return (
+        isinstance(chunks, dict)
+        and functions == ["decode", *chunks]
+        and chunks.get("prefill") == chunk
+        and all(_is_chunk(count) for count in chunks.values())
+        and list(chunks.values()) == sorted(set(chunks.values()), reverse=True)
+    )
+
+
+def _is_chunk(count: Any) -> bool:
+    return type(count) is int and 2 <= count <= MAX_CHUNK
 
 
 def _has_states(states: Any, args: ModelArgs) -> bool:

@@ -125,7 +125,7 @@ def test_verify_of_a_package_that_is_not_whole(package, tmp_path):
     os.truncate(program, 100)
     assert "its weights are not those that were exported" in run("verify", out).stderr
     made = settings(out)
-    (out / "pararnn.json").write_text(json.dumps(made | {"chunk": 9}))
+    (out / "pararnn.json").write_text(json.dumps(made | {"chunk": 9, "chunks": {"prefill": 9}}))
     assert "is not the package that pararnn.json describes" in run("verify", out).stderr
     (out / "pararnn.json").write_text(json.dumps(made | {"format_version": 2}))
     assert "not a description this version reads" in run("verify", out).stderr

@@ -60,8 +60,8 @@ def test_a_checkpoint_becomes_a_package_with_its_tokenizer(data, tmp_path):
         "model.mlpackage", "pararnn.json", "reference.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     made = settings(out)
-    assert made["functions"] == ["decode", "prefill"]
-    assert made["chunk"] == 64
+    assert made["functions"] == ["decode", "prefill", "prefill_16"]
+    assert (made["chunk"], made["chunks"]) == (64, {"prefill": 64, "prefill_16": 16})
     assert 2 <= made["iterations"] <= 5
     assert made["states"][0] == {"name": "cell_state", "shape": [3, 1, 128], "dtype": "float16"}
     # every weight once, though two functions use it
@@ -69,7 +69,7 @@ def test_a_checkpoint_becomes_a_package_with_its_tokenizer(data, tmp_path):
     assert f"{made['parameters']:,} parameters, float16, 1.6 MB" in result.stdout
     assert "Read: " not in result.stderr  # it was named
     assert "128 of 128 likeliest tokens are the same" in result.stdout
-    assert f"prefill 64 with {made['iterations']} Newton iterations" in result.stdout
+    assert f"prefill 64 and prefill_16 16, with {made['iterations']} Newton iterations" in result.stdout
 
 
 def test_metadata_in_the_package_is_the_runners_file(model, tmp_path):

@@ -71,6 +71,7 @@ def refused(command: str, folder: Path) -> str:
 
 WRONG = {
     "chunk": [0, 1, 129, True, 2.0, "2", None],
+    "chunks": [None, [], {}, {"prefill": 3}, {"prefill": [2]}, {"prefill": 2, "x": 1}, {"x": 2}],
     "functions": [["decode"], ["prefill"], [], "decode", [["decode"]], {"decode": 1}],
     "state": ["", None, 1],
     "states": [[], None, {}, [1], [{"name": "cell_state"}]],

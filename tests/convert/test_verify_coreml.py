@@ -90,7 +90,7 @@ def test_verify_sees_that_weights_are_others(packages, tmp_path):
     package = shutil.copytree(packages(), tmp_path / "zeroed")
     [file] = package.rglob("weight.bin")
     data = bytearray(file.read_bytes())
-    data[len(data) // 2 + 200 : len(data) // 2 + 300] = bytes(100)
+    data[-100:] = bytes(100)
     file.write_bytes(data)
     result = verify(package)
     assert result.exit_code == 1
@@ -156,6 +156,30 @@ def test_a_processor_that_fails_is_one_failed_check(packages, mac, tmp_path):
         "Same numbers. Not asked, as this machine has none: GPU, Neural Engine.\n"
         in verify(packages()).stdout
     )
+
+
+def test_every_prefill_is_compared(packages, mac, monkeypatch):
+    """One that gives other numbers is seen, though the largest is right."""
+    out = packages("--chunk", 32)
+    assert settings(out)["chunks"] == {"prefill": 32, "prefill_16": 16}
+    mac(["CPU_ONLY"])
+    checks = json.loads(verify(out, "--json").stdout)["checks"]
+    assert [check["name"].split(" against")[0] for check in checks] == [
+        "CPU, 32 at once,",
+        "CPU, 16 at once,",
+    ]
+    assert all(check["passed"] and "9 of 9" in check["note"] for check in checks)
+    predict = StandIn.predict
+
+    def wrong(self, inputs, state=None):
+        given = predict(self, inputs, state)
+        for name in state if inputs["tokens"].size == 16 else ():
+            state[name] = state[name] * 0
+        return given
+
+    monkeypatch.setattr(StandIn, "predict", wrong)
+    checks = json.loads(verify(out, "--json").stdout)["checks"]
+    assert [check["passed"] for check in checks] == [True, False]
 
 
 def reference_of(out):
@@ -256,7 +280,7 @@ def test_verify_of_a_package_that_is_not_whole(packages, tmp_path, monkeypatch):
     monkeypatch.setattr(package_check, "can_predict", lambda: False)
     out = shutil.copytree(packages(), tmp_path / "out")
     made = settings(out)
-    (out / "pararnn.json").write_text(json.dumps(made | {"chunk": 9}))
+    (out / "pararnn.json").write_text(json.dumps(made | {"chunk": 9, "chunks": {"prefill": 9}}))
     assert "is not the package that pararnn.json describes" in verify(out).stderr
     (out / "pararnn.json").write_text(json.dumps(made | {"format_version": 2}))
     assert "not a description this version reads" in verify(out).stderr

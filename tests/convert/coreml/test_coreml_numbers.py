@@ -180,6 +180,22 @@ def test_chunks(exports, chunk):
     check(out, exports.model(source), some_ids(50, 2 * chunk + 1))
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("state", ["graph", "io"])
+def test_a_text_is_read_by_the_largest_prefill_that_fits(exports, state):
+    source = exports.small(**KINDS["gru"])
+    out = exports(source, "--chunk", 33, "--state", state)
+    ids = some_ids(50, 33 + 16 + 2)
+    expected = reference_logits(exports.model(source), ids)
+    for mode, tolerance in TOLERANCE.items():
+        runner = Runner(out, mode)
+        assert difference(runner.read(ids), expected[-1]) < tolerance
+        called = [(name, inputs["tokens"].size) for name, inputs, _ in runner.predictions]
+        assert called == [("prefill", 33), ("prefill_16", 16), ("decode", 1), ("decode", 1)]
+        answers = [outputs["logits"][0, 0] for *_, outputs in runner.predictions]
+        assert difference(np.stack(answers), expected[[32, 48, 49, 50]]) < tolerance
+
+
 @pytest.mark.large
 def test_iterations_are_what_was_asked_for(exports):
     source = exports.small(**KINDS["gru"])

@@ -52,14 +52,12 @@ class Runner:
 
     def read(self, tokens):
         """A whole piece of text; returns what the last call gave."""
-        chunk = self.info["chunk"]
-        tokens = [int(t) for t in tokens]
-        whole = len(tokens) - len(tokens) % chunk if chunk else 0
-        result = None
-        for start in range(0, whole, chunk or 1):
-            result = self.call("prefill", tokens[start : start + chunk])
-        for token in tokens[whole:]:
-            result = self.call("decode", [token])
+        tokens, result = [int(t) for t in tokens], None
+        while tokens:  # by the largest that fits
+            fitting = {n: name for name, n in self.info["chunks"].items() if n <= len(tokens)}
+            count = max(fitting, default=1)
+            result = self.call(fitting.get(count, "decode"), tokens[:count])
+            tokens = tokens[count:]
         return result
 
     def decode(self, tokens):
