@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +43,34 @@ def present_units() -> list[str]:
     return [unit for unit in UNITS if unit in found]
 
 
-def compile_package(package: Path, folder: Path) -> Path:
-    """Compile a package into `folder`, once for all processors.
+@contextmanager
+def compiled(package: Path) -> Iterator[Path]:
+    """A package, compiled once for all processors; removed afterwards.
 
     Raises:
         PararnnError: Core ML does not.
     """
     from coremltools.models.utils import compile_model
 
-    try:
-        with quiet():
-            return Path(compile_model(str(package), str(folder / "model.mlmodelc")))
-    except Exception as error:  # Core ML has its own for each thing that may be wrong
-        raise PararnnError(
-            f"{package}: Core ML does not compile it ({one_line(error)}); export the model again"
-        ) from error
+    with tempfile.TemporaryDirectory(prefix="mlx-pararnn-") as folder:
+        try:
+            with quiet():
+                made = Path(compile_model(str(package), str(Path(folder, "model.mlmodelc"))))
+        except Exception as error:  # Core ML has its own for each thing that may be wrong
+            raise PararnnError(
+                f"{package}: Core ML does not compile it ({one_line(error)}); export the model again"
+            ) from error
+        yield made
 
 
 def run_on(
-    unit: str, compiled: Path, settings: Mapping[str, Any], tokens: Array, folder: Path, seconds: float
+    unit: str, package: Path, settings: Mapping[str, Any], tokens: Array, seconds: float
 ) -> tuple[Array, dict[str, dict[str, int]]]:
     """What a runner's calls on `tokens` give on `unit`, as `read` has it; and where operations are placed.
 
     Args:
+        package: compiled.
         settings: pararnn.json, checked.
-        folder: an empty one, for what the two processes tell each other.
         seconds: after which the process is ended.
 
     Returns:
@@ -75,35 +80,37 @@ def run_on(
     Raises:
         PararnnError: it could not be run there; the sentence says why.
     """
-    asked = {"unit": unit, "compiled": str(compiled), "settings": settings, "tokens": tokens.tolist()}
-    (folder / _ASKED).write_text(json.dumps(asked), encoding="utf-8")
-    try:
-        done = subprocess.run(
-            [*COMMAND, str(folder)], stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
-        )
-        end = f"it ended with code {done.returncode}"
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        why = f"{end}: {lines[-1][:300]}" if lines else end
-    except subprocess.TimeoutExpired:
-        why = f"not done after {seconds:.0f} seconds"
-    if not (folder / _ANSWERS).exists():  # written whole, before Core ML is asked anything else
-        raise PararnnError(why)
-    places = folder / _PLACES
-    return np.load(folder / _ANSWERS), json.loads(places.read_text("utf-8")) if places.exists() else {}
+    with tempfile.TemporaryDirectory(prefix="mlx-pararnn-") as name:
+        folder = Path(name)
+        asked = {"unit": unit, "compiled": str(package), "settings": settings, "tokens": tokens.tolist()}
+        (folder / _ASKED).write_text(json.dumps(asked), encoding="utf-8")
+        try:
+            done = subprocess.run(
+                [*COMMAND, str(folder)], stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
+            )
+            end = f"it ended with code {done.returncode}"
+            lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            why = f"{end}: {lines[-1][:300]}" if lines else end
+        except subprocess.TimeoutExpired:
+            why = f"not done after {seconds:.0f} seconds"
+        if not (folder / _ANSWERS).exists():  # written whole, before Core ML is asked anything else
+            raise PararnnError(why)
+        places = folder / _PLACES
+        return np.load(folder / _ANSWERS), json.loads(places.read_text("utf-8")) if places.exists() else {}
 
 
 def main(folder: Path) -> None:
     """What the process does that `run_on` starts."""
     asked = json.loads((folder / _ASKED).read_text("utf-8"))
-    settings, compiled, unit = asked["settings"], asked["compiled"], asked["unit"]
+    settings, package, unit = asked["settings"], asked["compiled"], asked["unit"]
     try:
-        functions = {name: open_function(compiled, name, unit) for name in settings["functions"]}
+        functions = {name: open_function(package, name, unit) for name in settings["functions"]}
         answers = read(settings, functions, np.array(asked["tokens"], np.int32))
     except Exception as error:  # Core ML has its own for each thing that may be wrong
         sys.exit(one_line(error))
     _write(folder / _ANSWERS, lambda file: np.save(file, answers))
     try:
-        places = json.dumps(placed(compiled, unit)).encode()
+        places = json.dumps(placed(package, unit)).encode()
     except Exception as error:  # of a plan there is no need
         sys.exit(f"no plan: {one_line(error)}")
     _write(folder / _PLACES, lambda file: file.write(places))

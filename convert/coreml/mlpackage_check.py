@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from mlx_pararnn.tools.verification import Check
 from ..package.description import checked_description, prefills
 from ..package.reference import Reference, checked_reference, relative_difference
 from ..readers.forms import COREML, PACKAGE_FILE, check_package_files, read_json_object
-from .compute_unit import UNITS, compile_package, present_units, run_on
+from .compute_unit import UNITS, compiled, present_units, run_on
 from .require_coremltools import quiet, require_coremltools
 
 Array = npt.NDArray[Any]
@@ -55,14 +54,11 @@ def verify_package(folder: Path) -> Iterator[Check]:
         )
     nbytes = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
     seconds = _SECONDS + nbytes / _BYTES_A_SECOND
-    with tempfile.TemporaryDirectory(prefix="mlx-pararnn-") as scratch:
-        compiled = compile_package(package, Path(scratch))
+    with compiled(package) as made:
         for unit in present_units():
             name = UNITS[unit]
-            between = Path(scratch, unit)
-            between.mkdir()
             try:
-                answers, places = run_on(unit, compiled, settings, reference.tokens, between, seconds)
+                answers, places = run_on(unit, made, settings, reference.tokens, seconds)
             except PararnnError as error:
                 yield Check(f"{name}: runs that failed", 1, 0, str(error), counted="run")
                 continue

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def mac(monkeypatch):
             return compute_unit.read(settings, functions, tokens), {"decode": {"CPU": 7, "GPU": 2}}
 
         monkeypatch.setattr(package_check, "can_predict", lambda: True)
-        monkeypatch.setattr(package_check, "compile_package", lambda package, folder: package)
+        monkeypatch.setattr(package_check, "compiled", nullcontext)
         monkeypatch.setattr(package_check, "present_units", lambda: units)
         monkeypatch.setattr(package_check, "run_on", run_on)
 
@@ -257,7 +258,7 @@ def test_what_verify_did_not_end_does_not_pass(text, tmp_path):
 def test_each_processor_has_a_process_of_its_own(packages, monkeypatch):
     """One ends, one hangs, one is right: the command's own processes, with the interpreter in them."""
     monkeypatch.setattr(package_check, "can_predict", lambda: True)
-    monkeypatch.setattr(package_check, "compile_package", lambda package, folder: package)
+    monkeypatch.setattr(package_check, "compiled", nullcontext)
     monkeypatch.setattr(package_check, "present_units", lambda: ALL)
     monkeypatch.setattr(package_check, "_SECONDS", 40)
     monkeypatch.setattr(compute_unit, "COMMAND", [sys.executable, "-m", "tests.support.coreml.stand_in"])
