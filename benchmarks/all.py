@@ -1,6 +1,6 @@
 """Every benchmark, one after the other, then docs/performance.md.
 
-python benchmarks/all.py [--quick]            about half an hour on two cores
+python benchmarks/all.py [--quick]            about twenty minutes on two cores, and more for training.py
 
 Needs pip install -e ".[bench]" and a machine with nothing else to do. --quick only tries that all run.
 """

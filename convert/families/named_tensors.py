@@ -24,7 +24,7 @@ Names = str | tuple[str | Callable[..., Array], ...]
 
 _EMBEDDING = "model.embed_tokens.weight"
 _LAYER = "{}"
-_NUMBER = re.compile(r"\{(?:(\d*)n(?:\+(\d+))?)?\}")  # {}, {n}, {2n}, {2n+1}, ...: of layer n
+_NUMBER = re.compile(r"\{(?:([1-9]\d*|)n(?:\+(\d+))?)?\}")  # {}, {n}, {2n}, {2n+1}, ...: of layer n
 
 
 @dataclass(frozen=True)
