@@ -71,7 +71,7 @@ extension Sampler {
   }
 
   @Test func whetherAllAreFinite() {
-    let numbers: [Float] = [0, 3e38, -3e38, 1e-45, 3e38]
+    let numbers: [Float] = [0, 3e38, -3e38, .leastNonzeroMagnitude, 3e38]
     #expect(numbers.areFinite && [Float]().areFinite)
     for bad: Float in [.nan, .infinity, -.infinity] {
       for place in numbers.indices {
