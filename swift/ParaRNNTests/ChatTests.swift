@@ -375,7 +375,7 @@
     }
 
     @Test func aFailureWhileTheQuestionIsReadTakesItBack() async throws {
-      let fake = ascii(HashModel(failsAt: 9, failsOnce: true))
+      let fake = ascii(HashModel(failsAt: 7, failsOnce: true))
       try await fake.loadASCII { (model) async throws in
         let chat = model.chat(format: .plain)
         let first = try await said(chat, "one")
