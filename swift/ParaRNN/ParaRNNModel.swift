@@ -151,7 +151,8 @@
     /// first ones. To be called when a question is likely soon; nothing has to wait for it.
     public func prewarm() async {
       await prefillLoaded()
-      for count in [1, prefill == nil ? nil : settings.chunk].compactMap({ $0 }) where count <= settings.positions ?? .max {
+      for count in [1, prefill == nil ? nil : settings.chunk].compactMap({ $0 })
+      where count <= settings.positions ?? .max {
         _ = try? predict([Int](repeating: 0, count: count)[...], at: 0, emptyMemory().state)
       }
     }
