@@ -63,22 +63,34 @@ def verify(
         usage_error("--against compares the weights as they are stored; leave out --adapter-path")
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX's first matrix product
     options.import_modules(modules)
-    with working(f"Checking {model or 'the bundled model'}"):
-        report = _checked(model, prompt, against, logits, adapter_path)
+    what = f"Checking {model or 'the bundled model'}"
+    with working(what):
+        from mlx_pararnn.convert.inspection import held_package
+        from mlx_pararnn.files.hub import find_model
+        from mlx_pararnn.loading import BUNDLED
+
+        path = find_model(model or BUNDLED)
+        package = held_package(path)
+    if package and (logits or against or adapter_path):
+        usage_error(f"--against, --logits and --adapter-path are for MLX models, not {package} packages")
+    with working(what):
+        report: tuple[list[Check], str, dict[str, Any] | None] = (
+            _checked_package(path, package)
+            if package
+            else _checked(path, prompt, against, logits, adapter_path)
+        )
     _report(as_json, *report)
 
 
 def _checked(
-    model: str | None,
+    path: Path,
     prompt: str,
     against: Path | None,
     logits: Path | None,
     adapter_path: Path | None,
 ) -> "tuple[list[Check], str, dict[str, Any] | None]":
     """The checks, the sentence for all that pass, and what quantizing cost."""
-    from mlx_pararnn.convert.inspection import held_package
-    from mlx_pararnn.files.hub import find_model
-    from mlx_pararnn.loading import BUNDLED, load_model
+    from mlx_pararnn.loading import load_model
     from mlx_pararnn.tools.quantization_cost import noted_cost, sample_tokens
     from mlx_pararnn.tools.verification import (
         verify_files,
@@ -87,13 +99,6 @@ def _checked(
         verify_weights,
     )
 
-    path = find_model(model or BUNDLED)
-    if package := held_package(path):
-        if logits or against or adapter_path:
-            raise PararnnError(
-                f"{path}: --against, --logits and --adapter-path are for MLX models, not {package} packages"
-            )
-        return _checked_package(path, package)
     loaded, config = load_model(path, adapter_path=adapter_path)
     known = verify_files(path)
     quantized = "quantization" in config

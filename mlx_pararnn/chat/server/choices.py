@@ -79,7 +79,7 @@ class MessageParser:
             logger.warning("a call of a tool cannot be read: %s", error)
             part.content += text
             return
-        for call in calls[: self._most_calls - self.calls]:
+        for call in calls if self._most_calls is None else calls[: self._most_calls - self.calls]:
             part.calls.append({"index": self.calls, **call})
             self.calls += 1
 

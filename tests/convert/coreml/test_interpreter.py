@@ -68,6 +68,7 @@ CASES = [
     ("cast", {"x": IDS}, {"dtype": "fp32"}),
     *((op, {"x": X}, {"axes": [-1], "keep_dims": True}) for op in ("reduce_mean", "reduce_sum")),
     *((op, {"x": X}, {"axes": [0, 2]}) for op in ("reduce_mean", "reduce_sum", "reduce_max", "reduce_min")),
+    ("reduce_l2_norm", {"x": X}, {"axes": [-1], "keep_dims": True}),
     ("reduce_argmax", {"x": X}, {"axis": -1, "keep_dims": True}),
     ("reduce_argmax", {"x": X}, {"axis": 1}),
     ("topk", {"x": X}, {"k": 2, "axis": -1}),
