@@ -256,6 +256,7 @@ def test_learned_positions_have_an_end():
         model(mx.zeros((2, 1), mx.int32), cache=cache)
 
 
+@pytest.mark.large
 def test_gradients_reach_every_weight():
     model = small_model("lstm")
     tokens = mx.random.randint(0, 50, (2, 20), key=mx.random.key(2))

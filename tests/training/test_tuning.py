@@ -129,6 +129,7 @@ def test_tuned_states_resume_to_the_bit(base, tmp_path):
     assert losses(read_log(whole)) == losses(read_log(parts))
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("tune", ["lora", "dora"])
 def test_adapters_are_fused_and_load_in_mlx_lm(tune, base, tmp_path):
     out = tuned(base, tmp_path / "out", tune, learning_rate=1e-2)
@@ -173,6 +174,7 @@ def command(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 def test_verify_takes_adapters(adapted):
     model, adapters, logits = adapted
     assert command("verify", model, "--logits", logits).exit_code == 1
@@ -182,6 +184,7 @@ def test_verify_takes_adapters(adapted):
     assert (done.exit_code, "leave out --adapter-path" in done.stderr) == (2, True)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 def test_bench_takes_adapters(adapted, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(benchmark, "fitting", lambda model, sizes: seen.append(model) or sizes)
@@ -195,6 +198,7 @@ def test_bench_takes_adapters(adapted, tmp_path, monkeypatch):
     assert (done.exit_code, "needs the MODEL" in done.stderr) == (1, True)
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 def test_adapters_go_to_pytorch(adapted, tmp_path):
     model, adapters, _ = adapted
     for name, *arguments in (("wanted", adapters), ("given", model, "--adapter-path", adapters)):

@@ -106,6 +106,7 @@ def test_the_folder_says_what_the_package_does(small):
     assert info["hidden_size"] == 12
 
 
+@pytest.mark.sampled("large", by=lambda: ["one"])
 def test_states_have_widths_that_the_neural_engine_takes(small):
     """The channels above the model's own are 0 and stay so."""
     width = small.info["hidden_size"]
