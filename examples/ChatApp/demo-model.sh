@@ -6,16 +6,23 @@ set -eu
 repository=$SRCROOT/../..
 PATH="$repository/.venv/bin:$PATH:/opt/homebrew/bin:/usr/local/bin"
 model=${DEMO_MODEL-$repository/mlx_pararnn/pocket-model}
-if [ -z "$model" ] || ! command -v mlx-pararnn > /dev/null; then
+resources=$TARGET_BUILD_DIR/$UNLOCALIZED_RESOURCES_FOLDER_PATH
+if [ -z "$model" ]; then
+  rm -rf "$resources/model.mlmodelc"
+  echo "note: DEMO_MODEL is empty, so the app will ask for a model"
+  exit 0
+fi
+if ! command -v mlx-pararnn > /dev/null; then
   echo "note: there is no mlx-pararnn to export a demo model with, so the app will ask for one"
   exit 0
 fi
 package=$DERIVED_FILE_DIR/demo-model
-if [ ! -e "$package/whole" ]; then
+made_of="$model, $(mlx-pararnn --version)"
+if [ "$(cat "$package/made-of" 2> /dev/null)" != "$made_of" ]; then
   mlx-pararnn convert "$model" -o "$package" --to coreml --force
-  touch "$package/whole"
+  echo "$made_of" > "$package/made-of"
 fi
-resources=$TARGET_BUILD_DIR/$UNLOCALIZED_RESOURCES_FOLDER_PATH
+rm -rf "$resources/model.mlmodelc"
 mkdir -p "$resources"
 xcrun coremlcompiler compile "$package/model.mlpackage" "$resources"
 for file in tokenizer.json tokenizer_config.json chat_template.jinja; do

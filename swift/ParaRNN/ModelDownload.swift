@@ -61,6 +61,7 @@ public struct ModelDownload: Sendable {
         try files.createDirectory(at: file.deletingLastPathComponent(), withIntermediateDirectories: true)
         try await fetch(entry, to: file, tally)
       }
+      try Self.removeOthers(than: entries, in: partial)
       try files.moveItem(at: partial, to: folder)
       #if canImport(Darwin)
         var values = URLResourceValues()
@@ -91,7 +92,10 @@ public struct ModelDownload: Sendable {
     func size(_ file: URL) -> Int {
       (try? files.attributesOfItem(atPath: file.path)[.size] as? NSNumber)?.intValue ?? 0
     }
-    if files.fileExists(atPath: file.path) { return tally.end(size(file)) }  // its sum was right
+    if files.fileExists(atPath: file.path) {  // of an earlier run, since which the server may have another
+      if try FileHash.hexadecimal(of: file) == entry.sum { return tally.end(size(file)) }
+      try files.removeItem(at: file)
+    }
     let part = file.appendingPathExtension("part")
     let source = base.appendingPathComponent(entry.path)
     for begun in [size(part), 0] {
@@ -109,6 +113,18 @@ public struct ModelDownload: Sendable {
       if begun == 0 { break }
     }
     throw ParaRNNError.downloadFailed(source, reason: "its SHA-256 is another than \(Self.manifest) says")
+  }
+
+  /// What an earlier run fetched and the server no longer lists.
+  private static func removeOthers(than entries: [Entry], in folder: URL) throws {
+    let listed = Set(entries.map(\.path) + [manifest])
+    for path in try FileManager.default.subpathsOfDirectory(atPath: folder.path) where !listed.contains(path) {
+      let file = folder.appendingPathComponent(path)
+      var isFolder: ObjCBool = false
+      if FileManager.default.fileExists(atPath: file.path, isDirectory: &isFolder), !isFolder.boolValue {
+        try FileManager.default.removeItem(at: file)
+      }
+    }
   }
 
   private static func said(_ error: any Error) -> String {
@@ -131,7 +147,7 @@ public struct ModelDownload: Sendable {
       }
       return Entry(path: String(path), sum: parts.1.lowercased())
     }
-    guard !entries.isEmpty, Set(entries.map(\.path)).count == entries.count else {
+    guard !entries.isEmpty, Set(entries.map { $0.path.lowercased() }).count == entries.count else {
       throw refuse("it names no file, or one twice")
     }
     return entries

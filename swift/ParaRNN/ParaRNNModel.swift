@@ -32,6 +32,7 @@
     private var loadingPrefill: Task<Void, Never>?
     /// nil without such a function, and once it is known that it cannot be loaded.
     private var loadPrefill: (@Sendable () async -> ModelLoader.Loaded?)?
+    private var prefillWorks = false
     private var pressure: MemoryPressure?
     private var vocabulary: VocabularyBytes?
     private let executor = QueueExecutor("ParaRNNModel")
@@ -121,7 +122,8 @@
     private func take(_ loaded: ModelLoader.Loaded?) {
       prefill = loaded?.model
       loadingPrefill = nil
-      if loaded == nil { loadPrefill = nil }
+      prefillWorks = prefillWorks || loaded != nil
+      if !prefillWorks { loadPrefill = nil }  // one that was there is asked for again when there is more memory
     }
 
     private static func load(

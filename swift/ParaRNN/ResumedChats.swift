@@ -20,22 +20,24 @@
     ///
     /// - Throws: ``ParaRNNError/wrongMessages(reason:)``, ``ParaRNNError/toolsMismatch(reason:)``
     package func take(after messages: [ChatMessage]) async throws -> ParaRNNChat {
+      if messages.isEmpty { return model.chat(functions: functions) }
       let candidates = kept
       var longer: ParaRNNChat?
       for chat in candidates.reversed() {
         let said = await chat.messages
         if said == messages, let at = kept.firstIndex(where: { $0 === chat }) { return kept.remove(at: at) }
-        if longer == nil, said.starts(with: messages), await chat.undoable * 2 >= said.count - messages.count
-        {
+        let more = said.count - messages.count  // undone by two, a question and its answer
+        if longer == nil, said.starts(with: messages), more.isMultiple(of: 2), await chat.undoable * 2 >= more {
           longer = chat
         }
       }
-      if let longer {
+      if let longer, let at = kept.firstIndex(where: { $0 === longer }) {
+        kept.remove(at: at)  // while it is copied nobody else may go on with it
+        defer { keep(longer) }
         let copy = try await longer.branch()
         while await copy.messages.count > messages.count { try await copy.undo() }
         return copy
       }
-      if messages.isEmpty { return model.chat(functions: functions) }
       return try model.chat(messages: messages)
     }
 

@@ -58,7 +58,7 @@
       }
       let chat = try await chats.take(after: messages)
       do {
-        let stream = chat.respond(to: question.text, options: Self.options(request.generationOptions))
+        let stream = chat.respond(to: question.text, options: options(request.generationOptions))
         var told = 0
         for try await piece in stream {
           let count = await stream.statistics?.generatedTokens ?? told
@@ -89,8 +89,9 @@
       }.joined(separator: "\n")
     }
 
-    private static func options(_ options: FoundationModels.GenerationOptions) -> ParaRNN.GenerationOptions {
-      let temperature = options.samplingMode == .greedy ? 0 : options.temperature ?? 0.7
+    private func options(_ options: FoundationModels.GenerationOptions) -> ParaRNN.GenerationOptions {
+      let greedy = options.samplingMode == .greedy || model.settings.output == .token
+      let temperature = greedy ? 0 : options.temperature ?? 0.7
       return .init(
         maxTokens: options.maximumResponseTokens ?? 1024, temperature: Float(temperature), topP: 0.95)
     }

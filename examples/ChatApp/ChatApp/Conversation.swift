@@ -189,7 +189,7 @@
       guard heat != self.heat else { return }
       self.heat = heat
       switch heat {
-      case .fine: break
+      case .fine: status = "Ready"
       case .hot: status = "The device is hot: answers come more slowly"
       case .tooHot:
         stop()
@@ -201,7 +201,10 @@
     func watch(every interval: Duration = .milliseconds(500), ring: () -> Void) async {
       while (try? await Task.sleep(for: interval)) != nil {
         var found: [String] = []
-        for branch in branches { found += await branch.chat.due() }
+        for branch in branches {  // which have the same timers from before they parted
+          let told = due + found
+          found += await branch.chat.due().filter { !told.contains($0) }
+        }
         if !found.isEmpty {
           due += found
           ring()

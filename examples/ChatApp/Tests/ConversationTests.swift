@@ -110,6 +110,7 @@
         await ask(conversation, "t")
         #expect(conversation.messages.last?.text == "Timer set for 1 second.")
         #expect(conversation.toolLines[1]?.contains("set_timer") == true)
+        await conversation.branch()
         let bell = Bell()
         let watching = Task { await conversation.watch(every: .milliseconds(5)) { bell.rings += 1 } }
         while conversation.due.isEmpty { try await Task.sleep(for: .milliseconds(5)) }
