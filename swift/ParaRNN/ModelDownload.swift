@@ -118,7 +118,8 @@ public struct ModelDownload: Sendable {
   /// What an earlier run fetched and the server no longer lists.
   private static func removeOthers(than entries: [Entry], in folder: URL) throws {
     let listed = Set(entries.map(\.path) + [manifest])
-    for path in try FileManager.default.subpathsOfDirectory(atPath: folder.path) where !listed.contains(path) {
+    for path in try FileManager.default.subpathsOfDirectory(atPath: folder.path) where !listed.contains(path)
+    {
       let file = folder.appendingPathComponent(path)
       var isFolder: ObjCBool = false
       if FileManager.default.fileExists(atPath: file.path, isDirectory: &isFolder), !isFolder.boolValue {

@@ -123,7 +123,8 @@
       prefill = loaded?.model
       loadingPrefill = nil
       prefillWorks = prefillWorks || loaded != nil
-      if !prefillWorks { loadPrefill = nil }  // one that was there is asked for again when there is more memory
+      // One that was there is asked for again when there is more memory.
+      if !prefillWorks { loadPrefill = nil }
     }
 
     private static func load(

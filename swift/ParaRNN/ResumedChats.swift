@@ -27,7 +27,8 @@
         let said = await chat.messages
         if said == messages, let at = kept.firstIndex(where: { $0 === chat }) { return kept.remove(at: at) }
         let more = said.count - messages.count  // undone by two, a question and its answer
-        if longer == nil, said.starts(with: messages), more.isMultiple(of: 2), await chat.undoable * 2 >= more {
+        if longer == nil, said.starts(with: messages), more.isMultiple(of: 2), await chat.undoable * 2 >= more
+        {
           longer = chat
         }
       }
