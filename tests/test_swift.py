@@ -80,7 +80,11 @@ def xcode(tmp_path):
         }
         (tmp_path / "derived").mkdir(exist_ok=True)
         run = subprocess.run(
-            [repository / "examples/ChatApp/demo-model.sh"], env=environment | settings, capture_output=True, text=True, timeout=60
+            [repository / "examples/ChatApp/demo-model.sh"],
+            env=environment | settings,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert run.returncode == 0, run.stderr
         return run.stdout, resources
