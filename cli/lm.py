@@ -4,6 +4,7 @@ import argparse
 import logging
 import signal
 import sys
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,6 +150,7 @@ def _dequantize_every_matrix(command: str) -> None:
         linear.weight = weight
         return name, linear
 
+    @wraps(of_mlx_lm)
     def dequantize_model(model: Module) -> Module:
         packed = [pair for pair in model.named_modules() if isinstance(pair[1], QuantizedMultiLinear)]
         model.update_modules(tree_unflatten([dequantized(*pair) for pair in packed]))
