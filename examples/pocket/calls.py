@@ -38,6 +38,7 @@ REQUIRED: dict[str, set[str]] = {
     function["name"]: set(function["parameters"].get("required", [])) for function in SCHEMAS
 }
 WHOLE_NUMBERS: set[tuple[str, str]] = set()  # of these functions these arguments, the others are texts
+MOST_ARGUMENTS = 3  # each has a pointer of its own (call_traces.POINTERS)
 ADDED: dict[str, list[str]] = {}  # functions that `teach` has added, and what people say for them
 # In braces, and the argument that it is.
 ALIASES = {"in": "time", "weekday": "day", "about": "text"}
@@ -75,7 +76,9 @@ class Example:
 
 
 def teach(functions: Path, phrasings: Path) -> None:
-    """Let examples be of these functions too, and of none of the package's that is called as one of them.
+    """Let examples be of these functions too.
+
+    Of messages that want no function those are left out that have the last word of such a function's name.
 
     Args:
         functions: JSON as in functions.json, or as `Functions.schemas` gives it: a list of functions whose
@@ -84,7 +87,8 @@ def teach(functions: Path, phrasings: Path) -> None:
             nothing does, a whole number is any from its minimum to its maximum.
 
     Raises:
-        ValueError: there are no phrasings of a function, or nothing for its braces; the sentence says which.
+        ValueError: there are no phrasings of a function, nothing or the wrong things for its braces, or more
+            arguments than are taught; the sentence says which.
     """
     said = sections(phrasings.resolve())
     for schema in json.loads(functions.read_text(encoding="utf-8")):
@@ -94,8 +98,16 @@ def teach(functions: Path, phrasings: Path) -> None:
         except (AttributeError, LookupError, TypeError):
             raise ValueError(f"{functions} is no list of functions with name and parameters") from None
         arguments = parameters.get("properties", {})
+        required = {*parameters.get("required", [])}
+        if len(arguments) > MOST_ARGUMENTS:
+            raise ValueError(
+                f"{name} has {len(arguments)} arguments; {MOST_ARGUMENTS} are the most that are taught"
+            )
         if not said.get(name):
             raise ValueError(f"{phrasings} has no phrasings of {name}; write some under [{name}]")
+        for phrasing in said[name]:
+            for missing in sorted(required - {*re.findall(r"\{(\w+)\}", phrasing)}):
+                raise ValueError(f"{phrasings}: {phrasing!r} has no {{{missing}}}, which {name} needs")
         for other in {*re.findall(r"\{(\w+)\}", " ".join(said[name]))} - {*arguments}:
             raise ValueError(f"{phrasings} has {{{other}}} under [{name}], which has no such argument")
         for argument, wanted in arguments.items():
@@ -106,14 +118,19 @@ def teach(functions: Path, phrasings: Path) -> None:
             if wanted["type"] == "integer":
                 WHOLE_NUMBERS.add((name, argument))
             if argument in said:
+                if wanted["type"] == "integer" and not all(text.isdecimal() for text in said[argument]):
+                    raise ValueError(f"{phrasings} has more than whole numbers under [{argument}]")
                 FILLERS[f"{name} {argument}"] = _one_of(said[argument])
             elif wanted["type"] == "integer":
-                numbers = range(wanted.get("minimum", 0), wanted.get("maximum", 100) + 1)
+                least = wanted.get("minimum", 0)
+                numbers = range(least, wanted.get("maximum", least + 100) + 1)
+                if not numbers:
+                    raise ValueError(f"{name}: no whole number is between {argument}'s minimum and maximum")
                 FILLERS[f"{name} {argument}"] = _one_of([str(number) for number in numbers])
             elif argument not in FILLERS:
                 raise ValueError(f"{phrasings} has nothing for {{{argument}}}; write some under [{argument}]")
         ARGUMENTS[name] = list(arguments)
-        REQUIRED[name] = set(parameters.get("required", []))
+        REQUIRED[name] = required
         ADDED[name] = said[name]
 
 
@@ -137,7 +154,7 @@ def examples(
         plain: the share of examples that take a phrasing of plain.txt.
     """
     rng = random.Random(f"{split} {seed}")
-    lines, added = phrasings(split), {word for name in ADDED for word in name.split("_")[1:]}
+    lines, added = phrasings(split), {name.split("_")[-1] for name in ADDED}
     functions = [name for name in lines if name != DECLINE and name not in ADDED]
     weights = [1 + len(ARGUMENTS[function]) for function in functions]
     while True:

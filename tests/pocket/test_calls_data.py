@@ -209,6 +209,12 @@ def test_a_function_of_a_users_own_is_learned_beside_the_others(teach):
         assert type(example.call["arguments"].get("brightness", 0)) is int
 
 
+def taught(*required, **types):
+    """A function f with arguments of these types."""
+    properties = {name: {"type": kind} for name, kind in types.items()}
+    return [{"name": "f", "parameters": {"properties": properties, "required": list(required)}}]
+
+
 @pytest.mark.parametrize(
     ("functions", "phrasings", "said"),
     [
@@ -226,6 +232,23 @@ def test_a_function_of_a_users_own_is_learned_beside_the_others(teach):
         ([{"name": "f", "parameters": {}}], "[f]\nx {b}", r"has {b} under \[f\], which has no such argument"),
         (["f"], "[f]\nx", "is no list of functions with name and parameters"),
         ([{"name": "f"}], "[f]\nx", "is no list of functions with name and parameters"),
+        (
+            taught(a="integer", b="integer", c="integer", d="integer"),
+            "[f]\nx",
+            "f has 4 arguments; 3 are the most",
+        ),
+        (taught("a", a="integer"), "[f]\nx {a}\ny", "'y' has no {a}, which f needs"),
+        (taught(a="integer"), "[f]\nx {a}\n[a]\n7\nseven", r"more than whole numbers under \[a\]"),
+        (
+            [
+                {
+                    "name": "f",
+                    "parameters": {"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}},
+                }
+            ],
+            "[f]\nx {a}",
+            "no whole number is between a's minimum and maximum",
+        ),
     ],
 )
 def test_what_cannot_be_taught_is_said(teach, tmp_path, functions, phrasings, said):
@@ -236,12 +259,15 @@ def test_what_cannot_be_taught_is_said(teach, tmp_path, functions, phrasings, sa
 
 
 def test_there_are_no_more_kinds_than_letters(teach, tmp_path):
-    optional = {name: {"type": "integer"} for name in "abcde"}
-    schema = {"type": "function", "function": {"name": "f", "parameters": {"properties": optional}}}
-    (tmp_path / "f.json").write_text(json.dumps([schema]))
-    (tmp_path / "f.txt").write_text("[f]\nx")
+    optional = {name: {"type": "integer"} for name in "abc"}
+    schemas = [
+        {"type": "function", "function": {"name": name, "parameters": {"properties": optional}}}
+        for name in ("f", "g")
+    ]
+    (tmp_path / "f.json").write_text(json.dumps(schemas))
+    (tmp_path / "f.txt").write_text("[f]\nx\n[g]\ny")
     teach(tmp_path / "f.json", tmp_path / "f.txt")
-    with pytest.raises(ValueError, match="52 ways, these in 69"):
+    with pytest.raises(ValueError, match="52 ways, these in 53"):
         kinds()
 
 
