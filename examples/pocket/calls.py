@@ -117,21 +117,26 @@ def teach(functions: Path, phrasings: Path) -> None:
                 )
             if wanted["type"] == "integer":
                 WHOLE_NUMBERS.add((name, argument))
-            if argument in said:
-                if wanted["type"] == "integer" and not all(text.isdecimal() for text in said[argument]):
-                    raise ValueError(f"{phrasings} has more than whole numbers under [{argument}]")
-                FILLERS[f"{name} {argument}"] = _one_of(said[argument])
-            elif wanted["type"] == "integer":
-                least = wanted.get("minimum", 0)
-                numbers = range(least, wanted.get("maximum", least + 100) + 1)
-                if not numbers:
-                    raise ValueError(f"{name}: no whole number is between {argument}'s minimum and maximum")
-                FILLERS[f"{name} {argument}"] = _one_of([str(number) for number in numbers])
+            if filler := _filler(f"{name}: {argument}", wanted, said.get(argument, [])):
+                FILLERS[f"{name} {argument}"] = filler
             elif argument not in FILLERS:
                 raise ValueError(f"{phrasings} has nothing for {{{argument}}}; write some under [{argument}]")
         ARGUMENTS[name] = list(arguments)
         REQUIRED[name] = required
         ADDED[name] = said[name]
+
+
+def _filler(where: str, wanted: dict[str, Any], texts: list[str]) -> Filler | None:
+    """What fills an argument's braces: one of the texts, else a whole number; None where there is neither."""
+    if wanted["type"] == "string":
+        return _one_of(texts) if texts else None
+    if not all(text.isdecimal() for text in texts):
+        raise ValueError(f"{where} is a whole number, and what may fill its braces is more than such numbers")
+    least = wanted.get("minimum", 0)
+    numbers = range(least, wanted.get("maximum", least + 100) + 1)
+    if not numbers:
+        raise ValueError(f"{where} has no whole number between its minimum and its maximum")
+    return _one_of(texts or [str(number) for number in numbers])
 
 
 def _one_of(texts: list[str]) -> Filler:

@@ -238,7 +238,11 @@ def taught(*required, **types):
             "f has 4 arguments; 3 are the most",
         ),
         (taught("a", a="integer"), "[f]\nx {a}\ny", "'y' has no {a}, which f needs"),
-        (taught(a="integer"), "[f]\nx {a}\n[a]\n7\nseven", r"more than whole numbers under \[a\]"),
+        (
+            taught(a="integer"),
+            "[f]\nx {a}\n[a]\n7\nseven",
+            "f: a is a whole number, and what may fill its braces is more",
+        ),
         (
             [
                 {
@@ -247,7 +251,7 @@ def taught(*required, **types):
                 }
             ],
             "[f]\nx {a}",
-            "no whole number is between a's minimum and maximum",
+            "f: a has no whole number between its minimum and its maximum",
         ),
     ],
 )
