@@ -56,6 +56,8 @@ def hanging(where, folder, monkeypatch, *arguments):
     if arguments[0] == "chat":
         process.stdin.write("x\n")
         process.stdin.flush()
+    else:
+        process.stdin.close()
     assert process.stdout.readline() == "hangs\n"
     time.sleep(0.5)  # it says so just before it does
     return process
