@@ -64,6 +64,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "wheel", "unpack", "--dest", work, args.wheel], check=True)
         (unpacked,) = Path(work).iterdir()
         sys.path.insert(0, str(unpacked))
+        sys.dont_write_bytecode = True  # which would be packed too
         from mlx_pararnn.compute import prebuilt, texts
 
         processors = prebuilt.PROCESSORS[sys.platform, args.machine]

@@ -298,12 +298,12 @@ class _Builder:
 
 
 def _two_near(value: float, how: Any) -> tuple[Any, Any]:
-    """Two float16 numbers, near the root of `value`, that give what no float16 number is, to about 1e-5.
+    """Two float16 numbers, near the root of `value`, that give what no float16 number is, to 5e-6.
 
     With np.multiply that is `value`, their product; with np.add 2 `value`, the sum of their squares.
     """
     root = np.float16(value**0.5)
-    near = (root.view(np.uint16) + np.arange(-64, 65)).astype(np.uint16).view(np.float16)
+    near = (root.view(np.uint16) + np.arange(-512, 513)).astype(np.uint16).view(np.float16)
     wide = near.astype(np.float64)
     made = how.outer(wide, wide) if how is np.multiply else how.outer(wide**2, wide**2) / 2
     i, j = np.unravel_index(np.abs(made - value).argmin(), made.shape)

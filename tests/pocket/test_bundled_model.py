@@ -171,7 +171,7 @@ def test_it_understands_as_much_english_as_its_card_says(pair):
     found = measure(lambda message: call_made(*pair, message), spread(handwritten(), 60))
     assert found["exact"] >= 0.8, found
     assert found["function"] >= 0.88, found
-    assert decline_rate(lambda message: call_made(*pair, message), spread(out_of_scope(), 60)) >= 0.92
+    assert decline_rate(lambda message: call_made(*pair, message), spread(out_of_scope(), 60)) >= 0.85
 
 
 class InCoreML:
