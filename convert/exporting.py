@@ -183,9 +183,8 @@ def export(
         shutil.rmtree(folder / MLX_PART, ignore_errors=True)
         functions = {"decode": 1} | ({"prefill": length} if iterations else {})
         if iterations and kind == COREML and length >= 2 * SHORT_CHUNK:
-            functions[f"prefill_{SHORT_CHUNK}"] = (
-                SHORT_CHUNK  # Newton's iterate of a step is of those before it
-            )
+            # as many iterations do: Newton's iterate of a step is of those before it
+            functions[f"prefill_{SHORT_CHUNK}"] = SHORT_CHUNK
         described = _settings(args, model_config, kind, form, functions, iterations, weights, parameters)
         described |= {"weights_digest": stored_digest(store), **settings}
         add_chat_format(described, folder, model_config)

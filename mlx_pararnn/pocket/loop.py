@@ -289,12 +289,10 @@ class _Turn:
             outcome = Outcome(f"error: no more than {self.limits.calls} calls in a turn", True)
         elif not call.name:
             outcome = Outcome('error: that is no call; write {"name": ..., "arguments": {...}}', True)
-        elif sentence := self.functions.instead(self.message, call.name):
-            self.calls += 1
-            outcome = Outcome(sentence, True)
         else:
             self.calls += 1
-            outcome = self.functions.call(call.name, call.arguments)
+            refusal = self.functions.instead(self.message, call.name)
+            outcome = Outcome(refusal, True) if refusal else self.functions.call(call.name, call.arguments)
         tokens = self.protocol.render_result(outcome.text)
         for token in tokens:
             self.memory.append(token)
