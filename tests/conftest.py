@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX's first matrix product: parity needs float32 ones
@@ -72,6 +73,23 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_unconfigure(config):
     if LEFT_OUT in config.stash:
         config.get_terminal_writer().line(config.stash[LEFT_OUT])
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was():
+    """What a test changes of the process it takes back: the next one in it would meet something else."""
+    before = _process()
+    yield
+    after = _process()
+    changed = {name: (before.get(name), after.get(name)) for name, _ in before.items() ^ after.items()}
+    assert not changed, f"changed and not taken back, (before, now): {changed}"
+
+
+def _process():
+    loggers = [logging.root, *(logging.getLogger(name) for name in ("mlx_pararnn", "transformers"))]
+    levels = {f"logger {log.name}": (log.level, log.disabled, log.propagate) for log in loggers}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {**levels, "logging.disable": logging.root.manager.disable, "folder": os.getcwd(), **variables}
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ the first inputs from then on. Changes are drawn from a seed; with --atheris the
 import argparse
 import atexit
 import hashlib
+import logging
 import os
 import random
 import resource
@@ -211,6 +212,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, help="with --atheris: the folder of inputs that it keeps")
     args = parser.parse_args()
     sys.dont_write_bytecode = True  # nothing that is watched imports for the first time and writes
+    logging.disable()  # else each input's warnings are told
     if args.atheris and args.targets:
         _by_coverage(args.targets[0], args.runs, args.seconds, args.seed, args.corpus)
         return 0

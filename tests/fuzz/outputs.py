@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import random
 from importlib import import_module
 from pathlib import Path
@@ -116,9 +115,6 @@ CALLS = {
 
 def tool_calls(_: Path) -> Target:
     """Calls of tools in the texts of models, which MLX-LM's parsers read: whole and in pieces the same."""
-    logging.getLogger("mlx_pararnn").setLevel(
-        logging.ERROR
-    )  # else it says of each call what is wrong with it
     words = {word: n for n, word in enumerate(["?", "<think>", "</think>"])}
     inner = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="?")))
     kinds = ("string", "integer", "number", "boolean", "array", "object")
