@@ -15,6 +15,9 @@ MAX_CHUNK = 128  # a product of more Jacobians than that leaves float16's range 
 _MOST_STATE_BYTES = 1 << 28
 _DTYPES = {"float32": 4, "float16": 2}
 PACKED = ("int8", "int4", "palette4")
+# What runners read of the model itself, where ModelArgs would take a default for what is missing.
+_OF_THE_MODEL = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "mlp_residual",
+                 "max_position_embeddings")  # fmt: skip
 
 
 def checked_description(folder: Path, kind: PackageKind) -> dict[str, Any]:
@@ -58,6 +61,7 @@ def _wrong_field(settings: dict[str, Any], kind: PackageKind) -> str | None:
         "weights": settings.get("weights") in (*_DTYPES, *PACKED),
         "parameters": type(parameters := settings.get("parameters")) is int and 0 < parameters < 1 << 48,
         "states": _has_states(settings.get("states"), args),
+        **{name: name in settings for name in _OF_THE_MODEL},
     }
     return next((name for name, is_right in right.items() if not is_right), None)
 

@@ -1,7 +1,10 @@
 """Grammars that generated text must keep, for one tokenizer: JSON schemas and calls of functions."""
 
 import json
+import math
+from collections.abc import Iterator
 from copy import copy
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, cast
 
@@ -12,6 +15,7 @@ import numpy as np
 from ..errors import PararnnError, one_line
 from ..mlx_lm_internals import plain_tokenizer
 
+MOST_MULTIPLE = 10_000  # llguidance takes some 50 ms for it, and the time grows with its square
 LONGEST_FORMAT = 64  # characters of a name that are looked up, and kept; none that is known has so many
 
 
@@ -187,10 +191,36 @@ def prepared(schema: dict[str, Any], place: str = "#") -> dict[str, Any]:
 
 
 def _schema_text(schema: dict[str, Any]) -> str:
+    multiples = [*_multiples(schema)]
+    if math.lcm(1, *multiples) > MOST_MULTIPLE or sum(multiples) > 10 * MOST_MULTIPLE:
+        raise PararnnError(
+            "the schema cannot be kept to (the numbers under its multipleOf have a common multiple above "
+            f"{MOST_MULTIPLE:,}, or there are too many of them)"
+        )
     try:
         return json.dumps(schema, allow_nan=False)
     except ValueError:
         raise PararnnError("the schema holds NaN or an infinite number, which JSON does not have") from None
+
+
+def _multiples(value: Any) -> Iterator[int]:
+    """The numbers under multipleOf as whole ones: the automaton of what fits has about so many states.
+
+    A decimal is taken times a power of ten, and a power of ten is as 1.
+    """
+    if isinstance(value, list):
+        for item in value:
+            yield from _multiples(item)
+    if not isinstance(value, dict):
+        return
+    for name, inner in value.items():
+        if name == "multipleOf" and type(inner) in (int, float) and math.isfinite(inner):
+            _, digits, exponent = Decimal(str(inner)).as_tuple()
+            significant = "".join(map(str, digits)).rstrip("0") or "0"
+            zeros = len(digits) - len(significant) + cast(int, exponent)
+            yield int(significant) * 10 ** (max(zeros, 0) if significant != "1" else 0)
+        else:
+            yield from _multiples(inner)
 
 
 def _reason(matcher: "llguidance.LLMatcher") -> str:

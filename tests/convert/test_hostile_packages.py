@@ -63,6 +63,10 @@ def change_program(folder: Path, change) -> None:
 def refused(command: str, folder: Path) -> str:
     result = CliRunner().invoke(app, [command, str(folder)])
     assert result.exit_code == 1, result.output
+    return sentence(result)
+
+
+def sentence(result) -> str:
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1, result.stderr
     assert "--debug" not in result.stderr, "an error that nobody foresaw"
@@ -99,6 +103,17 @@ def test_a_description_that_no_export_writes(kind, package):
         states = [{**right["states"][0], **state}, *right["states"][1:]]
         (folder / "pararnn.json").write_text(json.dumps({**right, "states": states}))
         assert "states is wrong" in refused("verify", folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_description_without_one_of_its_fields(kind, package):
+    folder = package(kind)
+    right = json.loads((folder / "pararnn.json").read_text())
+    for missing in right:
+        say(folder, {name: value for name, value in right.items() if name != missing})
+        result = CliRunner().invoke(app, ["verify", str(folder)])
+        if result.exit_code:
+            sentence(result)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -135,6 +135,10 @@ def is_plain_node(node):
         ({"type": "string", "pattern": "("}, "cannot be kept to"),
         ({"enum": []}, "cannot be kept to"),
         ({"$ref": "http://localhost/schema"}, "cannot be kept to"),
+        ({"type": "integer", "multipleOf": 2**31}, "common multiple above 10,000"),
+        ({"type": "integer", "multipleOf": 997_300}, "common multiple above 10,000"),
+        ({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 9.91}]}, "common multiple"),
+        ({"anyOf": [{"const": n, "multipleOf": 9973} for n in range(99)]}, "too many of them"),
     ],
 )
 def test_schemas_that_no_text_fits_are_refused_in_one_line(grammars, schema, said):
@@ -142,6 +146,12 @@ def test_schemas_that_no_text_fits_are_refused_in_one_line(grammars, schema, sai
         two_steps(grammars, schema)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("multiple", [1, 5, 0.25, 60, 500, 1e-9, 10**8, 9999])
+def test_numbers_are_multiples(grammars, multiple):
+    matcher = grammars.compile(grammars.json({"type": "number", "multipleOf": multiple, "minimum": 1}))
+    assert matcher.try_consume_tokens([49, 50, 51]) in range(4)
 
 
 def test_where_nothing_can_follow_the_answer_fails(grammars, monkeypatch):
