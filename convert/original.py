@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_pararnn.blocks import Layer
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.files.whole_file import write_whole
 from mlx_pararnn.loading import load_model
-from mlx_pararnn.model import Layer
 from mlx_pararnn.model_config import ModelArgs
 from mlx_pararnn.tools.quantization_cost import (
     FIELD,

@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 
+from .blocks import RecurrentLayer
 from .cache import RecurrentCache
 from .compute.module_arrays import named_arrays
 from .distributed import Group
@@ -29,7 +30,7 @@ from .files.model_files import (
     read_json,
 )
 from .mlx_lm_internals import plain_tokenizer, set_chat_template, set_detokenizer
-from .model import Model, RecurrentLayer
+from .model import Model
 from .model_config import ModelArgs, check_end_ids, check_layers, weight_bits
 from .process.address_space import check_room
 from .process.forking import note_use_of_mlx

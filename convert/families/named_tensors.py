@@ -178,7 +178,8 @@ def _shape(checkpoint: Checkpoint, name: str) -> Shape:
 def _parameter_shapes(args: dict[str, Any], single: bool) -> dict[str, Shape]:
     from mlx.utils import tree_flatten  # slow, and needed for such a table alone
 
-    from mlx_pararnn.model import Model, RecurrentLayer
+    from mlx_pararnn.blocks import RecurrentLayer
+    from mlx_pararnn.model import Model
     from mlx_pararnn.model_config import ModelArgs
 
     model: Any

@@ -12,11 +12,12 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from ..blocks import Layer
 from ..cache import RecurrentCache
 from ..compute import matrix_products
 from ..errors import PararnnError
 from ..loading import load_tokenizer
-from ..model import Layer, Model, PararnnModel
+from ..model import Model, PararnnModel
 from ..model_config import ModelArgs
 from .sample_text import SAMPLE_TEXT
 

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_pararnn import model
+from mlx_pararnn import blocks
 from mlx_pararnn.cache import held_arrays
 from mlx_pararnn.compute import cpu_token
 from tests.support.random_models import TOKENS, by_token, distance, make, numbers
@@ -88,7 +88,7 @@ class Louder(nn.RMSNorm):
         return 2 * super().__call__(x)
 
 
-class Doubled(model.MLP):
+class Doubled(blocks.MLP):
     def __call__(self, x, where):
         return 2 * super().__call__(x, where)
 
