@@ -99,7 +99,7 @@ def _say_usage_error(error: Any) -> None:
 
 
 def _meant_prompt(context: Any, said: str) -> str:
-    """How to give the prompt that stands behind MODEL, or as MODEL, as some programs take it."""
+    """How to give the prompt that stands after MODEL, or as MODEL, as some programs take it."""
     extra = re.fullmatch(r"Got unexpected extra argument\(s\) \((.*)\)", said, re.DOTALL)
     given = context.params
     if not extra or context.command.name not in ("generate", "chat") or given.get("prompt") is not None:

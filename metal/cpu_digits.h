@@ -24,7 +24,7 @@ struct Digits : Quantized<BITS, GROUP> {
   // A group without a larger number counts as 0: its step would be denormal.
   static constexpr float LEAST = 1e-30f;
 
-  // What a product reads of one x: digits and steps, block after block, and its sums over groups; behind them each
+  // What a product reads of one x: digits and steps, block after block, and its sums over groups; after them each
   // group's step.
   static int64_t arranged_size(int64_t width) {
     return Base::blocks(width) * X_BLOCK + Base::padded_groups(width) + width / GROUP;

@@ -106,8 +106,8 @@ def _near(tokens: Array, reference: Reference) -> Array:
         return np.zeros(len(tokens), bool)
     expected, margins = reference.logits[-len(tokens) :], reference.margins[-len(tokens) :]
     inside = np.clip(tokens, 0, expected.shape[-1] - 1)
-    behind = expected.max(-1) - expected[np.arange(len(tokens)), inside]
-    return np.asarray((behind <= _TIMES * margins) & (inside == tokens))
+    below = expected.max(-1) - expected[np.arange(len(tokens)), inside]
+    return np.asarray((below <= _TIMES * margins) & (inside == tokens))
 
 
 def _told(places: Mapping[str, Mapping[str, int]]) -> str:

@@ -139,7 +139,7 @@ class _Archive:
     def _check_layout(self) -> None:
         """Find where each record's bytes begin, and refuse an archive that others may read as another one.
 
-        torch.save writes records one behind the other from the first byte on, each with its name before it.
+        torch.save writes records one after the other from the first byte on, each with its name before it.
         """
         end = 0
         if any(record.header_offset >= self.size for record in self.records.values()):

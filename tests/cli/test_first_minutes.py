@@ -42,11 +42,11 @@ def test_a_sum_a_saved_talk_a_checkpoint_and_a_page(tmp_path, monkeypatch, capsy
     terminal.wait_for(PROMPT)
     terminal.type("add milk to my shopping list\r")
     terminal.wait_for(r"Added milk to your shopping list\.\s+> *\s*\Z")
-    terminal.type("/save talk\r")
-    terminal.wait_for(r"^Saved to talk\.safetensors")
+    terminal.type("/save errands\r")
+    terminal.wait_for(r"^Saved to errands\.safetensors")
     terminal.type("/exit\r")
     assert terminal.exit_code() == 0
-    assert (tmp_path / "talk.safetensors").stat().st_size < 100_000
+    assert (tmp_path / "errands.safetensors").stat().st_size < 100_000
     terminal = Terminal(*chat_on, XDG_STATE_HOME=str(tmp_path))
     terminal.wait_for(r"Going on after \d+ tokens\.")
     terminal.wait_for(PROMPT)

@@ -224,7 +224,7 @@ def archives(folder: Path) -> dict[str, tuple[Path, str]]:
         struct.pack_into("<I", data, two + 42, begin)
 
     add("records that share their bytes", "lies inside another record", copied(overlapping))
-    add("an archive behind another one", "bytes stand before", copied(lambda data: data.__setitem__(
+    add("an archive after another one", "bytes stand before", copied(lambda data: data.__setitem__(
         slice(0, 0), _zipped(folder / "y", [("m/data.pkl", evil)]).read_bytes())))  # fmt: skip
     for name in ("../data.pkl", "m/data/../../x", "/etc/x", "m\\data\\0"):
         more = [(name if n == "m/data.pkl" and name.endswith(".pkl") else n, c) for n, c in records.items()]

@@ -122,7 +122,7 @@ def conversations(out: Path) -> None:
     tokenizer, file, turns = load_tokenizer(model_folder, {}), out / "talk.safetensors", 20
     out.mkdir()
 
-    def talk() -> None:
+    def converse() -> None:
         conversation = Chat(small_model(), tokenizer)
         if file.exists():
             conversation.load(file)
