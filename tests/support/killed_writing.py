@@ -147,8 +147,8 @@ def conversations(out: Path) -> None:
         if ended or chance.random() < 0.3:
             file.unlink(missing_ok=True)
 
-    print(killed(talk, check)["killed"], sorted(seen))
-    finished(talk)
+    print(killed(converse, check)["killed"], sorted(seen))
+    finished(converse)
     print([path.name for path in out.iterdir()])
 
 
