@@ -51,6 +51,13 @@ class Limits:
     seconds: float = 120.0
 
 
+# So often in a row may nothing be read where the message has ended, and so many commands for each entry of
+# the memory may go by without a word: a model that goes on has lost its way. Sorting takes some 25 of them.
+MOST_EDGES = 8
+MOST_COMMANDS = 40
+LOST = "I lost my place in that message and cannot answer it."
+
+
 class TokenSource(Interface):
     """What makes tokens: a model, or a record of one."""
 
@@ -116,6 +123,10 @@ class _Over(Exception):
         self.reason: Reason = reason
 
 
+class _Lost(Exception):
+    """The model reads on and on."""
+
+
 class _Masks(NamedTuple):
     """The tokens (V,) that may stand in each place."""
 
@@ -140,7 +151,8 @@ class _Turn:
         self.protocol, self.source, self.functions = protocol, source, functions
         self.limits, self.grammars, self.external = limits, grammars, external
         self.begin = time.monotonic()
-        self.tokens = self.steps = self.made = self.calls = self.answered = 0
+        self.tokens = self.steps = self.made = self.calls = self.answered = self.edges = 0
+        self.wordless = self.entries = 0
         self.masks = _masks(protocol, source.vocab_size)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -176,6 +188,9 @@ class _Turn:
                 yield Text(self.tokens, result.text)
         except _Over as over:
             reason = over.reason
+        except _Lost:
+            yield from self.rest(event)
+            yield Text(self.tokens, LOST)
         yield from self.rest(event)
         yield Finish(self.tokens, reason, self.made, self.calls, time.monotonic() - self.begin)
 
@@ -213,6 +228,10 @@ class _Turn:
 
     def command(self, command: Command) -> Iterator[Event]:
         yield CommandGiven(self.tokens, command)
+        self.wordless = self.wordless + 1 if self.entries == len(self.memory.entries) else 0
+        self.entries = len(self.memory.entries)
+        if self.wordless > MOST_COMMANDS * self.entries:
+            raise _Lost
         match command.action:
             case "right":
                 self.memory.move(command.pointer, 1)
@@ -224,6 +243,9 @@ class _Turn:
                 token = self.memory.read(command.pointer)
                 self.feed([token])
                 yield Observation(self.tokens, token, self.protocol.name(token))
+                self.edges = self.edges + 1 if token == self.protocol.edge else 0
+                if self.edges == MOST_EDGES:
+                    raise _Lost
 
     def rest(self, event: type[Thought] | type[Text]) -> Iterator[Event]:
         """A character that has not been completed."""

@@ -58,6 +58,16 @@ import Testing
     #expect(await source.taken + [tools[.end]] == turn.tokens)
   }
 
+  @Test func aModelThatGoesOnWithoutAWordHasLostItsWay() async throws {
+    let tools = try Records.tools()
+    let script = Script([65, tools.commands.first { $0.value == .init(action: .right, pointer: 1) }!.key])
+    let run = try ToolTurn("x", tools: tools, source: script, functions: .init(), limits: .init())
+    let events = try await run.all()
+    #expect(events.count < 200)
+    guard case .text("I lost my place in that message and cannot answer it.") = events.dropLast().last?.kind
+    else { throw ParaRNNError.predictionFailed(reason: "\(events.count) events") }
+  }
+
   @Test func tokensThatCannotStandThere() async throws {
     let tools = try Records.tools()
     let wrong: [[Int]] = [

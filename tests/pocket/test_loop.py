@@ -17,7 +17,7 @@ from mlx_pararnn.pocket.events import (
     Thought,
 )
 from mlx_pararnn.pocket.functions import Functions
-from mlx_pararnn.pocket.loop import External, Limits, run_turn
+from mlx_pararnn.pocket.loop import LOST, MOST_COMMANDS, MOST_EDGES, External, Limits, run_turn
 from mlx_pararnn.text.grammars import Grammars
 from tests.support.scripted import Script, tokens_of, tools_protocol, tools_tokenizer
 
@@ -230,7 +230,7 @@ def test_a_schema_that_no_grammar_knows_is_only_checked(monkeypatch):
         ("x", Limits(steps=100), "steps"),
         ("<|call|>x", Limits(steps=100), "steps"),
         ("<|answer|><|read1|>", Limits(steps=100), "steps"),
-        ("<|right1|>", Limits(seconds=0.05), "time"),
+        ("x", Limits(seconds=0.05), "time"),
     ],
 )
 def test_a_turn_without_end_is_ended(script, limits, reason):
@@ -243,6 +243,18 @@ def test_a_turn_without_end_is_ended(script, limits, reason):
         assert 100 <= len(taken) - 4 <= 101
     if reason == "length":
         assert text_of(events) == "abcccccccc"
+
+
+@pytest.mark.parametrize(
+    ("script", "commands"),
+    [("ab<|left1|><|read1|>", MOST_EDGES + 1), ("a<|right1|>", 41 * MOST_COMMANDS + 1)],
+    ids=["nothing is there", "without a word"],
+)
+def test_a_model_that_has_lost_its_way_says_so(script, commands):
+    events, _ = play(script, message="x" * 38)
+    assert [event.reason for event in events if isinstance(event, Finish)] == ["stop"]
+    assert text_of(events) == LOST
+    assert sum(isinstance(event, CommandGiven) for event in events) in range(commands, commands + 2)
 
 
 def test_so_many_calls_are_run_and_no_more():

@@ -43,6 +43,7 @@ TURNS = [
     ("too many steps", "x", "<|right1|>", {"steps": 7}),
     ("too many steps after a read", "x", "<|read1|>", {"steps": 4}),
     ("too many steps in a call", "x", f"a{DOUBLE}", {"steps": 20}),
+    ("nothing is there", "x", "ab<|left1|>" + "<|read1|>" * 8, {}),
     ("no time", "x", "a", {"seconds": -1.0}),
     ("nothing said", "x", "<|answer|><|end|>", {}),
 ]  # fmt: skip

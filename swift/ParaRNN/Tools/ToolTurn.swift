@@ -33,7 +33,16 @@ actor ToolTurn {
   private var made = 0
   private var calls = 0
   private var answered = 0
+  private var edges = 0
+  private var wordless = 0
+  private var entries = 0
   private var result: String?
+
+  /// So often in a row may nothing be read where the message has ended, and so many commands for each entry of
+  /// the memory may go by without a word: a model that goes on has lost its way.
+  private static let mostEdges = 8
+  private static let mostCommands = 40
+  private static let lost = "I lost my place in that message and cannot answer it."
 
   /// Where in the turn the next token stands.
   private enum Place {
@@ -177,6 +186,9 @@ actor ToolTurn {
 
   private func obey(_ command: PointerCommand) async throws {
     emit(.command(command))
+    wordless = entries == memory.entries.count ? wordless + 1 : 0
+    entries = memory.entries.count
+    if wordless > Self.mostCommands * entries { return finishLost() }
     switch command.action {
     case .right: memory.move(command.pointer, 1)
     case .left: memory.move(command.pointer, -1)
@@ -185,6 +197,8 @@ actor ToolTurn {
       let token = memory.read(command.pointer)
       try await feed([token])
       emit(.observation(token: token, name: tools.name(token)))
+      edges = token == tools[.edge] ? edges + 1 : 0
+      if edges == Self.mostEdges { finishLost() }
     }
   }
 
@@ -221,6 +235,12 @@ actor ToolTurn {
 
   /// A character that has not been completed.
   private func emitRest() { emitText(decoder.finish()) }
+
+  private func finishLost() {
+    emitRest()
+    emit(.text(Self.lost))
+    finish(.stop)
+  }
 
   private func finish(_ reason: ToolEvent.Finish.Reason) {
     emitRest()
