@@ -13,12 +13,12 @@ from ..errors import PararnnError
 from ..generation import find_room
 from ..model import Model
 from ..text.grammars import Grammars
+from . import misread
 from .assistant import Assistant
 from .events import Event, Text
 from .functions import Functions
 from .loop import Limits, run_turn
 from .protocol import Protocol, find_protocol
-from .two_requests import instead
 
 PIECE = 512  # tokens of a message or result that are read at once
 
@@ -78,7 +78,12 @@ def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: A
 
 def assistant_functions(assistant: Assistant) -> Functions:
     """The functions of an `Assistant`."""
-    return Functions(assistant.functions(), known=True, instead=instead)
+    return Functions(
+        assistant.functions(),
+        known=True,
+        instead=misread.instead,
+        instead_of_answer=misread.instead_of_answer,
+    )
 
 
 def require_protocol(tokenizer: TokenizerWrapper) -> Protocol:

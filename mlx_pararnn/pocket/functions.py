@@ -71,8 +71,9 @@ class Functions:
         seconds: how long a call may take; None runs it in the calling thread, without a limit.
         result_bytes: longer results are cut, and say so.
         known: the types are known to have JSON schemas, which are made when they are needed.
-        instead: given the user's message and a function's name, a sentence that is the result in place of
-            the call, or None.
+        instead: given the user's message, a function's name and its arguments (JSON), a sentence that is the
+            result in place of the call, or None.
+        instead_of_answer: given the message, a sentence in place of an answer without a call, or None.
 
     Raises:
         PararnnError: a function cannot be described; the sentence names it and the parameter.
@@ -85,9 +86,10 @@ class Functions:
         seconds: float | None = SECONDS,
         result_bytes: int = RESULT_BYTES,
         known: bool = False,
-        instead: Callable[[str, str], str | None] = lambda message, name: None,
+        instead: Callable[[str, str, str], str | None] = lambda message, name, arguments: None,
+        instead_of_answer: Callable[[str], str | None] = lambda message: None,
     ) -> None:
-        self.instead = instead
+        self.instead, self.instead_of_answer = instead, instead_of_answer
         self._functions: dict[str, Function] = {}
         self._seconds, self._result_bytes = seconds, result_bytes
         self._late: dict[str, threading.Thread] = {}  # calls that took too long and may still run

@@ -123,8 +123,11 @@ class _Over(Exception):
         self.reason: Reason = reason
 
 
-class _Lost(Exception):
-    """The model reads on and on."""
+class _Instead(Exception):
+    """What is said instead of what the model would."""
+
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
 
 
 class _Masks(NamedTuple):
@@ -180,6 +183,8 @@ class _Turn:
                     mask = self.masks.thinking
                 elif token == protocol.answer:
                     yield from self.rest(event)
+                    if result is None and (sentence := self.functions.instead_of_answer(self.message)):
+                        raise _Instead(sentence)
                     self.memory.append(token)
                     mask, event = self.masks.answering, Text
                 else:
@@ -188,9 +193,9 @@ class _Turn:
                 yield Text(self.tokens, result.text)
         except _Over as over:
             reason = over.reason
-        except _Lost:
+        except _Instead as instead:
             yield from self.rest(event)
-            yield Text(self.tokens, LOST)
+            yield Text(self.tokens, instead.sentence)
         yield from self.rest(event)
         yield Finish(self.tokens, reason, self.made, self.calls, time.monotonic() - self.begin)
 
@@ -231,7 +236,7 @@ class _Turn:
         self.wordless = self.wordless + 1 if self.entries == len(self.memory.entries) else 0
         self.entries = len(self.memory.entries)
         if self.wordless > MOST_COMMANDS * self.entries:
-            raise _Lost
+            raise _Instead(LOST)
         match command.action:
             case "right":
                 self.memory.move(command.pointer, 1)
@@ -245,7 +250,7 @@ class _Turn:
                 yield Observation(self.tokens, token, self.protocol.name(token))
                 self.edges = self.edges + 1 if token == self.protocol.edge else 0
                 if self.edges == MOST_EDGES:
-                    raise _Lost
+                    raise _Instead(LOST)
 
     def rest(self, event: type[Thought] | type[Text]) -> Iterator[Event]:
         """A character that has not been completed."""
@@ -313,7 +318,7 @@ class _Turn:
             outcome = Outcome('error: that is no call; write {"name": ..., "arguments": {...}}', True)
         else:
             self.calls += 1
-            refusal = self.functions.instead(self.message, call.name)
+            refusal = self.functions.instead(self.message, call.name, call.arguments)
             outcome = Outcome(refusal, True) if refusal else self.functions.call(call.name, call.arguments)
         tokens = self.protocol.render_result(outcome.text)
         for token in tokens:

@@ -105,6 +105,7 @@ _OPERATORS = {
     "over": "/",
     "squared": "**2",
     "cubed": "**3",
+    "mod": "%",
     "percent": "/100",
     "%": "/100",
     "twice": "2*",
@@ -121,6 +122,7 @@ _SHORTER = {
     r"\b(added to|and then add)\b": "plus",
     r"\b(raised )?to the power( of)?\b": "**",
     r"\bper cent\b": "percent",
+    r"\bmodulo\b": "mod",
     r"\b(the )?square root of\b|\bsqrt\b( of\b)?": "sqrt",
 }
 _ORDERS = (
@@ -128,6 +130,7 @@ _ORDERS = (
     (re.compile(r"(?:the )?difference (?:between|of) (.+)"), ("and",), "{0}-{1}"),
     (re.compile(r"(?:the )?product of (.+)|multiply (.+)"), ("and", "by", "with"), "{0}*{1}"),
     (re.compile(r"divide (.+)"), ("by",), "{0}/{1}"),
+    (re.compile(r"(?:the )?remainder of (.+)"), ("over", "and", "by"), "{0}%{1}"),
     (re.compile(r"subtract (.+)|take (.+)"), ("from",), "{1}-{0}"),
 )
 
@@ -178,8 +181,9 @@ def formula(text: str) -> str:
     "twelve plus seven" gives "12+7", "half of ninety" "(1/2)*90", "15% of 80" "(15/100)*80". Two numbers
     without a sign between them are no calculation: neither "5 7 + 1" nor "3 000 + 1", where it is "3,000".
     """
-    for sign, plain in {"×": "*", "÷": "/", "−": "-", "^": "**", "√": "square root of "}.items():
+    for sign, plain in {"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**", "√": "square root of "}.items():
         text = text.replace(sign, plain)
+    text = re.sub(r"(\s%\s*|%)(?=[\d(])", " mod ", text)  # "5% 7" is no remainder
     plain = " ".join(split_words(text))
     for pattern, word in _SHORTER.items():
         plain = re.sub(pattern, word, plain)

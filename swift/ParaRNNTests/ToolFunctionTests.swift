@@ -114,9 +114,14 @@ import Testing
       let function: String
       let instead: String?
     }
+    struct Misread: Decodable {
+      let message: String
+      let said: String?
+    }
     let now: String
     let calls: [Call]
     let requests: [Request]
+    let misread: [Misread]
     let expressions: [Expression]
   }
 
@@ -138,9 +143,21 @@ import Testing
     let functions = try ToolFunctions.standard()
     #expect(Set(recorded.requests.map { $0.instead == nil }).count == 2)
     for one in recorded.requests {
-      #expect(functions.instead(one.message, one.function) == one.instead, "\(one.message)")
-      #expect(ToolFunctions().instead(one.message, one.function) == nil)
+      #expect(functions.instead(one.message, one.function, "{}") == one.instead, "\(one.message)")
+      #expect(ToolFunctions().instead(one.message, one.function, "{}") == nil)
     }
+  }
+
+  @Test func whatIsMisreadIsToldAsInPython() throws {
+    let recorded = try Records.decode(Recorded.self, "functions.json")
+    let functions = try ToolFunctions.standard()
+    for one in recorded.misread {
+      #expect(functions.insteadOfAnswer(one.message) == one.said, "\(one.message)")
+    }
+    #expect(
+      functions.instead("set a timer", "set_timer", #"{"duration":"ae}}{"}"#)?.contains("understand") == true)
+    #expect(functions.instead("a é", "calculate", #"{"expression":"\u00e9"}"#) == nil)
+    #expect(functions.instead("2^10", "calculate", #"{"expression":"2(10"}"#) == "2^10 is 1024.")
   }
 
   @Test func calculationsAreThoseOfPython() throws {

@@ -245,6 +245,13 @@ def test_a_date_in_words_is_read_again(day):
         ("100 over 50%", "100/(50/100)"),
         ("multiply 12.5 + 3.75 by 2", "((25/2)+(15/4))*2"),
         ("7 // 2", "7//2"),
+        ("17 mod 5", "17%5"),
+        ("12 % 5", "12%5"),
+        ("12%5", "12%5"),
+        ("20 % of 50", "(20/100)*50"),
+        ("the remainder of seventeen divided by 5", "17%5"),
+        ("ten modulo (2+1)", "10%(2+1)"),
+        ("7 · 8", "7*8"),
     ],
 )
 def test_formula(text, found):
@@ -283,7 +290,7 @@ def test_two_operands_want_an_operator_between_them(first, second):
 @pytest.mark.parametrize(
     "text",
     [
-        *("5 7 + 1", "3 1 2 10", "3 000 + 5", "1,5 + 2", "1.2.3", "7 % 3", "2 thousand 5"),
+        *("5 7 + 1", "3 1 2 10", "3 000 + 5", "1,5 + 2", "1.2.3", "7% 3", "2 thousand 5"),
         *("a thousand thousand", "two thousand five thousand", "add 5 7 and 1"),
     ],
 )

@@ -14,9 +14,9 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits, run_turn
+from mlx_pararnn.pocket.misread import instead, instead_of_answer
 from mlx_pararnn.pocket.protocol import tokenizer_files
 from mlx_pararnn.pocket.standard import calculate
-from mlx_pararnn.pocket.two_requests import instead
 from mlx_pararnn.text.grammars import Grammars, allowed_tokens
 from tests.support.scripted import Script, as_recorded, tokens_of, tools_protocol, tools_tokenizer
 
@@ -195,7 +195,9 @@ def functions():
         except ValueError:
             one["value"] = None
     for one in recorded["requests"]:
-        one["instead"] = instead(one["message"], one["function"])
+        one["instead"] = instead(one["message"], one["function"], "{}")
+    for one in recorded["misread"]:
+        one["said"] = instead_of_answer(one["message"])
     return recorded
 
 

@@ -238,7 +238,7 @@ enum NumberWords {
   private static let operators = [
     "+": "+", "-": "-", "*": "*", "/": "/", "//": "//", "**": "**", "(": "(", ")": ")", "plus": "+",
     "minus": "-", "times": "*", "x": "*", "of": "*", "over": "/", "squared": "**2", "cubed": "**3",
-    "percent": "/100", "%": "/100", "twice": "2*", "double": "2*", "triple": "3*",
+    "mod": "%", "percent": "/100", "%": "/100", "twice": "2*", "double": "2*", "triple": "3*",
   ]
   /// Of these, those that begin an operand, and those that may stand where one begins; others come after one.
   private static let begin = ["(", "2*", "3*"]
@@ -247,13 +247,15 @@ enum NumberWords {
   private static let shorter = [
     (#"\bdivided by\b"#, "over"), (#"\bmultiplied (by|with)\b"#, "times"),
     (#"\b(added to|and then add)\b"#, "plus"), (#"\b(raised )?to the power( of)?\b"#, "**"),
-    (#"\bper cent\b"#, "percent"), (#"\b(the )?square root of\b|\bsqrt\b( of\b)?"#, "sqrt"),
+    (#"\bper cent\b"#, "percent"), (#"\bmodulo\b"#, "mod"),
+    (#"\b(the )?square root of\b|\bsqrt\b( of\b)?"#, "sqrt"),
   ]
   private static let orders: [(pattern: String, connecting: [String], shape: String, isSwapped: Bool)] = [
     (#"(?:the )?sum of (.+)|add (.+)"#, ["and", "to", "plus"], "+", false),
     (#"(?:the )?difference (?:between|of) (.+)"#, ["and"], "-", false),
     (#"(?:the )?product of (.+)|multiply (.+)"#, ["and", "by", "with"], "*", false),
     (#"divide (.+)"#, ["by"], "/", false),
+    (#"(?:the )?remainder of (.+)"#, ["over", "and", "by"], "%", false),
     (#"subtract (.+)|take (.+)"#, ["from"], "-", true),
   ]
 
@@ -261,9 +263,12 @@ enum NumberWords {
   /// Two numbers without a sign between them are no calculation.
   static func formula(_ text: String) throws -> String {
     var plain = text
-    for (sign, word) in [("×", "*"), ("÷", "/"), ("−", "-"), ("^", "**"), ("√", "square root of ")] {
+    for (sign, word) in [
+      ("×", "*"), ("·", "*"), ("÷", "/"), ("−", "-"), ("^", "**"), ("√", "square root of "),
+    ] {
       plain = plain.replacingOccurrences(of: sign, with: word)
     }
+    plain = Words.replacing(#"(\s%\s*|%)(?=[\d(])"#, in: plain, with: " mod ")  // "5% 7" is no remainder
     plain = Words.split(plain).joined(separator: " ")
     for (pattern, word) in shorter { plain = Words.replacing(pattern, in: plain, with: word) }
     guard let found = try order(plain) ?? expression(plain) else {

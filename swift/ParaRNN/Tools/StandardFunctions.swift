@@ -15,7 +15,8 @@ extension ToolFunctions {
     now: @escaping @Sendable () -> Date = { Date() }, zone: TimeZone = .current, seconds: Double = 5
   ) throws -> ToolFunctions {
     var functions = ToolFunctions(seconds: seconds)
-    functions.instead = TwoRequests.instead
+    functions.instead = Misread.instead
+    functions.insteadOfAnswer = Misread.insteadOfAnswer
     functions.assistant = Assistant { Moment(now(), in: zone) }
     for (name, description, parameters) in Assistant.functions {
       let schema = JSONText.object([

@@ -37,8 +37,13 @@ public struct ToolFunctions: Sendable {
     let run: @Sendable (Data, Assistant?) async throws -> String
   }
 
-  /// Given the user's message and a function's name, a sentence that is the result in place of the call, or nil.
-  var instead: @Sendable (_ message: String, _ name: String) -> String? = { _, _ in nil }
+  /// Given the user's message, a function's name and its arguments, a sentence that is the result in place of the
+  /// call, or nil.
+  var instead: @Sendable (_ message: String, _ name: String, _ arguments: String) -> String? = { _, _, _ in
+    nil
+  }
+  /// Given the message, a sentence in place of an answer without a call, or nil.
+  var insteadOfAnswer: @Sendable (_ message: String) -> String? = { _ in nil }
   private var list: [Function] = []
   private let seconds: Double
   private let resultBytes: Int

@@ -119,6 +119,7 @@ actor ToolTurn {
       place = .callName(Writing(Self.callName))
     case .thought where token == tools[.answer]:
       emitRest()
+      if result == nil, let sentence = functions.insteadOfAnswer(message) { return finish(saying: sentence) }
       memory.append(token)
       place = .answer
     case .answer where token == tools[.end]:
@@ -188,7 +189,7 @@ actor ToolTurn {
     emit(.command(command))
     wordless = entries == memory.entries.count ? wordless + 1 : 0
     entries = memory.entries.count
-    if wordless > Self.mostCommands * entries { return finishLost() }
+    if wordless > Self.mostCommands * entries { return finish(saying: Self.lost) }
     switch command.action {
     case .right: memory.move(command.pointer, 1)
     case .left: memory.move(command.pointer, -1)
@@ -198,14 +199,14 @@ actor ToolTurn {
       try await feed([token])
       emit(.observation(token: token, name: tools.name(token)))
       edges = token == tools[.edge] ? edges + 1 : 0
-      if edges == Self.mostEdges { finishLost() }
+      if edges == Self.mostEdges { finish(saying: Self.lost) }
     }
   }
 
   /// Run a function, and feed what comes of it.
   private func call(_ name: String, _ arguments: String) async throws {
     var outcome = ToolFunctions.error("no more than \(limits.calls) calls in a turn")
-    if calls < limits.calls, let sentence = functions.instead(message, name) {
+    if calls < limits.calls, let sentence = functions.instead(message, name, arguments) {
       outcome = .init(text: sentence, failed: true)
     } else if calls < limits.calls {
       calls += 1
@@ -236,9 +237,9 @@ actor ToolTurn {
   /// A character that has not been completed.
   private func emitRest() { emitText(decoder.finish()) }
 
-  private func finishLost() {
+  private func finish(saying sentence: String) {
     emitRest()
-    emit(.text(Self.lost))
+    emit(.text(sentence))
     finish(.stop)
   }
 

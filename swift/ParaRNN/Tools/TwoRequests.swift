@@ -2,7 +2,7 @@
 /// both: the rules of Python's `mlx_pararnn.pocket.two_requests`.
 enum TwoRequests {
   private static let sentence = "I do one thing at a time: please ask for one after the other."
-  private static let longest = 1000  // characters of a message that are looked at
+  static let longest = 1000  // characters of a message that are looked at
 
   /// What a message begins with that asks for something, and what a second request begins with.
   private static let first =

@@ -1,0 +1,65 @@
+"""Messages that a small model is known to misread, told by rules from what it makes of them.
+
+It copies what it calls a function with from the message: what does not stand there was not read right. And
+what looks much like one of its six tasks with numbers ("10 mod 3", "average of 3 and 5") it takes for one.
+"""
+
+import json
+import re
+from typing import Any
+
+from .number_words import NotUnderstood, formula
+from .standard import calculate
+from .two_requests import LONGEST
+from .two_requests import instead as instead_of_two
+
+NOT_SURE = "I did not understand that: please say it in other words."
+OTHER_SUMS = (
+    "I cannot do that with numbers. I add, subtract, multiply, divide, compare, sort and reverse them."
+)
+
+_SIGN = r" *(?:[+-]|plus|minus) *"
+_OTHER = re.compile(
+    r"\d\s*(?:[%^²³×·÷]|\*\*|//|[<>!=]=|=\s*-?\d)|√|^\W*\d+ (?:and|or) \d+\W*$"
+    rf"|(?<![\d./-])(?:0\d+{_SIGN}\d+|\d+{_SIGN}0\d+)(?![\d./-])"
+    r"|\b(?:mod|modulo|remainder|average|mean|median|gcd|lcm|hcf|xor|nand|squared?|cubed?|roots?|sqrt|power"
+    r"|percent|factorial|logarithm|log|prime|even|odd|binary|hex)\b"
+)
+_ASKED = re.compile(
+    r"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so)\b[\s,:]*)*"
+    r"(?:(?:what is|what's|whats|how much is|calculate|compute|work out|solve|evaluate|figure out|tell me)\b"
+    r"[\s:]*)?(.*?)[\s?.!=]*"
+)
+
+
+def instead(message: str, function: str, arguments: str) -> str | None:
+    """What to say instead of calling a function of `assistant.FUNCTIONS` for a message; None to call it.
+
+    Args:
+        message: what the user wrote.
+        function: its name.
+        arguments: JSON.
+    """
+    try:
+        given: Any = json.loads(arguments)
+    except (ValueError, RecursionError):
+        given = {}
+    texts = [text for text in given.values() if isinstance(text, str)] if isinstance(given, dict) else []
+    if not all(text in message for text in texts):
+        return instead_of_answer(message) or NOT_SURE
+    return instead_of_two(message, function)
+
+
+def instead_of_answer(message: str) -> str | None:
+    """What to say where a model answers with no function; None where nothing is known against that.
+
+    A sum that the calculator reads is calculated.
+    """
+    text = message[:LONGEST].lower()
+    if not re.search(r"\d", text) or not _OTHER.search(text):
+        return None
+    asked = _ASKED.fullmatch(" ".join(text.split()))
+    try:
+        return f"{asked[1]} is {calculate(formula(asked[1]))}." if asked else OTHER_SUMS
+    except (NotUnderstood, ValueError):
+        return OTHER_SUMS

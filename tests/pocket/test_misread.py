@@ -1,0 +1,75 @@
+"""What the bundled model is known to misread: it is calculated, or refused in a sentence, and never wrong."""
+
+import random
+from itertools import islice
+
+import pytest
+
+from examples.pocket import calls
+from examples.pocket.data import TASKS
+from mlx_pararnn.pocket.answers import answer, assistant_functions
+from mlx_pararnn.pocket.assistant import Assistant
+from mlx_pararnn.pocket.loop import Limits, run_turn
+from mlx_pararnn.pocket.misread import NOT_SURE, OTHER_SUMS, instead, instead_of_answer
+from mlx_pararnn.pocket.protocol import call_text
+from tests.support.scripted import Script, tools_protocol
+
+SUMS = [
+    ("10 mod 3", "10 mod 3 is 1."),
+    ("What is 12 % 5?", "12 % 5 is 2."),
+    ("hey, can you compute 2^10 =", "2^10 is 1024."),
+    ("12 squared plus 1", "12 squared plus 1 is 145."),
+    ("the remainder of 17 divided by 5", "the remainder of 17 divided by 5 is 2."),
+    ("7 × 8", "7 × 8 is 56."),
+    ("007 + 1", "007 + 1 is 8."),
+    *(
+        (text, OTHER_SUMS)
+        for text in ("average of 3 and 5", "gcd of 12 and 18", "12 xor 7", "5 and 7", "5 = 6")
+    ),
+    *((text, OTHER_SUMS) for text in ("3 >= 3", "12 == 12", "is 7 prime", "mean of 4 and 6")),
+]
+
+
+@pytest.mark.parametrize(("message", "said"), SUMS)
+def test_what_looks_like_a_task_with_numbers(message, said):
+    assert instead_of_answer(message) == said
+    protocol, script = tools_protocol(), Script("<|answer|>30<|end|>")
+    events = run_turn(
+        protocol, script, protocol.render_message(message), assistant_functions(Assistant()), Limits()
+    )
+    assert "".join(event.text for event in events if hasattr(event, "text")) == said
+
+
+def test_tasks_with_numbers_are_left_to_the_model():
+    rng = random.Random(0)
+    for task in TASKS.values():
+        for digits in (1, 2, 5, 30):
+            for _ in range(50):
+                message = task(rng, digits)[0]
+                assert instead_of_answer(message) is None, message
+    for message in ("what happened on 2026-03-05", "reverse 0123", "who are you", "what do you mean"):
+        assert instead_of_answer(message) is None
+
+
+def test_an_argument_that_does_not_stand_in_the_message():
+    assert instead("Set a timer", "set_timer", call_arguments(duration="ae}}{")) == NOT_SURE
+    assert instead("2^10", "calculate", call_arguments(expression="2(10")) == "2^10 is 1024."
+    assert instead("what", "calculate", "[" * 5000) is None  # what is no JSON is refused elsewhere
+    for split in ("train", "held"):
+        for example in islice(calls.examples(split, 3, declines=0), 300):
+            arguments = call_arguments(**example.arguments)
+            assert instead(example.message, example.function, arguments) is None, example.message
+
+
+def call_arguments(**arguments):
+    call = call_text("f", arguments)
+    return call[call.index("arguments") + len('arguments":') : -1]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    "message", ["sort banana, apple, cherry", "remainder of 17 divided by 5", "Set a timer"]
+)
+def test_the_bundled_model_ends_soon(message, bundled):
+    text = answer(*bundled, message, limits=Limits(steps=20_000))
+    assert text
