@@ -62,6 +62,13 @@ class State(StrEnum):
     io = "io"
 
 
+class Layout(StrEnum):
+    """What --layout takes."""
+
+    plain = "plain"
+    ane = "ane"
+
+
 class Precision(StrEnum):
     """What --precision and --recurrence take."""
 
@@ -151,6 +158,13 @@ def convert(
             "Default: graph."
         ),
     ] = None,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            help="Core ML: tensors as usual (plain), or as the Neural Engine has them (ane): 1x1 "
+            "convolutions, the state in and out in float16. Default: plain."
+        ),
+    ] = None,
     precision: Annotated[
         Precision | None, typer.Option(help="Core AI: what it computes in. Default: float32.")
     ] = None,
@@ -158,7 +172,7 @@ def convert(
         Precision | None,
         typer.Option(
             help="Packages: what the recurrence and its state are in. Default: float32; but for Core ML with "
-            "--state graph, which has float16 only."
+            "--state graph, which has float16 only, and with --layout ane."
         ),
     ] = None,
     chunk: Annotated[
@@ -212,7 +226,7 @@ def convert(
         [
             ((Target.mlx,), {"--dtype": dtype, "--q-group-size": q_group_size, "--q-mode": q_mode}),
             ((Target.mlx,), {"--model-file": model_file}),
-            ((Target.coreml,), {"--state": state, "--argmax": argmax}),
+            ((Target.coreml,), {"--state": state, "--layout": layout, "--argmax": argmax}),
             ((Target.coreai,), {"--precision": precision}),
             (packages, {"--chunk": chunk, "--iterations": iterations, "--recurrence": recurrence}),
             (packages, {"--palettize": palettize, "--initial-state": initial_state}),
@@ -230,7 +244,8 @@ def convert(
         usage_error("--q-bits, --q-group-size and --q-mode need --quantize")
     options.import_modules(modules)
     if to in packages:
-        of_target: dict[str, Any] = {"state": (state or State.graph).value, "argmax": argmax}
+        of_target: dict[str, Any] = {"state": state.value if state else None, "argmax": argmax}
+        of_target["layout"] = (layout or Layout.plain).value
         if to == Target.coreai:
             of_target = {"precision": (precision or Precision.float32).value}
         if recurrence:
@@ -381,6 +396,8 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
         f"{done.sample} likeliest tokens are the same" + "".join(f"; {phrase}" for phrase in done.exceptions)
     )
     kept = f"state {made['state']}" if to == Target.coreml else f"state {made['states'][0]['dtype']}"
+    is_ane = made.get("layout") == "ane"
+    kept += ", layout ane" if is_ane else ""
     if made["chunk"]:
         listed = " and ".join(f"{name} {count}" for name, count in made["chunks"].items())
         typer.echo(f"decode reads one token, {listed}, with {made['iterations']} Newton iterations; {kept}")
@@ -392,7 +409,8 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
             err=True,
         )
     if made["cell"] == "slstm" and made["states"][0]["dtype"] == "float16":
-        wide = "--state io" if to == Target.coreml and made["state"] == "graph" else "--recurrence float32"
+        in_graph = to == Target.coreml and (made["state"] == "graph" or is_ane)
+        wide = f"--state io{' --layout plain' * is_ane}" if in_graph else "--recurrence float32"
         typer.echo(
             f"warning: sLSTM's state grows with the text and loses digits in float16; {wide} keeps it in "
             "float32",

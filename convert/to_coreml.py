@@ -11,6 +11,7 @@ from mlx_pararnn.errors import PararnnError
 from .coreml.require_coremltools import require_coremltools
 from .exporting import Exported, Functions, Progress, check_options, description, export
 from .package.form import Form
+from .package.layouts import LAYOUTS
 from .readers.forms import COREML
 
 
@@ -18,8 +19,9 @@ def convert_to_coreml(
     source: str | Path,
     out: str | Path,
     *,
-    state: str = "graph",
+    state: str | None = None,
     recurrence: str | None = None,
+    layout: str = "plain",
     chunk: int | None = None,
     iterations: int | None = None,
     argmax: bool = False,
@@ -38,9 +40,11 @@ def convert_to_coreml(
     docs/coreml.md says what `out` then holds.
 
     Args:
-        state: "graph", Core ML's own states in float16; "io", inputs and outputs.
+        state: "graph", Core ML's own states in float16, the default; "io", inputs and outputs.
         recurrence: what the recurrence is computed in and its state is in; with "io" "float32", the default,
             or "float16"; with "graph" "float16" only.
+        layout: "plain", (1, T, D); "ane", (1, D, 1, T) with 1x1 convolutions in place of matrix products, the
+            state in and out in float16, and the recurrence in float16 by default.
         chunk: tokens that `prefill` reads at once, 2 to 128; 64 by default.
         iterations: of Newton's method in `prefill`; None measures how many this model needs.
         argmax: give the likeliest token instead of the logits.
@@ -53,11 +57,18 @@ def convert_to_coreml(
     Raises:
         PararnnError: anything wrong with the input, with `out` or with this machine; nothing is left.
     """
-    if state not in ("graph", "io"):
+    if layout not in LAYOUTS:
+        raise PararnnError(f"layout {layout!r}: choose {' or '.join(LAYOUTS)}")
+    if state not in (None, "graph", "io"):
         raise PararnnError(f"state {state!r}: choose graph or io")
     if recurrence not in (None, "float32", "float16"):
         raise PararnnError(f"recurrence {recurrence!r}: choose float32 or float16")
-    if state == "graph" and recurrence == "float32":
+    if layout == "ane":
+        if state == "graph":
+            raise PararnnError("--layout ane passes its state in and out: leave out --state graph")
+        state, recurrence = "io", recurrence or "float16"
+    in_graph = state != "io"
+    if in_graph and recurrence == "float32":
         raise PararnnError(
             "--recurrence float32: Core ML keeps its own states in float16; add --state io, which passes "
             "them in and out"
@@ -69,7 +80,7 @@ def convert_to_coreml(
         out,
         COREML,
         _write,
-        Form(state == "graph", argmax, recurrence=np.dtype(recurrence).type if recurrence else None),
+        Form(in_graph, argmax, recurrence=np.dtype(recurrence).type if recurrence else None, layout=layout),
         chunk=chunk,
         iterations=iterations,
         weights=weights,
@@ -81,7 +92,7 @@ def convert_to_coreml(
         force=force,
         allow_nonfinite=allow_nonfinite,
         progress=progress,
-        settings={},
+        settings={"layout": layout},
     )
 
 

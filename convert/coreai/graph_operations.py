@@ -77,12 +77,15 @@ class CoreAI(Operations):
         """See `Operations`."""
         return core.broadcasting_batch_matmul(x, matrix.transposed())
 
-    def convolve(self, x: Any, taps: Array, bias: Array) -> Any:
-        """See `Operations`; Core AI has no convolution of one dimension, so that its second is 1 long."""
+    def convolve(self, x: Any, kernels: Any, bias: Array | None, groups: int) -> Any:
+        """See `Operations`; by an array. Core AI has no convolution of one dimension: a second is 1 long."""
         one = np.array([1, 1], np.uint32)
-        groups = np.uint32(taps.shape[0])
-        y = core.conv2d(core.expand_dims(x, _int32(2)), taps[:, :, None], one, one, groups)
-        return self.add(core.shrink_dims(y, _int32(2)), bias[:, None])
+        flat = len(self.shape(x)) == 3
+        if flat:
+            x, kernels = core.expand_dims(x, _int32(2)), kernels[:, :, None]
+        y = core.conv2d(x, kernels, one, one, np.uint32(groups))
+        y = core.shrink_dims(y, _int32(2)) if flat else y
+        return y if bias is None else self.add(y, bias.reshape(-1, *[1] * (len(self.shape(y)) - 2)))
 
     def read_state(self, state: Any) -> Any:
         """See `Operations`."""
@@ -104,12 +107,12 @@ class CoreAI(Operations):
         """See `Operations`."""
         return parts[0] if len(parts) == 1 else core.concat(np.int32(axis), list(parts))
 
-    def split(self, x: Any, count: int) -> list[Any]:
+    def split(self, x: Any, count: int, axis: int) -> list[Any]:
         """See `Operations`."""
-        *shape, last = self.shape(x)
-        size = last // count
-        begins = ([0] * len(shape) + [i * size] for i in range(count))
-        return [self.slice(x, begin, [*shape, size]) for begin in begins]
+        size = list(self.shape(x))
+        size[axis] //= count
+        begins = [[i * size[axis] if a == axis else 0 for a in range(len(size))] for i in range(count)]
+        return [self.slice(x, begin, size) for begin in begins]
 
     def slice(self, x: Any, begin: Sequence[int], size: Sequence[int]) -> Any:
         """See `Operations`."""
@@ -121,17 +124,17 @@ class CoreAI(Operations):
         sides = [*sides, *[0] * (2 * len(self.shape(x)) - len(sides))]
         return core.pad(x, np.array(sides, np.uint32), self.dtype(x).type(number))
 
-    def mean(self, x: Any) -> Any:
+    def mean(self, x: Any, axis: int) -> Any:
         """See `Operations`."""
-        return core.reduce_mean(x, _int32(len(self.shape(x)) - 1))
+        return core.reduce_mean(x, _int32(axis))
 
-    def largest(self, x: Any) -> Any:
+    def largest(self, x: Any, axis: int) -> Any:
         """See `Operations`."""
-        return core.reduce_max(x, _int32(len(self.shape(x)) - 1))
+        return core.reduce_max(x, _int32(axis))
 
-    def length(self, x: Any) -> Any:
+    def length(self, x: Any, axis: int) -> Any:
         """See `Operations`."""
-        return core.sqrt(self.total(self.mul(x, x), len(self.shape(x)) - 1))
+        return core.sqrt(self.total(self.mul(x, x), axis))
 
     def total(self, x: Any, axis: int) -> Any:
         """See `Operations`."""

@@ -85,9 +85,10 @@ class MIL(Operations):
         """See `Operations`."""
         return mb.matmul(x=x, y=matrix, transpose_y=True)
 
-    def convolve(self, x: Any, taps: Array, bias: Array) -> Any:
+    def convolve(self, x: Any, kernels: Any, bias: Array | None, groups: int) -> Any:
         """See `Operations`."""
-        return mb.conv(x=x, weight=taps, bias=bias, groups=taps.shape[0], pad_type="valid")
+        added = {} if bias is None else {"bias": bias}
+        return mb.conv(x=x, weight=kernels, groups=groups, pad_type="valid", **added)
 
     def write_state(self, name: str, state: Any, x: Any) -> None:
         """See `Operations`."""
@@ -109,9 +110,9 @@ class MIL(Operations):
         """See `Operations`."""
         return mb.concat(values=parts, axis=axis)
 
-    def split(self, x: Any, count: int) -> list[Any]:
+    def split(self, x: Any, count: int, axis: int) -> list[Any]:
         """See `Operations`."""
-        return list(mb.split(x=x, num_splits=count, axis=-1))
+        return list(mb.split(x=x, num_splits=count, axis=axis))
 
     def slice(self, x: Any, begin: Sequence[int], size: Sequence[int]) -> Any:
         """See `Operations`."""
@@ -121,17 +122,17 @@ class MIL(Operations):
         """See `Operations`."""
         return mb.reduce_argmax(x=x, axis=-1, keep_dims=False)
 
-    def mean(self, x: Any) -> Any:
+    def mean(self, x: Any, axis: int) -> Any:
         """See `Operations`."""
-        return mb.reduce_mean(x=x, axes=[-1], keep_dims=True)
+        return mb.reduce_mean(x=x, axes=[axis], keep_dims=True)
 
-    def largest(self, x: Any) -> Any:
+    def largest(self, x: Any, axis: int) -> Any:
         """See `Operations`."""
-        return mb.reduce_max(x=x, axes=[-1], keep_dims=True)
+        return mb.reduce_max(x=x, axes=[axis], keep_dims=True)
 
-    def length(self, x: Any) -> Any:
+    def length(self, x: Any, axis: int) -> Any:
         """See `Operations`."""
-        return mb.reduce_l2_norm(x=x, axes=[-1], keep_dims=True)
+        return mb.reduce_l2_norm(x=x, axes=[axis], keep_dims=True)
 
     def total(self, x: Any, axis: int) -> Any:
         """See `Operations`."""

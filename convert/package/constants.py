@@ -91,6 +91,20 @@ def stored(matrix: Array, how: str, plain: Any = np.float16) -> Stored:
     return Plain(matrix.astype(plain))
 
 
+def kernels(matrices: Stored, begin: int = 0, end: int | None = None) -> Stored:
+    """Rows of matrices (..., E, D) as 1x1 convolutions hold them: (n, D, 1, 1), stored in the same way."""
+
+    def cut(array: Array) -> Array:
+        return array[..., begin:end, :].reshape(-1, array.shape[-1], 1, 1)
+
+    if isinstance(matrices, Plain):
+        return Plain(cut(matrices.numbers))
+    if isinstance(matrices, Linear):
+        return Linear(cut(matrices.integers), cut(matrices.scale), matrices.bits)
+    assert isinstance(matrices, Palette)
+    return Palette(cut(matrices.indices), matrices.table)
+
+
 def _linear(matrix: Array, block: int, bits: int) -> Linear:
     limit = 2 ** (bits - 1) - 1
     grouped = matrix.reshape(*matrix.shape[:-1], -1, block)

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_config import ModelArgs
 
-from ..readers.forms import COREAI, PACKAGE_FILE, PackageKind, read_json_object
+from ..readers.forms import COREAI, COREML, PACKAGE_FILE, PackageKind, read_json_object
 from .form import state_shapes
 
 MAX_CHUNK = 128  # a product of more Jacobians than that leaves float16's range too easily
@@ -57,6 +57,7 @@ def _wrong_field(settings: dict[str, Any], kind: PackageKind) -> str | None:
         "chunk": _is_chunk(chunk) if functions != ["decode"] else chunk is None,
         "chunks": isinstance(functions, list) and _has_chunks(prefills(settings), functions, chunk),
         "state": settings.get("state") in ("graph", "io"),
+        "layout": settings.get("layout", "plain") == "plain" or _is_ane(settings, kind),
         "output": settings.get("output") in ("logits", "token"),
         "weights": settings.get("weights") in (*_DTYPES, *PACKED),
         "parameters": type(parameters := settings.get("parameters")) is int and 0 < parameters < 1 << 48,
@@ -83,6 +84,11 @@ def _has_chunks(chunks: Any, functions: list[Any], chunk: Any) -> bool:
         and all(_is_chunk(count) for count in chunks.values())
         and list(chunks.values()) == sorted(set(chunks.values()), reverse=True)
     )
+
+
+def _is_ane(settings: dict[str, Any], kind: PackageKind) -> bool:
+    """Whether it is a description in the Neural Engine's layout."""
+    return kind == COREML and settings["layout"] == "ane" and settings.get("state") == "io"
 
 
 def _is_chunk(count: Any) -> bool:

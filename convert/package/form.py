@@ -21,12 +21,15 @@ class Form:
         activations: np.float16 or np.float32.
         recurrence: what the recurrence and its state are in; None is the widest that Core ML takes: its own
             states can be float16 only.
+        layout: where channels and time stand, by its name in `layouts.LAYOUTS`. In "ane" the state is of the
+            activations' type, whatever the recurrence is in.
     """
 
     graph_state: bool = True
     argmax: bool = False
     activations: Any = np.float16
     recurrence: Any = None
+    layout: str = "plain"
 
     @property
     def recurrence_dtype(self) -> Any:
@@ -46,4 +49,5 @@ def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:
 
 def state_dtypes(form: Form) -> dict[str, Any]:
     """Name -> NumPy type of the states."""
-    return {"cell_state": form.recurrence_dtype, "conv": form.activations}
+    cell_state = form.activations if form.layout == "ane" else form.recurrence_dtype
+    return {"cell_state": cell_state, "conv": form.activations}

@@ -61,8 +61,11 @@ class Operations:
         """(1, H, T, w) by matrices (H, e, w): (1, H, T, e)."""
         raise NotImplementedError
 
-    def convolve(self, x: Variable, taps: Array, bias: Array) -> Variable:
-        """(1, D, T + K - 1) by the taps (D, 1, K) of each channel: (1, D, T)."""
+    def convolve(self, x: Variable, kernels: Any, bias: Array | None, groups: int) -> Variable:
+        """(1, C, 1, T + K - 1) by `kernels` (E, C / groups, 1, K), an array or a `matrix`: (1, E, 1, T).
+
+        The axis of length 1 may be left out of both.
+        """
         raise NotImplementedError
 
     def read_state(self, state: Variable) -> Variable:
@@ -85,8 +88,8 @@ class Operations:
         """One after the other along an axis."""
         raise NotImplementedError
 
-    def split(self, x: Variable, count: int) -> list[Variable]:
-        """`count` equal parts of the last axis."""
+    def split(self, x: Variable, count: int, axis: int) -> list[Variable]:
+        """`count` equal parts of an axis."""
         raise NotImplementedError
 
     def slice(self, x: Variable, begin: Sequence[int], size: Sequence[int]) -> Variable:
@@ -101,16 +104,16 @@ class Operations:
         """The place of the largest number of the last axis, which goes."""
         raise NotImplementedError
 
-    def mean(self, x: Variable) -> Variable:
-        """Over the last axis, which stays with length 1."""
+    def mean(self, x: Variable, axis: int) -> Variable:
+        """Over an axis, which stays with length 1."""
         raise NotImplementedError
 
-    def largest(self, x: Variable) -> Variable:
-        """Over the last axis, which stays with length 1."""
+    def largest(self, x: Variable, axis: int) -> Variable:
+        """Over an axis, which stays with length 1."""
         raise NotImplementedError
 
-    def length(self, x: Variable) -> Variable:
-        """The root of the sum of squares over the last axis, which stays with length 1."""
+    def length(self, x: Variable, axis: int) -> Variable:
+        """The root of the sum of squares over an axis, which stays with length 1."""
         raise NotImplementedError
 
     def total(self, x: Variable, axis: int) -> Variable:

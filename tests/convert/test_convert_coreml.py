@@ -315,6 +315,8 @@ def test_sizes_and_values_that_core_ml_cannot_take(tmp_path, model, no_export):
     assert "Core ML keeps its own states in float16; add --state io" in no_export(
         model, "--recurrence", "float32"
     )
+    ane = no_export(model, "--layout", "ane", "--state", "graph")
+    assert ane == "--layout ane passes its state in and out: leave out --state graph"
     positions = write_pt(tmp_path / "positions.pt", babylm(positions=8))
     message = no_export(positions, "--tokenizer", "none", "--chunk", 16)
     assert "this model has 8 learned positions" in message
@@ -357,7 +359,14 @@ def test_options_that_do_not_go_together(model, no_export, options):
 
 @pytest.mark.parametrize(
     "options",
-    [["--state", "io"], ["--chunk", 8], ["--argmax"], ["--recurrence", "float16"], ["--palettize", 4]],
+    [
+        ["--state", "io"],
+        ["--layout", "ane"],
+        ["--chunk", 8],
+        ["--argmax"],
+        ["--recurrence", "float16"],
+        ["--palettize", 4],
+    ],
 )
 def test_core_ml_options_need_core_ml(model, tmp_path, options):
     result = convert(model, "-o", tmp_path / "out", *options)

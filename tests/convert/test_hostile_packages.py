@@ -78,6 +78,7 @@ WRONG = {
     "chunks": [None, [], {}, {"prefill": 3}, {"prefill": [2]}, {"prefill": 2, "x": 1}, {"x": 2}],
     "functions": [["decode"], ["prefill"], [], "decode", [["decode"]], {"decode": 1}],
     "state": ["", None, 1],
+    "layout": ["", None, 1, "ane"],  # the state of these is inside
     "states": [[], None, {}, [1], [{"name": "cell_state"}]],
     "output": ["text", None],
     "weights": ["float64", None, []],

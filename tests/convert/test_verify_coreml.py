@@ -121,7 +121,7 @@ ALL = list(compute_unit.UNITS)
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])
-@pytest.mark.parametrize("options", [[], ["--state", "io"], ["--argmax"]])
+@pytest.mark.parametrize("options", [[], ["--state", "io"], ["--layout", "ane"], ["--argmax"]])
 def test_verify_compares_every_processor_with_the_reference(packages, mac, options):
     out = packages(*options)
     mac(ALL)

@@ -24,12 +24,13 @@ RESERVED = {
 ARRAY_TYPES = FeatureTypes_pb2.ArrayFeatureType
 
 
-@pytest.fixture(scope="module", params=["gru-graph", "gru-io", "babylm-io", "slstm-graph"])
+@pytest.fixture(scope="module", params=["gru-graph", "gru-io", "babylm-io", "slstm-graph", "babylm-ane"])
 def small(request, exports):
     """One runner a kind and place of the state."""
     kind, state = request.param.split("-")
     chunk = 4 if kind == "slstm" else 8
-    return Runner(exports(exports.small(**KINDS[kind]), "--chunk", chunk, "--state", state))
+    place = ("--layout", state) if state == "ane" else ("--state", state)
+    return Runner(exports(exports.small(**KINDS[kind]), "--chunk", chunk, *place))
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])

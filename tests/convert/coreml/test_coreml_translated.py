@@ -4,6 +4,7 @@ It shows that the program is the model; what Core ML makes of it on a processor,
 """
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ FORMS = {
     "graph": (),
     "io": ("--state", "io"),
     "io float16": ("--state", "io", "--recurrence", "float16"),
+    "ane": ("--layout", "ane"),
 }
 
 
@@ -55,10 +57,11 @@ def check(folder, model, ids, tmp_path):
 
 
 @pytest.mark.large
+@pytest.mark.parametrize("form", ["graph", "ane"])
 @pytest.mark.parametrize(("source", "folder", "prefix"), GOLDEN, ids=lambda value: value.split("/")[-1])
-def test_golden_models(exports, tmp_path, source, folder, prefix):
+def test_golden_models(exports, tmp_path, source, folder, prefix, form):
     model = exports.source(source)
-    out = exports(model, "--chunk", 8, "--state", "graph")
+    out = exports(model, "--chunk", 8, *FORMS[form])
     ids = np.array(golden(folder)[f"{prefix}input_ids"])[0][:30]
     check(out, exports.model(model), ids, tmp_path)
 
@@ -72,11 +75,11 @@ def test_trained_model(exports, tmp_path, form):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("how", QUANTIZED)
-def test_quantized(exports, tmp_path, how):
+@pytest.mark.parametrize(("how", "form"), [*product(QUANTIZED, ("graph", "ane"))])
+def test_quantized(exports, tmp_path, how, form):
     """Against the logits of the weights as they are stored."""
     source = exports.small(hidden_size=32, num_heads=2, intermediate_size=64, tie_word_embeddings=True)
-    out = exports(source, "--chunk", 8, *QUANTIZED[how])
+    out = exports(source, "--chunk", 8, *QUANTIZED[how], *FORMS[form])
     reference = load_file(out / "reference.safetensors")
     with Translated(out / "model.mlpackage", tmp_path, exact=True) as translated:
         read, places = prefilled(runner(out, translated), reference["tokens"], 8)

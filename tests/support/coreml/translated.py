@@ -23,9 +23,6 @@ from tests.support.coreml.runner import Runner
 NAMES = {
     "real_div": "divide",
     "pow": "power",
-    "reduce_mean": "mean",
-    "reduce_max": "largest",
-    "reduce_l2_norm": "length",
 }
 
 
@@ -159,12 +156,15 @@ OPERATIONS = {
     "linear": lambda ops, a: ops.linear(a["x"], _matrix(ops, a, "weight"), a.get("bias")),
     "gather": lambda ops, a: ops.gather(_matrix(ops, a, "x"), a["indices"]),
     "matmul": lambda ops, a: ops.linear_by_head(a["x"], _matrix(ops, a, "y")),
-    "conv": lambda ops, a: ops.convolve(a["x"], a["weight"], a["bias"]),
+    "conv": lambda ops, a: ops.convolve(a["x"], a["weight"], a.get("bias"), int(a["groups"])),
     "reduce_sum": lambda ops, a: ops.total(a["x"], *_numbers(a, "axes")),
+    "reduce_mean": lambda ops, a: ops.mean(a["x"], *_numbers(a, "axes")),
+    "reduce_max": lambda ops, a: ops.largest(a["x"], *_numbers(a, "axes")),
+    "reduce_l2_norm": lambda ops, a: ops.length(a["x"], *_numbers(a, "axes")),
     "reshape": lambda ops, a: ops.reshape(a["x"], _numbers(a, "shape")),
     "transpose": lambda ops, a: ops.transpose(a["x"], _numbers(a, "perm")),
     "concat": _concat,
-    "split": lambda ops, a: ops.split(a["x"], int(a["num_splits"])),
+    "split": lambda ops, a: ops.split(a["x"], int(a["num_splits"]), int(a["axis"])),
     "slice_by_size": lambda ops, a: ops.slice(a["x"], _numbers(a, "begin"), _numbers(a, "size")),
     "pad": lambda ops, a: ops.pad(a["x"], _numbers(a, "pad"), a["constant_val"]),
     "gelu": lambda ops, a: ops.gelu(a["x"], exact=str(a["mode"]) == "EXACT"),
