@@ -32,12 +32,20 @@ public struct PackageSettings: Sendable, Equatable {
     case token
   }
 
+  public enum Layout: String, Sendable {
+    case plain
+    /// The Neural Engine's (`--layout ane`): inputs and outputs are as with `--state io`.
+    case ane
+  }
+
   public let vocabularySize: Int
   /// How many tokens `prefill` reads at once; nil for a package that has `decode` only.
   public let chunk: Int?
   /// True if the memory lives in Core ML states (`--state graph`), false if it is passed in and out.
   public let keepsStateInGraph: Bool
   public let states: [State]
+  /// How the tensors inside the program are laid out.
+  public let layout: Layout
   public let output: Output
   /// Tokens that end a text.
   public let endTokens: [Int]
@@ -73,6 +81,10 @@ public struct PackageSettings: Sendable, Equatable {
       raw.format == "pararnn-coreml" && raw.format_version == 1,
       "its format is \(raw.format) \(raw.format_version), this library reads pararnn-coreml 1")
     try require(["graph", "io"].contains(raw.state), "its state is \(raw.state)")
+    let named = raw.layout ?? Layout.plain.rawValue
+    guard let layout = Layout(rawValue: named), layout == .plain || raw.state == "io" else {
+      throw ParaRNNError.unreadableSettings(reason: "its layout is \(named), its state \(raw.state)")
+    }
     try require(raw.functions.contains("decode"), "it has no function decode")
     try require(
       raw.functions.contains("prefill") == (raw.chunk != nil) && raw.chunk ?? 1 > 0,
@@ -86,6 +98,7 @@ public struct PackageSettings: Sendable, Equatable {
     chunk = raw.chunk
     keepsStateInGraph = raw.state == "graph"
     states = raw.states
+    self.layout = layout
     output = raw.output
     endTokens = raw.eos_token_id
     chatFormat = raw.chat_format?.format
@@ -103,6 +116,7 @@ public struct PackageSettings: Sendable, Equatable {
     let chunk: Int?
     let state: String
     let states: [State]
+    let layout: String?
     let output: Output
     let weights: String
     let eos_token_id: [Int]

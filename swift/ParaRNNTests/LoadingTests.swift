@@ -74,6 +74,8 @@ import Testing
       "functions": ["decode"], "chunk": NSNull(), "max_position_embeddings": NSNull(), "output": "token",
       "eos_token_id": [Int](), "state": "graph",
     ])
+    #expect(settings.layout == .plain)
+    #expect(try self.settings(["layout": "ane"]).layout == .ane)
     #expect(small.chunk == nil && small.positions == nil && small.output == .token && small.keepsStateInGraph)
   }
 
@@ -81,6 +83,7 @@ import Testing
     let changes: [JSON] = [
       ["format": "other"], ["format_version": 2], ["state": "disk"], ["functions": ["prefill"]],
       ["chunk": NSNull()],
+      ["layout": "other"], ["layout": "ane", "state": "graph"],
       ["functions": ["decode"]], ["chunk": 0], ["vocab_size": 0], ["vocab_size": "many"],
       ["states": [JSON]()],
       ["max_position_embeddings": 0], ["output": "text"],

@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import mlx.core as mx
 from coremltools.proto import MIL_pb2
 from typer.testing import CliRunner
 
+from benchmarks import core_ml_operations
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.package.layouts import HEAD_ROWS
 from tests.support.coreml.exports import (
@@ -93,9 +95,9 @@ def test_matrices_of_few_bits(exports, how, tied):
     same_numbers(ours, theirs, some_ids(50, 10))
     packed = [op for op in Runner(ours).package.op_types("decode") if op.startswith("constexpr")]
     assert packed == ["constexpr_lut_to_dense" if how == "palette4" else "constexpr_blockwise_shift_scale"]
-    # what is the same weights is told by the same digest
-    digests = [Runner(out).info["weights_digest"] for out in (ours, theirs)]
-    assert digests[0] == digests[1]
+    # a saved chat goes on in the other: by these Swift knows one that does
+    told = [[Runner(out).info[key] for key in ("cell", "states", "weights_digest")] for out in (ours, theirs)]
+    assert told[0] == told[1]
 
 
 @pytest.mark.large
@@ -183,3 +185,21 @@ def test_inspect_and_the_export_name_the_layout(exports):
     shown = CliRunner().invoke(app, ["inspect", str(out)])
     assert ["layout", "ane"] in [line.split() for line in shown.stdout.splitlines()]
     assert json.loads((out / "pararnn.json").read_text())["layout"] == "ane"
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "coreml.md"
+
+
+@pytest.mark.large
+def test_the_pages_table_is_what_is_counted():
+    table = core_ml_operations.placement()
+    assert "\n".join(table) in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("cell", ["gru", "lstm", "nlru", "slstm"])
+def test_all_but_the_look_up_is_of_listed_kinds(cell):
+    counts = core_ml_operations.counted(cell, core_ml_operations.FORMS["layout ane"], 1)
+    assert counts["listed"] > 1000
+    others = [counts[place] for place in core_ml_operations.PLACES if place != "listed"]
+    assert others == [0, 0, 0, 2]  # the token's shape, and the look-up
