@@ -79,7 +79,12 @@ QUANTIZED = {
 
 
 def small_model(
-    folder: Path, seed: int = 0, embedding_scale: float = 1, recurrent_scale: float = 2, **fields
+    folder: Path,
+    seed: int = 0,
+    embedding_scale: float = 1,
+    recurrent_scale: float = 2,
+    gate_bias: float = 0,
+    **fields,
 ) -> Path:
     """An MLX model folder of random weights; the recurrent ones are large, so that the state counts."""
     args = {"model_type": "pararnn", "cell": "gru", **SMALL, **fields}
@@ -89,6 +94,8 @@ def small_model(
     def adjusted(path, p):
         if path.endswith("recurrent_weight"):
             return recurrent_scale * p
+        if path.endswith("cell.bias") and gate_bias:
+            return gate_bias * mx.random.normal(p.shape)
         if "embed_tokens" in path:
             return embedding_scale * p
         return p + mx.random.normal(p.shape) / 4 if p.ndim == 1 else p
