@@ -89,7 +89,7 @@ def process_as_it_was():
 
 
 def _process():
-    loggers = [logging.root, *(logging.getLogger(name) for name in ("mlx_pararnn", "transformers"))]
+    loggers = [logging.root, logging.getLogger("mlx_pararnn")]
     levels = {f"logger {log.name}": (log.level, log.disabled, log.propagate) for log in loggers}
     variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     return {**levels, "logging.disable": logging.root.manager.disable, "folder": os.getcwd(), **variables}
