@@ -1,7 +1,7 @@
 // swift-tools-version: 6.0
 import PackageDescription
 
-// Linux has no Core ML: with this variable set, the Core ML half is compiled against stand-ins and tested.
+// Linux has neither Core ML nor Core AI: with this variable set, what uses them is compiled against stand-ins and tested.
 let usesStub = Context.environment["PARARNN_COREML_STUB"] != nil
 
 let package = Package(
@@ -14,7 +14,7 @@ let package = Package(
   ],
   targets: [
     .target(
-      name: "ParaRNN", dependencies: usesStub ? ["CoreML"] : [], path: "swift/ParaRNN",
+      name: "ParaRNN", dependencies: usesStub ? ["CoreML", "CoreAI"] : [], path: "swift/ParaRNN",
       resources: [.copy("PrivacyInfo.xcprivacy")]),
     .target(
       name: "ParaRNNFoundationModels", dependencies: ["ParaRNN"] + (usesStub ? ["FoundationModels"] : []),
@@ -28,6 +28,7 @@ let package = Package(
     + (usesStub
       ? [
         .target(name: "CoreML", path: "swift/CoreMLStub"),
+        .target(name: "CoreAI", path: "swift/CoreAIStub"),
         .target(name: "FoundationModels", path: "swift/FoundationModelsStub"),
       ] : [])
 )

@@ -3,7 +3,7 @@
 
   /// Finds a model on disk, compiles it where needed and keeps what was compiled.
   struct CompiledModel {
-    /// The .mlmodelc that is to be loaded.
+    /// The .mlmodelc that is to be loaded, or a package of Core AI's, which keeps itself what it makes of one.
     let url: URL
     /// The .mlpackage it was made from; nil if the model came compiled.
     private let source: URL?
@@ -11,12 +11,14 @@
     /// The folder whose tokenizer belongs to the model at `url`.
     static func folder(of url: URL) -> URL { url.deletingLastPathComponent() }
 
-    /// The .mlpackage or .mlmodelc that `url` is, or that stands in the folder `url`.
+    /// The model that `url` is, or that stands in the folder `url`.
     static func find(_ url: URL) throws -> URL {
       let url = url.standardizedFileURL
       let candidates =
-        ["mlpackage", "mlmodelc"].contains(url.pathExtension)
-        ? [url] : ["model.mlmodelc", "model.mlpackage"].map { url.appendingPathComponent($0) }
+        ["mlpackage", "mlmodelc"].contains(url.pathExtension) || CoreAIPackage.isOne(url)
+        ? [url]
+        : ["model.mlmodelc", "model.aimodelc", "model.aimodel", "model.mlpackage"]
+          .map { url.appendingPathComponent($0) }
       guard let found = candidates.first(where: { FileManager.default.fileExists(atPath: $0.path) }) else {
         throw ParaRNNError.notFound(candidates.last!)
       }

@@ -1,13 +1,19 @@
 #if canImport(CoreML)
   import CoreML
 
+  /// A function of a package.
+  enum ModelFunction {
+    case coreML(MLModel)
+    case coreAI(any AwaitedFunction)
+  }
+
   /// What loading a model is at.
   public enum LoadingStage: Sendable, Equatable {
     /// The package's files are read, to find what was compiled of them.
     case checking
     /// Core ML compiles the package, which it does once.
     case compiling
-    /// Core ML loads the model for these processors.
+    /// Core ML, or Core AI, loads the model for these processors.
     case loading(MLComputeUnits)
     /// Text can be generated; what reads prompts in chunks may follow.
     case loaded
@@ -17,7 +23,7 @@
   struct ModelLoader: @unchecked Sendable {  // its configuration is a copy, which nothing changes
     /// A function that was loaded, for one owner.
     struct Loaded: @unchecked Sendable {
-      let model: MLModel
+      let function: ModelFunction
       let units: MLComputeUnits
     }
 
@@ -66,7 +72,7 @@
       throw first!
     }
 
-    /// Load a function, or the model's only one, and give up after the timeout; Core ML goes on in the background then,
+    /// Load a function, or the model's only one, and give up after the timeout; the system goes on in the background then,
     /// since it cannot be stopped.
     func load(_ url: URL, _ function: String?, _ units: MLComputeUnits? = nil) async throws -> Loaded {
       let (results, found) = AsyncStream.makeStream(of: Result<Loaded, any Error>.self)
@@ -88,11 +94,17 @@
 
     private func loadWaiting(_ url: URL, _ function: String?, _ units: MLComputeUnits?) async throws -> Loaded
     {
+      if CoreAIPackage.isOne(url) {
+        let used = units ?? configuration.computeUnits
+        return Loaded(
+          function: .coreAI(try await CoreAIPackage.load(url, function ?? "decode", used)), units: used)
+      }
       let configuration = configuration.copy() as! MLModelConfiguration
       configuration.computeUnits = units ?? configuration.computeUnits
       configuration.functionName = function
       let used = configuration.computeUnits
-      return Loaded(model: try await MLModel.load(contentsOf: url, configuration: configuration), units: used)
+      return Loaded(
+        function: .coreML(try await MLModel.load(contentsOf: url, configuration: configuration)), units: used)
     }
   }
 #endif

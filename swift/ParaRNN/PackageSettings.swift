@@ -41,7 +41,8 @@ public struct PackageSettings: Sendable, Equatable {
   public let vocabularySize: Int
   /// How many tokens `prefill` reads at once; nil for a package that has `decode` only.
   public let chunk: Int?
-  /// True if the memory lives in Core ML states (`--state graph`), false if it is passed in and out.
+  /// True if the memory lives in Core ML states (`--state graph`), false if it is passed in and out, as always with
+  /// Core AI.
   public let keepsStateInGraph: Bool
   public let states: [State]
   /// How the tensors inside the program are laid out.
@@ -78,13 +79,16 @@ public struct PackageSettings: Sendable, Equatable {
       if !holds { throw ParaRNNError.unreadableSettings(reason: what) }
     }
     try require(
-      raw.format == "pararnn-coreml" && raw.format_version == 1,
-      "its format is \(raw.format) \(raw.format_version), this library reads pararnn-coreml 1")
+      ["pararnn-coreml", "pararnn-coreai"].contains(raw.format) && raw.format_version == 1,
+      "its format is \(raw.format) \(raw.format_version), this library reads pararnn-coreml 1 and pararnn-coreai 1"
+    )
+    let isCoreML = raw.format == "pararnn-coreml"
     try require(["graph", "io"].contains(raw.state), "its state is \(raw.state)")
     let named = raw.layout ?? Layout.plain.rawValue
     guard let layout = Layout(rawValue: named), layout == .plain || raw.state == "io" else {
       throw ParaRNNError.unreadableSettings(reason: "its layout is \(named), its state \(raw.state)")
     }
+    try require(isCoreML || raw.output == .logits && raw.states.count <= 2, "Core AI packages give logits")
     try require(raw.functions.contains("decode"), "it has no function decode")
     try require(
       raw.functions.contains("prefill") == (raw.chunk != nil) && raw.chunk ?? 1 > 0,
@@ -96,7 +100,7 @@ public struct PackageSettings: Sendable, Equatable {
     try require(!raw.states.isEmpty && raw.states.allSatisfy(\.hasSize), "its states have no possible shape")
     vocabularySize = raw.vocab_size
     chunk = raw.chunk
-    keepsStateInGraph = raw.state == "graph"
+    keepsStateInGraph = isCoreML && raw.state == "graph"
     states = raw.states
     self.layout = layout
     output = raw.output

@@ -4,7 +4,7 @@ import Foundation
 public enum ParaRNNError: Error, Sendable, Equatable {
   /// Nothing stands at this place.
   case notFound(URL)
-  /// A Core ML model, but not one that mlx-pararnn wrote.
+  /// A model, but not one that mlx-pararnn wrote.
   case notAParaRNNPackage(URL)
   /// A package whose description this version of the library cannot read.
   case unreadableSettings(reason: String)
@@ -12,7 +12,7 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case needsNewerSystem(URL, required: String)
   /// A file of a ``ModelDownload`` cannot be had, or is not what it should be.
   case downloadFailed(URL, reason: String)
-  /// Core ML refused to compile or load the model.
+  /// Core ML or Core AI refused to compile or load the model.
   case cannotLoad(URL, reason: String)
   /// No tokenizer stands beside the package and none was given.
   case missingTokenizer(URL)
@@ -38,7 +38,7 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case unknownToken(Int, vocabularySize: Int)
   /// The model's learned positions are used up.
   case noRoom(taken: Int, positions: Int)
-  /// Core ML failed at a prediction, or gave something else than the package promises.
+  /// A prediction failed, or gave something else than the package promises.
   case predictionFailed(reason: String)
   /// The model has a chat template that the library has no ``ChatFormat`` for.
   case unknownChatTemplate
@@ -61,9 +61,9 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
   public var description: String {
     switch self {
     case .notFound(let url):
-      "\(url.path) does not exist; give a .mlpackage or .mlmodelc."
+      "\(url.path) does not exist; give a .mlpackage, .mlmodelc, .aimodel or .aimodelc."
     case .notAParaRNNPackage(let url):
-      "\(url.path) is not a model that `mlx-pararnn convert --to coreml` wrote: its metadata lacks `pararnn`."
+      "\(url.path) is not a model that `mlx-pararnn convert` wrote: its metadata lacks `pararnn`."
     case .unreadableSettings(let reason):
       "The package's description cannot be read: \(reason). Export it with a matching version of mlx-pararnn."
     case .needsNewerSystem(let url, let required):
@@ -71,7 +71,7 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
     case .downloadFailed(let url, let reason):
       "\(url.absoluteString) cannot be downloaded: \(reason). What has been received is kept for the next attempt."
     case .cannotLoad(let url, let reason):
-      "Core ML cannot load \(url.path): \(reason)"
+      "\(url.path) cannot be loaded: \(reason)"
     case .missingTokenizer(let folder):
       "There is no tokenizer.json in \(folder.path); put it beside the model, or pass `tokenizer:`."
     case .unreadableTokenizer(let name, let reason):
@@ -97,7 +97,7 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
     case .noRoom(let taken, let positions):
       "The text takes \(taken) of the model's \(positions) learned positions; shorten it or start a new chat."
     case .predictionFailed(let reason):
-      "Core ML failed at a prediction: \(reason)"
+      "A prediction failed: \(reason)"
     case .unknownChatTemplate:
       "The model's chat template is none that this library knows; pass `format:` to chat(system:format:)."
     case .wrongMessages(let reason):

@@ -1,10 +1,10 @@
 #if canImport(CoreML)
   import CoreML
 
-  /// A ParaRNN language model in a Core ML package, ready to generate text.
+  /// A ParaRNN language model in a package of Core ML's or Core AI's, ready to generate text.
   ///
-  /// The actor makes one prediction at a time; any number of streams and chats can share it, each with a memory
-  /// of its own.
+  /// Any number of streams and chats can share it, each with a memory of its own. Core ML makes one prediction at a time,
+  /// Core AI as many as are asked for.
   ///
   /// ```swift
   /// let model = try await ParaRNNModel(contentsOf: url)
@@ -22,13 +22,14 @@
     nonisolated let tools: ToolProtocol?
     /// True if the model was trained to call functions: its chats do, and take ``ToolFunctions``.
     public nonisolated var usesTools: Bool { tools != nil }
-    /// Where Core ML runs the model: what was asked for, or what took the model where that did not.
+    /// Where the model runs: what was asked for, or what took the model where that did not. Core AI takes it for what is
+    /// preferred: `.cpuAndGPU` the GPU, `.cpuAndNeuralEngine` the Neural Engine, `.all` whatever is fastest.
     public nonisolated let computeUnits: MLComputeUnits
     /// Tells this model from others.
     nonisolated let fingerprint: String
-    private let decode: MLModel
+    private let decode: ModelFunction
     /// nil while it is not loaded: prompts are read token by token then.
-    private var prefill: MLModel?
+    private var prefill: ModelFunction?
     private var loadingPrefill: Task<Void, Never>?
     /// nil without such a function, and once it is known that it cannot be loaded.
     private var loadPrefill: (@Sendable () async -> ModelLoader.Loaded?)?
@@ -42,15 +43,16 @@
 
     /// Load a model; an .mlpackage is compiled at its first use, and the result is kept.
     ///
-    /// Where Core ML cannot load it for `computeUnits`, it is loaded for the GPU and the CPU, and then for the CPU;
+    /// Where it cannot be loaded for `computeUnits`, it is loaded for the GPU and the CPU, and then for the CPU;
     /// ``computeUnits`` says which. The function that reads prompts in chunks is loaded in the background: prompts are
     /// read token by token until it is there, and when it cannot be loaded. It is given up when the system is short of
     /// memory, and loaded again for the next prompt that is long enough.
     ///
     /// - Parameters:
-    ///   - url: the .mlpackage or .mlmodelc, or the folder that `mlx-pararnn convert --to coreml` wrote.
+    ///   - url: the .mlpackage or .mlmodelc, or the folder that `mlx-pararnn convert --to coreml` wrote; from macOS 27, iOS
+    ///     27 and visionOS 27 on also the .aimodel or .aimodelc, or the folder that `--to coreai` wrote.
     ///   - tokenizer: nil to read tokenizer.json beside the model.
-    ///   - computeUnits: where Core ML may run the model.
+    ///   - computeUnits: where the model may run.
     ///   - timeout: how long each attempt to load it may take.
     ///   - progress: is told of each stage as it begins.
     /// - Throws: ``ParaRNNError``
@@ -92,10 +94,11 @@
       let url = try CompiledModel.find(url)
       loader.progress?(.checking)
       let compiled = try await CompiledModel(url, cache: cache) { loader.progress?(.compiling) }
+      let told = CoreAIPackage.isOne(url) ? try CoreAIPackage.settings(of: url) : nil
       let loaded = try await Self.load(url, compiled, loader)
-      decode = loaded.model
+      decode = loaded.function
       computeUnits = loaded.units
-      guard let text = Self.text(of: loaded.model) else { throw ParaRNNError.notAParaRNNPackage(url) }
+      guard let text = told ?? Self.text(of: decode) else { throw ParaRNNError.notAParaRNNPackage(url) }
       let settings = try PackageSettings(json: text)
       self.settings = settings
       fingerprint = CompiledModel.fingerprint(of: compiled.url, settings: text)
@@ -120,7 +123,7 @@
     }
 
     private func take(_ loaded: ModelLoader.Loaded?) {
-      prefill = loaded?.model
+      prefill = loaded?.function
       loadingPrefill = nil
       prefillWorks = prefillWorks || loaded != nil
       // One that was there is asked for again when there is more memory.
@@ -136,7 +139,9 @@
         throw error
       } catch {
         // Core ML does not say that a model lacks the function; a model of another kind loads without its name.
-        if let other = try? await loader.load(compiled.url, nil), text(of: other.model) == nil {
+        if !CoreAIPackage.isOne(url), let other = try? await loader.load(compiled.url, nil),
+          text(of: other.function) == nil
+        {
           throw ParaRNNError.notAParaRNNPackage(url)
         }
         throw ParaRNNError.cannotLoad(url, reason: error.localizedDescription)
@@ -156,13 +161,14 @@
       await prefillLoaded()
       for count in [1, prefill == nil ? nil : settings.chunk].compactMap({ $0 })
       where count <= settings.positions ?? .max {
-        _ = try? predict([Int](repeating: 0, count: count)[...], at: 0, emptyMemory().state)
+        _ = try? await predict([Int](repeating: 0, count: count)[...], at: 0, emptyMemory().state)
       }
     }
 
-    /// The JSON text in a model's metadata.
-    private static func text(of model: MLModel) -> String? {
-      (model.modelDescription.metadata[.creatorDefinedKey] as? [String: String])?["pararnn"]
+    /// The JSON text in a Core ML model's metadata.
+    private static func text(of function: ModelFunction) -> String? {
+      guard case .coreML(let model) = function else { return nil }
+      return (model.modelDescription.metadata[.creatorDefinedKey] as? [String: String])?["pararnn"]
     }
 
     private static func tokenizer(in folder: URL) throws -> any ParaRNNTokenizer {
@@ -282,9 +288,13 @@
     }
 
     func emptyMemory() -> Memory {
-      Memory(
-        state: settings.keepsStateInGraph
-          ? .graph(decode.makeState()) : .tensors(settings.states.map(StateTensor.init(zeros:))))
+      Memory(state: emptyGraph().map(State.graph) ?? .tensors(settings.states.map(StateTensor.init(zeros:))))
+    }
+
+    /// nil for a model whose memory is handed in and out.
+    private func emptyGraph() -> MLState? {
+      guard settings.keepsStateInGraph, case .coreML(let model) = decode else { return nil }
+      return model.makeState()
     }
 
     func snapshot(_ memory: Memory) throws -> Snapshot {
@@ -306,8 +316,7 @@
     }
 
     private func restore(_ tensors: [StateTensor]) throws -> State {
-      guard settings.keepsStateInGraph else { return .tensors(tensors) }
-      let state = decode.makeState()
+      guard let state = emptyGraph() else { return .tensors(tensors) }
       for tensor in tensors {
         try state.withMultiArray(for: tensor.form.name) { try $0.write(tensor.bytes) }
       }
@@ -331,17 +340,30 @@
     }
 
     /// Read a chunk of `tokens`, which follow `position` others, or only the first where there are fewer.
-    func predict(_ tokens: ArraySlice<Int>, at position: Int, _ state: State) throws -> Prediction {
+    func predict(_ tokens: ArraySlice<Int>, at position: Int, _ state: State) async throws -> Prediction {
       do {
-        var (model, count) = (decode, 1)
+        var (function, count) = (decode, 1)
         if let chunk = settings.chunk, tokens.count >= chunk {
-          if let prefill { (model, count) = (prefill, chunk) } else { beginLoadingPrefill() }
+          if let prefill { (function, count) = (prefill, chunk) } else { beginLoadingPrefill() }
         }
         let read = Array(tokens.prefix(count))
-        let (output, state) = try run(model, read, position, state)
+        let (output, state) = try await run(function, read, position, state)
         return Prediction(count: read.count, output: output, state: state)
       } catch {
         throw error as? ParaRNNError ?? .predictionFailed(reason: error.localizedDescription)
+      }
+    }
+
+    private func run(
+      _ function: ModelFunction, _ tokens: [Int], _ position: Int, _ state: State
+    ) async throws -> (Output, State) {
+      switch (function, state) {
+      case (.coreML(let model), _): return try run(model, tokens, position, state)
+      case (.coreAI(let function), .tensors(let tensors)):
+        let (logits, next) = try await function.predict(
+          tokens, at: settings.positions == nil ? nil : position, tensors)
+        return (try output(logits), .tensors(next))
+      case (.coreAI, .graph): throw ParaRNNError.predictionFailed(reason: "its memory is Core ML's")
       }
     }
 
@@ -376,17 +398,20 @@
       }
     }
 
+    private func output(_ logits: [Float]) throws -> Output {
+      guard logits.count == settings.vocabularySize else {
+        throw ParaRNNError.predictionFailed(reason: "it gave \(logits.count) logits")
+      }
+      guard logits.areFinite else {
+        throw ParaRNNError.predictionFailed(reason: "its logits are not all finite numbers")
+      }
+      return .logits(logits)
+    }
+
     private func output(of outputs: any MLFeatureProvider) throws -> Output {
       switch settings.output {
       case .logits:
-        let logits = try array("logits", in: outputs).floats()
-        guard logits.count == settings.vocabularySize else {
-          throw ParaRNNError.predictionFailed(reason: "it gave \(logits.count) logits")
-        }
-        guard logits.areFinite else {
-          throw ParaRNNError.predictionFailed(reason: "its logits are not all finite numbers")
-        }
-        return .logits(logits)
+        return try output(try array("logits", in: outputs).floats())
       case .token:
         let tokens = try array("token", in: outputs)
         guard tokens.count == 1, (0..<settings.vocabularySize).contains(tokens[0].intValue) else {

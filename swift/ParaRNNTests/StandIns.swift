@@ -137,8 +137,7 @@
         })
     }
 
-    private func run(_ tokens: [Int], _ inputs: any MLFeatureProvider, _ state: MLMultiArray) throws
-      -> [String: Any]
+    func run(_ tokens: [Int], _ inputs: any MLFeatureProvider, _ state: MLMultiArray) throws -> [String: Any]
     {
       func at(_ row: Int, _ i: Int) -> [NSNumber] { [0, NSNumber(value: row), NSNumber(value: i)] }
       var hash = (0..<4).reduce(UInt32(0)) { $0 | UInt32(state[at(0, $1)].intValue) << (8 * $1) }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # test.sh TOOLCHAIN [WORK] : builds and tests the Swift package with what install-swift.sh put into TOOLCHAIN.
-# Twice: the parts without Core ML alone, and everything against the stand-in for Core ML (CoreMLStub); warnings
+# Twice: the parts without Core ML alone, and everything against the stand-ins for Apple's frameworks; warnings
 # are errors. Builds go to WORK, a temporary folder if not given. Needs root.
 set -euo pipefail
 toolchain=${1:?usage: test.sh TOOLCHAIN [WORK]}

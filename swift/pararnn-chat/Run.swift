@@ -12,7 +12,7 @@
       contentsOf: URL(fileURLWithPath: arguments.model), computeUnits: units[arguments.units]!)
     if model.computeUnits != units[arguments.units]! {
       let used = units.first { $0.value == model.computeUnits }?.key ?? "cpu"
-      say("Core ML cannot load the model for --units \(arguments.units): it runs on \(used).")
+      say("The model cannot be loaded for --units \(arguments.units): it runs on \(used).")
     }
     if model.usesTools { return try await runWithTools(model, arguments) }
     if let prompt = arguments.prompt {

@@ -1,4 +1,4 @@
-// pararnn-chat MODEL: chat with a Core ML package in the terminal, or continue one text and measure the speed.
+// pararnn-chat MODEL: chat with a package in the terminal, or continue one text and measure the speed.
 
 import Foundation
 import ParaRNN
@@ -6,14 +6,15 @@ import ParaRNN
 let usage = """
   usage: pararnn-chat MODEL [options]
 
-  MODEL is a .mlpackage, a .mlmodelc, or the folder that `mlx-pararnn convert --to coreml` wrote.
+  MODEL is a .mlpackage, .mlmodelc or .aimodel, or the folder that `mlx-pararnn convert --to coreml` or `--to coreai`
+  wrote.
 
     -p, --prompt TEXT          continue TEXT and stop; without it, a chat
     -m, --max-tokens N         at most so many tokens an answer (256)
     --temp T --top-k N --top-p P --min-p P --repetition-penalty R --seed N
     --system TEXT              what stands before the first turn
     --show-tools               show everything that a model with tools thinks, reads and calls
-    --units all|cpu|gpu|ne     where Core ML may run the model (gpu); gpu and ne each with the CPU
+    --units all|cpu|gpu|ne     where the model may run (gpu); gpu and ne each with the CPU
     -h, --help
 
   In a chat: /undo, /save FILE, /load FILE, /stats, /quit; Ctrl-C stops an answer.

@@ -6,7 +6,7 @@
 
   /// What the window shows of a conversation and its branches, and what its buttons do.
   @MainActor @Observable final class Conversation {
-    /// Where Core ML may run a model, as the window offers it.
+    /// Where a model may run, as the window offers it.
     enum Units: String, CaseIterable, Identifiable {
       case gpu = "GPU and CPU"
       case all = "All"
@@ -85,7 +85,7 @@
       switch stage {
       case .checking: status = "Loading \(name) …"
       case .compiling: status = "Core ML compiles \(name), which it does once …"
-      case .loading: status = "Core ML loads \(name) …"
+      case .loading: status = "Loading \(name) for this device …"
       case .loaded: break
       }
     }
