@@ -109,7 +109,7 @@
     }
 
     /// The build of the system: a compiled model belongs to it.
-    private static let system: String = {
+    static let system: String = {
       var hash = Fingerprint()
       hash.add(ProcessInfo.processInfo.operatingSystemVersionString)
       return hash.hexadecimal

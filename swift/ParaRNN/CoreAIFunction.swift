@@ -9,6 +9,9 @@
     func predict(
       _ tokens: [Int], at position: Int?, _ states: [StateTensor]
     ) async throws -> (logits: [Float], states: [StateTensor])
+
+    /// Another function of the model, as it was loaded.
+    func another(_ name: String) throws -> any AwaitedFunction
   }
 
   /// A Core AI package, .aimodel, or one that was compiled ahead of time, .aimodelc.
@@ -53,17 +56,28 @@
           case .cpuAndNeuralEngine: SpecializationOptions(preferredComputeUnitKind: .neuralEngine)
           default: .default
           }
-        let model = try await AIModel(contentsOf: url, options: options)
-        guard let function = try model.loadFunction(named: name) else {
-          throw ParaRNNError.cannotLoad(url, reason: "it has no function \(name)")
-        }
-        return CoreAIFunction(function: function)
+        return try CoreAIFunction(name, of: try await AIModel(contentsOf: url, options: options), at: url)
       }
     }
 
     @available(macOS 27, iOS 27, visionOS 27, *)
     private struct CoreAIFunction: AwaitedFunction {
-      let function: InferenceFunction
+      private let model: AIModel
+      private let url: URL
+      private let function: InferenceFunction
+
+      init(_ name: String, of model: AIModel, at url: URL) throws {
+        guard let function = try model.loadFunction(named: name) else {
+          throw ParaRNNError.cannotLoad(url, reason: "it has no function \(name)")
+        }
+        self.model = model
+        self.url = url
+        self.function = function
+      }
+
+      func another(_ name: String) throws -> any AwaitedFunction {
+        try CoreAIFunction(name, of: model, at: url)
+      }
 
       func predict(
         _ tokens: [Int], at position: Int?, _ states: [StateTensor]

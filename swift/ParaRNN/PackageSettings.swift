@@ -38,9 +38,17 @@ public struct PackageSettings: Sendable, Equatable {
     case ane
   }
 
+  /// A function that reads several tokens at once.
+  struct Prefill: Sendable, Equatable {
+    let function: String
+    let count: Int
+  }
+
   public let vocabularySize: Int
   /// How many tokens `prefill` reads at once; nil for a package that has `decode` only.
   public let chunk: Int?
+  /// All functions that read several tokens, the largest first.
+  let prefills: [Prefill]
   /// True if the memory lives in Core ML states (`--state graph`), false if it is passed in and out, as always with
   /// Core AI.
   public let keepsStateInGraph: Bool
@@ -93,13 +101,19 @@ public struct PackageSettings: Sendable, Equatable {
     try require(
       raw.functions.contains("prefill") == (raw.chunk != nil) && raw.chunk ?? 1 > 0,
       "its chunk does not fit its functions")
-    // Token ids and positions go to Core ML as int32.
+    // Packages of earlier versions have one at most, and no list.
+    let chunks = raw.chunks ?? raw.chunk.map { ["prefill": $0] } ?? [:]
+    try require(
+      chunks["prefill"] == raw.chunk && chunks.allSatisfy { raw.functions.contains($0) && $1 > 0 },
+      "its chunks do not fit its functions")
+    // Token ids and positions are handed over as int32.
     let int32 = 1...Int(Int32.max)
     try require(int32.contains(raw.vocab_size), "its vocabulary has \(raw.vocab_size) tokens")
     try require(int32.contains(raw.max_position_embeddings ?? 1), "it has no positions, or too many")
     try require(!raw.states.isEmpty && raw.states.allSatisfy(\.hasSize), "its states have no possible shape")
     vocabularySize = raw.vocab_size
     chunk = raw.chunk
+    prefills = chunks.filter { $1 > 1 }.map(Prefill.init).sorted { $0.count > $1.count }
     keepsStateInGraph = isCoreML && raw.state == "graph"
     states = raw.states
     self.layout = layout
@@ -118,6 +132,7 @@ public struct PackageSettings: Sendable, Equatable {
     let format_version: Int
     let functions: [String]
     let chunk: Int?
+    let chunks: [String: Int]?
     let state: String
     let states: [State]
     let layout: String?

@@ -28,12 +28,16 @@
     /// Tells this model from others.
     nonisolated let fingerprint: String
     private let decode: ModelFunction
-    /// nil while it is not loaded: prompts are read token by token then.
-    private var prefill: ModelFunction?
-    private var loadingPrefill: Task<Void, Never>?
-    /// nil without such a function, and once it is known that it cannot be loaded.
-    private var loadPrefill: (@Sendable () async -> ModelLoader.Loaded?)?
-    private var prefillWorks = false
+    /// Those that are loaded, by the number of tokens that they read; prompts are read token by token without.
+    private var prefills: [Int: ModelFunction] = [:]
+    private var loadingPrefills: Task<Void, Never>?
+    private let loadPrefill: @Sendable (PackageSettings.Prefill) async -> ModelLoader.Loaded?
+    /// Which have been loaded once, and which cannot be.
+    private var works: [Int: Bool] = [:]
+    private var speeds: ReadingSpeeds
+    private let keptSpeeds: KeptSpeeds
+    /// nil to measure nothing.
+    private let clock: ReadingSpeeds.Clock?
     private var pressure: MemoryPressure?
     private var vocabulary: VocabularyBytes?
     private let executor = QueueExecutor("ParaRNNModel")
@@ -44,9 +48,10 @@
     /// Load a model; an .mlpackage is compiled at its first use, and the result is kept.
     ///
     /// Where it cannot be loaded for `computeUnits`, it is loaded for the GPU and the CPU, and then for the CPU;
-    /// ``computeUnits`` says which. The function that reads prompts in chunks is loaded in the background: prompts are
-    /// read token by token until it is there, and when it cannot be loaded. It is given up when the system is short of
-    /// memory, and loaded again for the next prompt that is long enough.
+    /// ``computeUnits`` says which. The functions that read prompts in chunks are loaded in the background: prompts are
+    /// read token by token until they are there, and when they cannot be loaded. How fast they are here is measured at the
+    /// first load and kept; one that is slower than reading token by token is not used. They are given up when the system is
+    /// short of memory, and loaded again for the next prompt that is long enough.
     ///
     /// - Parameters:
     ///   - url: the .mlpackage or .mlmodelc, or the folder that `mlx-pararnn convert --to coreml` wrote; from macOS 27, iOS
@@ -63,7 +68,7 @@
     ) async throws {
       try await self.init(
         contentsOf: url, tokenizer: tokenizer, computeUnits: computeUnits, timeout: timeout,
-        cache: CompiledModel.defaultCache(), progress: progress)
+        cache: CompiledModel.defaultCache(), progress: progress, clock: ReadingSpeeds.clock)
     }
 
     /// Load a model with a configuration of Core ML's, whose `computeUnits` are those asked for.
@@ -74,22 +79,25 @@
     ) async throws {
       try await self.init(
         url, tokenizer, ModelLoader(configuration, timeout: timeout, progress: progress),
-        cache: CompiledModel.defaultCache())
+        cache: CompiledModel.defaultCache(), clock: ReadingSpeeds.clock)
     }
 
     init(
       contentsOf url: URL, tokenizer: (any ParaRNNTokenizer)? = nil,
       computeUnits: MLComputeUnits = .cpuAndGPU,
-      timeout: Duration = .seconds(120), cache: URL, progress: (@Sendable (LoadingStage) -> Void)? = nil
+      timeout: Duration = .seconds(120), cache: URL, progress: (@Sendable (LoadingStage) -> Void)? = nil,
+      clock: ReadingSpeeds.Clock? = nil
     ) async throws {
       let configuration = MLModelConfiguration()
       configuration.computeUnits = computeUnits
       try await self.init(
-        url, tokenizer, ModelLoader(configuration, timeout: timeout, progress: progress), cache: cache)
+        url, tokenizer, ModelLoader(configuration, timeout: timeout, progress: progress), cache: cache,
+        clock: clock)
     }
 
     private init(
-      _ url: URL, _ tokenizer: (any ParaRNNTokenizer)?, _ loader: ModelLoader, cache: URL
+      _ url: URL, _ tokenizer: (any ParaRNNTokenizer)?, _ loader: ModelLoader, cache: URL,
+      clock: ReadingSpeeds.Clock?
     ) async throws {
       let url = try CompiledModel.find(url)
       loader.progress?(.checking)
@@ -110,24 +118,66 @@
         throw ParaRNNError.wrongVocabulary(tokenizer: size, model: settings.vocabularySize)
       }
       loader.progress?(.loaded)
-      if settings.chunk != nil {
-        loadPrefill = { try? await loader.load(compiled.url, "prefill", loaded.units) }
+      loadPrefill = { prefill in
+        switch loaded.function {
+        case .coreML: try? await loader.load(compiled.url, prefill.function, loaded.units)
+        case .coreAI(let decode):
+          (try? decode.another(prefill.function)).map { .init(function: .coreAI($0), units: loaded.units) }
+        }
+      }
+      keptSpeeds = KeptSpeeds(
+        cache: cache, system: CompiledModel.system, settings: text, units: loaded.units.rawValue)
+      speeds = keptSpeeds.read()
+      self.clock = clock
+      if !settings.prefills.isEmpty {
         pressure = MemoryPressure { [weak self] in Task { await self?.releasePrefill() } }
-        beginLoadingPrefill()
+        beginLoadingPrefills()
       }
     }
 
-    private func beginLoadingPrefill() {
-      guard let loadPrefill, loadingPrefill == nil else { return }
-      loadingPrefill = Task { [weak self] in await self?.take(await loadPrefill()) }
+    /// The functions that are worth having: neither slow here nor impossible to load.
+    private var wanted: [PackageSettings.Prefill] {
+      settings.prefills.filter { works[$0.count] != false && !speeds.areSlow($0.count) }
     }
 
-    private func take(_ loaded: ModelLoader.Loaded?) {
-      prefill = loaded?.function
-      loadingPrefill = nil
-      prefillWorks = prefillWorks || loaded != nil
+    private func beginLoadingPrefills() {
+      let missing = wanted.filter { prefills[$0.count] == nil }
+      guard !missing.isEmpty, loadingPrefills == nil else { return }
+      loadingPrefills = Task { [weak self, loadPrefill] in
+        for prefill in missing { await self?.take(await loadPrefill(prefill), prefill.count) }
+        await self?.measure()
+        await self?.endLoadingPrefills()
+      }
+    }
+
+    private func take(_ loaded: ModelLoader.Loaded?, _ count: Int) {
+      prefills[count] = loaded?.function
       // One that was there is asked for again when there is more memory.
-      if !prefillWorks { loadPrefill = nil }
+      if works[count] != true { works[count] = loaded != nil }
+    }
+
+    private func endLoadingPrefills() { loadingPrefills = nil }
+
+    /// Find out how fast the functions are here, unless that is known, and let go of the slow ones.
+    private func measure() async {
+      guard let clock, speeds.isEmpty, !prefills.isEmpty else { return }
+      var found = ReadingSpeeds()
+      let counts = [1] + prefills.keys.sorted().filter { $0 <= settings.positions ?? .max }
+      for round in 0..<4 {
+        for count in counts {
+          // Given up meanwhile, or of no use.
+          guard let function = count == 1 ? decode : prefills[count] else { return }
+          let tokens = [Int](repeating: 0, count: count)
+          let (state, before) = (emptyMemory().state, clock())
+          guard (try? await run(function, tokens, 0, state)) != nil else { return }
+          // First calls take longer.
+          if round > 0 { found.add(clock() - before, for: count) }
+          await Task.yield()
+        }
+      }
+      speeds = found
+      keptSpeeds.write(found)
+      for count in counts where speeds.areSlow(count) { prefills[count] = nil }
     }
 
     private static func load(
@@ -149,18 +199,17 @@
     }
 
     /// Wait until prompts can be read in chunks, or it is known that they cannot.
-    func prefillLoaded() async { await loadingPrefill?.value }
+    func prefillLoaded() async { await loadingPrefills?.value }
 
-    /// Give up the function that reads prompts in chunks, as when the system is short of memory. The next prompt that is
-    /// long enough loads it again.
-    public func releasePrefill() { prefill = nil }
+    /// Give up the functions that read prompts in chunks, as when the system is short of memory. The next prompt that is
+    /// long enough loads them again.
+    public func releasePrefill() { prefills = [:] }
 
     /// Load all that is loaded in the background, and make a prediction with each function: Core ML takes longer for its
     /// first ones. To be called when a question is likely soon; nothing has to wait for it.
     public func prewarm() async {
       await prefillLoaded()
-      for count in [1, prefill == nil ? nil : settings.chunk].compactMap({ $0 })
-      where count <= settings.positions ?? .max {
+      for count in [1] + prefills.keys.sorted() where count <= settings.positions ?? .max {
         _ = try? await predict([Int](repeating: 0, count: count)[...], at: 0, emptyMemory().state)
       }
     }
@@ -339,15 +388,14 @@
       let state: State
     }
 
-    /// Read a chunk of `tokens`, which follow `position` others, or only the first where there are fewer.
+    /// Read a chunk of `tokens`, which follow `position` others, as large as is best, or only the first where there are few.
     func predict(_ tokens: ArraySlice<Int>, at position: Int, _ state: State) async throws -> Prediction {
       do {
-        var (function, count) = (decode, 1)
-        if let chunk = settings.chunk, tokens.count >= chunk {
-          if let prefill { (function, count) = (prefill, chunk) } else { beginLoadingPrefill() }
-        }
-        let read = Array(tokens.prefix(count))
-        let (output, state) = try await run(function, read, position, state)
+        let fitting = wanted.map(\.count).filter { $0 <= tokens.count }
+        if fitting.contains(where: { prefills[$0] == nil }) { beginLoadingPrefills() }
+        let count = speeds.best(of: fitting.filter { prefills[$0] != nil })
+        let read = Array(tokens.prefix(count ?? 1))
+        let (output, state) = try await run(count.flatMap { prefills[$0] } ?? decode, read, position, state)
         return Prediction(count: read.count, output: output, state: state)
       } catch {
         throw error as? ParaRNNError ?? .predictionFailed(reason: error.localizedDescription)

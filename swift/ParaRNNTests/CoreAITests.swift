@@ -21,7 +21,7 @@
         let tokens = Self.multiArray(try #require(inputs["tokens"]))
         let ids = (0..<tokens.count).map { tokens[$0].intValue }
         calls.add(ids.count)
-        try #require(tokens.shape == [1, NSNumber(value: name == "prefill" ? chunk! : 1)])
+        try #require(tokens.shape == [1, NSNumber(value: count(of: name))])
         try #require(Set(states.keys) == (convolves ? ["cell_state", "conv"] : ["cell_state"]))
         var features: [String: Any] = [:]
         if let position = inputs["position"] { features["position"] = Self.multiArray(position) }

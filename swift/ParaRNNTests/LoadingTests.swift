@@ -68,6 +68,12 @@ import Testing
   @Test func whatAPackageSays() throws {
     let settings = try settings()
     #expect(settings.vocabularySize == 500 && settings.chunk == 64 && !settings.keepsStateInGraph)
+    #expect(settings.prefills.map(\.count) == [64])
+    let both = try self.settings([
+      "functions": ["decode", "prefill", "prefill_16"], "chunks": ["prefill_16": 16, "prefill": 64],
+    ])
+    #expect(both.prefills.map(\.function) == ["prefill", "prefill_16"])
+    #expect(both.prefills.map(\.count) == [64, 16])
     #expect(settings.endTokens == [2, 3] && settings.positions == 100 && settings.cell == "lstm")
     #expect(settings.stateBytes == 2 * 2 * 32 * 4 + 2 * 3 * 32 * 2)
     let small = try self.settings([
@@ -84,6 +90,8 @@ import Testing
       ["format": "other"], ["format_version": 2], ["state": "disk"], ["functions": ["prefill"]],
       ["chunk": NSNull()],
       ["layout": "other"], ["layout": "ane", "state": "graph"],
+      ["chunks": ["prefill": 64, "prefill_16": 16]], ["chunks": ["prefill": 16]], ["chunks": [String: Int]()],
+      ["functions": ["decode", "prefill", "prefill_16"], "chunks": ["prefill": 64, "prefill_16": 0]],
       ["functions": ["decode"]], ["chunk": 0], ["vocab_size": 0], ["vocab_size": "many"],
       ["states": [JSON]()],
       ["max_position_embeddings": 0], ["output": "text"],

@@ -22,7 +22,8 @@
 
   func description(_ settings: JSON) throws -> MLModelDescription {
     let states = settings["states"] as? [JSON] ?? []
-    let text = String(decoding: try JSONSerialization.data(withJSONObject: settings), as: UTF8.self)
+    let text = String(
+      decoding: try JSONSerialization.data(withJSONObject: settings, options: .sortedKeys), as: UTF8.self)
     var described: [String: MLFeatureDescription] = [:]
     for state in settings["state"] as? String == "graph" ? states : [] {
       let shape = (state["shape"] as? [Int] ?? []).map { NSNumber(value: $0) }
@@ -40,6 +41,10 @@
   struct HashModel: Sendable {
     var inGraph = true
     var chunk: Int? = 4
+    /// How many tokens a second, smaller prefill reads.
+    var small: Int?
+    /// Seconds that a call takes by ``clock``, by how many tokens it reads.
+    var cost: @Sendable (Int) -> Double = { Double($0) }
     var vocabulary = 256
     var ends: [Int] = []
     var positions: Int?
@@ -80,8 +85,24 @@
         "vocab_size": vocabulary, "cell": "gru", "max_position_embeddings": positions as Any? ?? NSNull(),
         "parameters": 0,
       ]
+      if let small {
+        settings["functions"] = ["decode", "prefill", "prefill_\(small)"]
+        settings["chunks"] = ["prefill": chunk!, "prefill_\(small)": small]
+      }
       changes(&settings)
       return settings
+    }
+
+    /// A clock that only this model's calls move.
+    var clock: ReadingSpeeds.Clock { { calls.all.reduce(0) { $0 + cost($1) } } }
+
+    /// How many tokens a function reads.
+    func count(of function: String?) -> Int {
+      switch function {
+      case "prefill": chunk!
+      case "decode", nil: 1
+      default: small!
+      }
     }
 
     /// What a model with this hash after `count` tokens says next.
@@ -116,7 +137,7 @@
           let ids = inputs.featureValue(for: "tokens")!.multiArrayValue!
           let tokens = (0..<ids.count).map { ids[$0].intValue }
           self.calls.add(tokens.count)
-          try #require(ids.shape == [1, NSNumber(value: function == "prefill" ? self.chunk! : 1)])
+          try #require(ids.shape == [1, NSNumber(value: self.count(of: function))])
           try #require((state != nil) == self.inGraph)
           if let state {
             let answer = state.withMultiArray(for: "state") { array in
