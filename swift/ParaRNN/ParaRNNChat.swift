@@ -136,6 +136,19 @@
     /// come since it was last asked for. Who shows them asks from time to time: nothing rings by itself.
     public func due() async -> [String] { await assistant.due() }
 
+    /// The sentences of ``due()`` as their time comes; it ends with the task that reads it, or with the conversation.
+    public nonisolated func alarms(every interval: Duration = .milliseconds(500)) -> AsyncStream<String> {
+      AsyncStream { continuation in
+        let task = Task { [weak self] in
+          while (try? await Task.sleep(for: interval)) != nil, let sentences = await self?.due() {
+            for sentence in sentences { continuation.yield(sentence) }
+          }
+          continuation.finish()
+        }
+        continuation.onTermination = { _ in task.cancel() }
+      }
+    }
+
     /// The whole memory of the conversation, and of the standard functions in it, for ``ParaRNNModel/chat(restoring:format:)``. What was said before cannot
     /// be taken back after it.
     ///

@@ -423,8 +423,11 @@ import Testing
         #expect(try await branch.undo() == "l")
         #expect(try await !String(decoding: branch.save(), as: UTF8.self).contains("milk"))
         #expect(try await String(decoding: chat.save(), as: UTF8.self).contains("milk"))
+        let ringing = try await chat.branch()
+        let alarm = Task { await ringing.alarms(every: .milliseconds(2)).first { _ in true } }
         // Another chat with the same functions knows of none of it.
         clock.pass(301)
+        #expect(await alarm.value == "The timer is over.")
         #expect(await model.chat(functions: functions).due().isEmpty)
         for other in [chat, branch] {
           #expect(await other.due() == ["The timer is over."])

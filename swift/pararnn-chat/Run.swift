@@ -29,7 +29,7 @@
     var chat = model.chat(system: arguments.system, format: format)
     var last: TextStream?
     say("/undo, /save FILE, /load FILE, /stats, /quit; Ctrl-C stops an answer.")
-    while let line = nextLine() {
+    while let line = await nextLine() {
       let words = line.split(separator: " ", maxSplits: 1).map(String.init)
       let file = words.count > 1 ? URL(fileURLWithPath: words[1]) : nil
       do {
@@ -59,9 +59,12 @@
     }
   }
 
-  func nextLine() -> String? {
+  /// The next line; waiting for it keeps none of the threads that all tasks share.
+  func nextLine() async -> String? {
     if isatty(0) != 0 { put("> ") }
-    return readLine()
+    return await withCheckedContinuation { line in
+      DispatchQueue.global().async { line.resume(returning: readLine()) }
+    }
   }
 
   /// Run `body` in a task that Ctrl-C cancels.

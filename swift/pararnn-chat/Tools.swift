@@ -10,8 +10,11 @@
       return
     }
     say("/undo, /stats, /quit; Ctrl-C stops an answer.")
+    let bell = isatty(2) == 0 ? "" : "\u{7}"
+    let ringing = Task { for await sentence in chat.alarms() { say("\(bell)\(sentence)") } }
+    defer { ringing.cancel() }
     var last: GenerationStatistics?
-    while let line = nextLine() {
+    while let line = await nextLine() {
       do {
         switch line {
         case "": continue

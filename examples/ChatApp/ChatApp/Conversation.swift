@@ -33,6 +33,13 @@
       var toolLines: [Int: String] = [:]
     }
 
+    /// All branches as bytes.
+    private struct Kept: Codable {
+      var chats: [Data] = []
+      var toolLines: [[Int: String]] = []
+      var shown = 0
+    }
+
     private(set) var isAnswering = false
     private(set) var isLoading = false
     private(set) var status = "No model yet"
@@ -49,7 +56,7 @@
     var toolLines: [Int: String] { branches.isEmpty ? [:] : branches[shown].toolLines }
     var canAsk: Bool { !branches.isEmpty && !isAnswering && !isLoading && heat != .tooHot }
 
-    /// Load a model, and go on with the conversation that `saved` holds if it is one with this model.
+    /// Load a model, and go on with what ``leave()`` gave if that was with this model.
     ///
     /// - Returns: whether the model is there.
     @discardableResult
@@ -63,12 +70,20 @@
         }
         let functions = try ToolFunctions.standard()
         let format = model.chatFormat ?? .plain
-        var chat = model.chat(format: format, functions: functions)
-        if let saved {
-          chat = (try? await model.chat(restoring: saved, format: format, functions: functions)) ?? chat
+        let kept = saved.flatMap { try? PropertyListDecoder().decode(Kept.self, from: $0) } ?? Kept()
+        var restored: [Branch] = []
+        for (data, lines) in zip(kept.chats, kept.toolLines) {
+          guard let chat = try? await model.chat(restoring: data, format: format, functions: functions) else {
+            restored = []  // of another model, as the others
+            break
+          }
+          restored.append(Branch(chat: chat, messages: await chat.messages, toolLines: lines))
         }
-        branches = [Branch(chat: chat, messages: await chat.messages)]
-        shown = 0
+        if restored.isEmpty {
+          restored = [Branch(chat: model.chat(format: format, functions: functions), messages: [])]
+        }
+        branches = restored
+        shown = restored.indices.contains(kept.shown) ? kept.shown : 0
         Task { await model.prewarm() }
         let used = Units.allCases.first { $0.forCoreML == model.computeUnits } ?? .cpu
         status =
@@ -177,11 +192,18 @@
       if !isAnswering, branches.indices.contains(place) { shown = place }
     }
 
-    /// Stop an answer, since an app in the background has no GPU, and give the branch that is shown as bytes.
+    /// Stop an answer, since an app in the background has no GPU, and give all branches as bytes.
     func leave() async -> Data? {
       stop()
       await answered()
-      return branches.isEmpty ? nil : try? await branches[shown].chat.save()
+      if branches.isEmpty { return nil }
+      var kept = Kept(shown: shown)
+      for branch in branches {
+        guard let data = try? await branch.chat.save() else { return nil }
+        kept.chats.append(data)
+        kept.toolLines.append(branch.toolLines)
+      }
+      return try? PropertyListEncoder().encode(kept)
     }
 
     /// A hot device gets pauses between pieces of text; one that is too hot is asked nothing.

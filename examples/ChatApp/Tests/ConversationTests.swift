@@ -68,6 +68,27 @@
       }
     }
 
+    /// As when other compute units are chosen, or the app is opened again.
+    @Test func allBranchesAreTakenUpAgain() async throws {
+      try await open(ab) { conversation, folder in
+        await ask(conversation, "ab")
+        await conversation.branch()
+        await ask(conversation, "b")
+        await conversation.branch()
+        conversation.show(branch: 1)
+        let said = conversation.messages
+        let saved = try #require(await conversation.leave())
+        for other in [conversation, Conversation()] {
+          #expect(await other.load(folder.package, units: .cpu, saved: saved))
+          #expect(other.branchCount == 3 && other.shown == 1 && other.messages == said)
+          other.show(branch: 0)
+          #expect(other.messages == Array(said.prefix(2)))
+          await ask(other, "a")
+          #expect(other.messages.count == 4)
+        }
+      }
+    }
+
     @Test func aHotDevice() async throws {
       try await open(ab) { conversation, _ in
         conversation.take(.hot)
@@ -110,6 +131,10 @@
         await ask(conversation, "t")
         #expect(conversation.messages.last?.text == "Timer set for 1 second.")
         #expect(conversation.toolLines[1]?.contains("set_timer") == true)
+        let saved = try #require(await conversation.leave())
+        let other = Conversation()
+        #expect(await other.load(folder.package, saved: saved))
+        #expect(other.toolLines == conversation.toolLines)
         await conversation.branch()
         let bell = Bell()
         let watching = Task { await conversation.watch(every: .milliseconds(5)) { bell.rings += 1 } }
