@@ -274,11 +274,16 @@
 
     /// A conversation that goes on after messages from elsewhere; they are read before the first answer.
     ///
-    /// - Parameter messages: user and assistant alternately, a system prompt first if there is one.
+    /// - Parameters:
+    ///   - messages: user and assistant alternately, a system prompt first if there is one.
+    ///   - format: nil for ``chatFormat``.
+    ///   - functions: what a model that ``usesTools`` may call; such a model takes no system prompt and no format.
     /// - Throws: ``ParaRNNError/toolsMismatch(reason:)``, ``ParaRNNError/wrongMessages(reason:)``
-    public nonisolated func chat(messages: [ChatMessage], format: ChatFormat? = nil) throws -> ParaRNNChat {
-      if usesTools && !messages.isEmpty {
-        throw ParaRNNError.toolsMismatch(reason: "a model that uses tools reads no earlier messages")
+    public nonisolated func chat(
+      messages: [ChatMessage], format: ChatFormat? = nil, functions: ToolFunctions = .init()
+    ) throws -> ParaRNNChat {
+      if usesTools && messages.first?.role == .system {
+        throw ParaRNNError.toolsMismatch(reason: "a model that uses tools takes no system prompt")
       }
       let turns = messages.first?.role == .system ? messages.dropFirst() : messages[...]
       for (i, message) in turns.enumerated() {
@@ -292,7 +297,8 @@
         throw ParaRNNError.wrongMessages(reason: "the last one has no answer; pass it to respond(to:)")
       }
       return ParaRNNChat(
-        model: self, format: format ?? chatFormat, functions: .init(), messages: messages)
+        model: self, format: format ?? chatFormat, functions: functions, messages: messages,
+        unread: usesTools ? messages.count : 0)
     }
 
     /// The conversation that ``ParaRNNChat/save()`` gave.

@@ -39,7 +39,7 @@
         while await copy.messages.count > messages.count { try await copy.undo() }
         return copy
       }
-      return try model.chat(messages: messages)
+      return try model.chat(messages: messages, functions: functions)
     }
 
     package func keep(_ chat: ParaRNNChat) { kept = kept.suffix(Self.most - 1) + [chat] }

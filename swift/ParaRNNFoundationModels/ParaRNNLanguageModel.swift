@@ -12,6 +12,7 @@
   ///
   /// A session hands over its whole transcript for each answer. What the model has read of it is not read again: the
   /// conversation goes on from its state. Text alone is taken and given: no tools of the session's, no guided generation.
+  /// A model that uses tools has learned what to do, and passes the session's instructions over.
   @available(macOS 27, iOS 27, visionOS 27, *)
   public struct ParaRNNLanguageModel: LanguageModel {
     public typealias Executor = ParaRNNExecutor
@@ -53,6 +54,8 @@
       streamingInto channel: LanguageModelExecutorGenerationChannel
     ) async throws {
       var messages = Self.messages(of: request.transcript)
+      // It was trained without, and would take them for a message.
+      if self.model.usesTools { messages.removeAll { $0.role == .system } }
       guard let question = messages.popLast(), question.role == .user else {
         throw ParaRNNError.wrongMessages(reason: "the transcript does not end with a prompt")
       }

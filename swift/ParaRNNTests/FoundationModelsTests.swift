@@ -66,6 +66,48 @@
       }
     }
 
+    /// Instructions are passed over by a model that uses tools, whose answers go on from its state as well; so is a
+    /// conversation read that it does not know.
+    @Test func aModelWithTools() async throws {
+      let tools = try Records.tools()
+      var script: [Int] = []
+      for (question, answer) in [("ab", "ok"), ("c", "yes")] {
+        script += tools.render(message: question)
+        script.append(tools[.answer])
+        script += tools.render(result: answer)
+      }
+      let fake = HashModel(vocabulary: 278, ends: [tools[.end]], script: script)
+      let folder = try FakeFolder(
+        tokenizer: String(contentsOf: Records.url("tokenizer.json"), encoding: .utf8))
+      try await MLModel.$behaviour.withValue(fake.behaviour) {
+        let loaded = try await ParaRNNModel(contentsOf: folder.package, cache: folder.cache)
+        await loaded.prefillLoaded()
+        let model = ParaRNNLanguageModel(loaded)
+        let instructions = Entry.instructions(.init(segments: [.text(.init(content: "Be brief."))]))
+        func said(_ executor: ParaRNNExecutor, _ entries: [Entry]) async throws -> String {
+          let channel = LanguageModelExecutorGenerationChannel()
+          let request = LanguageModelExecutorGenerationRequest(
+            transcript: .init(entries: entries), generationOptions: .init(samplingMode: .greedy))
+          try await executor.respond(to: request, model: model, streamingInto: channel)
+          channel.finish()
+          var text = ""
+          for await case .response(.appendText(let piece, _)) in channel.events { text += piece }
+          return text
+        }
+        let whole = [instructions, prompt("ab"), response("ok"), prompt("c")]
+        let known = try ParaRNNExecutor(configuration: model.executorConfiguration)
+        #expect(try await said(known, [instructions, prompt("ab")]) == "ok")
+        let before = fake.calls.all.reduce(0, +)
+        #expect(try await said(known, whole) == "yes")
+        let unknown = try ParaRNNExecutor(configuration: model.executorConfiguration)
+        let between = fake.calls.all.reduce(0, +)
+        #expect(try await said(unknown, whole) == "yes")
+        // The one that knew the conversation has not read it again.
+        let questionAndAnswer = tools.render(message: "ab").count + tools.render(result: "ok").count
+        #expect(fake.calls.all.reduce(0, +) - between == between - before + questionAndAnswer)
+      }
+    }
+
     @Test func transcriptsThatEndWithAnAnswer() async throws {
       try await HashModel().loadASCII { (loaded) async throws in
         let model = ParaRNNLanguageModel(loaded)
