@@ -84,16 +84,18 @@
       ) async throws -> (logits: [Float], states: [StateTensor]) {
         var inputs = ["tokens": NDArray(scalars: tokens.map(Int32.init), shape: [1, tokens.count])]
         if let position { inputs["position"] = NDArray(scalars: [Int32(position)], shape: [1]) }
-        // A view of an array holds it for as long as the call takes: each is a variable of its own, so that the compiler
-        // sees that none is held twice.
+        // A view of an array holds it for as long as the call takes. Each is a variable of its own, made before the views
+        // are, so that the compiler sees that none is held twice or too long.
         var cellState = NDArray(states[0])
-        var views = InferenceFunction.MutableViews()
-        views.insert(&cellState, for: states[0].form.name)
-        guard states.count > 1 else {
+        if states.count == 1 {
+          var views = InferenceFunction.MutableViews()
+          views.insert(&cellState, for: states[0].form.name)
           var outputs = try await function.run(inputs: inputs, states: consume views)
           return (try Self.logits(outputs.remove("logits")?.ndArray), [states[0].replaced(by: cellState)])
         }
         var conv = NDArray(states[1])
+        var views = InferenceFunction.MutableViews()
+        views.insert(&cellState, for: states[0].form.name)
         views.insert(&conv, for: states[1].form.name)
         var outputs = try await function.run(inputs: inputs, states: consume views)
         return (

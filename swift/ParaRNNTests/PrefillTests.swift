@@ -61,7 +61,9 @@
       for (missing, sizes) in [(nil, [8, 3]), ("prefill", [3]), ("prefill_3", [8])] as [(String?, [Int])] {
         let fake = ascii(HashModel(inGraph: inGraph, chunk: 8, small: 3))
         let model = try await load(fake, in: try FakeFolder(), without: missing)
-        for length in [1, 2, 3, 7, 8, 11, 16, 19, 29] { #expect(try await read(model, fake, length) == parts(length, sizes)) }
+        for length in [1, 2, 3, 7, 8, 11, 16, 19, 29] {
+          #expect(try await read(model, fake, length) == parts(length, sizes))
+        }
       }
     }
 
