@@ -77,8 +77,9 @@ def chat(
     uses_tools = conversation.uses_tools
     chosen = sampling.choose_sampling(
         sampling.folder_of(tokenizer),
-        sampling.LIKELIEST if uses_tools else sampling.CONVERSATION,
+        sampling.CONVERSATION,
         options.given_sampling(temp, top_p, top_k, min_p, repetition_penalty, seed),
+        uses_tools,
     )
     session = Session(
         conversation,

@@ -105,9 +105,10 @@ def generate(
     from mlx_pararnn.pocket.protocol import find_protocol
 
     text = options.from_rank_0(lambda: _text(prompt, file))
-    how = sampling.choose_sampling(sampling.folder_of(tokenizer), sampling.LIKELIEST, given)
+    uses_tools = sees is None and find_protocol(tokenizer) is not None and not ignore_chat_template
+    how = sampling.choose_sampling(sampling.folder_of(tokenizer), sampling.LIKELIEST, given, uses_tools)
     asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
-    if sees is None and find_protocol(tokenizer) is not None and not ignore_chat_template:
+    if uses_tools:
         if schema is not None:
             raise PararnnError("this model uses tools and ends its answers itself; it takes no --json-schema")
         sampler = sampling.tool_sampler(how, stop, loaded.args.vocab_size)

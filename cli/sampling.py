@@ -52,9 +52,18 @@ LIKELIEST = Sampling()
 CONVERSATION = Sampling(temp=0.7, top_p=0.95)
 
 
-def choose_sampling(folder: Path, default: Sampling, given: dict[str, Any]) -> Sampling:
-    """What was given, else what the model folder's generation_config.json says, else `default`."""
-    return replace(default, **said_by_model(generation_config(folder))).replaced(**given)
+def choose_sampling(
+    folder: Path, default: Sampling, given: dict[str, Any], uses_tools: bool = False
+) -> Sampling:
+    """What was given, else what the model folder's generation_config.json says, else `default`.
+
+    A model that uses tools takes the likeliest instead of `default`, and its file's penalty has no place.
+    """
+    said = said_by_model(generation_config(folder))
+    if uses_tools:
+        default = LIKELIEST
+        said.pop("repetition_penalty", None)
+    return replace(default, **said).replaced(**given)
 
 
 def said_by_model(config: dict[str, Any]) -> dict[str, Any]:

@@ -78,9 +78,6 @@ def serve(
     Example: mlx-pararnn serve my-model --port 8080
     """
     folder = options.find(model, modules)
-    chosen = sampling.choose_sampling(
-        folder, sampling.CONVERSATION, options.given_sampling(temp, top_p, top_k, min_p, None)
-    )
     logging.getLogger("mlx_pararnn.chat.server").setLevel(logging.INFO)  # a log without a terminal too
     functions = model is None if functions is None else functions
     until_ready = ExitStack()
@@ -99,7 +96,14 @@ def serve(
         from mlx_pararnn.chat.server import Settings
         from mlx_pararnn.chat.server import serve as run
         from mlx_pararnn.files.hub import BUNDLED
+        from mlx_pararnn.pocket.protocol import declares_protocol
 
+        chosen = sampling.choose_sampling(
+            folder,
+            sampling.CONVERSATION,
+            options.given_sampling(temp, top_p, top_k, min_p, None),
+            declares_protocol(folder),
+        )
         settings = Settings(
             host=host,
             port=port,
@@ -110,6 +114,7 @@ def serve(
             top_p=chosen.top_p,
             top_k=chosen.top_k,
             min_p=chosen.min_p,
+            repetition_penalty=chosen.repetition_penalty,
             prompt_cache_bytes=prompt_cache_mb * 2**20,
             prompt_cache_folder=prompt_cache_dir,
             functions=functions,

@@ -22,11 +22,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..errors import PararnnError
+from ..files.model_files import read_json
 from ..text.detokenizer import BYTES
 from .pointer import POINTERS
 
@@ -49,6 +51,7 @@ class Command(NamedTuple):
 COMMANDS = tuple(Command(action, k + 1) for k in range(POINTERS) for action in ACTIONS)
 # In the order in which their ids follow those of the bytes.
 SPECIAL_TOKENS = (*(f"<|{mark}|>" for mark in MARKS), *(command.name for command in COMMANDS))
+NAMES = {*BYTES, *SPECIAL_TOKENS}
 
 
 class Segment(NamedTuple):
@@ -195,9 +198,8 @@ def find_protocol(tokenizer: Any) -> Protocol | None:
     Args:
         tokenizer: transformers' or MLX-LM's.
     """
-    names = [*BYTES, *SPECIAL_TOKENS]
     vocabulary = tokenizer.get_vocab()
-    if any(name not in vocabulary for name in names):
+    if not vocabulary.keys() >= NAMES:
         return None
     by_byte = {byte: vocabulary[character] for character, byte in BYTES.items()}
     return Protocol(
@@ -205,6 +207,16 @@ def find_protocol(tokenizer: Any) -> Protocol | None:
         commands={vocabulary[command.name]: command for command in COMMANDS},
         **{mark: vocabulary[f"<|{mark}|>"] for mark in MARKS},
     )
+
+
+def declares_protocol(folder: Path) -> bool:
+    """Whether a model folder's tokenizer.json has all of the protocol's tokens; no tokenizer is loaded."""
+    try:
+        tokenizer = read_json(folder / "tokenizer.json")
+        tokens = {*tokenizer["model"]["vocab"], *(token["content"] for token in tokenizer["added_tokens"])}
+    except (PararnnError, FileNotFoundError, KeyError, TypeError):
+        return False
+    return tokens >= NAMES
 
 
 def tokenizer_files() -> dict[str, str]:

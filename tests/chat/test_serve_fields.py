@@ -8,8 +8,15 @@ from urllib.parse import urlsplit
 import mlx.core as mx
 import openai
 import pytest
+from starlette.testclient import TestClient
 
 from mlx_pararnn import Model, ModelArgs
+from mlx_pararnn.chat.prompt_cache import PromptCache
+from mlx_pararnn.chat.server.endpoints import make_app
+from mlx_pararnn.chat.server.engine import Engine
+from mlx_pararnn.chat.server.metrics import Metrics
+from mlx_pararnn.chat.server.server_settings import Settings
+from mlx_pararnn.chat.server.service import Service
 from tests.support.demo import DEMO
 from tests.support.serving import KEY, MOST, calling_model, client_of, folder_of, request, running
 
@@ -94,6 +101,30 @@ def test_penalties_change_what_is_said(client):
     for fields in ({"top_k": 1}, {"min_p": 1.0}):
         said = chat(client, **{**body, "extra_body": fields}).choices[0].message.content
         assert said == plain[:20]
+
+
+def test_a_penalty_that_nobody_asks_for_is_the_models_own(folder):
+    """As its generation_config.json says; a request's own goes before it, and 0 and 1 are none."""
+    engine = Engine(folder, PromptCache(), Metrics())
+    engine.wait()
+
+    def answers(penalty, *asked):
+        settings = Settings(repetition_penalty=penalty)
+        app = make_app(Service(engine, "demo", settings, Metrics()), settings, Metrics())
+        with TestClient(app, base_url="http://127.0.0.1:8080") as client:
+            (entry,) = client.get("/v1/models").json()["data"]
+            assert entry["repetition_penalty"] == penalty
+            bodies = [{"prompt": "def main(", "max_tokens": 30, **fields} for fields in asked]
+            said = [client.post("/v1/completions", json=body).json() for body in bodies]
+        return [answer["choices"][0]["text"] for answer in said]
+
+    try:
+        plain, asked = answers(1.0, {}, {"repetition_penalty": 50})
+        own, off, zero = answers(50.0, {}, {"repetition_penalty": 1}, {"repetition_penalty": 0})
+    finally:
+        engine.stop()
+        engine.thread.join(60)
+    assert own == asked != plain == off == zero
 
 
 def test_parts_of_content_and_the_developers_role(guarded):

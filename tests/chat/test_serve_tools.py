@@ -180,6 +180,7 @@ def test_nothing_is_set_that_would_not_ring(served):
         (["x", {"role": "tool", "content": "y", "tool_call_id": "a"}], {}, "for each of tool_calls"),
         (["x"], {"stop": ["a"]}, "stop is not taken"),
         (["x"], {"presence_penalty": 1}, "presence_penalty is not taken"),
+        (["x"], {"repetition_penalty": 1.1}, "repetition_penalty is not taken"),
         (["x"], {"logprobs": True}, "logprobs is not taken"),
         (["x"], {"response_format": {"type": "json_object"}}, "response_format is not taken"),
     ],

@@ -14,11 +14,13 @@ from mlx_pararnn.cache import RecurrentCache
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.cli.chat import what_to_try
+from mlx_pararnn.cli.sampling import CONVERSATION, LIKELIEST, Sampling
 from mlx_pararnn.cli.tool_lines import ToolLines
 from mlx_pararnn.pocket.events import CommandGiven, Result, Text
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits
 from mlx_pararnn.pocket.protocol import Command
+from tests.support.demo import DEMO
 from tests.support.scripted import Script, tools_folder, tools_protocol
 
 CALL = '<|call|>{"name":"calculate","arguments":{"expression":"2+3"}}<|result|>'
@@ -178,6 +180,41 @@ def test_sampling_defaults_are_the_models_own(folder, scripts, tmp_path, setting
     (own / "generation_config.json").write_text(json.dumps(settings))
     assert run("generate", own, "-p", "x", *options).exit_code == 0
     assert (scripts[1][0].sampler is not None) == sampled
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_penalty_of_the_models_own_file_is_passed_over(folder, scripts, tmp_path, command):
+    """No option was given that could be refused."""
+    own = shutil.copytree(folder, tmp_path / "model")
+    (own / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    result = run(command, own, *(["-p", "2+3?"] if command == "generate" else []), input="2+3?\n")
+    assert (result.exit_code, result.stdout) == (0, "It is 5.\n"), result.stderr
+    assert scripts[1][0].sampler is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "config", "options", "expected"),
+    [
+        (False, {}, [], CONVERSATION),
+        (False, {"repetition_penalty": 1.1}, [], CONVERSATION.replaced(repetition_penalty=1.1)),
+        (True, {}, [], LIKELIEST),
+        (True, {"repetition_penalty": 1.1}, [], LIKELIEST),
+        (True, {"temperature": 0.5, "repetition_penalty": 1.1}, [], Sampling(temp=0.5)),
+        (True, {}, ["--temp", "0.3"], Sampling(temp=0.3)),
+    ],
+)
+def test_serve_draws_as_chat_does(folder, tmp_path, monkeypatch, tools, config, options, expected):
+    own = shutil.copytree(folder if tools else DEMO, tmp_path / "model")
+    (own / "generation_config.json").write_text(json.dumps(config))
+    started = []
+    monkeypatch.setattr(
+        "mlx_pararnn.chat.server.serve", lambda path, settings, ready: started.append(settings)
+    )
+    result = run("serve", own, *options)
+    assert result.exit_code == 0, result.stderr
+    (told,) = started
+    names = ("top_p", "top_k", "min_p", "repetition_penalty")
+    assert Sampling(told.temperature, *(getattr(told, name) for name in names)) == expected
 
 
 def test_chat_opens_with_two_lines_to_try_and_answers(folder, scripts):

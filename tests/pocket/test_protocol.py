@@ -13,6 +13,7 @@ from mlx_pararnn.pocket.protocol import (
     COMMANDS,
     SPECIAL_TOKENS,
     Command,
+    declares_protocol,
     find_protocol,
     tokenizer_files,
 )
@@ -58,14 +59,17 @@ def test_other_libraries_load_the_tokenizer(tmp_path, protocol, loader):
     assert tokenizer.encode("é 0") == [0xC3, 0xA9, 0x20, 0x30]
     assert tokenizer.decode([0xC3, 0xA9, 0x20, 0x30]) == "é 0"
     assert find_protocol(tokenizer) == protocol
+    assert declares_protocol(tmp_path)
 
 
 def test_a_tokenizer_without_all_tokens_speaks_no_protocol(tmp_path, tokenizer):
     assert find_protocol(write(tmp_path, byte_tokenizer_files())) is None
+    assert not declares_protocol(tmp_path)
     broken = json.loads(tokenizer_files()["tokenizer.json"])
     broken["added_tokens"].pop()
     files = {**tokenizer_files(), "tokenizer.json": json.dumps(broken)}
     assert find_protocol(write(tmp_path, files)) is None
+    assert not declares_protocol(tmp_path)
 
 
 def test_ids_come_from_the_tokenizer_whatever_their_order(tmp_path):

@@ -59,7 +59,7 @@ class Request(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     xtc_probability: float = Field(0.0, ge=0, le=1)
     xtc_threshold: float = Field(0.1, ge=0, le=0.5)
-    repetition_penalty: float = Field(0.0, ge=0, le=1e9)
+    repetition_penalty: float | None = Field(None, ge=0, le=1e9)  # 0 and 1 are none
     repetition_context_size: int = Field(20, ge=0, le=10**9)
     presence_penalty: float = Field(0.0, ge=-1e9, le=1e9)
     presence_context_size: int = Field(20, ge=0, le=10**9)

@@ -14,7 +14,8 @@ class Settings:
         allowed_origins: of pages and desktop apps that may use the server (`app://obsidian.md`), and names
             under which it may be reached (`host.docker.internal`).
         max_tokens: the most that one answer may have.
-        temperature, top_p, top_k, min_p: for requests that do not say.
+        temperature, top_p, top_k, min_p, repetition_penalty: for requests that do not say; a model that uses
+            tools takes no penalty.
         prompt_cache_bytes: for stored states.
         prompt_cache_folder: where they are saved too, to survive a restart; None for nowhere.
         functions: whether a model that uses tools may call the package's own functions, which run here.
@@ -32,6 +33,7 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     prompt_cache_bytes: int = 2**30
     prompt_cache_folder: Path | None = None
     functions: bool = False

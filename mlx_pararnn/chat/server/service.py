@@ -85,6 +85,7 @@ class Service:
             "top_p": self.settings.top_p,
             "top_k": self.settings.top_k,
             "min_p": self.settings.min_p,
+            "repetition_penalty": self.settings.repetition_penalty,
             "examples": self.settings.examples,
         }
 
@@ -343,10 +344,11 @@ class Service:
         self, request: Request, prompt: Prompt, n: int, top: int | None, matcher: Any, begin: int = 0
     ) -> Job:
         wanted = min(512, self.settings.max_tokens) if request.max_tokens is None else request.max_tokens
+        penalty = chosen(request.repetition_penalty, self.settings.repetition_penalty)
         limits = [wanted, self.settings.max_tokens, prompt.room]
         processors: list[Any] = make_logits_processors(
             {int(token): float(bias) for token, bias in request.logit_bias.items()},
-            request.repetition_penalty,
+            None if penalty == 1 else penalty,
             request.repetition_context_size,
             request.presence_penalty,
             request.presence_context_size,
@@ -370,10 +372,6 @@ class Service:
 
     def _sampler(self, request: Request, n: int) -> Any:
         settings = self.settings
-
-        def chosen(value: Any, default: Any) -> Any:
-            return default if value is None else value
-
         top_k = chosen(request.top_k, settings.top_k)
         arguments = {
             "temp": chosen(request.temperature, settings.temperature),
@@ -436,6 +434,11 @@ class Service:
             "created": int(time.time()),
             "model": self.name,
         }
+
+
+def chosen(value: Any, default: Any) -> Any:
+    """What a request says; the default where it says nothing."""
+    return default if value is None else value
 
 
 def finish_reason(piece: Piece, called: bool) -> str | None:

@@ -17,10 +17,11 @@ from .prompts import Prompt, plain
 from .reading import READ_STEP
 from .schema import ChatRequest, Refused
 
-# Fields that such a turn has no place for, and what they are where nothing is asked.
-NOT_TAKEN = {
-    "stop": [], "logit_bias": {}, "logprobs": False, "repetition_penalty": 0.0, "presence_penalty": 0.0,
-    "frequency_penalty": 0.0, "xtc_probability": 0.0, "format_schema": None,
+# Fields that such a turn has no place for, and what they may be where nothing is asked.
+NOT_TAKEN: dict[str, tuple[Any, ...]] = {
+    "stop": ([],), "logit_bias": ({},), "logprobs": (False,), "repetition_penalty": (None, 0.0, 1.0),
+    "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "xtc_probability": (0.0,),
+    "format_schema": (None,),
 }  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class Turns:
     def prompt(self, request: ChatRequest) -> Prompt:
         """The last user message, the calls with their results that follow it, and the lists so far."""
         for name, nothing in NOT_TAKEN.items():
-            if getattr(request, name) != nothing:
+            if getattr(request, name) not in nothing:
                 field = "response_format" if name == "format_schema" else name
                 raise Refused(400, f"{field} is not taken: this model uses tools and ends its answers itself")
         messages = [plain(message) for message in request.messages]

@@ -484,7 +484,7 @@ function exampleButton(text) {
 
 function showDefaults() {
   const known = {temperature: model.temperature, top_p: model.top_p ?? 1, top_k: model.top_k ?? 0, min_p: model.min_p ?? 0,
-    repetition_penalty: 1, max_tokens: Math.min(512, model.max_tokens)};
+    repetition_penalty: model.repetition_penalty ?? 1, max_tokens: Math.min(512, model.max_tokens)};
   for (const [name, value] of Object.entries(known)) $(name).value = $(name).defaultValue = value;
   $("max_tokens").max = model.max_tokens;
   $("seed").placeholder = $("stop").placeholder = "none";
