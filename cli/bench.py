@@ -13,7 +13,7 @@ import typer
 from mlx_pararnn.errors import PararnnError
 
 from . import options
-from .progress import progress_bar
+from .progress import loading, progress_bar
 from .report import Debug, reports_errors, size
 
 if TYPE_CHECKING:
@@ -135,16 +135,17 @@ def bench(
         raise PararnnError("--adapter-path needs the MODEL that the adapters were trained with")
     if plot is not None and not plot.absolute().parent.is_dir():
         raise PararnnError(f"--plot: there is no folder {plot.parent}")
-    options.import_modules(modules)
-    from mlx_pararnn.files.hub import BUNDLED
-    from mlx_pararnn.tools import benchmark
-
-    if plot is not None:
-        from mlx_pararnn.tools.plot import require_matplotlib
-
-        require_matplotlib()
+    folder = options.find(model, modules)
     preset = preset or (PRESET if cell or dtype else None)
-    loaded = _load(model, adapter_path, preset, cell or "gru", dtype.value if dtype else "float32")
+    with loading(model or preset or "the bundled model"):
+        from mlx_pararnn.tools import benchmark
+
+        if plot is not None:
+            from mlx_pararnn.tools.plot import require_matplotlib
+
+            require_matplotlib()
+        loaded = _load(folder, adapter_path, preset, cell or "gru", dtype.value if dtype else "float32")
+    options.say_parts(loaded)
     sizes = _sizes(
         benchmark.fitting(loaded, benchmark.FULL if full else benchmark.SHORT),
         generation_tokens,
@@ -167,7 +168,7 @@ def bench(
         if not results:
             raise
         interrupted = error
-    about = benchmark.describe(loaded, model or preset or BUNDLED.name)
+    about = benchmark.describe(loaded, model or preset or folder.name)
     _report(about, results, sections, plot, as_json)
     if interrupted:
         raise interrupted
@@ -196,19 +197,16 @@ def _sizes(sizes: "Sizes", generated: int | None, **lists: str | None) -> "Sizes
     return replace(sizes, **chosen, generated=generated or sizes.generated)
 
 
-def _load(model: str | None, adapters: Path | None, preset: str | None, cell: str, dtype: str) -> "Model":
+def _load(folder: Path, adapters: Path | None, preset: str | None, cell: str, dtype: str) -> "Model":
     from mlx_pararnn.distributed import world
 
     if preset is not None:
         from mlx_pararnn.tools.benchmark import preset_model
 
-        loaded = preset_model(preset, cell, dtype, world())
-    else:
-        from mlx_pararnn.loading import BUNDLED, load_model
+        return preset_model(preset, cell, dtype, world())
+    from mlx_pararnn.loading import load_model
 
-        loaded = load_model(model or BUNDLED, adapter_path=adapters, group=world())[0]
-    options.say_parts(loaded)
-    return loaded
+    return load_model(folder, adapter_path=adapters, group=world())[0]
 
 
 def _in_words(settings: dict[str, Any]) -> str:

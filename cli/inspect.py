@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_pararnn.quick_start import start_quickly
+
 from . import options
+from .progress import working
 from .report import Debug, expand_home, reports_errors, size
 
 # Settings that have a line of their own, or say nothing to a person.
@@ -45,13 +48,19 @@ def inspect(
 
     Example: mlx-pararnn inspect final.pt
     """
-    options.import_modules(modules)
-    from mlx_pararnn.convert.inspection import held_package
-    from mlx_pararnn.convert.inspection import inspect as look
+    from mlx_pararnn.convert.readers.checkpoint import check_source
     from mlx_pararnn.files.hub import BUNDLED
-    from mlx_pararnn.tools.quantization_cost import noted_cost
 
-    found = look(path or BUNDLED)
+    if path is not None:
+        check_source(path)  # before seconds of importing
+    options.import_modules(modules)
+    with working(f"Reading {path or 'the bundled model'}"):
+        start_quickly()
+        from mlx_pararnn.convert.inspection import held_package
+        from mlx_pararnn.convert.inspection import inspect as look
+        from mlx_pararnn.tools.quantization_cost import noted_cost
+
+        found = look(path or BUNDLED)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return

@@ -13,7 +13,7 @@ import typer
 from mlx_pararnn.process.watchdog import ending_signals
 
 from . import options
-from .report import Debug, expand_home, reports_errors, size, usage_error
+from .report import Debug, expand_home, launched_rank, reports_errors, size, usage_error
 
 if TYPE_CHECKING:
     from mlx_pararnn.training.run import Run
@@ -169,15 +169,17 @@ def train(
         "tune": tune,
         "report_to": tuple(report_to) if report_to else None,
     }
+    if out is None:
+        usage_error("give the run's folder: -o OUT")
+    if data is None and config is None and not resume:
+        usage_error("give DATA: a text file, a folder of them, or .jsonl")
+    if launched_rank() == 0:  # which alone reads them
+        _check_paths(data, valid, init)
     options.import_modules(modules)
     from mlx_pararnn.distributed import world
     from mlx_pararnn.training import run as runs
     from mlx_pararnn.training.settings import read_plan
 
-    if out is None:
-        usage_error("give the run's folder: -o OUT")
-    if data is None and config is None and not resume:
-        usage_error("give DATA: a text file, a folder of them, or .jsonl")
     group = world()
     if group is not None and group.rank():
         trainer = runs.follow(group)
@@ -204,6 +206,19 @@ def train(
         )
         raise typer.Exit(130)
     typer.echo(f"done; try it with: mlx-pararnn generate {out}", err=True)
+
+
+def _check_paths(data: Path | None, valid: Path | None, init: str | None) -> None:
+    """Say what is not there before seconds of importing."""
+    from mlx_pararnn.files.hub import find_model
+    from mlx_pararnn.training.data_paths import check_data
+
+    if data is not None:
+        check_data(data)
+    if valid is not None:
+        check_data(valid, "the held-out text")
+    if init is not None:
+        find_model(init)
 
 
 def stop_on_signals(

@@ -62,14 +62,17 @@ def verify(
     if against and adapter_path:
         usage_error("--against compares the weights as they are stored; leave out --adapter-path")
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX's first matrix product
-    options.import_modules(modules)
+    if logits and not logits.exists():
+        raise PararnnError(f"{logits}: no such file; docs/converting.md shows how to export logits")
+    if against:
+        from mlx_pararnn.convert.readers.checkpoint import check_source
+
+        check_source(str(against))
+    path = options.find(model, modules)
     what = f"Checking {model or 'the bundled model'}"
     with working(what):
         from mlx_pararnn.convert.inspection import held_package
-        from mlx_pararnn.files.hub import find_model
-        from mlx_pararnn.loading import BUNDLED
 
-        path = find_model(model or BUNDLED)
         package = held_package(path)
     if package and (logits or against or adapter_path):
         usage_error(f"--against, --logits and --adapter-path are for MLX models, not {package} packages")

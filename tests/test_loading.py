@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -304,6 +305,31 @@ def test_a_wrong_path_is_told_before_anything_heavy_is_imported(name):
     result = run_python(code)
     assert result.stdout.splitlines()[0].startswith(f"no such model folder: {name};"), result.stderr
     assert result.stdout.splitlines()[1] == "[]"
+
+
+@pytest.mark.sampled("large", by=lambda command: [command.split()[0]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("generate nosuch -p x", "chat nosuch", "serve nosuch", "lm generate --model nosuch"),
+        *("bench nosuch", "inspect nosuch", "inspect nosuch.pt", "convert nosuch.pt -o out"),
+        *("verify nosuch", "verify --against nosuch.pt", "verify --logits nosuch"),
+        *("train nosuch -o out", "train . --valid nosuch -o out", "train . --init nosuch -o out"),
+        *("draw x -o x.png --model nosuch", "add-tokenizer nosuch bytes"),
+    ],
+)
+def test_every_command_tells_a_wrong_path_before_mlx_is_imported(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import sys; from mlx_pararnn.cli.app import main\n"
+        f"sys.argv = ['mlx-pararnn', *{command.split()!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code)\n"
+        "print(sorted({'mlx', 'mlx_lm', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    result = run_python(code, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert re.fullmatch(r"error: (no such model folder: )?nosuch(\.pt)?\b.*\n", result.stderr)
+    assert result.stdout.split("\n")[:2] == ["1", "[]"]
 
 
 @pytest.mark.parametrize("differs", [False, True])

@@ -87,11 +87,18 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     )
 
 
-def _from_hub(name: str) -> Path:
+def check_source(name: str) -> None:
+    """Raise a PararnnError for what is neither there nor a name of the hub; nothing is opened or fetched."""
+    if Path(name).exists():
+        return
     if not is_hub_name(name, with_owner=True) or Path(name).suffix in (*SUFFIXES, ".distcp"):
         looks_like_path = "/" in name or "." in name
         other = "" if looks_like_path else ", and not a Hugging Face name (owner/name)"
         raise PararnnError(f"{shown(name)}: no such file or folder{other}")
+
+
+def _from_hub(name: str) -> Path:
+    check_source(name)
     folder = download(name, (*_BESIDE, "model*.safetensors"), _CHOICES)
     if not any(folder.glob("model*.safetensors")):
         folder = download(

@@ -20,6 +20,7 @@ from mlx_lm.tuner.datasets import create_dataset
 from ..errors import PararnnError, one_line
 from ..files.model_files import open_regular
 from .batches import Batch
+from .data_paths import check_data
 
 # Characters of a text that are given to the tokenizer at once.
 _PIECE = 1 << 20
@@ -88,10 +89,7 @@ def read_texts(path: Path, what: str = "DATA") -> Iterator[str]:
     Raises:
         PararnnError: nothing is there, or it is not UTF-8.
     """
-    if not path.exists():
-        raise PararnnError(
-            f"{path}: no such file or folder; {what} is a text file, a folder of them or .jsonl"
-        )
+    check_data(path, what)
     if path.is_file() and path.suffix == ".jsonl":
         for row in _rows(path):
             yield from _strings(row)
