@@ -26,7 +26,6 @@ FOCUS = "document.activeElement.id"
 def server(tmp_path_factory):
     folder = demo_in_float32(tmp_path_factory.mktemp("page") / "my-model")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.05}')
     with running(folder) as server:
         yield server
 
@@ -400,11 +399,16 @@ def test_on_a_touch_screen(server):
         )
 
 
-def test_defaults_stand_in_the_fields(page):
+def test_defaults_stand_in_the_fields(tmp_path):
+    folder = demo_in_float32(tmp_path / "my-model")
+    (folder / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.05}')
     fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
-    shown = page.run(f"{json.dumps(fields)}.map((name) => Number(document.getElementById(name).value))")
+    with running(folder) as server, Browser() as page:
+        page.send("Page.navigate", url=server.url)
+        page.wait_for(IDLE)
+        shown = page.run(f"{json.dumps(fields)}.map((name) => Number(document.getElementById(name).value))")
+        assert "takes 6.1 KB, however long" in page.run("document.getElementById('empty').innerText")
     assert shown == [0, 1, 0, 0, 1.05, 512]
-    assert "takes 6.1 KB, however long" in page.run("document.getElementById('empty').innerText")
 
 
 def test_an_example_is_put_into_the_field():
