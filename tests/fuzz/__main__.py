@@ -47,8 +47,8 @@ class Finding(BaseException):
 class Watch:
     """Raises where an input makes the process do what it may not."""
 
-    def __init__(self, folder: Path, processes: bool, last: Path) -> None:
-        self.folder, self.processes, self.active = str(folder.resolve()), processes, False
+    def __init__(self, folder: Path, target: Any, last: Path) -> None:
+        self.folder, self.target, self.active = str(folder.resolve()), target, False
         self.ticks, self.memory = 0, _peak()
         # What native code hangs or fails in is there afterwards.
         self.last = last
@@ -57,13 +57,13 @@ class Watch:
         signal.signal(signal.SIGPROF, self._too_long)
         signal.signal(signal.SIGALRM, self._tick)
 
-    def run(self, target: Any, data: bytes) -> None:
+    def run(self, data: bytes) -> None:
         os.pwrite(self._file, data, 0)
         os.ftruncate(self._file, len(data))
         self._limit(SECONDS, WAITING)
         self.active = True
         try:
-            target.run(data)
+            self.target.run(data)
         finally:
             self.active = False
             self._limit(0, 0)
@@ -87,7 +87,10 @@ class Watch:
                 path = os.path.realpath(os.fsdecode(name))
                 if not path.startswith((self.folder + os.sep, "/dev/null")):
                     raise Finding(f"{path} is opened for writing")
-        elif event in FORBIDDEN or (event in OF_PROCESSES and not self.processes):
+        elif event == "os.remove" and self.target.deletes:
+            if not os.path.abspath(os.fsdecode(arguments[0])).startswith(self.folder + os.sep):
+                raise Finding(f"{arguments[0]} is deleted")
+        elif event in FORBIDDEN or (event in OF_PROCESSES and not self.target.processes):
             raise Finding(f"{event} {arguments!r:.200}")
 
     def _tick(self, number: int, frame: FrameType | None) -> None:
@@ -128,7 +131,7 @@ def fuzz(name: str, runs: int, seconds: float, seed: int = 0) -> tuple[int, int]
     findings = Findings(name)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
         target = TARGETS[name](Path(work))
-        watch = Watch(Path(work), target.processes, last)
+        watch = Watch(Path(work), target, last)
         rng = random.Random(f"{name} {seed}")
         first = [*target.seeds, *(path.read_bytes() for path in sorted(FOUND.glob(f"{name}-*")))]
         begun, done = time.monotonic(), 0
@@ -137,7 +140,7 @@ def fuzz(name: str, runs: int, seconds: float, seed: int = 0) -> tuple[int, int]
                 first[done] if done < len(first) else changed(target.seeds, target.words, rng, target.inside)
             )
             try:
-                watch.run(target, data)
+                watch.run(data)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
@@ -165,12 +168,12 @@ def _by_coverage(name: str, runs: int, seconds: float, seed: int, corpus: Path |
     corpus.mkdir(parents=True, exist_ok=True)
     for data in [*target.seeds, *(path.read_bytes() for path in FOUND.glob(f"{name}-*"))]:
         (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)  # as libFuzzer names them
-    watch = Watch(work / "target", target.processes, work / "last")
+    watch = Watch(work / "target", target, work / "last")
     findings = Findings(name)
 
     def one(data: bytes) -> None:
         try:
-            watch.run(target, data)
+            watch.run(data)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -225,8 +228,8 @@ def main() -> int:
     if args.input is not None:
         with tempfile.TemporaryDirectory() as work:
             target = TARGETS[chosen[0]](Path(work))
-            watch = Watch(Path(work), target.processes, Path(work).with_suffix(".last"))
-            watch.run(target, args.input.read_bytes())
+            watch = Watch(Path(work), target, Path(work).with_suffix(".last"))
+            watch.run(args.input.read_bytes())
             watch.last.unlink()
         return 0
     total = 0

@@ -16,6 +16,7 @@ class Target(NamedTuple):
         words: what changes put in.
         processes: whether it may start processes.
         inside: what takes the header out of a container, for changes that leave the rest whole.
+        deletes: whether it may delete files of its folder.
     """
 
     run: Callable[[bytes], None]
@@ -23,6 +24,7 @@ class Target(NamedTuple):
     words: tuple[bytes, ...] = ()
     processes: bool = False
     inside: Inside | None = None
+    deletes: bool = False
 
 
 def named(name: str, content: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What is fuzzed: files of models, requests and what is typed; outputs.py and pictures.py have the others."""
+"""What is fuzzed: files of models, requests, what is typed; outputs, pictures and states have the others."""
 
 import contextlib
 import io
@@ -55,6 +55,7 @@ from tests.fuzz.inputs import (
 )
 from tests.fuzz.outputs import calls, detokenizer, pieces, schemas, tool_calls
 from tests.fuzz.pictures import image_bodies, image_model_folder, picture
+from tests.fuzz.states import saved_prompts, state
 from tests.fuzz.target import Target, named, put
 from tests.support.golden import DATA
 from tests.support.small_models import torch_lm
@@ -124,26 +125,6 @@ def config(folder: Path) -> Target:
     seeds = [{**small, "cell": cell} for cell in ("gru", "lstm", "slstm", "nlru")]
     seeds.append({**small, "quantization": {"group_size": 16, "bits": 4}, "activations": {"state": "tanh"}})
     return Target(run, [pocket.read_bytes(), *(json.dumps(seed).encode() for seed in seeds)], JSON_WORDS)
-
-
-def state(folder: Path) -> Target:
-    """Saved conversations."""
-    chat = Chat(*mlx_pararnn.load(small_model(folder / "model")))
-    seeds = []
-    for text in ("", "ab", "c"):
-        if text:
-            list(chat.respond(text, max_tokens=2))
-        seeds.append(chat.save(folder / "x").read_bytes())
-    before = chat.tokens, chat.messages
-
-    def run(data: bytes) -> None:
-        (folder / "x.safetensors").write_bytes(data)
-        try:
-            chat.branch().load(folder / "x")
-        except PararnnError:
-            assert (chat.tokens, chat.messages) == before
-
-    return Target(run, seeds, JSON_WORDS, inside=header_in)
 
 
 def tokenizer(folder: Path) -> Target:
@@ -452,7 +433,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "image-model" if make is image_model_folder else make.__name__.replace("_", "-"): make
     for make in (pickle, torch_file, safetensors, index, distributed, config, state, tokenizer, template,
                  calls, detokenizer, commands, bodies, training, tokenizer_files, weights, coreml, coreai,
-                 picture, tool_calls, pieces, schemas, image_bodies, image_model_folder)
+                 picture, tool_calls, pieces, schemas, image_bodies, image_model_folder, saved_prompts)
 }  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def run(folder, *command):
 
 
 @pytest.mark.parametrize(
-    "name", ["pickle", "torch-file", "safetensors", "index", "distributed", "tool-calls", "pieces"]
+    "name",
+    ["pickle", "torch-file", "safetensors", "index", "distributed", "tool-calls", "pieces", "saved-prompts"],
 )
 def test_changed_inputs_are_read_or_refused(name, tmp_path):
     target = TARGETS[name](tmp_path)
@@ -65,19 +66,27 @@ def runs(data):
         pass
 def starts(data): subprocess.run(["true"])
 def deletes(data): os.remove("kept")
+def deletes_elsewhere(data): os.remove("kept")
 def hangs(data):
     while True: pass
 def grows(data): b"x" * (200 << 20)
-def sound(data): Path(FOLDER, "x").write_bytes(data)
+def sound(data):
+    Path(FOLDER, "x").write_bytes(data)
+    os.remove(Path(FOLDER, "x"))
 
 def target(run):
     def make(folder):
         global FOLDER
         FOLDER = folder
-        return types.SimpleNamespace(run=run, seeds=[b"x"], words=(), processes=False, inside=None)
+        may = run in (deletes_elsewhere, sound)  # in its folder
+        return types.SimpleNamespace(
+            run=run, seeds=[b"x"], words=(), processes=False, inside=None, deletes=may
+        )
     return make
 
-faults = (foreign, writes, writes_by_descriptor, runs, starts, deletes, hangs, grows, sound)
+faults = (
+    foreign, writes, writes_by_descriptor, runs, starts, deletes, deletes_elsewhere, hangs, grows, sound
+)
 TARGETS = {fault.__name__: target(fault) for fault in faults}
 sys.modules["tests.fuzz.targets"] = types.SimpleNamespace(TARGETS=TARGETS)
 runner.SECONDS, runner.MEMORY = 0.2, 100 << 20
@@ -112,7 +121,15 @@ def test_each_kind_of_fault_is_found(tmp_path):
     assert set(counts.values()) == {"1 1"}, counts
     assert not (tmp_path / "elsewhere").exists()
     assert len(list(tmp_path.iterdir())) == len(counts) + 1  # each input is kept
-    for said in ("KeyError", "elsewhere is opened for writing", "os.system", "too long", "1 GB of memory"):
+    for said in (
+        "KeyError",
+        "os.remove",
+        "elsewhere is opened for writing",
+        "os.system",
+        "kept is deleted",
+        "too long",
+        "1 GB of memory",
+    ):
         assert said in done.stderr
 
 
