@@ -49,6 +49,7 @@ REFUSED = [  # what would end MLX-LM's generating thread, open a connection, loa
     (TEXT, {"prompt": "x", "stop": "a" * 257}, 400, "a stop string may have 256 characters"),
     (TEXT, {"prompt": "x", "top_k": True, "temperature": 1.0}, 200, ""),
     (TEXT, {"prompt": "x", "seed": -1}, 400, "seed is out of range"),
+    (TEXT, {"prompt": "x", "seed": 2**64}, 400, "seed is out of range"),
     (TEXT, {"prompt": "x", "logit_bias": {"256": 1}}, 400, "logit_bias names token '256'"),
     (TEXT, {"prompt": "x", "logit_bias": {"-1": 1}}, 400, "logit_bias names token '-1'"),
     (TEXT, {"prompt": "x", "logit_bias": {"1": 1e999}}, 400, "Infinity is no number of JSON's"),
