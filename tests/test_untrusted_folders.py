@@ -12,6 +12,8 @@ import mlx_pararnn
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
 from tests.support.demo import DEMO
+from tests.support.image_models import image_model, write_image_model
+from tests.support.serving import request, running
 
 EVIL = """\
 open({ran!r}, "w")
@@ -26,8 +28,11 @@ def folder(tmp_path):
 
 def make_folder(tmp_path, kind="a file here"):
     """A sound model folder that names Python of its own, wherever transformers looks for it."""
-    folder = shutil.copytree(DEMO, tmp_path / "model")
-    (folder / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
+    return make_evil(shutil.copytree(DEMO, tmp_path / "model"), kind)
+
+
+def make_evil(folder, kind="a file here"):
+    (folder / "evil.py").write_text(EVIL.format(ran=str(folder.parent / "ran")))
     name = "someone/else--evil.T" if kind == "another repository" else "evil.T"
     names = {"AutoTokenizer": [None, name], "AutoProcessor": name, "AutoConfig": "evil.C"}
     edit(folder / "config.json", auto_map={"AutoConfig": "evil.C", **names}, model_file="evil.py")
@@ -74,14 +79,35 @@ def test_a_leftover_auto_map_of_any_kind_is_passed_over(tmp_path, kind, monkeypa
         ("generate", "model", "-p", "def main(", "-m", "2"),
         ("chat", "model", "-m", "2"),
         ("verify", "model"),
+        ("inspect", "model"),
+        ("bench", "model", "--only", "decode", "-c", "0", "-g", "1", "-n", "1"),
+        ("convert", "model", "-o", "out", "--to", "torch"),
+        ("add-tokenizer", "model", "bytes", "--force"),
+        ("train", "data.txt", "-o", "out", "--init", "model", "--steps", "1", "--length", "8"),
+        ("draw", "a", "-o", "picture.png", "--model", "model", "--steps", "1"),
     ],
     ids=lambda command: command[0],
 )
 def test_a_leftover_auto_map_is_passed_over(folder, command):
     """The tokenizer's files suffice."""
+    if command[0] == "draw":
+        shutil.copytree(
+            write_image_model(image_model(), folder.parent / "images"), folder, dirs_exist_ok=True
+        )
+        make_evil(folder)
+    (folder.parent / "data.txt").write_text("a text\n" * 200)
     result = run(folder, "-m", "mlx_pararnn.cli.app", *command)
     assert result.returncode == 0, result.stderr
     assert_nothing_asked_or_run(result, folder)
+
+
+@pytest.mark.large
+def test_a_leftover_auto_map_is_passed_over_by_the_server(folder):
+    with running(folder) as server:
+        status, _, said = request(server, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1})
+        assert status == 200, said
+        assert "[y/N]" not in server.said
+    assert not (folder.parent / "ran").exists()
 
 
 def test_a_tokenizer_that_is_python_is_refused(tmp_path):
