@@ -151,11 +151,14 @@ def test_a_batch_of_64_prompts_says_what_each_says_alone():
 
 
 @pytest.mark.large
-def test_ten_thousand_turns_are_flat():
+def test_ten_thousand_turns_are_flat_and_the_oracles(monkeypatch):
+    """In the end the state is the one that plain MLX has after the same tokens, read afresh."""
     model, tokenizer = small_model(num_hidden_layers=1), load(DEMO)[1]
-    conversation, sizes = Chat(model, tokenizer), []
+    conversation, sizes, tokens = Chat(model, tokenizer), [], []
     for turn in range(10_000):
+        tokens += tokenizer.encode(f"{turn:4}?", add_special_tokens=False)
         for response in conversation.respond(f"{turn:4}?", max_tokens=1):
+            tokens.append(response.token)
             if turn % 100 == 0:
                 assert mx.isfinite(response.logprobs).all()
         if turn % 100 == 99:
@@ -166,6 +169,18 @@ def test_ten_thousand_turns_are_flat():
     assert conversation.undoable == 64
     assert sizes[0] > 0
     assert max(sizes) - min(sizes) < 10_000, sizes  # bytes: one a turn would be 9,900
+    tokens = tokens[: conversation.tokens]
+    assert len(tokens) >= 59_999
+    monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
+    cache = model.make_cache()
+    for begin in range(0, len(tokens), 500):
+        logits = model(mx.array([tokens[begin : begin + 500]]), cache=cache)
+        mx.eval(logits, [layer.cache for layer in cache])
+    following = [model(mx.array([[10]]), cache=held) for held in (conversation.cache, cache)]
+    pairs = [pair for ours, afresh in zip(conversation.cache, cache, strict=True)
+             for pair in zip(ours.cache, afresh.cache, strict=True)]  # fmt: skip
+    for mine, theirs in [following, *pairs]:
+        assert mx.abs(mine - theirs).max() < 2e-5 * max(1, mx.abs(theirs).max().item())
 
 
 def most_memory(process):
