@@ -90,6 +90,12 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             if _debug:
                 raise
+            # Python 3.11 wraps what is raised while a class is made, as when a signal comes during an import.
+            if isinstance(error.__cause__, SystemExit):
+                raise error.__cause__ from None
+            if isinstance(error.__cause__, KeyboardInterrupt):
+                _say("interrupted")
+                raise typer.Exit(130) from None
             _say(f"error: {_sentence(error)}")
             try:
                 sys.stdout.flush()

@@ -301,6 +301,22 @@ def test_a_panic_of_a_rust_library_is_one_sentence(monkeypatch, checkpoint, tmp_
         CliRunner().invoke(app, [*arguments, "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "said"), [(KeyboardInterrupt(), 130, "interrupted\n"), (SystemExit(143), 143, "")]
+)
+def test_a_signal_that_python_wraps_ends_a_command_as_any(
+    raised, code, said, monkeypatch, checkpoint, tmp_path
+):
+    """Python 3.11 makes a RuntimeError of what is raised while a class is made, as in an import."""
+
+    def wrapped(*_, **__):
+        raise RuntimeError("Error calling __set_name__") from raised
+
+    monkeypatch.setattr("mlx_pararnn.convert.to_mlx.convert_to_mlx", wrapped)
+    result = CliRunner().invoke(app, ["convert", str(checkpoint), "-o", str(tmp_path / "out")])
+    assert (result.exit_code, result.stderr) == (code, said)
+
+
 def test_version():
     done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"mlx-pararnn {mlx_pararnn.__version__}\n"

@@ -115,7 +115,7 @@
     /// A timer of the assistant's rings once, whichever branch is shown.
     @Test(.timeLimit(.minutes(5))) func timersRing() async throws {
       let tools = try Records.tools()
-      var script = tools.render(message: "t")
+      var script = tools.render(message: "1 second")
       script.append(tools[.call])
       script += tools.encode(#"{"name":"set_timer","arguments":{"duration":"1 second"}}"#)
       script.append(tools[.result])
@@ -128,7 +128,7 @@
       try await MLModel.$behaviour.withValue(fake.behaviour) {
         let conversation = Conversation()
         #expect(await conversation.load(folder.package))
-        await ask(conversation, "t")
+        await ask(conversation, "1 second")
         #expect(conversation.messages.last?.text == "Timer set for 1 second.")
         #expect(conversation.toolLines[1]?.contains("set_timer") == true)
         let saved = try #require(await conversation.leave())
