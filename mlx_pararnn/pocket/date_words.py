@@ -40,7 +40,7 @@ HOLIDAYS = {
     "st patrick's day": (3, 17),
 }
 _RELATIVE_DAYS = {
-    "today": 0, "now": 0, "tonight": 0, "tomorrow": 1, "yesterday": -1, "day after tomorrow": 2,
+    "today": 0, "now": 0, "tonight": 0, "tomorrow": 1, "tmrw": 1, "yesterday": -1, "day after tomorrow": 2,
     "day before yesterday": -2,
 }  # fmt: skip
 # Of each unit of time: what it is counted in, and how many of that.

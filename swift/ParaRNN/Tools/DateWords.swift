@@ -167,7 +167,7 @@ enum DateWords {
     "halloween": (10, 31), "valentine's day": (2, 14), "valentine's": (2, 14), "st patrick's day": (3, 17),
   ]
   private static let relativeDays = [
-    "today": 0, "now": 0, "tonight": 0, "tomorrow": 1, "yesterday": -1, "day after tomorrow": 2,
+    "today": 0, "now": 0, "tonight": 0, "tomorrow": 1, "tmrw": 1, "yesterday": -1, "day after tomorrow": 2,
     "day before yesterday": -2,
   ]
   private enum Half { case am, pm }
