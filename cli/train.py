@@ -174,7 +174,7 @@ def train(
     if data is None and config is None and not resume:
         usage_error("give DATA: a text file, a folder of them, or .jsonl")
     if launched_rank() == 0:  # which alone reads them
-        _check_paths(data, valid, init)
+        _check_paths(data, valid, None if preset else init)  # which do not go together: told below
     options.import_modules(modules)
     from mlx_pararnn.distributed import world
     from mlx_pararnn.training import run as runs

@@ -64,11 +64,13 @@ def verify(
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX's first matrix product
     if logits and not logits.exists():
         raise PararnnError(f"{logits}: no such file; docs/converting.md shows how to export logits")
+    path = options.find(model, modules)
     if against:
         from mlx_pararnn.convert.readers.checkpoint import check_source
+        from mlx_pararnn.convert.readers.forms import PACKAGE_FILE
 
-        check_source(str(against))
-    path = options.find(model, modules)
+        if not any((folder / PACKAGE_FILE).is_file() for folder in (path, path.parent)):
+            check_source(str(against))
     what = f"Checking {model or 'the bundled model'}"
     with working(what):
         from mlx_pararnn.convert.inspection import held_package

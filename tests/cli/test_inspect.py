@@ -200,7 +200,7 @@ def test_a_core_ml_package(tmp_path):
         "functions": ["decode"], "states": [{"name": "cell_state", "shape": [2, 1, 64], "dtype": "float16"}],
         "weights": "int8", "cell": "gru", "parameters": 1000, "eos_token_id": [3], "state": "graph",
         "output": "logits", "chunk": None, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 9,
-        "intermediate_size": 8, "mixer": "plain",
+        "intermediate_size": 8, "mixer": "plain", "mlp_residual": True, "max_position_embeddings": None,
     }  # fmt: skip
     (tmp_path / "model.mlpackage").mkdir()
     (tmp_path / "pararnn.json").write_text(json.dumps(settings))

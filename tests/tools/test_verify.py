@@ -160,7 +160,7 @@ def test_not_a_number_is_no_pass(converted, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: None, "is no .safetensors or .npz file with input_ids and logits"),
+        (lambda f: None, "no such file; docs/converting.md shows how to export logits"),
         (lambda f: f.write_text("x"), "is no .safetensors or .npz file with input_ids and logits"),
         (lambda f: save(f, logits=mx.zeros((1, 3, 256))), "is no .safetensors or .npz file with input_ids"),
         (lambda f: save(f, [[1, 2, 3]], mx.zeros((1, 3, 255))), "do not fit; the model gives (1, 3, 256)"),
