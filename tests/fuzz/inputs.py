@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import save_config, save_model
 
@@ -79,6 +80,7 @@ def small_model(folder: Path) -> Path:
     args = ModelArgs(
         hidden_size=16, num_hidden_layers=1, num_heads=2, vocab_size=256, intermediate_size=16, norm_eps=1e-6
     )
+    mx.random.seed(0)
     save_model(folder, Model(args))
     save_config({**vars(args), "eos_token_id": 0, "bos_token_id": 1}, folder / "config.json")
     for name, text in byte_tokenizer_files().items():
