@@ -22,8 +22,8 @@ _SIGN = r" *(?:[+-]|plus|minus) *"
 _OTHER = re.compile(
     r"\d\s*(?:[%^²³×·÷]|\*\*|//|[<>!=]=|=\s*-?\d)|√|^\W*\d+ (?:and|or) \d+\W*$"
     rf"|(?<![\d./-])(?:0\d+{_SIGN}\d+|\d+{_SIGN}0\d+)(?![\d./-])"
-    r"|\b(?:mod|modulo|remainder|average|mean|median|gcd|lcm|hcf|xor|nand|squared?|cubed?|roots?|sqrt|power"
-    r"|percent|factorial|logarithm|log|prime|even|odd|binary|hex)\b"
+    r"|\b(?:average|mean|median|gcd|lcm|hcf|remainder|root|factorial|log|logarithm) (?:of|for)\b|\bsqrt\b"
+    r"|\d\s*(?:mod|modulo|xor|nand|percent|squared|cubed|to the power|prime|even|odd|in binary|in hex)\b"
 )
 _ASKED = re.compile(
     r"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so)\b[\s,:]*)*"

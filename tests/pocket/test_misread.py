@@ -47,7 +47,12 @@ def test_tasks_with_numbers_are_left_to_the_model():
             for _ in range(50):
                 message = task(rng, digits)[0]
                 assert instead_of_answer(message) is None, message
-    for message in ("what happened on 2026-03-05", "reverse 0123", "who are you", "what do you mean"):
+    for message in (
+        "what happened on 2026-03-05",
+        "reverse 0123",
+        "what does 42 mean",
+        "I am 7 and powerful",
+    ):
         assert instead_of_answer(message) is None
 
 

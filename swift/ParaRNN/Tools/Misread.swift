@@ -13,8 +13,8 @@ enum Misread {
   private static let other =
     #"\d\s*(?:[%^²³×·÷]|\*\*|//|[<>!=]=|=\s*-?\d)|√|^\W*\d+ (?:and|or) \d+\W*$"#
     + #"|(?<![\d./-])(?:0\d+\#(sign)\d+|\d+\#(sign)0\d+)(?![\d./-])"#
-    + #"|\b(?:mod|modulo|remainder|average|mean|median|gcd|lcm|hcf|xor|nand|squared?|cubed?|roots?|sqrt|power"#
-    + #"|percent|factorial|logarithm|log|prime|even|odd|binary|hex)\b"#
+    + #"|\b(?:average|mean|median|gcd|lcm|hcf|remainder|root|factorial|log|logarithm) (?:of|for)\b|\bsqrt\b"#
+    + #"|\d\s*(?:mod|modulo|xor|nand|percent|squared|cubed|to the power|prime|even|odd|in binary|in hex)\b"#
   private static let asked =
     #"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so)\b[\s,:]*)*"#
     + "(?:(?:what is|what's|whats|how much is|calculate|compute|work out|solve|evaluate|figure out|tell me)"
