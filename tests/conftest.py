@@ -77,7 +77,10 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(autouse=True)
 def process_as_it_was():
-    """What a test changes of the process it takes back: the next one in it would meet something else."""
+    """What a test changes of the process it takes back: the next one in it would meet something else.
+
+    Looked at are levels of logs, the working folder, and variables that there were, or that are MLX's.
+    """
     before = _process()
     yield
     after = _process()

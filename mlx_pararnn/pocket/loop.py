@@ -54,7 +54,8 @@ class Limits:
 # So often in a row may nothing be read where the message has ended, and so many commands for each entry of
 # the memory may go by without a word: a model that goes on has lost its way. Sorting takes some 25 of them.
 MOST_EDGES = 8
-MOST_COMMANDS = 40
+MOST_COMMANDS = 30
+MOST_WRITTEN = 256  # bytes of a call, and six for each byte of the message, which may be escaped there
 LOST = "I lost my place in that message and cannot answer it."
 
 
@@ -183,7 +184,8 @@ class _Turn:
                     mask = self.masks.thinking
                 elif token == protocol.answer:
                     yield from self.rest(event)
-                    if result is None and (sentence := self.functions.instead_of_answer(self.message)):
+                    called = result is not None or protocol.call in prefix
+                    if not called and (sentence := self.functions.instead_of_answer(self.message)):
                         raise _Instead(sentence)
                     self.memory.append(token)
                     mask, event = self.masks.answering, Text
@@ -195,7 +197,9 @@ class _Turn:
             reason = over.reason
         except _Instead as instead:
             yield from self.rest(event)
-            yield Text(self.tokens, instead.sentence)
+            # What was done is told; what was being said ends on its line.
+            sentence = instead.sentence if result is None or self.answered else result.text
+            yield Text(self.tokens, f"\n{sentence}" if self.answered else sentence)
         yield from self.rest(event)
         yield Finish(self.tokens, reason, self.made, self.calls, time.monotonic() - self.begin)
 
@@ -300,6 +304,8 @@ class _Turn:
             written.append(self.protocol.bytes_of[token])
             if matcher is not None:
                 matcher.consume_token(token)
+                if len(written) > MOST_WRITTEN + 6 * len(self.message.encode()):
+                    raise _Instead(LOST)
         return written.decode(errors="replace")
 
     def parsed(self, text: str) -> Call:

@@ -18,17 +18,18 @@ OTHER_SUMS = (
     "I cannot do that with numbers. I add, subtract, multiply, divide, compare, sort and reverse them."
 )
 
-_SIGN = r" *(?:[+-]|plus|minus) *"
-_OTHER = re.compile(
-    r"\d\s*(?:[%^²³×·÷]|\*\*|//|[<>!=]=|=\s*-?\d)|√|^\W*\d+ (?:and|or) \d+\W*$"
-    rf"|(?<![\d./-])(?:0\d+{_SIGN}\d+|\d+{_SIGN}0\d+)(?![\d./-])"
+# What is none of the six tasks for certain, and what is none where the calculator can read it.
+_NO_TASK = re.compile(
+    r"\d\s*(?:\^|\*\*|//|[<>!=]=|=\s*-?\d)|√|^\W*\d+ (?:and|or) \d+\W*$"
     r"|\b(?:average|mean|median|gcd|lcm|hcf|remainder|root|factorial|log|logarithm) (?:of|for)\b|\bsqrt\b"
-    r"|\d\s*(?:mod|modulo|xor|nand|percent|squared|cubed|to the power|prime|even|odd|in binary|in hex)\b"
+    r"|\d\s*(?:mod|modulo|xor|nand|squared|cubed|to the power|prime|in binary|in hex)\b"
 )
+_SIGN = r" *(?:[+-]|plus|minus) *"
+_A_SUM = re.compile(rf"\d\s*(?:[%²³×·÷]|percent\b)|(?<![\d./-])(?:0\d+{_SIGN}\d+|\d+{_SIGN}0\d+)(?![\d./-])")
 _ASKED = re.compile(
-    r"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so)\b[\s,:]*)*"
+    r"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so|thanks)\b[\s,:]*)*"
     r"(?:(?:what is|what's|whats|how much is|calculate|compute|work out|solve|evaluate|figure out|tell me)\b"
-    r"[\s:]*)?(.*?)[\s?.!=]*"
+    r"[\s:]*)?(.*?)(?:[\s,]*\b(?:please|pls|thanks|thx))?[\s?.!=]*"
 )
 
 
@@ -55,11 +56,14 @@ def instead_of_answer(message: str) -> str | None:
 
     A sum that the calculator reads is calculated.
     """
-    text = message[:LONGEST].lower()
-    if not re.search(r"\d", text) or not _OTHER.search(text):
+    text = " ".join(message.lower().split())
+    no_task = bool(_NO_TASK.search(text))
+    if len(message) > LONGEST or not re.search(r"\d", text) or not (no_task or _A_SUM.search(text)):
         return None
-    asked = _ASKED.fullmatch(" ".join(text.split()))
+    asked = _ASKED.fullmatch(text)
     try:
-        return f"{asked[1]} is {calculate(formula(asked[1]))}." if asked else OTHER_SUMS
-    except (NotUnderstood, ValueError):
-        return OTHER_SUMS
+        return f"{asked[1]} is {calculate(formula(asked[1]))}." if asked else None
+    except (NotUnderstood, ValueError, RecursionError) as error:
+        if str(error) == "division by zero":
+            return "That divides by zero."
+        return OTHER_SUMS if no_task else None

@@ -181,9 +181,18 @@ def formula(text: str) -> str:
     "twelve plus seven" gives "12+7", "half of ninety" "(1/2)*90", "15% of 80" "(15/100)*80". Two numbers
     without a sign between them are no calculation: neither "5 7 + 1" nor "3 000 + 1", where it is "3,000".
     """
-    for sign, plain in {"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**", "√": "square root of "}.items():
+    for sign, plain in {
+        "²": " squared",
+        "³": " cubed",
+        "×": "*",
+        "·": "*",
+        "÷": "/",
+        "−": "-",
+        "^": "**",
+        "√": "square root of ",
+    }.items():
         text = text.replace(sign, plain)
-    text = re.sub(r"(\s%\s*|%)(?=[\d(])", " mod ", text)  # "5% 7" is no remainder
+    text = re.sub(r"\s%\s*(?=-?[\d(])|%(?=[\d(])", " mod ", text)  # "5% 7" is no remainder
     plain = " ".join(split_words(text))
     for pattern, word in _SHORTER.items():
         plain = re.sub(pattern, word, plain)

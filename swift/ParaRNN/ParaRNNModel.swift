@@ -160,16 +160,22 @@
 
     /// Find out how fast the functions are here, unless that is known, and let go of the slow ones.
     private func measure() async {
-      guard let clock, speeds.isEmpty, !prefills.isEmpty else { return }
-      var found = ReadingSpeeds()
       let counts = [1] + prefills.keys.sorted().filter { $0 <= settings.positions ?? .max }
+      guard let clock, counts.count > 1, counts.contains(where: { speeds.seconds[$0] == nil }) else { return }
+      var found = speeds
       for round in 0..<4 {
         for count in counts {
           // Given up meanwhile, or of no use.
           guard let function = count == 1 ? decode : prefills[count] else { return }
           let tokens = [Int](repeating: 0, count: count)
           let (state, before) = (emptyMemory().state, clock())
-          guard (try? await run(function, tokens, 0, state)) != nil else { return }
+          guard (try? await run(function, tokens, 0, state)) != nil else {
+            if count > 1 {  // and decode has run
+              prefills[count] = nil
+              works[count] = false
+            }
+            return
+          }
           // First calls take longer.
           if round > 0 { found.add(clock() - before, for: count) }
           await Task.yield()

@@ -71,6 +71,12 @@ struct KeptSpeeds {
       return
     }
     try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+    #if canImport(Darwin)
+      var values = URLResourceValues()
+      values.isExcludedFromBackup = true  // it is of this device
+      var place = folder
+      try? place.setResourceValues(values)
+    #endif
     try? data.write(to: folder.appendingPathComponent(name), options: .atomic)
     let ofThisSystem = name.dropLast(17 + ".json".count)
     for other in (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []

@@ -88,7 +88,8 @@ class Watch:
                 if not path.startswith((self.folder + os.sep, "/dev/null")):
                     raise Finding(f"{path} is opened for writing")
         elif event == "os.remove" and self.target.deletes:
-            if not os.path.abspath(os.fsdecode(arguments[0])).startswith(self.folder + os.sep):
+            parent, name = os.path.split(os.path.abspath(os.fsdecode(arguments[0])))
+            if not os.path.join(os.path.realpath(parent), name).startswith(self.folder + os.sep):
                 raise Finding(f"{arguments[0]} is deleted")
         elif event in FORBIDDEN or (event in OF_PROCESSES and not self.target.processes):
             raise Finding(f"{event} {arguments!r:.200}")

@@ -202,7 +202,7 @@ def test_the_json_of_a_call_is_valid_whatever_the_model_wants(wanted):
         assert not events[1].failed
         assert isinstance(given[0][0], int)
     else:  # a string without end
-        assert events[-1].reason == "steps"
+        assert events[-1].reason == "steps" or text_of(events) == LOST
 
 
 def test_without_a_function_of_that_name_any_object_is_taken_and_answered_with_an_error():

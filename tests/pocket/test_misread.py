@@ -5,9 +5,10 @@ from itertools import islice
 
 import pytest
 
+import mlx_pararnn
 from examples.pocket import calls
 from examples.pocket.data import TASKS
-from mlx_pararnn.pocket.answers import answer, assistant_functions
+from mlx_pararnn.pocket.answers import assistant_functions, stream_answer
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.loop import Limits, run_turn
 from mlx_pararnn.pocket.misread import NOT_SURE, OTHER_SUMS, instead, instead_of_answer
@@ -22,6 +23,8 @@ SUMS = [
     ("the remainder of 17 divided by 5", "the remainder of 17 divided by 5 is 2."),
     ("7 × 8", "7 × 8 is 56."),
     ("007 + 1", "007 + 1 is 8."),
+    ("3² + 1, please", "3² + 1 is 10."),
+    ("thanks, what is 7 mod 0", "That divides by zero."),
     *(
         (text, OTHER_SUMS)
         for text in ("average of 3 and 5", "gcd of 12 and 18", "12 xor 7", "5 and 7", "5 = 6")
@@ -51,7 +54,10 @@ def test_tasks_with_numbers_are_left_to_the_model():
         "what happened on 2026-03-05",
         "reverse 0123",
         "what does 42 mean",
-        "I am 7 and powerful",
+        "dim the bedroom lamp to 30%",
+        "reverse 50%",
+        "0" + "1" * 600 + " + " + "2" * 600,
+        "phone 555-0123",
     ):
         assert instead_of_answer(message) is None
 
@@ -75,6 +81,6 @@ def call_arguments(**arguments):
 @pytest.mark.parametrize(
     "message", ["sort banana, apple, cherry", "remainder of 17 divided by 5", "Set a timer"]
 )
-def test_the_bundled_model_ends_soon(message, bundled):
-    text = answer(*bundled, message, limits=Limits(steps=20_000))
-    assert text
+def test_the_bundled_model_ends_soon(message):
+    events = [*stream_answer(*mlx_pararnn.load(), message)]
+    assert (events[-1].reason, events[-1].made < 5000) == ("stop", True)

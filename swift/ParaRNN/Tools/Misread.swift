@@ -9,38 +9,44 @@ enum Misread {
   private static let otherSums =
     "I cannot do that with numbers. I add, subtract, multiply, divide, compare, sort and reverse them."
 
-  private static let sign = " *(?:[+-]|plus|minus) *"
-  private static let other =
-    #"\d\s*(?:[%^²³×·÷]|\*\*|//|[<>!=]=|=\s*-?\d)|√|^\W*\d+ (?:and|or) \d+\W*$"#
-    + #"|(?<![\d./-])(?:0\d+\#(sign)\d+|\d+\#(sign)0\d+)(?![\d./-])"#
+  /// What is none of the six tasks for certain, and what is none where the calculator can read it.
+  private static let noTask =
+    #"\d\s*(?:\^|\*\*|//|[<>!=]=|=\s*-?\d)|√|^\W*\d+ (?:and|or) \d+\W*$"#
     + #"|\b(?:average|mean|median|gcd|lcm|hcf|remainder|root|factorial|log|logarithm) (?:of|for)\b|\bsqrt\b"#
-    + #"|\d\s*(?:mod|modulo|xor|nand|percent|squared|cubed|to the power|prime|even|odd|in binary|in hex)\b"#
+    + #"|\d\s*(?:mod|modulo|xor|nand|squared|cubed|to the power|prime|in binary|in hex)\b"#
+  private static let sign = " *(?:[+-]|plus|minus) *"
+  private static let sum =
+    #"\d\s*(?:[%²³×·÷]|percent\b)|(?<![\d./-])(?:0\d+\#(sign)\d+|\d+\#(sign)0\d+)(?![\d./-])"#
   private static let asked =
-    #"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so)\b[\s,:]*)*"#
+    #"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so|thanks)\b[\s,:]*)*"#
     + "(?:(?:what is|what's|whats|how much is|calculate|compute|work out|solve|evaluate|figure out|tell me)"
-    + #"\b[\s:]*)?(.*?)[\s?.!=]*"#
+    + #"\b[\s:]*)?(.*?)(?:[\s,]*\b(?:please|pls|thanks|thx))?[\s?.!=]*"#
 
   /// What to say instead of calling a standard function for a message; nil to call it.
   @Sendable static func instead(_ message: String, _ function: String, _ arguments: String) -> String? {
-    let given = (try? JSONSerialization.jsonObject(with: Data(arguments.utf8))) as? [String: Any] ?? [:]
-    let texts = given.values.compactMap { $0 as? String }
+    let given = (try? JSONSerialization.jsonObject(with: Data(arguments.utf8))) as? [String: Any]
     // By scalars, as the model copies them.
-    let isCopied = texts.allSatisfy { text in
+    let isCopied = given?.values.compactMap { $0 as? String }.allSatisfy { text in
       text.isEmpty || (message as NSString).range(of: text, options: .literal).location != NSNotFound
     }
-    return isCopied ? TwoRequests.instead(message, function) : insteadOfAnswer(message) ?? notSure
+    return isCopied == true ? TwoRequests.instead(message, function) : insteadOfAnswer(message) ?? notSure
   }
 
   /// What to say where a model answers with no function; nil where nothing is known against that. A sum that the
   /// calculator reads is calculated.
   @Sendable static func insteadOfAnswer(_ message: String) -> String? {
-    let text = String(String.UnicodeScalarView(message.unicodeScalars.prefix(TwoRequests.longest)))
-      .lowercased()
-    if Words.matches(#"\d"#, in: text).isEmpty || Words.matches(other, in: text).isEmpty { return nil }
-    let plain = text.split(whereSeparator: \.isWhitespace).joined(separator: " ")
-    guard let sum = Words.groups(asked, in: plain)?[1], let formula = try? NumberWords.formula(sum),
-      let value = try? Calculator.calculate(formula)
-    else { return otherSums }
-    return "\(sum) is \(value)."
+    let words = message.lowercased().unicodeScalars.split { $0.properties.isWhitespace }
+    let text = words.map { String(String.UnicodeScalarView($0)) }.joined(separator: " ")
+    let isNoTask = !Words.matches(noTask, in: text).isEmpty
+    guard message.unicodeScalars.count <= TwoRequests.longest, !Words.matches(#"\d"#, in: text).isEmpty,
+      isNoTask || !Words.matches(sum, in: text).isEmpty, let asked = Words.groups(asked, in: text)?[1]
+    else { return nil }
+    do {
+      return "\(asked) is \(try Calculator.calculate(NumberWords.formula(asked)))."
+    } catch let error as ToolError where error.sentence == "division by zero" {
+      return "That divides by zero."
+    } catch {
+      return isNoTask ? otherSums : nil
+    }
   }
 }

@@ -264,11 +264,12 @@ enum NumberWords {
   static func formula(_ text: String) throws -> String {
     var plain = text
     for (sign, word) in [
-      ("×", "*"), ("·", "*"), ("÷", "/"), ("−", "-"), ("^", "**"), ("√", "square root of "),
+      ("²", " squared"), ("³", " cubed"), ("×", "*"), ("·", "*"), ("÷", "/"), ("−", "-"), ("^", "**"),
+      ("√", "square root of "),
     ] {
       plain = plain.replacingOccurrences(of: sign, with: word)
     }
-    plain = Words.replacing(#"(\s%\s*|%)(?=[\d(])"#, in: plain, with: " mod ")  // "5% 7" is no remainder
+    plain = Words.replacing(#"\s%\s*(?=-?[\d(])|%(?=[\d(])"#, in: plain, with: " mod ")  // "5% 7" is no remainder
     plain = Words.split(plain).joined(separator: " ")
     for (pattern, word) in shorter { plain = Words.replacing(pattern, in: plain, with: word) }
     guard let found = try order(plain) ?? expression(plain) else {

@@ -41,7 +41,9 @@ actor ToolTurn {
   /// So often in a row may nothing be read where the message has ended, and so many commands for each entry of
   /// the memory may go by without a word: a model that goes on has lost its way.
   private static let mostEdges = 8
-  private static let mostCommands = 40
+  private static let mostCommands = 30
+  /// Bytes of a call, and six for each byte of the message, which may be escaped there.
+  private static let mostWritten = 256
   private static let lost = "I lost my place in that message and cannot answer it."
 
   /// Where in the turn the next token stands.
@@ -127,6 +129,9 @@ actor ToolTurn {
       finish(.stop)
     case .thought, .answer: takeText(token)
     case .callName(let writing): takeName(token, writing)
+    case .callArguments(_, let writing)
+    where writing.bytes.count > Self.mostWritten + 6 * message.utf8.count:
+      finish(saying: Self.lost)
     case .callArguments(let name, let writing): takeArguments(token, name, writing)
     case .callEnd(let name, let arguments):
       memory.append(token)
@@ -206,11 +211,13 @@ actor ToolTurn {
   /// Run a function, and feed what comes of it.
   private func call(_ name: String, _ arguments: String) async throws {
     var outcome = ToolFunctions.error("no more than \(limits.calls) calls in a turn")
-    if calls < limits.calls, let sentence = functions.instead(message, name, arguments) {
-      outcome = .init(text: sentence, failed: true)
-    } else if calls < limits.calls {
+    if calls < limits.calls {
       calls += 1
-      outcome = await functions.call(name, arguments)
+      if let sentence = functions.instead(message, name, arguments) {
+        outcome = .init(text: sentence, failed: true)
+      } else {
+        outcome = await functions.call(name, arguments)
+      }
     }
     let fed = tools.render(result: outcome.text)
     for token in fed { memory.append(token) }
@@ -239,7 +246,8 @@ actor ToolTurn {
 
   private func finish(saying sentence: String) {
     emitRest()
-    emit(.text(sentence))
+    // What was done is told; what was being said ends on its line.
+    emit(.text(answered > 0 ? "\n\(sentence)" : result ?? sentence))
     finish(.stop)
   }
 
