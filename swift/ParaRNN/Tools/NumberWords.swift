@@ -269,7 +269,8 @@ enum NumberWords {
     ] {
       plain = plain.replacingOccurrences(of: sign, with: word)
     }
-    plain = Words.replacing(#"\s%\s*(?=-?[\d(])|%(?=[\d(])"#, in: plain, with: " mod ")  // "5% 7" is no remainder
+    // "5% 7" is no remainder.
+    plain = Words.replacing(#"\s%\s*(?=-?[\d(])|%(?=[\d(])"#, in: plain, with: " mod ")
     plain = Words.split(plain).joined(separator: " ")
     for (pattern, word) in shorter { plain = Words.replacing(pattern, in: plain, with: word) }
     guard let found = try order(plain) ?? expression(plain) else {
