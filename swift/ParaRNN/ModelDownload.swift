@@ -196,7 +196,10 @@ private final class Transfer: NSObject, URLSessionDataDelegate, @unchecked Senda
   /// Bytes of the file so far, and at the end; nil if the server does not say.
   private var (received, expected): (Int, Int?) = (0, nil)
   private var failure: (any Error)?
+  private let lock = NSLock()
   private var end: CheckedContinuation<Void, any Error>?
+  /// How it ended before anybody waited for that, as where it was cancelled before it had begun.
+  private var outcome: Result<Void, any Error>?
 
   /// - Parameter told: is called with the bytes of the file so far and at the end; what it throws ends the transfer.
   init(to file: URL, told: @escaping (Int, Int?) throws -> Void) {
@@ -215,7 +218,12 @@ private final class Transfer: NSObject, URLSessionDataDelegate, @unchecked Senda
     let task = session.dataTask(with: request)
     try await withTaskCancellationHandler {
       try await withCheckedThrowingContinuation { continuation in
-        end = continuation
+        let ended = lock.withLock {
+          if outcome == nil, Task.isCancelled { outcome = .failure(CancellationError()) }
+          if outcome == nil { end = continuation }
+          return outcome
+        }
+        if let ended { return continuation.resume(with: ended) }
         task.resume()
       }
     } onCancel: {
@@ -269,13 +277,16 @@ private final class Transfer: NSObject, URLSessionDataDelegate, @unchecked Senda
 
   func urlSession(_ session: URLSession, task: URLSessionTask, didCompleteWithError error: (any Error)?) {
     try? handle?.close()
+    var result: Result<Void, any Error> = .success(())
     if let failure = failure ?? error {
-      end?.resume(throwing: failure)
+      result = .failure(failure)
     } else if handle != nil, let expected, received != expected {
-      end?.resume(throwing: Failed("the connection broke"))
-    } else {
-      end?.resume()
+      result = .failure(Failed("the connection broke"))
     }
-    end = nil
+    let waiting = lock.withLock {
+      defer { (end, outcome) = (nil, result) }
+      return end
+    }
+    waiting?.resume(with: result)
   }
 }
