@@ -371,7 +371,7 @@ def test_an_error_says_what_to_do_and_can_be_retried(page):
     page.wait_for("!document.getElementById('problem').hidden")
     said = page.run("document.getElementById('error').textContent")
     assert said == "The server does not answer. It may have been stopped, or the connection is gone."
-    assert page.run("document.getElementById('input').value") == "import os"
+    page.wait_for("document.getElementById('input').value === 'import os'")  # once the conversation is kept
     offline(page, False)
     page.click("retry")
     page.wait_for(f"{CONVERSATION}.length === 2 && {IDLE}")
