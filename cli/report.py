@@ -82,8 +82,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             if _debug:
                 raise
-            _say("interrupted")
-            raise typer.Exit(130) from None
+            _end_as_interrupted()
         except BrokenPipeError:  # the reader left, as `head` does: nothing to say, and to no one
             _drop_output()
             raise typer.Exit(1) from None
@@ -94,8 +93,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             if isinstance(error.__cause__, SystemExit):
                 raise error.__cause__ from None
             if isinstance(error.__cause__, KeyboardInterrupt):
-                _say("interrupted")
-                raise typer.Exit(130) from None
+                _end_as_interrupted()
             _say(f"error: {_sentence(error)}")
             try:
                 sys.stdout.flush()
@@ -110,6 +108,11 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
 
     return wrapper
+
+
+def _end_as_interrupted() -> NoReturn:
+    _say("interrupted")
+    raise typer.Exit(130) from None
 
 
 def _drop_output() -> None:

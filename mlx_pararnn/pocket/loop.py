@@ -290,6 +290,7 @@ class _Turn:
     def write(self, mask: np.ndarray, matcher: Any = None) -> Generator[Event, None, str]:
         """Bytes, until the matcher is complete or, without one, until <|result|> is the source's choice."""
         written = bytearray()
+        longest = MOST_WRITTEN + 6 * len(self.message.encode())
         while matcher is None or not matcher.is_stopped():
             allowed = mask
             if matcher is not None:
@@ -304,7 +305,7 @@ class _Turn:
             written.append(self.protocol.bytes_of[token])
             if matcher is not None:
                 matcher.consume_token(token)
-                if len(written) > MOST_WRITTEN + 6 * len(self.message.encode()):
+                if len(written) > longest:
                     raise _Instead(LOST)
         return written.decode(errors="replace")
 
