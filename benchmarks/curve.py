@@ -2,12 +2,12 @@
 
 python benchmarks/curve.py DATA... [--steps 2000] [--only NAME,...] [--quick]      hours; needs .[bench]
 
-DATA is text, read byte by byte; its last 5% are held out. All models have the size of models.SMALL, 1.4M
-parameters, and read the same batches in the same order: pieces of --length bytes, each from an empty state or
-context. Same recipe for all: AdamW, warm-up and cosine, clipping, decay of matrices. They train one after the
-other, each in a process of its own; evaluations are not in its minutes. MLX-LM's models have their step
-compiled, as its own training has. Writes results/curve-*.md and curve-*.svg (not with --quick, which tries
-that all run).
+DATA is text, read byte by byte; its last 5% are held out, of which at most 256 pieces are scored. All
+models have the size of models.SMALL, 1.4M parameters, and read the same batches in the same order: pieces
+of --length bytes, each from an empty state or context. Same recipe for all: AdamW, warm-up and cosine,
+clipping, decay of matrices. They train one after the other, each in a process of its own; evaluations are
+not in its minutes. MLX-LM's models have their step compiled, as its own training has. Writes
+results/curve-*.md and curve-*.svg (not with --quick, which tries that all run).
 """
 
 import argparse
@@ -57,15 +57,16 @@ class Pieces:
 
 
 def read(paths, rows, length):
-    """Pieces to learn from without end, and all of what is held out, as batches."""
+    """Pieces to learn from without end, and 256 of those held out, evenly spread, as batches."""
     text = np.concatenate([np.frombuffer(Path(path).read_bytes(), np.uint8) for path in paths])
     held = len(text) * 19 // 20
     count = (len(text) - held - 1) // length
     if held <= length or not count:
         raise SystemExit(f"DATA has {len(text)} bytes; give more than {20 * (length + 1)}")
-    rest = [text[held + k * length : held + (k + 1) * length + 1] for k in range(count)]
+    scored = np.linspace(0, count - 1, min(count, 256), dtype=int)
+    rest = [text[held + k * length : held + (k + 1) * length + 1] for k in scored]
     return Pieces(text[:held], rows, length), [
-        Batch(np.stack(rest[k : k + rows])) for k in range(0, count, rows)
+        Batch(np.stack(rest[k : k + rows])) for k in range(0, len(rest), rows)
     ]
 
 

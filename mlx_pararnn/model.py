@@ -89,9 +89,17 @@ class PararnnModel(nn.Module):
             **options,
         )
         decoded = None
-        if choice.one_call and (weights := self.token_weights(head)) is not None:
-            ids = inputs if input_embeddings is None else None
-            decoded = cpu_token.decode(weights, x, ids, cache, _TOKEN_TRIAL, self._token_memory)
+        if choice.one_call:
+            modules = [self["norm"], self["embed_tokens"], *self["layers"], *([] if head is None else [head])]
+            decoded = cpu_token.decode(
+                modules,
+                partial(self.token_weights, head),
+                x,
+                inputs if input_embeddings is None else None,
+                cache,
+                _TOKEN_TRIAL,
+                self._token_memory,
+            )
         if decoded is None:
             decoded = cpu_token.Decoded(self._through_layers(x, cache, mask, choice), None)
         for c in cache:

@@ -47,3 +47,58 @@ def _quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/c
         except (OSError, ValueError, ZeroDivisionError):
             pass  # no such file, or "max"
     return min(limits, default=0)
+
+
+class Team:
+    """How many threads share a call that is made again and again: as many as were fastest lately.
+
+    On a machine with other work a thread waits for a core, and where they meet all others wait for it: then
+    fewer are faster. So all, half, a quarter and so on are tried: soon, when calls become slower, and else
+    more and more seldom. A trial ends as soon as it has taken longer.
+    """
+
+    CALLS = 8  # of which the times are compared
+    SOON, SELDOM = 64, 1024  # calls from one round of trials to the next
+
+    def __init__(self) -> None:
+        self._most = 0
+
+    def size(self, most: int) -> int:
+        """Of the next call, at most so many."""
+        if most != self._most:
+            self._most = self._usual = self._now = most
+            self._sizes = sorted(
+                {-(-most // 2**halved) for halved in range(most.bit_length() + 1)}, reverse=True
+            )
+            self._round = iter(self._sizes[:0])  # still to be tried
+            self._pause, self._left = self.SOON, 2 * self.CALLS
+            self._seconds, self._calls = 0.0, 0  # so far, of CALLS
+            self._mean, self._limit = 0.0, float("inf")  # of a usual call, and what would be slower
+        return self._now
+
+    def took(self, seconds: float) -> None:
+        """That call's time."""
+        self._seconds, self._calls = self._seconds + seconds, self._calls + 1
+        trial = self._now != self._usual
+        if trial and self._seconds > 0.95 * self.CALLS * self._mean:
+            self._next()
+        elif self._calls == self.CALLS:
+            self._mean = self._seconds / self.CALLS
+            if trial:
+                self._usual, self._pause = self._now, self.SOON
+            else:
+                self._left -= self.CALLS
+                if self._left <= 0 or self._mean > self._limit:
+                    self._begin_round()
+            self._next()
+
+    def _begin_round(self) -> None:
+        self._round = iter([size for size in self._sizes if size != self._usual])
+        if self._mean > self._limit:
+            self._pause = self.SOON
+        self._left, self._pause = self._pause, min(4 * self._pause, self.SELDOM)
+        self._limit = 1.5 * self._mean
+
+    def _next(self) -> None:
+        self._now = next(self._round, self._usual)
+        self._seconds, self._calls = 0.0, 0

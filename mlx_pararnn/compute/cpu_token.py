@@ -6,13 +6,17 @@ and all between the weights is float32 whatever their dtype.
 """
 
 import ctypes
+import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from operator import is_
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..cache import held_arrays
@@ -21,6 +25,7 @@ from ..files.quantization_formats import BITS, GROUP_SIZES
 from . import cpu, cpu_cores
 from .choice import Evaluation, evaluation, works_here
 from .cpu_build import build, invoke, is_prebuilt
+from .module_arrays import Held
 from .texts import EVERY_FORMAT, cpu_packed_text, cpu_token_text, for_dtype, plain_name
 
 # Weights fewer than this are read by one thread: starting another takes some 50 microseconds.
@@ -108,6 +113,7 @@ class Decoded(NamedTuple):
     logits: mx.array | None
 
 
+Structs = tuple[Any, SimpleNamespace]  # an array of `Layer`, and fields of `Token` that are no layer's
 Formats = tuple[tuple[int, int], ...]  # (bits, group size) of quantized matrices
 Trial = Callable[[Cell, mx.Dtype, Formats], Iterable[tuple[Sequence[mx.array], Sequence[mx.array]]]]
 
@@ -127,30 +133,53 @@ class Known(NamedTuple):
 
 
 class Memory:
-    """What is known of one model's arrays, as long as they are the same, of the same shapes and dtypes."""
+    """What is known of one model's arrays, as long as they are the same, of the same shapes and dtypes.
+
+    It keeps none of them.
+    """
 
     def __init__(self) -> None:
-        self._arrays: list[tuple[weakref.ref[mx.array], mx.Dtype, tuple[int, ...]]] = []
+        self._gathered: tuple[Held, Weights | None] = Held([]), None  # with references in place of arrays
+        self._arrays: list[weakref.ref[mx.array]] = []
+        self._kinds: list[tuple[mx.Dtype, tuple[int, ...]]] = []
         self._known = Known(False, False, {})
+        self._filled: tuple[list[int], Structs] | None = None
+        self.teams: dict[int, cpu_cores.Team] = defaultdict(cpu_cores.Team)  # for so many rows
 
     def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
         return Memory, ()  # a copy of the model has arrays of its own
+
+    def weights(self, modules: Sequence[nn.Module], gather: Callable[[], Weights | None]) -> Weights | None:
+        """What `gather` gives of these modules, or gave when they held the same."""
+        held, references = self._gathered
+        if held.same(modules):
+            return references and _each(references, lambda seen: seen())
+        weights = gather()
+        self._gathered = Held(modules), weights and _each(weights, weakref.ref)
+        return weights
 
     def of(self, weights: Weights) -> Known:
         """The same as when these arrays were last seen, or found out now."""
         groups = (*weights.layers, weights.last, weights.embedding, weights.head)
         arrays = [array for group in groups for array in group.values()]
-        if len(arrays) != len(self._arrays) or any(
-            seen() is not array or array.dtype != dtype or array.shape != shape  # += may change both
-            for (seen, dtype, shape), array in zip(self._arrays, arrays, strict=True)
-        ):
-            self._known = _known(weights)
-            self._arrays = [(weakref.ref(array), array.dtype, array.shape) for array in arrays]
+        kinds = [(array.dtype, array.shape) for array in arrays]  # += may change both
+        if kinds != self._kinds or not all(map(is_, arrays, [seen() for seen in self._arrays])):
+            self._known, self._filled = _known(weights), None
+            self._arrays, self._kinds = list(map(weakref.ref, arrays)), kinds
         return self._known
+
+    def structs(self, weights: Weights, places: list[int]) -> Structs:
+        """The weights' places in the structures that the C++ function reads; the caller's own."""
+        filled = self._filled
+        if filled is None or filled[0] != places:
+            self._filled = filled = places, _filled(weights, places)
+        layers, whole = filled[1]
+        return type(layers).from_buffer_copy(layers), whole
 
 
 def decode(
-    weights: Weights,
+    modules: Sequence[nn.Module],
+    gather: Callable[[], Weights | None],
     x: mx.array,
     ids: mx.array | None,
     cache: Sequence[Any],
@@ -160,6 +189,8 @@ def decode(
     """All layers, the norm after them and the head for one token, at once; `cache` gets the new states.
 
     Args:
+        modules: all whose arrays and settings `gather` reads.
+        gather: gives their arrays, all of them the modules' own; None where a module does not allow a call.
         x: (B, 1, D), what the first layer reads.
         ids: (B, 1), token ids, read instead of x where `weights` has an embedding; or None.
         cache: one `RecurrentCache` a layer.
@@ -171,6 +202,9 @@ def decode(
         None, with the cache as it was, where this has no code for the call: weights of several dtypes or of
         other shapes than a model's, a transformation of MLX such as mx.grad, no compiler.
     """
+    weights = memory.weights(modules, gather)
+    if weights is None:
+        return None
     if ids is None:
         weights = weights._replace(embedding={})
     elif weights.embedding:
@@ -194,7 +228,7 @@ def decode(
     mx.eval(x)
     if weights.embedding and not all(0 <= i < weights.embedding["embedding"].shape[0] for i in _ids(x)):
         return None
-    return run(weights, x, cache, formats)
+    return run(weights, x, cache, formats, memory)
 
 
 def _ids(x: mx.array) -> list[int]:
@@ -344,7 +378,7 @@ def _shapes(cell: Cell, D: int, heads: int, taps: int, wide: int) -> dict[str, t
     return shapes
 
 
-def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -> Decoded:
+def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats, memory: Memory) -> Decoded:
     """`decode` without its checks, by libraries that have code for these formats of quantized matrices."""
     first, cell, dtype = weights.layers[0], weights.cell, _dtype(weights)
     B, D, depth, taps = x.shape[0], _width(weights), len(cache), _taps(weights)
@@ -359,20 +393,18 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
     groups = (*weights.layers, weights.last, weights.embedding, weights.head)
     of_weights = [array for arrays in groups for array in arrays.values()]
     library = _library(cell, cpu.DTYPES[dtype])
-    places, _kept = _places(library, [*held_arrays(cache), *of_weights, *([] if weights.embedding else [x])])
-    layers = (Layer * depth)()
+    of_cache = held_arrays(cache)
+    places, _kept = _places(library, [*of_weights, *of_cache, *([] if weights.embedding else [x])])
+    layers, whole = memory.structs(weights, places[: len(of_weights)])
+    others = iter(places[len(of_weights) :])
     zeros, new_state, new_window = (a.ctypes.data for a in (nothing, states, windows))
     for i, (layer, c) in enumerate(zip(layers, cache, strict=True)):
-        layer.state, layer.window = (zeros if array is None else next(places) for array in c.cache)
+        layer.state, layer.window = (zeros if array is None else next(others) for array in c.cache)
         layer.new_state = new_state + i * states.strides[0]
         layer.new_window = new_window + i * windows.strides[0]
-    for layer, arrays in zip(layers, weights.layers, strict=True):
-        _fill(layer, arrays, places, {"cell_proj": D // weights.heads, "down": wide}, D)
-    whole = SimpleNamespace(norm=None, norm_bias=None, embedding=Matrix(), head=Matrix())
-    for table in (weights.last, weights.embedding, weights.head):
-        _fill(whole, table, places, {}, D)
     numbers = sum(array.size for array in first.values()) * depth
     many = numbers + sum(array.size for array in weights.head.values()) >= _MANY
+    team = memory.teams[B]
     packed: Any = getattr(_packed(formats), f"packed_{cpu.DTYPES[dtype]}") if formats else None
     token = Token(
         layers,
@@ -381,7 +413,7 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
         whole.norm_bias,
         whole.embedding,
         None if ids is None else ids.ctypes.data,
-        next(places, None),
+        next(others, None),
         y.ctypes.data,
         whole.head,
         logits.ctypes.data,
@@ -394,14 +426,36 @@ def run(weights: Weights, x: mx.array, cache: Sequence[Any], formats: Formats) -
         vocab,
         weights.eps,
         weights.mlp_residual,
-        min(cpu_cores.threads(), _MOST_THREADS) if many else 1,
+        team.size(min(cpu_cores.threads(), _MOST_THREADS) if many else 1),
     )
+    begin = time.perf_counter()
     invoke(getattr(library, f"decode_{cpu.DTYPES[dtype]}"), ctypes.byref(token))
+    team.took(time.perf_counter() - begin)
     for i, c in enumerate(cache):
         c[0] = mx.array(states[i])
         if taps > 1:
             c[1] = mx.array(windows[i]).view(dtype)
     return Decoded(mx.array(y).view(dtype), mx.array(logits).view(dtype) if weights.head else None)
+
+
+def _each(weights: Weights, change: Callable[[Any], Any]) -> Weights:
+    """The same with each array, or what stands for it, changed."""
+    groups = (weights.last, weights.embedding, weights.head)
+    last, embedding, head = ({name: change(value) for name, value in group.items()} for group in groups)
+    layers = [{name: change(value) for name, value in layer.items()} for layer in weights.layers]
+    return weights._replace(layers=layers, last=last, embedding=embedding, head=head)
+
+
+def _filled(weights: Weights, places: Sequence[int]) -> Structs:
+    """`Memory.structs`, made anew."""
+    D, wide = _width(weights), weights.layers[0]["up"].shape[0]
+    left, layers = iter(places), (Layer * len(weights.layers))()
+    for layer, arrays in zip(layers, weights.layers, strict=True):
+        _fill(layer, arrays, left, {"cell_proj": D // weights.heads, "down": wide}, D)
+    whole = SimpleNamespace(norm=None, norm_bias=None, embedding=Matrix(), head=Matrix())
+    for table in (weights.last, weights.embedding, weights.head):
+        _fill(whole, table, left, {}, D)
+    return layers, whole
 
 
 def _fill(
@@ -424,7 +478,7 @@ def _fill(
             setattr(struct, name, place)
 
 
-def _places(library: ctypes.CDLL, arrays: list[mx.array]) -> tuple[Iterator[int], list[Any]]:
+def _places(library: ctypes.CDLL, arrays: list[mx.array]) -> tuple[list[int], list[Any]]:
     """Where the numbers of each array stand, row by row, and what is to be kept while they are read."""
     places = cpu.dense_addresses(library, arrays)
     strided = [i for i, place in enumerate(places) if place is None]
@@ -434,7 +488,7 @@ def _places(library: ctypes.CDLL, arrays: list[mx.array]) -> tuple[Iterator[int]
         for i, copy in zip(strided, copies, strict=True):
             places[i] = cpu.address(copy)
         arrays = [*arrays, *copies]
-    return iter(cast(list[int], places)), arrays
+    return cast(list[int], places), arrays
 
 
 @lru_cache(maxsize=64)

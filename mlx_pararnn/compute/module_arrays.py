@@ -1,5 +1,9 @@
 """The arrays of a model's modules, by name, for what reads them without calling the modules."""
 
+import weakref
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_
 from typing import Any, cast
 
 import mlx.core as mx
@@ -82,3 +86,40 @@ def handed_arrays(module: Any, *kinds: type, **arguments: Any) -> dict[str, mx.a
     if type(module) not in kinds:
         raise Changed
     return module.token_arrays(**arguments)  # type: ignore[no-any-return]
+
+
+class Held:
+    """What modules and all inside of them hold when this is made; it keeps none of it.
+
+    Asked for each token, in a tenth of the time that gathering the arrays takes.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        inside = [module for outer in modules for _, module in outer.named_modules()]
+        self._outer = list(map(weakref.ref, modules))
+        self._modules = list(map(weakref.ref, inside))
+        self._types = list(map(type, inside))
+        self._settings = [dict(vars(module)) for module in inside]  # no arrays and no modules: a norm's eps
+        self._names = list(map(list, inside))
+        try:
+            self._values = [weakref.ref(value) for module in inside for value in module.values()]
+        except TypeError:  # a list, whose members may change: of such modules nothing is known
+            self._outer = []
+
+    def same(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether these are the modules, and hold the same objects and settings."""
+        inside = [seen() for seen in self._modules]
+        return (
+            0 < len(modules) == len(self._outer)
+            and all(map(is_, modules, [seen() for seen in self._outer]))
+            and list(map(type, inside)) == self._types
+            and list(map(vars, inside)) == self._settings
+            and list(map(list, cast(list[nn.Module], inside))) == self._names
+            and all(
+                map(
+                    is_,
+                    chain.from_iterable(module.values() for module in cast(list[nn.Module], inside)),
+                    [seen() for seen in self._values],
+                )
+            )
+        )

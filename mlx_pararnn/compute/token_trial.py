@@ -12,7 +12,7 @@ from ..cache import RecurrentCache, held_arrays
 from ..cells import Cell
 from ..model_config import ModelArgs
 from .choice import PLAIN
-from .cpu_token import Formats, run
+from .cpu_token import Formats, Memory, run
 
 
 def compared_tokens(
@@ -56,7 +56,7 @@ def compared_tokens(
         for c in caches[0] + caches[1]:
             c.cache = [0.5 + waves((2, len(cell.slots), D), 0.3), waves((2, 3, D)).astype(dtype)]
         weights = model.token_weights(head)._replace(embedding={})
-        decoded = run(weights, x, caches[0], formats)
+        decoded = run(weights, x, caches[0], formats, Memory())
         x = _in_float32(x)
         for module in (model, head):
             module.update(tree_map(_in_float32, module.parameters()))

@@ -1,6 +1,7 @@
 """How many cores a process may use, and who is told."""
 
 import os
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,38 @@ def test_threads(monkeypatch):
     assert cpu_cores.threads() == 6
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert cpu_cores.threads() == 3
+
+
+def usual(team, most, seconds, calls):
+    """How many threads most of the last 300 of so many calls had, and all their time over the shortest."""
+    sizes = []
+    for number in range(calls):
+        sizes.append(team.size(most))
+        team.took(seconds(sizes[-1], number))
+    time = sum(seconds(size, number) for number, size in enumerate(sizes))
+    shortest = min(sum(seconds(size, number) for number in range(calls)) for size in range(1, most + 1))
+    return statistics.mode(sizes[-300:]), time / shortest
+
+
+def test_a_team_is_as_large_as_is_fast():
+    def idle(threads, number):
+        return 1 / threads + 0.005 * threads
+
+    def busy(threads, number):
+        return 1 / threads + 10 * (threads > 2)  # two cores are free
+
+    def now_and_then(threads, number):
+        return 1 + 40 * (threads > 1 and number % 5 == 0)  # slower on average
+
+    assert usual(cpu_cores.Team(), 1, idle, 300) == (1, 1)
+    assert usual(cpu_cores.Team(), 2, idle, 300) == (2, pytest.approx(1, abs=0.05))
+    assert usual(cpu_cores.Team(), 8, busy, 2000) == (2, pytest.approx(1, abs=0.4))
+    team = cpu_cores.Team()
+    assert usual(team, 8, idle, 2000) == (8, pytest.approx(1, abs=0.05))
+    assert usual(team, 8, busy, 2000) == (2, pytest.approx(1, abs=0.4))
+    assert usual(team, 8, idle, 2000)[0] == 8  # found by a trial: the calls themselves are no slower
+    assert usual(team, 8, now_and_then, 2000)[0] == 1
+    assert usual(team, 3, busy, 2000)[0] == 2  # halves are rounded up
 
 
 @pytest.mark.parametrize(("answer", "cores"), [("echo 6", 6), ("exit 1", 0), ("echo", 0), (None, 0)], ids=str)

@@ -156,8 +156,13 @@ def layers_whose_streams_differ(made):
     ],
     ids=lambda change: change.__name__,
 )
-def test_models_that_someone_changed(change, calls):
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_models_that_someone_changed(change, used, calls):
+    """Before the first token, or after it, when the model's arrays and settings are known."""
     made = make()
+    if used:
+        by_token(made, TOKENS)
+        assert any(calls)
     change(made)
     stood_back(made, calls)
 
@@ -186,6 +191,7 @@ def test_a_head_of_another_kind_is_called_by_itself(calls):
         lambda head: head.update({"bias": mx.ones(37)}, strict=False),
     ):
         made = make()
+        by_token(made, TOKENS)
         change(made.lm_head)
         calls.clear()
         given, wanted = by_token(made, TOKENS), by_token(made, TOKENS, backend="ops")
@@ -324,6 +330,27 @@ def test_the_first_token_of_a_process_inside_a_transformation(calls):
     assert not any(calls)
     by_token(made, TOKENS)
     assert all(calls[-5:])
+
+
+def test_modules_and_numbers_that_are_changed_in_place_are_read_anew(calls):
+    """Nothing is kept of them but where they stand, and that is asked for each token."""
+    made = make()
+    by_token(made, TOKENS)
+    for change in (
+        lambda: made.layers.reverse(),
+        lambda: made.model.norm.weight.__iadd__(1.0),
+        lambda: made.layers[0].mlp.up_proj.weight.__setitem__(0, 3.0),
+        lambda: made.model.update({"embed_tokens": nn.Embedding(37, 72)}),
+        lambda: made.update({"lm_head": nn.Linear(72, 37, bias=False)}),
+        lambda: made.layers.pop(),
+    ):
+        before = numbers(by_token(made, TOKENS))
+        change()
+        calls.clear()
+        given = numbers(by_token(made, TOKENS))
+        assert all(calls)
+        assert distance(given, before) > 1e-3
+        assert distance(given, numbers(by_token(made, TOKENS, backend="ops"))) < 1e-5
 
 
 def test_arrays_that_are_replaced_are_looked_at_again(calls):
