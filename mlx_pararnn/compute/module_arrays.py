@@ -89,9 +89,9 @@ def handed_arrays(module: Any, *kinds: type, **arguments: Any) -> dict[str, mx.a
 
 
 class Held:
-    """What modules and all inside of them hold when this is made; it keeps none of it.
+    """What modules and all inside of them hold when this is made; it keeps no array and no module.
 
-    Asked for each token, in a tenth of the time that gathering the arrays takes.
+    Asked for each token, in a third of the time that gathering the arrays takes.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -99,8 +99,8 @@ class Held:
         self._outer = list(map(weakref.ref, modules))
         self._modules = list(map(weakref.ref, inside))
         self._types = list(map(type, inside))
-        self._settings = [dict(vars(module)) for module in inside]  # no arrays and no modules: a norm's eps
-        self._names = list(map(list, inside))
+        self._names = _names(inside)
+        self._settings = [value for module in inside for value in vars(module).values()]  # a norm's eps
         try:
             self._values = [weakref.ref(value) for module in inside for value in module.values()]
         except TypeError:  # a list, whose members may change: of such modules nothing is known
@@ -108,18 +108,18 @@ class Held:
 
     def same(self, modules: Sequence[nn.Module]) -> bool:
         """Whether these are the modules, and hold the same objects and settings."""
-        inside = [seen() for seen in self._modules]
+        inside = cast(list[nn.Module], [seen() for seen in self._modules])
         return (
             0 < len(modules) == len(self._outer)
             and all(map(is_, modules, [seen() for seen in self._outer]))
             and list(map(type, inside)) == self._types
-            and list(map(vars, inside)) == self._settings
-            and list(map(list, cast(list[nn.Module], inside))) == self._names
+            and _names(inside) == self._names
             and all(
-                map(
-                    is_,
-                    chain.from_iterable(module.values() for module in cast(list[nn.Module], inside)),
-                    [seen() for seen in self._values],
-                )
+                map(is_, chain.from_iterable(map(dict.values, inside)), [seen() for seen in self._values])
             )
+            and all(map(is_, chain.from_iterable(vars(module).values() for module in inside), self._settings))
         )
+
+
+def _names(modules: Sequence[nn.Module]) -> list[list[str]]:
+    return [[*module, *vars(module)] for module in modules]
