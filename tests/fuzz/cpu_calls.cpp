@@ -1,7 +1,8 @@
 // Calls of the CPU backend's functions, made of a fuzzer's bytes; comes after a text of mlx_pararnn/compute/texts.py
 // (native.py puts them together). The first bytes choose shapes, strides and threads as Python may give them, the others
-// are numbers. Every array has its own memory, of its size and no more. A call is made by one thread and by several,
-// with results that hold different rubbish before: a difference is a finding, and what a sanitizer sees is one.
+// are numbers. Every array has its own memory, of its size and no more. A call is made twice,
+// by one thread and by one or several, with results that hold different rubbish before: a difference is a finding, and
+// what a sanitizer sees is one.
 
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +27,9 @@ struct Input {
   int64_t among(int64_t a, int64_t b) { return a + (byte() | (b - a > 255 ? byte() << 8 : 0)) % (b - a + 1); }
 
   bool coin() { return byte() & 1; }
+
+  // of the second call: several in one of 16 executions, since threads that meet take longer than all else
+  int threads() { return byte() % 16 ? 1 : int(among(2, 4)); }
 
   uint32_t word() {
     uint32_t bits = 0;
@@ -154,8 +158,8 @@ void one(Input& in) {
   const auto params = numbers<float>(in, Cell::PARAMS * D), initial = numbers<float>(in, B * Cell::SLOTS * D);
   std::vector<Array<T>> hidden;
   std::vector<Array<float>> last, states;
-  for (const int threads : {1, int(in.among(2, 4))}) {
-    const int old = threads == 1 ? 0xA5 : 0x5A;
+  for (int turn = 0; turn < 2; ++turn) {
+    const int old = turn ? 0x5A : 0xA5, threads = turn ? in.threads() : 1;
     hidden.push_back(rubbish<T>(B * steps * D, old));
     last.push_back(rubbish<float>(initial.count, old));
     states.push_back(rubbish<float>(every ? B * (steps / every) * Cell::SLOTS * D : 0, old));
@@ -202,8 +206,8 @@ void one(Input& in) {
   const auto d_states = numbers<float>(in, every ? B * (steps / every) * SLOTS * D : 0);
   std::vector<Array<T>> d_u;
   std::vector<Array<float>> d_params, d_initial;
-  for (const int threads : {1, int(in.among(2, 4))}) {
-    const int old = threads == 1 ? 0xA5 : 0x5A;
+  for (int turn = 0; turn < 2; ++turn) {
+    const int old = turn ? 0x5A : 0xA5, threads = turn ? in.threads() : 1;
     d_u.push_back(rubbish<T>(length, old));
     d_params.push_back(rubbish<float>(PARAMS * D, old));
     d_initial.push_back(rubbish<float>(B * SLOTS * D, old));
@@ -247,7 +251,7 @@ void one(Input& in) {
   const int64_t apart = width + in.among(0, 5), also = width + in.among(0, 5), third = width + in.among(0, 5);
   const int64_t taps = in.among(2, 5);
   const float eps = in.kind == 0 ? 1e-3f : in.number();
-  const int threads = int(in.among(2, 4));
+  const int threads = in.threads();
   std::vector<Array<T>> halves;
   std::vector<Array<float>> floats;
   std::vector<const void*> given;
@@ -447,7 +451,7 @@ void one(Input& in) {
     }
     y.push_back(rubbish<T>(B * D, old)), logits.push_back(rubbish<T>(B * token.vocab, old));
     token.y = y.back().data, token.logits = logits.back().data, token.layers = layers.data();
-    token.threads = turn ? int(in.among(2, 4)) : 1;
+    token.threads = turn ? in.threads() : 1;
     if (called<T>(&token)) fail("no memory");
   }
   same(y[0], y[1], "the output depends on threads, or is not written");
