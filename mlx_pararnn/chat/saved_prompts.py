@@ -73,6 +73,8 @@ class SavedPromptCache(PromptCache):
                 path.unlink(missing_ok=True)
                 continue
             key = "", tokens.tobytes()
+            if key in self._states:  # two servers wrote the same text; what was used last stays
+                self._drop(key)
             self._files[key] = path
             super()._store(key, states)
 

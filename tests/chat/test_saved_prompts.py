@@ -196,6 +196,26 @@ def test_what_was_used_last_stays_within_the_bytes(tmp_path, model):
     assert read(opened(folder, make_model(seed=1)), [6] * 60) == 50
 
 
+def test_two_files_of_one_text_count_once(tmp_path, model):
+    """As two servers write them, the second with fewer snapshots."""
+    sparing = make_model()
+    sparing.snapshot_spacing = 128
+    first, second = opened(tmp_path, model), opened(tmp_path, model)
+    first.insert_cache("", TEXT, state_of(model, TEXT))
+    second.insert_cache("", TEXT, state_of(sparing, TEXT))
+    assert first.save_some()
+    (older,) = tmp_path.iterdir()
+    os.utime(older, (1, 1))
+    assert second.save_some()
+    assert len(list(tmp_path.iterdir())) == 2
+    again = opened(tmp_path, model)
+    (path,) = tmp_path.iterdir()
+    assert path != older
+    assert (len(again), read(again, [*TEXT, 5])) == (1, len(TEXT))
+    again.trim_to(n_sequences=0)
+    assert (again.nbytes, list(tmp_path.iterdir())) == (0, [])
+
+
 def test_a_write_that_was_cut_short_leaves_nothing(tmp_path, model, monkeypatch, caplog):
     def cut(path, arrays):
         Path(path).write_bytes(b"half")
