@@ -1,9 +1,12 @@
 """Long prompts, large batches, long conversations, extreme sampling: finite, flat, as the oracle has it."""
 
+import json
+import math
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -194,20 +197,87 @@ def most_memory(process):
     return most
 
 
+@pytest.fixture(scope="module")
+def million(tmp_path_factory):
+    """A model that remembers a thousand tokens, its folder, a million tokens, the oracle's states of them."""
+    model = small_model(num_hidden_layers=1, hidden_size=2, num_heads=1)
+    cell = model.model.layers[0].mixer.cell
+    cell.bias = mx.array([[-7.0, -7.0, *[0.1] * 4]])  # the update gate is first
+    cell.recurrent_weight = cell.recurrent_weight * 2
+    folder = folder_of(tmp_path_factory.mktemp("of") / "two", model, eos_token_id=None)
+    tokens = np.random.default_rng(0).integers(32, 127, 1_000_000)
+    return model, folder, tokens, in_floats(model, tokens, {*range(102_400, 1_000_000, 102_400), 999_999})
+
+
+def in_floats(model, tokens, places):
+    """By so many tokens the state (1, 1, D) and window (1, taps - 1, D) of a model of one layer and head.
+
+    In float64, straight through, with nothing of the model but its weights and the text of the cell's step.
+    """
+    layer = model.model.layers[0]
+    mixer, D = layer.mixer, model.args.hidden_size
+
+    def weights(array):
+        return np.array(array).astype(np.float64)
+
+    vectors = weights(model.model.embed_tokens.weight)
+    vectors /= np.sqrt((vectors**2).mean(axis=-1, keepdims=True) + layer.norm.eps)
+    inputs = ((vectors * weights(layer.norm.weight)) @ weights(mixer.in_proj.weight)[:D].T)[tokens]
+    taps = weights(mixer.conv1d.weight)[..., 0].T
+    inputs = np.concatenate([np.zeros((len(taps) - 1, D)), inputs])
+    x = sum(tap * inputs[k : k + len(tokens)] for k, tap in enumerate(taps)) + weights(mixer.conv1d.bias)
+    x /= 1 + np.exp(-x)
+    u = x @ weights(mixer.cell.input_proj.weight)[0].T + weights(mixer.cell.bias)
+    cell, params, states = mixer.cell.cell, weights(mixer.cell.recurrent_weight), {}
+    functions = SimpleNamespace(sigmoid=lambda x: 1 / (1 + math.exp(-x)), tanh=math.tanh)
+    for d in range(D):  # channels do not know of each other
+        own = dict(zip(cell.params, params[:, d].tolist(), strict=True))
+        state = (0.0,)
+        for t, gates in enumerate(u.reshape(len(tokens), -1, D)[:, :, d].tolist(), 1):
+            state = cell.step(state, dict(zip(cell.gates, gates, strict=True)), own, functions)
+            if t in places:
+                states.setdefault(t, []).append(state[0])
+    return {t: (np.array(h).reshape(1, 1, D), inputs[None, t : t + len(taps) - 1]) for t, h in states.items()}
+
+
+@pytest.mark.large
+def test_a_prompt_of_a_million_tokens_has_the_oracles_states(million):
+    """Read in pieces of 2,048 tokens: at places on the way and at the end."""
+    model, folder, tokens, wanted = million
+    cache, found = model.make_cache(), {}
+
+    def look(read, _):
+        if read in wanted:
+            found[read] = [np.array(array) for array in cache[0].cache]
+
+    tokenizer = load(folder)[1]
+    next(stream_generate(model, tokenizer, tokens, 1, prompt_cache=cache, prompt_progress_callback=look))
+    assert found.keys() == wanted.keys()
+    for read, arrays in wanted.items():
+        for mine, theirs in zip(found[read], arrays, strict=True):
+            assert np.abs(mine - theirs).max() < 5e-6, (read, mine, theirs)
+
+
 @pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_prompt_of_a_million_tokens_from_stdin_takes_no_memory_but_its_own(tmp_path):
-    """Each token has a few hundred bytes in the tokenizer; what the model computes of it has thousands."""
-    model = small_model(hidden_size=64, intermediate_size=128)
-    folder = folder_of(tmp_path / "model", model, eos_token_id=None)
+def test_a_prompt_of_a_million_tokens_from_stdin_takes_no_memory_but_its_own(million, tmp_path, monkeypatch):
+    """Its text and token ids. And the command's tokens are those that the oracle's state leads to."""
+    model, folder, tokens, wanted = million
     most = {}
-    for tokens in (100_000, 1_000_000):
-        text, said = tmp_path / "text", tmp_path / "said"
-        text.write_text("a text of bytes\n" * (tokens // 16))
-        with text.open() as stdin, said.open("w") as stderr:
-            command = [sys.executable, "-m", "mlx_pararnn", "generate", folder, "-m", "2"]
-            process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr)
-            most[tokens] = most_memory(process)
+    for count in (100_000, 1_000_000):
+        text, answer, said = (tmp_path / name for name in ("text", "answer", "said"))
+        text.write_bytes(bytes(tokens[:count].tolist()))
+        with text.open() as stdin, answer.open("w") as stdout, said.open("w") as stderr:
+            command = [sys.executable, "-m", "mlx_pararnn", "generate", folder, "-m", "8", "--json"]
+            process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr)
+            most[count] = most_memory(process)
         assert process.returncode == 0, said.read_text()
-        assert f"{tokens - 1} tokens" in said.read_text().replace(",", ""), said.read_text()
-    assert most[1_000_000] - most[100_000] < 900_000 * 400, most
+        assert json.loads(answer.read_text())["prompt_tokens"] == count
+    assert most[1_000_000] - most[100_000] < 900_000 * 30, most
+    monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
+    cache, token, following = model.make_cache(), int(tokens[-1]), []
+    cache[0].cache = [mx.array(array.astype(np.float32)) for array in wanted[999_999]]
+    for _ in range(8):
+        token = mx.argmax(model(mx.array([[token]]), cache=cache)[0, -1]).item()
+        following.append(token)
+    assert json.loads(answer.read_text())["tokens"] == following

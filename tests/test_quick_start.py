@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -131,6 +132,10 @@ def test_a_plain_tokenizer_answers_as_transformers_does(kind, text, data, folder
         assert ours.encode(text, add_special_tokens=special) == theirs.encode(
             text, add_special_tokens=special
         )
+        with mock.patch("mlx_pararnn.text.plain_tokenizer._PIECE", 3):
+            assert ours.encode(text, add_special_tokens=special) == theirs.encode(
+                text, add_special_tokens=special
+            )
     ids = data.draw(st.lists(st.integers(0, len(ours) - 1), max_size=20))
     assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
     assert ours.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
@@ -142,6 +147,44 @@ def test_a_plain_tokenizer_answers_as_transformers_does(kind, text, data, folder
         detokenizer.finalize()
         texts.append(detokenizer.text)
     assert texts[0] == texts[1]
+
+
+def added(**flags):
+    flags = {**dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False), **flags}
+    return {"added_tokens": [{"id": 256, "content": "ab", **flags}]}
+
+
+def of_bytes(**changes):
+    return lambda tokenizer: {"model": {**tokenizer["model"], **changes}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        added(),
+        added(lstrip=True),
+        added(rstrip=True),
+        added(single_word=True),
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}},
+        {"normalizer": {"type": "NFC"}},
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+        {"post_processor": {"type": "BertProcessing", "sep": ["a", 64], "cls": ["b", 65]}},
+        of_bytes(end_of_word_suffix="Ġ"),
+        lambda tokenizer: of_bytes(vocab={**tokenizer["model"]["vocab"], "ab": 256}, merges=["a b"])(
+            tokenizer
+        ),
+    ],
+)
+def test_a_long_text_has_the_tokens_that_it_has_in_one_piece(change, folders, tmp_path):
+    tokenizer = json.loads((folders["bytes"] / "tokenizer.json").read_text())
+    tokenizer |= change(tokenizer) if callable(change) else change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ours = PlainTokenizer(tmp_path, {})
+    for text in ("aab  ab ba abab e\u0301 \U0001f600\n" * 9, "ab" * 30, " " * 30):
+        with mock.patch("mlx_pararnn.text.plain_tokenizer._PIECE", 2):
+            assert ours.encode(text) == ours.backend_tokenizer.encode(text).ids
 
 
 def changed(file, **fields):
