@@ -38,7 +38,10 @@ def progress_bar(
             yield from super().get_renderables()
 
     console = Console(stderr=True)
-    with Bar(*columns(progress), console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:  # where Rich up to 14.2 writes an empty line
+        yield lambda **_: None
+        return
+    with Bar(*columns(progress), console=console, transient=True) as bar:
         yield partial(bar.update, bar.add_task(description, total=total))
 
 

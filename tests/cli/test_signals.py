@@ -202,7 +202,10 @@ def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_pa
 
 def load_out(command, out):
     if "coreml" in command:
-        assert (out / "model.mlpackage/Manifest.json").exists()
+        from coremltools.models.utils import load_spec
+
+        described = load_spec(str(out / "model.mlpackage")).description.metadata.userDefined["pararnn"]
+        assert json.loads(described) == json.loads((out / "pararnn.json").read_text())
     elif "torch" in command:
         written, given = (load_file(folder / "model.safetensors") for folder in (out, DEMO))
         head = given["model.embed_tokens.weight"].size  # which is the embedding, and stands there twice

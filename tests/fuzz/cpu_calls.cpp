@@ -67,7 +67,7 @@ template <typename T>
 Array<T> numbers(Input& in, int64_t count) {
   Array<T> made(count, in.byte() % 4);
   // of large arrays a part is drawn and repeated: the fuzzer's bytes go further
-  const int64_t drawn = count < 512 ? count : 512;
+  const int64_t drawn = count < 128 ? count : 128;
   for (int64_t i = 0; i < drawn; ++i) pararnn::store(made.data + i, pararnn::Vec(in.number()), 1);
   for (int64_t i = drawn; i < count; ++i) made.data[i] = made.data[i - drawn];
   return made;
@@ -402,8 +402,8 @@ void one(Input& in) {
   using namespace pararnn;
   static const int64_t widths[] = {1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 33, 64, 96, 128};
   const int64_t depth = in.among(1, 2), B = in.among(1, 5), W = widths[in.byte() % 14];
-  const int64_t heads = W > 64 ? in.among(1, 2) : in.among(1, 4), D = heads * W, taps = in.among(2, 4);
-  const int64_t wide = in.coin() ? 32 * in.among(1, 4) : in.among(1, 70), vocab = in.among(1, 90), rows = in.among(1, 90);
+  const int64_t heads = W > 64 ? 1 : W > 16 ? in.among(1, 2) : in.among(1, 4), D = heads * W, taps = in.among(2, 4);
+  const int64_t wide = in.coin() ? 32 * in.among(1, 4) : in.among(1, 40), vocab = in.among(1, 40), rows = in.among(1, 40);
   const int64_t gates = Cell::GATES * W;
   Kept<T> kept{in, {}, {}, {}};
   kept.halves.reserve(200), kept.floats.reserve(50), kept.words.reserve(50);

@@ -174,7 +174,9 @@ def _hexadecimal(allowed):
 
 
 def tokenizer():
-    return json.loads(tokenizer_files()["tokenizer.json"])
+    made = json.loads(tokenizer_files()["tokenizer.json"])
+    made["pre_tokenizer"]["trim_offsets"] = False  # as asked for, which tokenizers 0.22 does not hear
+    return made
 
 
 def functions():

@@ -90,7 +90,7 @@ def test_table():
 
 
 def test_progress_goes_to_a_terminal_on_stderr(monkeypatch):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes stderr for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
     monkeypatch.setenv("COLUMNS", "120")
     result = run(DEMO, *TINY, "--json")
     assert result.exit_code == 0, result.output

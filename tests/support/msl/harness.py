@@ -18,7 +18,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.array_utils import byte_bounds
+
+try:
+    from numpy.lib.array_utils import byte_bounds
+except ModuleNotFoundError:
+    from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]  # NumPy 1.26
 
 from .build import ENTRY, THREADS, build, missing, to_cpp
 from .cuda import to_host
