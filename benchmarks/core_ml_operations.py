@@ -23,8 +23,8 @@ ITERATIONS = 3  # what the trained model needs
 FORMS = {
     "graph": Form(),
     "io": Form(graph_state=False),
-    "io, recurrence float16": Form(graph_state=False, recurrence=np.float16),
-    "layout ane": Form(graph_state=False, recurrence=np.float16, layout="ane"),
+    "io, recurrence float32": Form(graph_state=False, recurrence=np.float32),
+    "layout ane": Form(graph_state=False, layout="ane"),
 }
 # Kinds of operations by what is published of the Neural Engine; docs/coreml.md names where.
 PRODUCTS = {"linear", "matmul"}

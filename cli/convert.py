@@ -155,7 +155,7 @@ def convert(
         State | None,
         typer.Option(
             help="Core ML: keep the state inside, in float16 (graph), or pass it in and out (io). "
-            "Default: graph."
+            "Default: graph, but io where the recurrence is in float32."
         ),
     ] = None,
     layout: Annotated[
@@ -171,8 +171,8 @@ def convert(
     recurrence: Annotated[
         Precision | None,
         typer.Option(
-            help="Packages: what the recurrence and its state are in. Default: float32; but for Core ML with "
-            "--state graph, which has float16 only, and with --layout ane."
+            help="Packages: what the recurrence and its state are in. Default: for Core AI float32, for "
+            "Core ML float16, and float32 for sLSTM, whose state grows."
         ),
     ] = None,
     chunk: Annotated[
@@ -409,11 +409,11 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
             err=True,
         )
     if made["cell"] == "slstm" and made["states"][0]["dtype"] == "float16":
-        in_graph = to == Target.coreml and (made["state"] == "graph" or is_ane)
-        wide = f"--state io{' --layout plain' * is_ane}" if in_graph else "--recurrence float32"
+        halving = {"state": "graph", "layout": "ane", "recurrence": "float16"}
+        asked = " and ".join(f"--{name} {value}" for name, value in halving.items() if how.get(name) == value)
         typer.echo(
-            f"warning: sLSTM's state grows with the text and loses digits in float16; {wide} keeps it in "
-            "float32",
+            f"warning: sLSTM's state grows with the text and loses digits in float16; without {asked} it is "
+            "kept in float32",
             err=True,
         )
     where = "on a Mac" if to == Target.coreml else "here or on a Mac"

@@ -115,7 +115,7 @@ def export(
     out: str | Path,
     kind: PackageKind,
     write: Write,
-    form: Form,
+    form_of: Callable[[str], Form],
     *,
     chunk: int | None,
     iterations: int | None,
@@ -135,6 +135,7 @@ def export(
     Args:
         kind: of package.
         write: writes the package itself.
+        form_of: how a package of a cell, by its name, is to be.
         settings: fields of pararnn.json that only this kind of package has.
 
     Raises:
@@ -167,6 +168,7 @@ def export(
         model, model_config = load_model(model_folder, adapter_path=adapter_path, state=initial_state)
         model.set_dtype(mx.float32)
         args: ModelArgs = model.args
+        form = form_of(args.cell)
         _check_fields(model_folder, model_config, kind)
         length = _chunk_for(args, chunk)
         tokens = _sample_tokens(folder, model_config, args, max(2 * length, _SAMPLED))
@@ -177,7 +179,7 @@ def export(
         half = _half_logits(model, tokens) if form.activations == np.float16 else None
         if iterations is None:
             say("counting Newton iterations", 0.0)
-            iterations = iterations_needed(model, tokens, length, form.recurrence_dtype, kind.title)
+            iterations = iterations_needed(model, tokens, length, form.recurrence, kind.title)
         del model  # its float32 weights are not needed any more
         mx.clear_cache()
         shutil.rmtree(folder / MLX_PART, ignore_errors=True)

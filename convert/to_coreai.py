@@ -61,7 +61,7 @@ def convert_to_coreai(
         out,
         COREAI,
         _write,
-        Form(activations=np.dtype(precision).type, recurrence=np.dtype(recurrence).type),
+        lambda _: Form(activations=np.dtype(precision).type, recurrence=np.dtype(recurrence).type),
         chunk=chunk,
         iterations=iterations,
         weights=weights,

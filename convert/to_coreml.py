@@ -10,7 +10,7 @@ from mlx_pararnn.errors import PararnnError
 
 from .coreml.require_coremltools import require_coremltools
 from .exporting import Exported, Functions, Progress, check_options, description, export
-from .package.form import Form
+from .package.form import GROWING, Form
 from .package.layouts import LAYOUTS
 from .readers.forms import COREML
 
@@ -40,11 +40,12 @@ def convert_to_coreml(
     docs/coreml.md says what `out` then holds.
 
     Args:
-        state: "graph", Core ML's own states in float16, the default; "io", inputs and outputs.
-        recurrence: what the recurrence is computed in and its state is in; with "io" "float32", the default,
-            or "float16"; with "graph" "float16" only.
-        layout: "plain", (1, T, D); "ane", (1, D, 1, T) with 1x1 convolutions in place of matrix products, the
-            state in and out in float16, and the recurrence in float16 by default.
+        state: "graph", Core ML's own states in float16; "io", inputs and outputs. By default "io" where the
+            recurrence is in float32, else "graph".
+        recurrence: what the recurrence is computed in and its state is in, "float16" or "float32", which
+            "graph" does not have. By default "float32" for cells whose state grows (sLSTM), else "float16".
+        layout: "plain", (1, T, D); "ane", (1, D, 1, T) with 1x1 convolutions in place of matrix products, and
+            the state in and out in float16, whatever the recurrence is computed in.
         chunk: tokens that `prefill` reads at once, 2 to 128; 64 by default.
         iterations: of Newton's method in `prefill`; None measures how many this model needs.
         argmax: give the likeliest token instead of the logits.
@@ -63,16 +64,19 @@ def convert_to_coreml(
         raise PararnnError(f"state {state!r}: choose graph or io")
     if recurrence not in (None, "float32", "float16"):
         raise PararnnError(f"recurrence {recurrence!r}: choose float32 or float16")
-    if layout == "ane":
-        if state == "graph":
-            raise PararnnError("--layout ane passes its state in and out: leave out --state graph")
-        state, recurrence = "io", recurrence or "float16"
-    in_graph = state != "io"
-    if in_graph and recurrence == "float32":
+    if state == "graph" and layout == "ane":
+        raise PararnnError("--layout ane passes its state in and out: leave out --state graph")
+    if state == "graph" and recurrence == "float32":
         raise PararnnError(
-            "--recurrence float32: Core ML keeps its own states in float16; add --state io, which passes "
-            "them in and out"
+            "--recurrence float32: Core ML keeps its own states in float16; leave out --state graph, and "
+            "they are passed in and out"
         )
+
+    def form_of(cell: str) -> Form:
+        wide = recurrence == "float32" or (recurrence is None and cell in GROWING and state != "graph")
+        in_graph = state != "io" and layout != "ane" and not wide
+        return Form(in_graph, argmax, recurrence=np.float32 if wide else np.float16, layout=layout)
+
     check_options(chunk, iterations, weights, "float16")
     require_coremltools()
     return export(
@@ -80,7 +84,7 @@ def convert_to_coreml(
         out,
         COREML,
         _write,
-        Form(in_graph, argmax, recurrence=np.dtype(recurrence).type if recurrence else None, layout=layout),
+        form_of,
         chunk=chunk,
         iterations=iterations,
         weights=weights,

@@ -28,7 +28,6 @@ class CoreAI(Operations):
     """
 
     title = "Core AI"
-    in_float32 = "--recurrence float32"
 
     add, sub = _two(core.broadcasting_add), _two(core.broadcasting_sub)
     mul, divide = _two(core.broadcasting_mul), _two(core.broadcasting_divide)

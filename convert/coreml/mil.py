@@ -25,7 +25,6 @@ class MIL(Operations):
     """Operations of the MIL function that is open."""
 
     title = "Core ML"
-    in_float32 = "--state io --recurrence float32"
 
     add, sub, mul, divide, power = map(_two, (mb.add, mb.sub, mb.mul, mb.real_div, mb.pow))
     maximum, equal, not_equal = map(_two, (mb.maximum, mb.equal, mb.not_equal))

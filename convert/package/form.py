@@ -8,6 +8,7 @@ import numpy as np
 from mlx_pararnn.cells import get_cell
 from mlx_pararnn.model_config import ModelArgs
 
+GROWING = ("slstm",)  # cells whose state grows with the text: float16 keeps ever fewer digits of it
 LANES = 32  # the Neural Engine refuses states whose innermost axis is not a multiple of this
 
 
@@ -19,26 +20,20 @@ class Form:
         graph_state: states inside the program; else inputs and outputs.
         argmax: give the likeliest token instead of the logits.
         activations: np.float16 or np.float32.
-        recurrence: what the recurrence and its state are in; None is the widest that Core ML takes: its own
-            states can be float16 only.
+        recurrence: what the recurrence is computed in and its state is in.
         layout: where channels and time stand, by its name in `layouts.LAYOUTS`. In "ane" the state is of the
-            activations' type, whatever the recurrence is in.
+            activations' type, whatever the recurrence is computed in.
     """
 
     graph_state: bool = True
     argmax: bool = False
     activations: Any = np.float16
-    recurrence: Any = None
+    recurrence: Any = np.float16
     layout: str = "plain"
-
-    @property
-    def recurrence_dtype(self) -> Any:
-        """What the recurrence is computed in."""
-        return self.recurrence or (np.float16 if self.graph_state else np.float32)
 
 
 def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:
-    """Name -> shape of the states, one row a layer.; `state` alone is a word of MIL and can be no name."""
+    """Name -> shape of the states, one row a layer; `state` alone is a word of MIL and can be no name."""
     padded = -(-args.hidden_size // LANES) * LANES
     slots = len(get_cell(args.cell, args.activations).slots)
     shapes = {"cell_state": (args.num_hidden_layers, slots, padded)}
@@ -49,5 +44,5 @@ def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:
 
 def state_dtypes(form: Form) -> dict[str, Any]:
     """Name -> NumPy type of the states."""
-    cell_state = form.activations if form.layout == "ane" else form.recurrence_dtype
+    cell_state = form.activations if form.layout == "ane" else form.recurrence
     return {"cell_state": cell_state, "conv": form.activations}

@@ -4,7 +4,6 @@ Shapes: T tokens, D channels (hidden_size), H heads, w = D / H. program.py is th
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -203,9 +202,10 @@ class Channels(Layout):
         """See `Layout`."""
         vocabulary = self.args.vocab_size
         pieces = -(-vocabulary // HEAD_ROWS)
-        ends = [vocabulary * i // pieces for i in range(pieces + 1)]
-        parts = [
-            self.ops.convolve(x, self._kernels(name, begin, end), None, 1) for begin, end in pairwise(ends)
+        begins = [vocabulary * i // pieces for i in range(pieces)]
+        parts = [  # one piece is the whole table, which the look-up of tied embeddings has emitted
+            self.ops.convolve(x, self._kernels(name, begin, end), None, 1)
+            for begin, end in zip(begins, [*begins[1:], None], strict=True)
         ]
         whole = self.ops.concat(parts, 1) if pieces > 1 else parts[0]
         return self.ops.reshape(whole, [1, 1, vocabulary])

@@ -23,11 +23,9 @@ class Operations:
 
     Attributes:
         title: what the program is for, as messages name it.
-        in_float32: the option with which the recurrence is computed in float32.
     """
 
     title: str
-    in_float32: str
 
     def dtype(self, x: Variable) -> "np.dtype[Any]":
         """Its NumPy type."""

@@ -72,7 +72,7 @@ class _Builder:
         self.iterations, self.ops = iterations, ops
         self.T: int = ops.shape(inputs["tokens"])[1]
         self.cell: Cell = get_cell(args.cell, args.activations)
-        self.F = ValueFunctions(form.recurrence_dtype)
+        self.F = ValueFunctions(form.recurrence)
         self.library = Library(self.F, self._delay, self._after, self._full)
         self.layout = LAYOUTS[form.layout](ops, args, weights, form.activations, self.T)
 
@@ -133,7 +133,7 @@ class _Builder:
     def _recurrence(self, x: Any, i: int, states: Any) -> tuple[Any, Any]:
         """Hidden states of all steps, and the last state, a row a slot."""
         ops, layout, cell, T = self.ops, self.layout, self.cell, self.T
-        path, dtype = f"model.layers.{i}.mixer.cell", self.form.recurrence_dtype
+        path, dtype = f"model.layers.{i}.mixer.cell", self.form.recurrence
         gates = layout.gates(x, path, len(cell.gates))
         inputs = {g: Value(ops, ops.cast(gate, dtype)) for g, gate in zip(cell.gates, gates, strict=True)}
         rows = layout.numbers(f"{path}.recurrent_weight").astype(dtype)
@@ -163,7 +163,7 @@ class _Builder:
         name = f"model.layers.{i}.mixer.cell.initial_state"
         if name not in self.weights:
             return None
-        rows = self.layout.numbers(name).astype(self.form.recurrence_dtype)
+        rows = self.layout.numbers(name).astype(self.form.recurrence)
         return [row.reshape(self.layout.row_shape) for row in rows]
 
     def _solve(self, params: dict[str, Value], inputs: dict[str, Value], start: State) -> State:
@@ -190,7 +190,7 @@ class _Builder:
         return Value(self.ops, self.ops.concat(moved, self.layout.inner_time))
 
     def _full(self, number: float) -> Value:
-        values = np.full(self.layout.inner_shape, number, self.form.recurrence_dtype)
+        values = np.full(self.layout.inner_shape, number, self.form.recurrence)
         return Value(self.ops, self.ops.constant(values))
 
     def _steps(self, x: Any, begin: int, count: int) -> Any:
@@ -206,7 +206,7 @@ class _Builder:
         """A state as the layers take it."""
         state = self.inputs[name]
         state = self.layout.read(self.ops.read_state(state) if self.form.graph_state else state)
-        return self.ops.cast(state, self.form.recurrence_dtype) if name == "cell_state" else state
+        return self.ops.cast(state, self.form.recurrence) if name == "cell_state" else state
 
     def _write(self, new: Mapping[str, list[Any]]) -> list[Any]:
         """Give the new states back: into the program's own, or as the list of outputs."""

@@ -188,6 +188,6 @@ def _operand(x: Any, ops: Operations, dtype: Any) -> Any:
     if not np.isfinite(number) or (x != 0 and number == 0):
         raise PararnnError(
             f"the cell's step uses the number {x!r}, which {np.dtype(dtype).name} cannot hold; export with "
-            f"{ops.in_float32}, where the recurrence runs in float32"
+            "--recurrence float32"
         )
     return number

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import fields as fields_of
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ import pytest
 pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python and machine")
 
 import mlx.core as mx
+from coremltools.proto import MIL_pb2
 from typer.testing import CliRunner
 
 from mlx_pararnn import Cell, ModelArgs, register_cell
@@ -30,13 +30,17 @@ from mlx_pararnn.convert.package.iterations import LIMIT, iterations_needed
 from mlx_pararnn.convert.package.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
-from tests.support.coreml.exports import export_to_coreml, failing_export, formula, plain_model, settings
+from tests.support.coreml.exports import (
+    export_to_coreml,
+    failing_export,
+    formula,
+    plain_model,
+    settings,
+    weight_bytes,
+)
+from tests.support.coreml.interpreter import Package
 from tests.support.pt_writer import write_pt
 from tests.support.small_models import apple_gru, babylm
-
-
-def weight_bytes(out: Path) -> int:
-    return (out / "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
 
 
 @pytest.fixture
@@ -141,15 +145,46 @@ def test_iterations_are_measured_on_more_than_two_small_chunks(tmp_path, data):
 
 @pytest.mark.large
 @pytest.mark.parametrize(
-    ("cell", "state", "warned"), [("slstm", "graph", True), ("slstm", "io", False), ("slstm", "half", True)]
+    ("cell", "options", "state", "dtype", "recurrence"),
+    [
+        ("gru", "", "graph", "float16", "float16"),
+        ("gru", "--state io", "io", "float16", "float16"),
+        ("gru", "--layout ane", "io", "float16", "float16"),
+        ("gru", "--recurrence float32", "io", "float32", "float32"),
+        ("slstm", "", "io", "float32", "float32"),
+        ("slstm", "--state io", "io", "float32", "float32"),
+        ("slstm", "--state graph", "graph", "float16", "float16"),
+        ("slstm", "--recurrence float16", "graph", "float16", "float16"),
+        ("slstm", "--state io --recurrence float16", "io", "float16", "float16"),
+        ("slstm", "--layout ane", "io", "float16", "float32"),
+        ("slstm", "--layout ane --recurrence float16", "io", "float16", "float16"),
+    ],
 )
-def test_a_state_that_grows_is_warned_of(tmp_path, cell, state, warned):
+def test_the_state_is_in_float32_where_it_grows(tmp_path, cell, options, state, dtype, recurrence):
+    """Unless it was asked for otherwise; a state in float16 that grows is warned of."""
     folder = plain_model(tmp_path / "mlx", cell=cell, mixer="plain")
-    options = ("--tokenizer", "none", "--chunk", 2, "--iterations", 2)
-    options += ("--state", "io", "--recurrence", "float16") if state == "half" else ("--state", state)
-    result = export_to_coreml(folder, tmp_path / "out", *options)
+    asked = ("--tokenizer", "none", "--chunk", 2, "--iterations", 2, *options.split())
+    result = export_to_coreml(folder, tmp_path / "out", *asked)
     assert result.exit_code == 0, result.output
-    assert ("warning: sLSTM's state grows" in result.stderr) == warned
+    made = settings(tmp_path / "out")
+    assert (made["state"], made["states"][0]["dtype"]) == (state, dtype)
+    wide = [
+        op for op in Package(tmp_path / "out/model.mlpackage").block("decode").operations if in_float32(op)
+    ]
+    assert (len(wide) > 1) == (recurrence == "float32")
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    if cell == "slstm" and dtype == "float16":
+        given = options.removeprefix("--state io ").replace(" --rec", " and --rec")
+        assert warnings == [
+            "warning: sLSTM's state grows with the text and loses digits in float16; without "
+            f"{given} it is kept in float32"
+        ]
+    else:
+        assert not warnings
+
+
+def in_float32(op):
+    return MIL_pb2.FLOAT32 in {o.type.tensorType.dataType for o in op.outputs}
 
 
 @pytest.mark.large
@@ -312,8 +347,8 @@ def test_sizes_and_values_that_core_ml_cannot_take(tmp_path, model, no_export):
     assert "--chunk 1: choose 2 to 128 tokens" in no_export(model, "--chunk", 1)
     assert "--chunk 500: choose 2 to 128 tokens" in no_export(model, "--chunk", 500)
     assert "--iterations 0: choose at least 1" in no_export(model, "--iterations", 0)
-    assert "Core ML keeps its own states in float16; add --state io" in no_export(
-        model, "--recurrence", "float32"
+    assert "Core ML keeps its own states in float16; leave out --state graph" in no_export(
+        model, "--state", "graph", "--recurrence", "float32"
     )
     ane = no_export(model, "--layout", "ane", "--state", "graph")
     assert ane == "--layout ane passes its state in and out: leave out --state graph"

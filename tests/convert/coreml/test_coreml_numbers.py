@@ -62,6 +62,10 @@ def check(folder, model, ids, modes=tuple(TOLERANCE)):
                 assert difference(runner.state[name], states) < tolerance, f"{mode}: {name} after prefill"
 
 
+# Where the state is, and the type of the recurrence that goes with it.
+STATE = {"graph": ("--state", "graph"), "io": ("--state", "io", "--recurrence", "float32")}
+
+
 @pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize(
     ("source", "folder", "prefix", "state"),
@@ -70,7 +74,7 @@ def check(folder, model, ids, modes=tuple(TOLERANCE)):
 )
 def test_golden_models(exports, source, folder, prefix, state):
     model = exports.source(source)
-    out = exports(model, "--chunk", 8, "--state", state)
+    out = exports(model, "--chunk", 8, *STATE[state])
     ids = np.array(golden(folder)[f"{prefix}input_ids"])[0][:50]
     check(out, exports.model(model), ids)
     # the original's own numbers: its weights are float32, so rounding them shows
@@ -90,7 +94,7 @@ ROUNDED_CONSTANTS = {("lstm_constants", "graph")}
 def test_every_kind_of_layer(exports, kind, state):
     source = exports.small(**KINDS[kind])
     chunk = 4 if KINDS[kind]["cell"] == "slstm" else 8
-    out = exports(source, "--chunk", chunk, "--state", state)
+    out = exports(source, "--chunk", chunk, *STATE[state])
     modes = ("float16",) if (kind, state) in ROUNDED_CONSTANTS else ("float64", "float16")
     check(out, exports.model(source), some_ids(50, 2 * chunk + 3), modes)
 
@@ -115,7 +119,7 @@ def test_a_state_outside_in_float16(exports, kind):
 def test_a_cell_of_ones_own(exports, tmp_path, state):
     register_cell(Damped)
     source = exports.small(cell="damped", num_hidden_layers=1)
-    out = exports(source, "--chunk", 8, "--state", state)
+    out = exports(source, "--chunk", 8, *STATE[state])
     check(out, exports.model(source), some_ids(50, 19))
 
 
@@ -124,10 +128,6 @@ def trained(exports):
     """Path and model of the really trained one."""
     source = exports.source(TRAINED)
     return source, exports.model(source)
-
-
-# One export serves several tests: graph is the default.
-STATE = {"graph": (), "io": ("--state", "io")}
 
 
 @pytest.mark.large
@@ -184,7 +184,7 @@ def test_chunks(exports, chunk):
 @pytest.mark.parametrize("state", ["graph", "io"])
 def test_a_text_is_read_by_the_largest_prefill_that_fits(exports, state):
     source = exports.small(**KINDS["gru"])
-    out = exports(source, "--chunk", 33, "--state", state)
+    out = exports(source, "--chunk", 33, *STATE[state])
     ids = some_ids(50, 33 + 16 + 2)
     expected = reference_logits(exports.model(source), ids)
     for mode, tolerance in TOLERANCE.items():
@@ -347,7 +347,7 @@ def test_a_learned_state_is_where_a_package_begins(state, tmp_path):
     mx.save_safetensors(str(tmp_path / "states.safetensors"), states)
     tuned, _ = load_model(source, state=tmp_path / "states.safetensors")
     out = tmp_path / "out"
-    options = ("--state", state, "--chunk", 8, "--initial-state", tmp_path / "states.safetensors")
+    options = (*STATE[state], "--chunk", 8, "--initial-state", tmp_path / "states.safetensors")
     result = export(source, out, *options, "--tokenizer", "none")
     assert result.exit_code == 0, result.output
     ids = some_ids(50, 20)
@@ -358,6 +358,6 @@ def test_a_learned_state_is_where_a_package_begins(state, tmp_path):
     with_own = tmp_path / "tuned"
     shutil.copytree(source, with_own)
     mx.save_safetensors(str(with_own / "model.safetensors"), dict(tree_flatten(tuned.parameters())))
-    assert export(with_own, tmp_path / "own", *options[:4], "--tokenizer", "none").exit_code == 0
+    assert export(with_own, tmp_path / "own", *options[:-2], "--tokenizer", "none").exit_code == 0
     ours, theirs = (Runner(folder).decode(ids[:4]) for folder in (out, tmp_path / "own"))
     assert np.array_equal(ours, theirs)

@@ -24,7 +24,9 @@ RESERVED = {
 ARRAY_TYPES = FeatureTypes_pb2.ArrayFeatureType
 
 
-@pytest.fixture(scope="module", params=["gru-graph", "gru-io", "babylm-io", "slstm-graph", "babylm-ane"])
+@pytest.fixture(
+    scope="module", params=["gru-graph", "gru-io", "babylm-io", "slstm-io", "slstm-graph", "babylm-ane"]
+)
 def small(request, exports):
     """One runner a kind and place of the state."""
     kind, state = request.param.split("-")

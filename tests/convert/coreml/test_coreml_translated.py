@@ -30,9 +30,9 @@ from tests.support.coreml.translated import Translated, runner
 EXACT = 2e-5  # float32 against float32
 TIMES = 8  # what `verify` allows a processor: so many times MLX's own float16
 FORMS = {
-    "graph": (),
+    "graph": ("--state", "graph"),
     "io": ("--state", "io"),
-    "io float16": ("--state", "io", "--recurrence", "float16"),
+    "io float32": ("--state", "io", "--recurrence", "float32"),
     "ane": ("--layout", "ane"),
 }
 

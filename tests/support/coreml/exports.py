@@ -286,5 +286,9 @@ def export_to_coreml(source, out, *options):
     return convert(source, "--to", "coreml", "-o", out, *options)
 
 
+def weight_bytes(out: Path) -> int:
+    return (out / "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
+
+
 def settings(out: Path) -> dict:
     return json.loads((out / "pararnn.json").read_text())
