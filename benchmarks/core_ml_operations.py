@@ -74,7 +74,7 @@ def _counted(cell: str, layers: int, form: Form, tokens: int) -> Counter[str]:
     args = ModelArgs(cell=cell, num_hidden_layers=layers, **sizes)
     parameters = tree_flatten(Model(args).parameters())
     weights = {name: stored(np.array(numbers), "float16") for name, numbers in parameters}
-    function = build_function(args, weights, form, tokens, ITERATIONS)
+    function = build_function(args, weights, form, range(layers), tokens, ITERATIONS)
     counts: Counter[str] = Counter()
     for op in function.operations:
         if op.op_type != "const":

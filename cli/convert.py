@@ -165,6 +165,13 @@ def convert(
             "convolutions, the state in and out in float16. Default: plain."
         ),
     ] = None,
+    layers_per_function: Annotated[
+        int | None,
+        typer.Option(
+            help="Core ML: divide what reads prompts into functions of at most so many layers, called one "
+            "after another. Default: all layers in one."
+        ),
+    ] = None,
     precision: Annotated[
         Precision | None, typer.Option(help="Core AI: what it computes in. Default: float32.")
     ] = None,
@@ -227,6 +234,7 @@ def convert(
             ((Target.mlx,), {"--dtype": dtype, "--q-group-size": q_group_size, "--q-mode": q_mode}),
             ((Target.mlx,), {"--model-file": model_file}),
             ((Target.coreml,), {"--state": state, "--layout": layout, "--argmax": argmax}),
+            ((Target.coreml,), {"--layers-per-function": layers_per_function}),
             ((Target.coreai,), {"--precision": precision}),
             (packages, {"--chunk": chunk, "--iterations": iterations, "--recurrence": recurrence}),
             (packages, {"--palettize": palettize, "--initial-state": initial_state}),
@@ -245,7 +253,7 @@ def convert(
     options.import_modules(modules)
     if to in packages:
         of_target: dict[str, Any] = {"state": state.value if state else None, "argmax": argmax}
-        of_target["layout"] = (layout or Layout.plain).value
+        of_target |= {"layout": (layout or Layout.plain).value, "layers_per_function": layers_per_function}
         if to == Target.coreai:
             of_target = {"precision": (precision or Precision.float32).value}
         if recurrence:
@@ -400,7 +408,10 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
     kept += ", layout ane" if is_ane else ""
     if made["chunk"]:
         listed = " and ".join(f"{name} {count}" for name, count in made["chunks"].items())
-        typer.echo(f"decode reads one token, {listed}, with {made['iterations']} Newton iterations; {kept}")
+        divided = f" in {made['parts']} parts" if "parts" in made else ""
+        typer.echo(
+            f"decode reads one token, {listed}{divided}, with {made['iterations']} Newton iterations; {kept}"
+        )
     else:
         typer.echo(
             "warning: this model's prompts need more than 8 Newton iterations at once, or numbers beyond "

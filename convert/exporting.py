@@ -32,7 +32,7 @@ from .package.chat_format import add_chat_format
 from .package.constants import Plain, Stored, stored, total_bytes
 from .package.description import MAX_CHUNK, PACKED
 from .package.export_memory import check_memory
-from .package.form import Form, state_dtypes, state_shapes
+from .package.form import Form, parts, state_dtypes, state_shapes
 from .package.iterations import iterations_needed
 from .package.package_digest import stored_digest
 from .package.program import EXPORTED
@@ -335,14 +335,16 @@ def _settings(
 ) -> dict[str, Any]:
     """pararnn.json."""
     dtypes = state_dtypes(form)
+    divided = [list(parts(form, args.num_hidden_layers, name)) for name in functions]
     end = config.get("eos_token_id")
     return {
         "format": kind.format,
         "format_version": 1,
         "package": kind.name,
-        "functions": list(functions),
+        "functions": [part for whole in divided for part in whole],
         "chunk": functions.get("prefill"),
         "chunks": {name: count for name, count in functions.items() if count > 1},
+        **({"parts": len(divided[-1])} if len(divided[-1]) > 1 else {}),
         "iterations": iterations if "prefill" in functions else None,
         "state": "graph" if form.graph_state else "io",
         "states": [

@@ -10,7 +10,7 @@ from mlx_pararnn.errors import PararnnError
 
 from .coreml.require_coremltools import require_coremltools
 from .exporting import Exported, Functions, Progress, check_options, description, export
-from .package.form import GROWING, Form
+from .package.form import GROWING, Form, parts
 from .package.layouts import LAYOUTS
 from .readers.forms import COREML
 
@@ -22,6 +22,7 @@ def convert_to_coreml(
     state: str | None = None,
     recurrence: str | None = None,
     layout: str = "plain",
+    layers_per_function: int | None = None,
     chunk: int | None = None,
     iterations: int | None = None,
     argmax: bool = False,
@@ -46,6 +47,8 @@ def convert_to_coreml(
             "graph" does not have. By default "float32" for cells whose state grows (sLSTM), else "float16".
         layout: "plain", (1, T, D); "ane", (1, D, 1, T) with 1x1 convolutions in place of matrix products, and
             the state in and out in float16, whatever the recurrence is computed in.
+        layers_per_function: divide each prefill into functions of at most so many layers, which a runner
+            calls one after another; None leaves it whole.
         chunk: tokens that `prefill` reads at once, 2 to 128; 64 by default.
         iterations: of Newton's method in `prefill`; None measures how many this model needs.
         argmax: give the likeliest token instead of the logits.
@@ -64,6 +67,8 @@ def convert_to_coreml(
         raise PararnnError(f"state {state!r}: choose graph or io")
     if recurrence not in (None, "float32", "float16"):
         raise PararnnError(f"recurrence {recurrence!r}: choose float32 or float16")
+    if layers_per_function is not None and layers_per_function < 1:
+        raise PararnnError(f"--layers-per-function {layers_per_function}: choose at least 1")
     if state == "graph" and layout == "ane":
         raise PararnnError("--layout ane passes its state in and out: leave out --state graph")
     if state == "graph" and recurrence == "float32":
@@ -75,7 +80,13 @@ def convert_to_coreml(
     def form_of(cell: str) -> Form:
         wide = recurrence == "float32" or (recurrence is None and cell in GROWING and state != "graph")
         in_graph = state != "io" and layout != "ane" and not wide
-        return Form(in_graph, argmax, recurrence=np.float32 if wide else np.float16, layout=layout)
+        return Form(
+            in_graph,
+            argmax,
+            recurrence=np.float32 if wide else np.float16,
+            layers_per_function=layers_per_function,
+            layout=layout,
+        )
 
     check_options(chunk, iterations, weights, "float16")
     require_coremltools()
@@ -105,12 +116,11 @@ def _write(
 ) -> None:
     from .coreml.mlpackage import build_function, write_package
 
-    built = {}
+    args, form, built = functions.args, functions.form, {}
     for done, (name, count) in enumerate(functions.tokens.items()):
         progress("building", done / len(functions.tokens))
-        built[name] = build_function(
-            functions.args, functions.weights, functions.form, count, functions.iterations
-        )
+        for part, layers in parts(form, args.num_hidden_layers, name).items():
+            built[part] = build_function(args, functions.weights, form, layers, count, functions.iterations)
     metadata = {
         "user": {"pararnn": json.dumps(settings)},
         "version": settings["version"],

@@ -81,7 +81,7 @@ def _add_function(
     def body(*variables: Any) -> tuple[Any, ...]:
         ops = CoreAI(form.activations)
         given = dict(zip([*inputs, *states], variables, strict=True))
-        outputs = emit(args, weights, form, iterations, ops, given)
+        outputs = emit(args, weights, form, range(args.num_hidden_layers), iterations, ops, given)
         return (*outputs, *(ops.written[key] for key in states))
 
     # coreai-core reads a graph's arguments from its function's signature.

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mlx_pararnn.errors import PararnnError, one_line
 
-from ..package.description import prefills
+from ..package.description import parts_of, prefills
 from .require_coremltools import quiet
 
 Array = npt.NDArray[Any]
@@ -166,13 +166,14 @@ def _read(
     passed = {} if in_graph else {s["name"]: np.zeros(s["shape"], s["dtype"]) for s in settings["states"]}
     answers, position = [], 0
     for name, piece in pieces:
-        inputs = {"tokens": np.asarray(piece, np.int32)[None], **passed}
+        inputs = {"tokens": np.asarray(piece, np.int32)[None]}
         if settings["max_position_embeddings"] is not None:
             inputs["position"] = np.array([position], np.int32)
-        outputs = (
-            functions[name].predict(inputs, state=state) if in_graph else functions[name].predict(inputs)
-        )
-        passed = {key: outputs[f"{key}_out"] for key in passed}
+        for part in parts_of(dict(settings), name):
+            function, inputs = functions[part], {**inputs, **passed}
+            outputs = function.predict(inputs, state=state) if in_graph else function.predict(inputs)
+            passed = {key: outputs[f"{key}_out"] for key in passed}
+            inputs = {"hidden": outputs.get("hidden_out")}
         answers.append(np.asarray(outputs[settings["output"]]).reshape(-1))
         if len(answers[-1]) != (1 if settings["output"] == "token" else settings["vocab_size"]):
             raise ValueError(f"{name} gives {len(answers[-1])} numbers")

@@ -19,6 +19,7 @@ from mlx_pararnn.model_config import ModelArgs
 
 from ..package.constants import Stored
 from ..package.form import Form, state_dtypes, state_shapes
+from ..package.layouts import LAYOUTS
 from ..package.program import emit, input_shapes
 from .mil import MIL
 from .require_coremltools import quiet
@@ -34,21 +35,26 @@ _PASSES = [
 
 
 def build_function(
-    args: ModelArgs, weights: Mapping[str, Stored], form: Form, tokens: int, iterations: int
+    args: ModelArgs, weights: Mapping[str, Stored], form: Form, layers: range, tokens: int, iterations: int
 ) -> Any:
-    """A MIL function that reads `tokens` tokens; more than one by so many Newton `iterations`.
+    """A MIL function of some layers that reads `tokens` tokens; more than one by so many Newton `iterations`.
 
     Raises:
         PararnnError: the cell's step uses what a Core ML program cannot do.
     """
-    inputs = {name: mb.placeholder(shape, types.int32) for name, shape in input_shapes(args, tokens).items()}
+    if layers.start:
+        hidden = types.numpy_type_to_builtin_type(form.activations)
+        inputs = {"hidden": mb.placeholder(LAYOUTS[form.layout].shape(args, tokens), hidden)}
+    else:
+        shapes = input_shapes(args, tokens)
+        inputs = {name: mb.placeholder(shape, types.int32) for name, shape in shapes.items()}
     for name, shape in state_shapes(args).items():
         if form.graph_state:
             inputs[name] = mb.state_tensor_placeholder(shape, types.fp16)
         else:
             inputs[name] = mb.placeholder(shape, types.numpy_type_to_builtin_type(state_dtypes(form)[name]))
     with Function(inputs, ct.target.iOS18) as function:
-        function.set_outputs(emit(args, weights, form, iterations, MIL(), function.inputs))
+        function.set_outputs(emit(args, weights, form, layers, iterations, MIL(), function.inputs))
     return function
 
 

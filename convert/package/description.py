@@ -8,7 +8,7 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_config import ModelArgs
 
 from ..readers.forms import COREAI, COREML, PACKAGE_FILE, PackageKind, read_json_object
-from .form import state_shapes
+from .form import part_name, state_shapes
 
 MAX_CHUNK = 128  # a product of more Jacobians than that leaves float16's range too easily
 # Many times what the widest models have. States are made before the program is looked at that they are for.
@@ -55,7 +55,8 @@ def _wrong_field(settings: dict[str, Any], kind: PackageKind) -> str | None:
         "precision": precision in precisions,
         "functions": isinstance(functions, list) and functions[:1] == ["decode"],
         "chunk": _is_chunk(chunk) if functions != ["decode"] else chunk is None,
-        "chunks": isinstance(functions, list) and _has_chunks(prefills(settings), functions, chunk),
+        "parts": (divides := _divides(settings.get("parts", 1), functions, kind)),
+        "chunks": divides and _has_chunks(prefills(settings), settings),
         "state": settings.get("state") in ("graph", "io"),
         "layout": settings.get("layout", "plain") == "plain" or _is_ane(settings, kind),
         "output": settings.get("output") in ("logits", "token"),
@@ -76,11 +77,25 @@ def prefills(settings: dict[str, Any]) -> dict[str, int]:
     return settings.get("chunks", {} if chunk is None else {"prefill": chunk})
 
 
-def _has_chunks(chunks: Any, functions: list[Any], chunk: Any) -> bool:
+def parts_of(settings: dict[str, Any], name: str) -> list[str]:
+    """The functions that are called one after another for the prefill, or decode, of this name."""
+    count = settings.get("parts", 1)
+    return [name] if name == "decode" or count == 1 else [part_name(name, n + 1) for n in range(count)]
+
+
+def _divides(parts: Any, functions: Any, kind: PackageKind) -> bool:
+    """Whether there may be so many parts of each prefill."""
+    most = len(functions) if isinstance(functions, list) and kind == COREML else 1
+    return type(parts) is int and 1 <= parts <= most
+
+
+def _has_chunks(chunks: Any, settings: dict[str, Any]) -> bool:
+    if not isinstance(chunks, dict):
+        return False
+    divided = [part for name in chunks for part in parts_of(settings, name)]
     return (
-        isinstance(chunks, dict)
-        and functions == ["decode", *chunks]
-        and chunks.get("prefill") == chunk
+        settings["functions"] == ["decode", *divided]
+        and chunks.get("prefill") == settings.get("chunk")
         and all(_is_chunk(count) for count in chunks.values())
         and list(chunks.values()) == sorted(set(chunks.values()), reverse=True)
     )

@@ -21,6 +21,7 @@ class Form:
         argmax: give the likeliest token instead of the logits.
         activations: np.float16 or np.float32.
         recurrence: what the recurrence is computed in and its state is in.
+        layers_per_function: how many layers a function that reads several tokens has at most; None for all.
         layout: where channels and time stand, by its name in `layouts.LAYOUTS`. In "ane" the state is of the
             activations' type, whatever the recurrence is computed in.
     """
@@ -29,7 +30,21 @@ class Form:
     argmax: bool = False
     activations: Any = np.float16
     recurrence: Any = np.float16
+    layers_per_function: int | None = None
     layout: str = "plain"
+
+
+def parts(form: Form, layers: int, name: str) -> dict[str, range]:
+    """The functions that `name` is divided into, in the order of their calls, and which `layers` each has."""
+    whole, most = range(layers), form.layers_per_function or layers
+    if name == "decode" or most >= layers:
+        return {name: whole}
+    return {part_name(name, n): whole[i : i + most] for n, i in enumerate(whole[::most], 1)}
+
+
+def part_name(name: str, number: int) -> str:
+    """The name of a part of the function `name`, counted from 1."""
+    return f"{name}_part_{number}"
 
 
 def state_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:

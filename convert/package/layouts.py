@@ -40,6 +40,11 @@ class Layout:
         self.w = self.D // self.H
         self._emitted: dict[Any, Any] = {}
 
+    @staticmethod
+    def shape(args: ModelArgs, steps: int) -> tuple[int, ...]:
+        """That of an activation of so many steps."""
+        raise NotImplementedError
+
     def numbers(self, name: str) -> Array:
         """A weight in the type of the activations."""
         return self.weights[name].values().astype(self._dtype)
@@ -109,6 +114,11 @@ class Rows(Layout):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.inner_shape, self.row_shape = (1, self.H, self.T, self.w), (1, self.H, 1, self.w)
+
+    @staticmethod
+    def shape(args: ModelArgs, steps: int) -> tuple[int, ...]:
+        """See `Layout`."""
+        return 1, steps, args.hidden_size
 
     def vector(self, numbers: Array) -> Array:
         """See `Layout`."""
@@ -184,6 +194,11 @@ class Channels(Layout):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.inner_shape, self.row_shape = (1, self.D, 1, self.T), (1, self.D, 1, 1)
+
+    @staticmethod
+    def shape(args: ModelArgs, steps: int) -> tuple[int, ...]:
+        """See `Layout`."""
+        return 1, args.hidden_size, 1, steps
 
     def vector(self, numbers: Array) -> Array:
         """See `Layout`."""

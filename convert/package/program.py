@@ -39,21 +39,25 @@ def emit(
     args: ModelArgs,
     weights: Mapping[str, Stored],
     form: Form,
+    layers: range,
     iterations: int,
     ops: Operations,
     inputs: Mapping[str, Any],
 ) -> list[Any]:
-    """Add the model to the function that is open; its outputs, named.
+    """Add layers of the model to the function that is open; its outputs, named.
+
+    The first layer follows the embedding; any other takes the input `hidden`, an activation. The last one is
+    followed by the head; after any other the output is `hidden_out`.
 
     Args:
-        iterations: Newton iterations, where `inputs` has more than one token.
+        iterations: Newton iterations, where there is more than one token.
         ops: what the function is written in.
-        inputs: name -> variable, of `input_shapes` and of the states.
+        inputs: name -> variable, of `input_shapes` or `hidden`, and of the states.
 
     Raises:
         PararnnError: the cell's step uses what a program cannot do.
     """
-    return _Builder(args, weights, form, iterations, ops, inputs).outputs()
+    return _Builder(args, weights, form, layers, iterations, ops, inputs).outputs()
 
 
 class _Builder:
@@ -64,27 +68,33 @@ class _Builder:
         args: ModelArgs,
         weights: Mapping[str, Stored],
         form: Form,
+        layers: range,
         iterations: int,
         ops: Operations,
         inputs: Mapping[str, Any],
     ) -> None:
         self.args, self.weights, self.form, self.inputs = args, weights, form, inputs
-        self.iterations, self.ops = iterations, ops
-        self.T: int = ops.shape(inputs["tokens"])[1]
+        self.layers, self.iterations, self.ops = layers, iterations, ops
+        is_first = "tokens" in inputs
+        time = 1 if is_first else LAYOUTS[form.layout].time
+        self.T: int = ops.shape(inputs["tokens" if is_first else "hidden"])[time]
         self.cell: Cell = get_cell(args.cell, args.activations)
         self.F = ValueFunctions(form.recurrence)
         self.library = Library(self.F, self._delay, self._after, self._full)
         self.layout = LAYOUTS[form.layout](ops, args, weights, form.activations, self.T)
 
     def outputs(self) -> list[Any]:
-        states = {name: self._read(name) for name in state_shapes(self.args)}
-        x = self._embedding()
+        before = {name: self._read(name) for name in state_shapes(self.args)}
+        states = {name: self._as_layers_take_it(name, state) for name, state in before.items()}
+        x = self.inputs["hidden"] if "hidden" in self.inputs else self._embedding()
         new: dict[str, list[Any]] = {name: [] for name in states}
-        for i in range(self.args.num_hidden_layers):
+        for i in self.layers:
             x, after = self._layer(x, i, states)
             for name, rows in after.items():
                 new[name].append(rows)
-        written = self._write(new)
+        written = self._write(before, new)
+        if self.layers.stop < self.args.num_hidden_layers:
+            return [self.ops.named(x, "hidden_out"), *written]
         if self.T > 1:
             x = self._along(x, self.layout.time, self.T - 1, 1)
         x = self._norm(x, "model.norm")
@@ -203,17 +213,23 @@ class _Builder:
         return self.ops.slice(x, begins, size)
 
     def _read(self, name: str) -> Any:
-        """A state as the layers take it."""
         state = self.inputs[name]
-        state = self.layout.read(self.ops.read_state(state) if self.form.graph_state else state)
+        return self.ops.read_state(state) if self.form.graph_state else state
+
+    def _as_layers_take_it(self, name: str, state: Any) -> Any:
+        state = self.layout.read(state)
         return self.ops.cast(state, self.form.recurrence) if name == "cell_state" else state
 
-    def _write(self, new: Mapping[str, list[Any]]) -> list[Any]:
-        """Give the new states back: into the program's own, or as the list of outputs."""
+    def _write(self, before: Mapping[str, Any], new: Mapping[str, list[Any]]) -> list[Any]:
+        """Give the states back, new of these layers: into the program's own, or as the list of outputs."""
         outputs, dtypes = [], state_dtypes(self.form)
         for name, shape in state_shapes(self.args).items():
             x = self.layout.kept(new[name], shape[2])
             x = self.ops.cast(x, dtypes[name])
+            others = [range(self.layers.start), range(self.layers.stop, shape[0])]
+            kept = [self._along(before[name], 0, rows.start, len(rows)) if rows else None for rows in others]
+            rows = [part for part in (kept[0], x, kept[1]) if part is not None]
+            x = self.ops.concat(rows, 0) if len(rows) > 1 else x
             if self.form.graph_state:
                 self.ops.write_state(name, self.inputs[name], x)
             else:

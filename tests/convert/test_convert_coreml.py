@@ -347,6 +347,7 @@ def test_sizes_and_values_that_core_ml_cannot_take(tmp_path, model, no_export):
     assert "--chunk 1: choose 2 to 128 tokens" in no_export(model, "--chunk", 1)
     assert "--chunk 500: choose 2 to 128 tokens" in no_export(model, "--chunk", 500)
     assert "--iterations 0: choose at least 1" in no_export(model, "--iterations", 0)
+    assert "--layers-per-function 0: choose at least 1" in no_export(model, "--layers-per-function", 0)
     assert "Core ML keeps its own states in float16; leave out --state graph" in no_export(
         model, "--state", "graph", "--recurrence", "float32"
     )
@@ -397,6 +398,7 @@ def test_options_that_do_not_go_together(model, no_export, options):
     [
         ["--state", "io"],
         ["--layout", "ane"],
+        ["--layers-per-function", 1],
         ["--chunk", 8],
         ["--argmax"],
         ["--recurrence", "float16"],

@@ -77,6 +77,7 @@ WRONG = {
     "chunk": [0, 1, 129, True, 2.0, "2", None],
     "chunks": [None, [], {}, {"prefill": 3}, {"prefill": [2]}, {"prefill": 2, "x": 1}, {"x": 2}],
     "functions": [["decode"], ["prefill"], [], "decode", [["decode"]], {"decode": 1}],
+    "parts": [0, 2, 1 << 40, True, "1", None],
     "state": ["", None, 1],
     "layout": ["", None, 1, "ane"],  # the state of these is inside
     "states": [[], None, {}, [1], [{"name": "cell_state"}]],

@@ -39,7 +39,7 @@ def verify(*arguments):
 def packages(tmp_path_factory):
     """Small packages by their options, each made once."""
     root = tmp_path_factory.mktemp("packages")
-    folder = plain_model(root / "mlx", max_position_embeddings=64)
+    folder = plain_model(root / "mlx", max_position_embeddings=64, num_hidden_layers=2)
 
     def make(*options):
         out = root / "-".join(["out", *map(str, options)])
@@ -118,10 +118,11 @@ def mac(monkeypatch):
 
 
 ALL = list(compute_unit.UNITS)
+DIVIDED = ["--layers-per-function", 1]
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])
-@pytest.mark.parametrize("options", [[], ["--state", "io"], ["--layout", "ane"], ["--argmax"]])
+@pytest.mark.parametrize("options", [[], ["--state", "io"], ["--layout", "ane"], ["--argmax"], DIVIDED])
 def test_verify_compares_every_processor_with_the_reference(packages, mac, options):
     out = packages(*options)
     mac(ALL)

@@ -137,7 +137,7 @@ def test_a_tied_table_is_emitted_once(layout, how):
         name: stored(np.array(numbers), how if numbers.ndim > 1 else "float16")
         for name, numbers in parameters
     }
-    function = build_function(args, weights, Form(graph_state=False, layout=layout), 1, 1)
+    function = build_function(args, weights, Form(graph_state=False, layout=layout), range(1), 1, 1)
     made = [o.shape for op in function.operations for o in op.outputs if op.op_type.startswith("const")]
     assert [shape[:2] for shape in made].count((70, 32)) == (1 if how == "float16" else 2)
 

@@ -34,6 +34,7 @@ from tests.support.coreml.exports import (  # noqa: E402
     small_model,
     some_ids,
     until_a_tie,
+    weight_bytes,
 )
 from tests.support.coreml.interpreter import Package  # noqa: E402
 from tests.support.coreml.runner import Runner  # noqa: E402
@@ -194,6 +195,30 @@ def test_a_text_is_read_by_the_largest_prefill_that_fits(exports, state):
         assert called == [("prefill", 33), ("prefill_16", 16), ("decode", 1), ("decode", 1)]
         answers = [outputs["logits"][0, 0] for *_, outputs in runner.predictions]
         assert difference(np.stack(answers), expected[[32, 48, 49, 50]]) < tolerance
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("options", [*STATE.values(), ("--layout", "ane")], ids=[*STATE, "ane"])
+@pytest.mark.parametrize(("kind", "most"), [("gru", 2), ("lstm", 1), ("babylm", 1)])
+def test_a_prefill_in_parts_is_the_whole_one(exports, kind, most, options):
+    """To the bit: the same operations, of fewer layers a function."""
+    source = exports.small(**KINDS[kind] | {"num_hidden_layers": 3})
+    options = ("--chunk", 33, *options)
+    whole, divided = exports(source, *options), exports(source, *options, "--layers-per-function", most)
+    ids = some_ids(50, 37 if kind == "babylm" else 33 + 16 + 2)
+    ours, theirs = Runner(divided), Runner(whole)
+    np.testing.assert_array_equal(ours.read(ids), theirs.read(ids))
+    for name, state in theirs.state.items():
+        assert np.any(state)
+        np.testing.assert_array_equal(ours.state[name], state)
+    parts = {2: [1, 2], 1: [1, 2, 3]}[most]
+    names = [f"{name}_part_{n}" for name in ("prefill", "prefill_16") for n in parts]
+    assert ours.info["functions"] == ["decode", *names]
+    assert ours.info["parts"] == len(parts)
+    assert "parts" not in theirs.info
+    called = [name for name, *_ in ours.predictions]
+    assert called[: len(parts)] == names[: len(parts)]
+    assert abs(weight_bytes(divided) - weight_bytes(whole)) < 100 * len(names)  # each weight once
 
 
 @pytest.mark.large

@@ -36,14 +36,17 @@ class Runner:
 
     def call(self, name, tokens):
         """One prediction; returns the logits (vocab_size,), or the token with --argmax."""
-        function = self._functions[name]
-        inputs = {"tokens": np.array([tokens], np.int32)} | self._passed
+        inputs = {"tokens": np.array([tokens], np.int32)}
         if self.info["max_position_embeddings"] is not None:
             inputs["position"] = np.array([self.position], np.int32)
-        outputs = function(inputs, {} if self._passed else self.state)
-        self.predictions.append((name, inputs, outputs))
-        if self._passed:
-            self.state = self._passed = {name: outputs[f"{name}_out"] for name in self._passed}
+        count = 1 if name == "decode" else self.info.get("parts", 1)
+        for part in [name] if count == 1 else [f"{name}_part_{n}" for n in range(1, count + 1)]:
+            inputs |= self._passed
+            outputs = self._functions[part](inputs, {} if self._passed else self.state)
+            self.predictions.append((part, inputs, outputs))
+            if self._passed:
+                self.state = self._passed = {key: outputs[f"{key}_out"] for key in self._passed}
+            inputs = {"hidden": outputs.get("hidden_out")}
         self.position += len(tokens)
         y = outputs[self.info["output"]]
         if self.info["output"] == "token":
