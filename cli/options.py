@@ -241,11 +241,10 @@ def load(
         from mlx_pararnn.distributed import world
         from mlx_pararnn.loading import load as load_pair
         from mlx_pararnn.loading import warm_up
-        from mlx_pararnn.pocket.protocol import find_protocol
+        from mlx_pararnn.pocket.protocol import check_is_whole
 
         pair = load_pair(path, adapter_path=adapters, state=state, group=world())
-        if pair[0].group is not None and find_protocol(pair[1]) is not None:
-            raise PararnnError("a model that uses tools runs in one process; start it without mlx.launch")
+        check_is_whole(*pair)
         warm_up(pair[0])
     say_parts(pair[0])
     return pair

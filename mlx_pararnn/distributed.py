@@ -13,7 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from .errors import PararnnError
+from .errors import LOST, PararnnError
 
 Group = mx.distributed.Group
 
@@ -49,11 +49,18 @@ def _hostfile_is_blank() -> bool:
 
 
 def share(group: Group, value: Any = None) -> Any:
-    """What rank 0 gives, which JSON can write, on all ranks; the others' `value` is not looked at."""
+    """What rank 0 gives, which JSON can write, on all ranks; the others' `value` is not looked at.
+
+    Raises:
+        PararnnError: what arrived is none: rank 0 ended while it sent.
+    """
     text = json.dumps(value).encode() if group.rank() == 0 else b""
     length = cast(int, mx.distributed.all_sum(mx.array(len(text)), group=group).item())
     own = mx.array(np.frombuffer(text, np.uint8)) if text else mx.zeros(length, mx.uint8)
-    return json.loads(np.array(mx.distributed.all_sum(own, group=group)).tobytes())
+    try:
+        return json.loads(np.array(mx.distributed.all_sum(own, group=group)).tobytes())
+    except ValueError as error:
+        raise PararnnError(LOST) from error
 
 
 def share_arrays(group: Group, arrays: dict[str, mx.array] | None = None) -> dict[str, mx.array]:
@@ -90,9 +97,10 @@ def rank_0_samples(
         return sampler
 
     def sample(logprobs: mx.array) -> mx.array:
-        own = mx.zeros(logprobs.shape[:-1], mx.uint32)
         if group.rank() == 0:
             own = sampler(logprobs).astype(mx.uint32)
+        else:  # after what the logits took, as in rank 0: all have to send in one order
+            own = mx.depends(mx.zeros(logprobs.shape[:-1], mx.uint32), logprobs)
         return mx.distributed.all_sum(own, group=group)
 
     return sample

@@ -1,6 +1,7 @@
 """States of prompts that a server has read, to go on from when a conversation comes back, edited or not."""
 
 from collections import OrderedDict
+from fractions import Fraction
 from typing import Any
 
 import mlx.core as mx
@@ -26,7 +27,13 @@ class PromptCache(LRUPromptCache):
     hundreds of bytes a token that it does not count; beside keys and values that is little, beside a state
     that does not grow it would be nearly everything. Here a token takes four bytes, which count. Evicted is
     what has not been used for longest.
+
+    Attributes:
+        share: the part of each state that this process has; bytes are those of whole states, so that
+            processes which share a model keep and evict the same.
     """
+
+    share = Fraction(1)
 
     def __init__(self, max_size: int = 10, max_bytes: int = 1 << 63) -> None:
         super().__init__(max_size, max_bytes)
@@ -109,15 +116,14 @@ class PromptCache(LRUPromptCache):
 
     def _store(self, key: tuple[Any, bytes], states: list[RecurrentCache]) -> None:
         self._states[key] = states
-        self._nbytes += _size(key, states)
+        self._nbytes += self._size(key, states)
         self.trim_to(n_sequences=self.max_size, n_bytes=self.max_bytes)
 
     def _drop(self, key: tuple[Any, bytes]) -> None:
-        self._nbytes -= _size(key, self._states.pop(key))
+        self._nbytes -= self._size(key, self._states.pop(key))
 
-
-def _size(key: tuple[Any, bytes], states: list[RecurrentCache]) -> int:
-    return len(key[1]) + sum(layer.nbytes for layer in states)
+    def _size(self, key: tuple[Any, bytes], states: list[RecurrentCache]) -> int:
+        return len(key[1]) + int(sum(layer.nbytes for layer in states) / self.share)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors import SafetensorError, safe_open
 
+from ..distributed import Group
 from ..errors import PararnnError, one_line
 from ..files.hub import find_model
 from ..files.model_files import check_safetensors
@@ -61,11 +62,21 @@ def load_image_model(
 
 
 def load_with_images(
-    path_or_hf_repo: str | Path, *, adapter_path: str | Path | None = None, state: str | Path | None = None
+    path_or_hf_repo: str | Path,
+    *,
+    adapter_path: str | Path | None = None,
+    state: str | Path | None = None,
+    group: Group | None = None,
 ) -> tuple[Model, TokenizerWrapper, ImageModel | None]:
-    """Any model and its tokenizer, as `mlx_pararnn.load`; and if it sees, the model that it is part of."""
+    """Any model and its tokenizer, as `mlx_pararnn.load`; and if it sees, the model that it is part of.
+
+    Raises:
+        PararnnError: as `mlx_pararnn.load`; or a model that sees is to be divided among a group.
+    """
     path = find_model(path_or_hf_repo)
-    language_model, config = load_model(path, adapter_path=adapter_path, state=state)
+    language_model, config = load_model(path, adapter_path=adapter_path, state=state, group=group)
+    if "images" in config and group is not None:
+        raise PararnnError("a model that sees images runs in one process; start it without mlx.launch")
     model = _with_images(path, config["images"], language_model) if "images" in config else None
     return language_model, load_tokenizer(path, config), model
 

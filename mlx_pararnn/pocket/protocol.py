@@ -209,6 +209,12 @@ def find_protocol(tokenizer: Any) -> Protocol | None:
     )
 
 
+def check_is_whole(model: Any, tokenizer: Any) -> None:
+    """Raise a PararnnError for a model that uses tools and is divided among processes."""
+    if model.group is not None and find_protocol(tokenizer) is not None:
+        raise PararnnError("a model that uses tools runs in one process; start it without mlx.launch")
+
+
 def declares_protocol(folder: Path) -> bool:
     """Whether a model folder's tokenizer.json has all of the protocol's tokens; no tokenizer is loaded."""
     try:

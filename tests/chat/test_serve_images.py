@@ -14,6 +14,7 @@ from PIL import Image
 
 import mlx_pararnn
 from mlx_pararnn.chat.prompt_cache import PromptCache
+from mlx_pararnn.chat.server.batch import Batch
 from mlx_pararnn.chat.server.jobs import Job
 from mlx_pararnn.chat.server.reading import read
 from mlx_pararnn.chat.server.sent_images import MOST_IMAGES
@@ -216,7 +217,7 @@ def test_a_row_that_is_suspended_reads_its_image_again(pair):
                 cache=job.cache,
                 input_embeddings=whole_embeddings(model, prompt)[:, :read_before],
             )
-        for _ in read(job, language, PromptCache(), model):
+        for _ in read(job, Batch(language, set(), 1, PromptCache()), model):
             pass
         assert job.cache[0].offset == job.images_end == 1 + model.args.tokens
         logits = language(mx.array([prompt.tokens[job.images_end :]]), cache=job.cache)

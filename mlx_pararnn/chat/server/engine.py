@@ -12,18 +12,22 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ...errors import PararnnError
+from ...compute.module_arrays import named_arrays
+from ...distributed import Group, all_numbers
+from ...errors import LOST, PararnnError, is_lost
 from ...images.image_model import ImageModel, load_with_images
 from ...images.image_prompts import ImagePrompt, look
 from ...loading import warm_up
 from ...pocket.events import Event
+from ...pocket.protocol import check_is_whole
 from ...text.detokenizer import Detokenizer
 from ..prompt_cache import SPACING, PromptCache
-from .batch import Batch, Token
+from .batch import PAUSE, Batch, Token
 from .jobs import Job, Piece
 from .metrics import Metrics
 from .reading import read, score
@@ -44,6 +48,7 @@ class Engine:
         metrics: what is counted.
         adapters: a folder of adapters, or None.
         state: a file of initial states; None for the model's own.
+        group: processes that the model is divided among, of which this is rank 0.
 
     Attributes:
         images: the model that sees, which `model` is the language model of; None for one that does not.
@@ -63,10 +68,11 @@ class Engine:
         metrics: Metrics,
         adapters: Path | None = None,
         state: Path | None = None,
+        group: Group | None = None,
     ) -> None:
         self.failure: BaseException | None = None
         self.stopping = self.refusing = False
-        self._path, self._adapters, self._state = path, adapters, state
+        self._source = path, prompts, adapters, state, group
         self._prompts, self._metrics = prompts, metrics
         self.on_failure: Callable[[], None] = lambda: None
         self._commands: queue.SimpleQueue[tuple[str, Job] | None] = queue.SimpleQueue()
@@ -131,13 +137,14 @@ class Engine:
         try:
             while self._take_commands():
                 self._step()
+            self._batch.end()
         except BaseException as failure:
             self.failure = failure
-            error = EngineStopped(f"generation stopped: {failure}")
+            error = EngineStopped(f"generation stopped: {LOST if is_lost(failure) else failure}")
         self.stopping = self.refusing = True
         reading = [job for job, _ in self._reading]
         for job in [*self._waiting, *reading, *self._batch.jobs, *self._turns, *self._parked]:
-            self._put(job, Piece(error=error))
+            self._outbox.append((job, Piece(error=error)))
         self._send()
         if self.failure is not None:
             self.on_failure()
@@ -146,15 +153,9 @@ class Engine:
             pass
 
     def _load(self) -> None:
-        model, tokenizer, images = load_with_images(
-            self._path, adapter_path=self._adapters, state=self._state
-        )
-        model.snapshot_spacing = SPACING
-        self.state_nbytes = sum(layer.state_nbytes for layer in warm_up(model))
-        self.model, self.tokenizer, self.images = model, tokenizer, images
-        self._end_tokens = set(tokenizer.eos_token_ids)
-        self._prompts.open(model)
-        self._batch = Batch(model, self._end_tokens, BATCH, self._prompts)
+        loaded = load_batch(*self._source)
+        self.model, self.tokenizer, self.images, self._batch, self.state_nbytes = loaded
+        self._end_tokens = set(self.tokenizer.eos_token_ids)
 
     def _take_commands(self) -> bool:
         """Apply what is asked for; wait where there is nothing else to do. False where it is to stop."""
@@ -169,7 +170,7 @@ class Engine:
                     continue
                 if not idle:
                     return not self.stopping
-                command = self._commands.get()
+                command = self._wait_for_command()
             if command is None or self.stopping:
                 return False
             action, job = command
@@ -178,6 +179,14 @@ class Engine:
                 self._waiting.append(job)
             elif action == "cancel":
                 self._drop(job)
+
+    def _wait_for_command(self) -> tuple[str, Job] | None:
+        while self._batch.leads:
+            try:
+                return self._commands.get(timeout=PAUSE)
+            except queue.Empty:
+                self._batch.pause()
+        return self._commands.get()
 
     @property
     def _busy(self) -> int:
@@ -254,21 +263,18 @@ class Engine:
             assert self.images is not None
             job.look(look(self.images, ImagePrompt(job.prompt, list(job.pictures))))
         if job.cache is None and not job.score_prompt:
-            job.cache, rest = self._prompts.fetch_nearest_cache("", job.key(job.tokens))
+            self._batch.find(job)
             if not job.completion_tokens:
-                job.cached_tokens = len(job.tokens) - len(rest)
+                job.cached_tokens = job.read
                 self._metrics.cached.inc(job.cached_tokens)
-        steps = self._score(job) if job.score_prompt else self._read(job)
+        steps = self._score(job) if job.score_prompt else read(job, self._batch, self.images)
         self._reading.append((job, steps))
         if not self._go_on(job, steps):
             self._reading.pop()
             self._insert(job)
 
-    def _read(self, job: Job) -> Iterator[None]:
-        return read(job, self.model, self._prompts, self.images)
-
     def _score(self, job: Job) -> Iterator[None]:
-        for infos in score(job, self.model, Detokenizer(self.tokenizer)):
+        for infos in score(job, self._batch, Detokenizer(self.tokenizer)):
             self._put(job, Piece(tokens=infos))
             yield
         if not job.max_tokens:
@@ -279,6 +285,8 @@ class Engine:
         try:
             return next(steps, True) is None
         except BaseException as error:  # this job only
+            if self._batch.failed or is_lost(error):
+                raise
             self._put(job, Piece(error=_as_ours(error)))
             return False
 
@@ -287,13 +295,12 @@ class Engine:
         if job.ended:
             return
         if not job.completion_tokens:
-            self._metrics.read.inc(len(job.tokens) - (job.cache[0].offset if job.cache else 0))
+            self._metrics.read.inc(len(job.tokens) - job.read)
         self._batch.insert(job)
 
     def _take(self, token: Token) -> None:
         """One token of a job."""
         job = token.job
-        job.completion_tokens += 1
         job.share += 1
         self._metrics.generated.inc()
         is_end = token.id in self._end_tokens and token.finish_reason == "stop"
@@ -308,7 +315,6 @@ class Engine:
 
     def _drop(self, job: Job) -> None:
         """Nobody waits for it any more."""
-        job.ended = True
         self._parked.discard(job)
         if job in self._waiting:
             self._waiting.remove(job)
@@ -317,16 +323,51 @@ class Engine:
             self._turns.remove(job)
         if job in self._batch.jobs:
             self._batch.remove(job)
+        self._end(job)
+
+    def _end(self, job: Job) -> None:
+        job.ended = True
+        self._batch.forget(job)
 
     def _put(self, job: Job, piece: Piece) -> None:
-        job.ended = job.ended or piece.finish_reason is not None or piece.error is not None
         job.made += 1
         self._outbox.append((job, piece))
+        if piece.finish_reason is not None or piece.error is not None:
+            self._end(job)
 
     def _send(self) -> None:
         outbox, self._outbox = self._outbox, []
         if outbox and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, outbox)
+
+
+class Loaded(NamedTuple):
+    """What an engine works with; `state_nbytes` are those of one sequence's whole state."""
+
+    model: Any
+    tokenizer: Any
+    images: ImageModel | None
+    batch: Batch
+    state_nbytes: int
+
+
+def load_batch(
+    path: str | Path, prompts: PromptCache, adapters: Path | None, state: Path | None, group: Group | None
+) -> Loaded:
+    """Load a model, or this process's part of it, and compile; arguments as `Engine` has them."""
+    model, tokenizer, images = load_with_images(path, adapter_path=adapters, state=state, group=group)
+    check_is_whole(model, tokenizer)
+    model.snapshot_spacing = SPACING
+    state_nbytes = sum(layer.state_nbytes for layer in warm_up(model))
+    if group is not None:
+        own, weights = state_nbytes, sum(array.nbytes for _, array in named_arrays(model.parameters()))
+        state_nbytes = sum(all_numbers(group, own))
+        prompts.share = Fraction(own, state_nbytes)
+        parts = [f"{nbytes / 1e6:.1f} MB in rank {n}" for n, nbytes in enumerate(all_numbers(group, weights))]
+        logger.info("weights: %s", ", ".join(parts))
+    prompts.open(model)
+    batch = Batch(model, set(tokenizer.eos_token_ids), BATCH, prompts)
+    return Loaded(model, tokenizer, images, batch, state_nbytes)
 
 
 class EngineStopped(Exception):

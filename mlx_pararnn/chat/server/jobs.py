@@ -108,6 +108,11 @@ class Job:
         return len(self.prompt) * (1 + read) + self.max_tokens * (1 + told)
 
     @property
+    def read(self) -> int:
+        """So many of `tokens` its state has read."""
+        return self.cache[0].offset if self.cache else 0
+
+    @property
     def images_end(self) -> int:
         """So much of the prompt is embedded with its images; 0 for none."""
         return self.seen[-1].end if self.seen else 0

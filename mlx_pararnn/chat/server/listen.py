@@ -17,15 +17,17 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ...errors import PararnnError
+from ...distributed import world
+from ...errors import LOST, PararnnError, is_lost
 from ...process.watchdog import ending_signals, watched
 from ..prompt_cache import PromptCache
 from ..saved_prompts import SavedPromptCache
 from .endpoints import make_app
-from .engine import Engine
+from .engine import Engine, load_batch
 from .metrics import Metrics
 from .server_settings import Settings
 from .service import Service
+from .together import follow
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ DRAIN = 3  # seconds that answers may go on after SIGTERM
 def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = lambda url: None) -> None:
     """Serve a model until Ctrl-C, SIGTERM or SIGHUP; called from the main thread.
 
+    Of the processes that mlx.launch started rank 0 serves, and the others compute with it until it ends.
+
     Args:
         path: a model folder, or a repository on the Hugging Face hub.
         settings: where, for whom, how much.
@@ -44,17 +48,25 @@ def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = l
 
     Raises:
         PararnnError: the model cannot be loaded, the address cannot be had or needs a key, or generation
-            failed in a way that cannot be gone on from.
+            failed in a way that cannot be gone on from, as where another process has ended.
     """
-    if "MLX_RANK" in os.environ or os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":  # as MPI has it
-        raise PararnnError("serve runs in one process; start it without mlx.launch")
-    _check_address(settings)
-    metrics = Metrics()
+    if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        raise PararnnError("serve takes several processes of mlx.launch --backend ring or jaccl, not of MPI")
+    group = world()
     sizes = {"max_size": 256, "max_bytes": settings.prompt_cache_bytes}
     folder = settings.prompt_cache_folder
+    changes = settings.adapter_path, settings.initial_state, group
+    if group is not None and folder is not None:
+        raise PararnnError("states of several processes are not saved: leave out --prompt-cache-dir")
+    if group is not None and group.rank():
+        with watched(), _leaving_the_end_to_rank_0():
+            follow(load_batch(path, PromptCache(**sizes), *changes).batch, group)
+        return
+    _check_address(settings)
+    metrics = Metrics()
     prompts = PromptCache(**sizes) if folder is None else SavedPromptCache(folder, **sizes)
     with watched():
-        engine = Engine(path, prompts, metrics, settings.adapter_path, settings.initial_state)
+        engine = Engine(path, prompts, metrics, *changes)
         try:
             with _interrupting():
                 engine.wait()
@@ -64,8 +76,11 @@ def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = l
         finally:
             engine.stop()
             ended = _wait_for_end(engine)
-    if engine.failure is not None and not isinstance(engine.failure, PararnnError):
-        raise PararnnError(f"generation stopped: {engine.failure}") from engine.failure
+    if isinstance(engine.failure, PararnnError):
+        raise engine.failure
+    if engine.failure is not None:
+        said = LOST if is_lost(engine.failure) else f"generation stopped: {engine.failure}"
+        raise PararnnError(said) from engine.failure
     if not ended:
         # Native code still runs in its thread, and MLX may not be used while the interpreter ends.
         logger.warning("what was being computed did not end; leaving it")
@@ -203,6 +218,17 @@ class Protocol(H11Protocol):
         self._deadline = None
         if self.idle:
             self.transport.close()
+
+
+@contextlib.contextmanager
+def _leaving_the_end_to_rank_0() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which may come to all at once, leave rank 0 the seconds that the watchdog gives."""
+    before = {number: signal.signal(number, lambda *_: None) for number in ending_signals()[1:]}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

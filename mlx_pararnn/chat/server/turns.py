@@ -12,9 +12,9 @@ from ...pocket.functions import Functions
 from ...pocket.loop import External, Limits, run_turn
 from ...pocket.protocol import Protocol
 from ...text.grammars import Grammars
+from .batch import READ_STEP
 from .engine import Engine
 from .prompts import Prompt, plain
-from .reading import READ_STEP
 from .schema import ChatRequest, Refused
 
 # Fields that such a turn has no place for, and what they may be where nothing is asked.
