@@ -257,11 +257,15 @@ def load_with_images(
     path = find(model, modules)
     with loading(model or "the bundled model"):
         _start(path)
+        from mlx_pararnn.distributed import world
         from mlx_pararnn.images.image_model import load_with_images as load_all
         from mlx_pararnn.loading import warm_up
+        from mlx_pararnn.pocket.protocol import check_is_whole
 
-        loaded = load_all(path, adapter_path=adapters, state=state)
+        loaded = load_all(path, adapter_path=adapters, state=state, group=world())
+        check_is_whole(*loaded[:2])
         warm_up(loaded[0])
+    say_parts(loaded[0])
     return loaded
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import GenerationResponse, generation_stream
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -82,6 +82,8 @@ def stream_generate(
     responses = mlx_lm_stream_generate(
         model, tokenizer, mx.array(tokens), max_tokens=cast(int, room) if limited else max_tokens, **kwargs
     )
+    if model.group is not None:
+        responses = _settled(responses)
     responses = _texts(responses, tokenizer, tokens)
     if matcher is not None:
         responses = _until_complete(responses, matcher)
@@ -94,6 +96,18 @@ def stream_generate(
         logger.warning(
             "stopped: the model's %d learned positions are used up", model.args.max_position_embeddings
         )
+
+
+def _settled(
+    responses: Generator[GenerationResponse, None, None],
+) -> Generator[GenerationResponse, None, None]:
+    """Responses, each once the step after it has ended, which MLX-LM begins before it gives one.
+
+    What processes tell each other keeps its order on one stream only, and MLX-LM's steps have their own.
+    """
+    for response in responses:
+        mx.synchronize(generation_stream)
+        yield response
 
 
 def likeliest(logprobs: mx.array) -> mx.array:

@@ -317,6 +317,10 @@ class Chat:
                 event=event,
             )
 
+    def _check_is_whole(self) -> None:
+        if self.model.group is not None:
+            raise PararnnError("no process has the whole state of this model: it is not saved or loaded")
+
     def _check_system(self, text: str | None) -> None:
         if text and not self.tokenizer.has_chat_template:
             raise PararnnError("this model's tokenizer has no chat template, so it can take no system prompt")
@@ -341,7 +345,11 @@ class Chat:
         """Write the conversation, messages and current state, to one .safetensors file; returns its path.
 
         It is one of MLX-LM's prompt-cache files: `mlx_lm.generate --prompt-cache-file` goes on from it.
+
+        Raises:
+            PararnnError: it cannot be written, or the model is divided among processes.
         """
+        self._check_is_whole()
         name = str(self.tokenizer.name_or_path)
         return write_conversation(path, self._state.now, self._state.turns, lambda: self._weights, name)
 
@@ -350,8 +358,10 @@ class Chat:
 
         Raises:
             OfAnotherModelError: it was saved with another model, as `read_again` may go on from.
-            PararnnError: no such file, or no saved state; nothing is changed then.
+            PararnnError: no such file, no saved state, or the model is divided among processes; nothing is
+                changed then.
         """
+        self._check_is_whole()
         model = str(self.tokenizer.name_or_path)
         now, turns = read_conversation(path, lambda: self._weights, model, self._fits)
         first = now.messages[0] if now.messages else {}

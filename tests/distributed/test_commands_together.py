@@ -1,5 +1,6 @@
 """The commands in two processes that share a model: rank 0 reads and prints, as one process would."""
 
+import re
 import signal
 import time
 
@@ -34,7 +35,7 @@ def test_chat_answers_and_ends_when_a_rank_was_killed(model, tmp_path):
     with ranks(2, tmp_path, *COMMAND, *options) as processes:
         first, second = processes
         assert first.stdin is not None
-        first.stdin.write("import\n")
+        first.stdin.write("/save x.safetensors\nimport\n")
         first.stdin.flush()
         while len(said(tmp_path, 0)) < len(alone):
             time.sleep(0.05)
@@ -45,6 +46,8 @@ def test_chat_answers_and_ends_when_a_rank_was_killed(model, tmp_path):
         first.stdin.write("and\n")
         first.stdin.flush()
         assert first.wait(20) == 1
+    assert re.search(r"weights: \S+ MB in rank 0, \S+ MB in rank 1\n", said(tmp_path, 0, "stderr"))
+    assert "error: no process has the whole state" in said(tmp_path, 0, "stderr")
     assert "the connection to another process was lost" in said(tmp_path, 0, "stderr")
 
 
