@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REASONS = {
     "._row": "a row's arrays of a cache, to compare bit for bit",
+    "text.plain_tokenizer._PIECE": "as long a piece as the whole text, with which pieces are compared",
     "text.chat_template._idle": "processes whose limit is another than the test's",
     "cells._REGISTRY": "cells that a test registers must be gone after it; users never take one back",
     "compute.recurrence._kernels_agree": "the trial at first use, to forget or to skip",
@@ -37,6 +38,7 @@ REASONS = {
     "compute.cpu_build._say_where": "the line is said once a process",
     "compute.cpu_build._temporary_folder": "forgotten between tests",
     "compute.openblas._better_kernels": "processors that this machine does not have",
+    "chat.server.listen._listening": "what asyncio sets on connections to that socket",
     "convert.coreml.mlpackage_check._SECONDS": "a processor that hangs is not waited for so long",
     "convert.coreai.runtime._silent": "what translation runs in the runtime is silenced alike",
     "._weights": "a fingerprint that is known already, so that an interrupt meets what comes after it",

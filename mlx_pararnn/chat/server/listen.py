@@ -266,7 +266,8 @@ def _wait_for_end(engine: Engine) -> bool:
 @contextlib.contextmanager
 def _listening(settings: Settings) -> Iterator[socket.socket]:
     family, _, _, _, address = _addresses(settings)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    # TCP by name: else asyncio leaves Nagle's algorithm on, and a short answer's second packet waits 40 ms.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
