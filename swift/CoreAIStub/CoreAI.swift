@@ -63,16 +63,31 @@ public struct NDArray: @unchecked Sendable {  // its storage is copied before it
     deinit { bytes.deallocate() }
   }
 
+  public enum InterleaveLayout: Sendable { case standIn }
+
   public let shape: [Int]
   public let scalarType: ScalarType
+  fileprivate let strides: [Int]
+  fileprivate let interleaveLayout: InterleaveLayout?
   fileprivate var storage: Storage
 
   public init<Scalar: BitwiseCopyable>(scalars: some Sequence<Scalar>, shape: [Int]) {
     let scalars = Array(scalars)
     precondition(scalars.count == shape.reduce(1, *), "\(scalars.count) scalars for the shape \(shape)")
+    var strides = [Int](repeating: 1, count: shape.count)
+    for i in strides.indices.dropLast().reversed() { strides[i] = strides[i + 1] * shape[i + 1] }
+    self.init(standInMemory: scalars, shape: shape, strides: strides)
+  }
+
+  /// STAND-IN ONLY: an array that lies in memory as it is said to.
+  public init<Scalar: BitwiseCopyable>(
+    standInMemory memory: [Scalar], shape: [Int], strides: [Int], interleaved: Bool = false
+  ) {
     self.shape = shape
+    self.strides = strides
+    interleaveLayout = interleaved ? .standIn : nil
     scalarType = ScalarType(Scalar.self)!
-    storage = scalars.withUnsafeBytes(Storage.init)
+    storage = memory.withUnsafeBytes(Storage.init)
   }
 
   public func view<T: BitwiseCopyable>(as type: T.Type = T.self) -> View<T> {
@@ -82,13 +97,12 @@ public struct NDArray: @unchecked Sendable {  // its storage is copied before it
 
   public struct View<Element: BitwiseCopyable> {
     fileprivate let array: NDArray
+    public var interleaveLayout: InterleaveLayout? { array.interleaveLayout }
     public func withUnsafePointer<R, E: Error>(
       _ body: (UnsafePointer<Element>, Span<Int>, Span<Int>) throws(E) -> R
     ) throws(E) -> R {
-      var strides = [Int](repeating: 1, count: array.shape.count)
-      for i in strides.indices.dropLast().reversed() { strides[i] = strides[i + 1] * array.shape[i + 1] }
-      return try body(
-        array.storage.bytes.bindMemory(to: Element.self).baseAddress!, Span(array.shape), Span(strides))
+      try body(
+        array.storage.bytes.bindMemory(to: Element.self).baseAddress!, Span(array.shape), Span(array.strides))
     }
   }
 

@@ -8,7 +8,7 @@
       let (shape, strides) = (shape.map(\.intValue), strides.map(\.intValue))
       var bytes = [UInt8](repeating: 0, count: shape.reduce(size, *))
       try withUnsafeBytes { memory in
-        try Self.forEachRow(shape, strides) { from, to, count in
+        try forEachRow(shape, strides) { from, to, count in
           guard (from + count) * size <= memory.count else { throw Self.outOfBounds }
           bytes.withUnsafeMutableBytes { out in
             UnsafeMutableRawBufferPointer(rebasing: out[to * size..<(to + count) * size])
@@ -25,7 +25,7 @@
       let shape = shape.map(\.intValue)
       guard bytes.count == shape.reduce(size, *) else { throw Self.outOfBounds }
       try withUnsafeMutableBytes { memory, strides in
-        try Self.forEachRow(shape, strides) { to, from, count in
+        try forEachRow(shape, strides) { to, from, count in
           guard (to + count) * size <= memory.count else { throw Self.outOfBounds }
           bytes.withUnsafeBytes { given in
             UnsafeMutableRawBufferPointer(rebasing: memory[to * size..<(to + count) * size])
@@ -76,21 +76,22 @@
       .predictionFailed(reason: "an array is not as large as its shape says")
     }
 
-    /// Call `body` with the place of each row in memory, its place without gaps, and its length, in elements.
-    private static func forEachRow(
-      _ shape: [Int], _ strides: [Int], _ body: (Int, Int, Int) throws -> Void
-    ) rethrows {
-      let length = strides.last == 1 || shape.last == 1 ? shape.last! : 1
-      let count = shape.reduce(1, *)
-      for start in stride(from: 0, to: count, by: max(length, 1)) {
-        var rest = start
-        var place = 0
-        for (size, step) in zip(shape, strides).reversed() {
-          place += rest % size * step
-          rest /= size
-        }
-        try body(place, start, length)
+  }
+
+  /// Call `body` with the place of each row in memory, its place without gaps, and its length, in elements.
+  func forEachRow(
+    _ shape: [Int], _ strides: [Int], _ body: (Int, Int, Int) throws -> Void
+  ) rethrows {
+    let length = strides.last == 1 || shape.last == 1 ? shape.last! : 1
+    let count = shape.reduce(1, *)
+    for start in stride(from: 0, to: count, by: max(length, 1)) {
+      var rest = start
+      var place = 0
+      for (size, step) in zip(shape, strides).reversed() {
+        place += rest % size * step
+        rest /= size
       }
+      try body(place, start, length)
     }
   }
 #endif

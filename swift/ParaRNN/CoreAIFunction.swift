@@ -91,7 +91,9 @@
           var views = InferenceFunction.MutableViews()
           views.insert(&cellState, for: states[0].form.name)
           var outputs = try await function.run(inputs: inputs, states: consume views)
-          return (try Self.logits(outputs.remove("logits")?.ndArray), [states[0].replaced(by: cellState)])
+          return (
+            try Self.logits(outputs.remove("logits")?.ndArray), [try states[0].replaced(by: cellState)]
+          )
         }
         var conv = NDArray(states[1])
         var views = InferenceFunction.MutableViews()
@@ -100,14 +102,14 @@
         var outputs = try await function.run(inputs: inputs, states: consume views)
         return (
           try Self.logits(outputs.remove("logits")?.ndArray),
-          [states[0].replaced(by: cellState), states[1].replaced(by: conv)]
+          [try states[0].replaced(by: cellState), try states[1].replaced(by: conv)]
         )
       }
 
       private static func logits(_ array: NDArray?) throws -> [Float] {
         switch array?.scalarType {
-        case .float16?: array!.scalars(Float16.self).map(Float.init)
-        case .float32?: array!.scalars(Float.self)
+        case .float16?: try array!.scalars(Float16.self).map(Float.init)
+        case .float32?: try array!.scalars(Float.self)
         default: throw ParaRNNError.predictionFailed(reason: "it gave no logits, or of an unexpected type")
         }
       }
@@ -125,23 +127,32 @@
         }
       }
 
-      /// All numbers in order. Arrays made of scalars, and those that a function gives, lie in rows without gaps.
-      fileprivate func scalars<Scalar: BitwiseCopyable>(_ type: Scalar.Type) -> [Scalar] {
-        let count = shape.reduce(1, *)
-        return view(as: type).withUnsafePointer { first, _, _ in
-          Array(UnsafeBufferPointer(start: first, count: count))
+      /// All numbers in order, however they lie in memory.
+      fileprivate func scalars<Scalar: BitwiseCopyable>(_ type: Scalar.Type) throws -> [Scalar] {
+        let (shape, seen) = (shape, view(as: type))
+        guard seen.interleaveLayout == nil else {
+          throw ParaRNNError.predictionFailed(reason: "an array is interleaved")
+        }
+        return seen.withUnsafePointer { first, _, strides in
+          var all: [Scalar] = []
+          all.reserveCapacity(shape.reduce(1, *))
+          forEachRow(shape, shape.indices.map { strides[$0] }) { from, _, count in
+            all.append(contentsOf: UnsafeBufferPointer(start: first + from, count: count))
+          }
+          return all
         }
       }
     }
 
     @available(macOS 27, iOS 27, visionOS 27, *)
     extension StateTensor {
-      fileprivate func replaced(by array: NDArray) -> StateTensor {
-        switch form.dtype {
-        case .float16:
-          StateTensor(form: form, bytes: array.scalars(Float16.self).withUnsafeBytes { Array($0) })
-        case .float32: StateTensor(form: form, bytes: array.scalars(Float.self).withUnsafeBytes { Array($0) })
-        }
+      fileprivate func replaced(by array: NDArray) throws -> StateTensor {
+        let bytes =
+          switch form.dtype {
+          case .float16: try array.scalars(Float16.self).withUnsafeBytes { Array($0) }
+          case .float32: try array.scalars(Float.self).withUnsafeBytes { Array($0) }
+          }
+        return StateTensor(form: form, bytes: bytes)
       }
     }
   #else

@@ -38,16 +38,21 @@ public struct PackageSettings: Sendable, Equatable {
     case ane
   }
 
-  /// A function that reads several tokens at once.
+  /// What reads several tokens at once: a function, or several that are called one after another.
   struct Prefill: Sendable, Equatable {
-    let function: String
+    let functions: [String]
     let count: Int
+
+    fileprivate init(_ name: String, _ count: Int, parts: Int) {
+      functions = parts == 1 ? [name] : (1...parts).map { "\(name)_part_\($0)" }
+      self.count = count
+    }
   }
 
   public let vocabularySize: Int
   /// How many tokens `prefill` reads at once; nil for a package that has `decode` only.
   public let chunk: Int?
-  /// All functions that read several tokens, the largest first.
+  /// All that reads several tokens, the largest first.
   let prefills: [Prefill]
   /// True if the memory lives in Core ML states (`--state graph`), false if it is passed in and out, as always with
   /// Core AI.
@@ -98,13 +103,18 @@ public struct PackageSettings: Sendable, Equatable {
     }
     try require(isCoreML || raw.output == .logits && raw.states.count <= 2, "Core AI packages give logits")
     try require(raw.functions.contains("decode"), "it has no function decode")
+    let parts = raw.parts ?? 1
     try require(
-      raw.functions.contains("prefill") == (raw.chunk != nil) && raw.chunk ?? 1 > 0,
+      isCoreML ? (1...raw.functions.count).contains(parts) : parts == 1, "its parts do not fit its functions")
+    try require(
+      (raw.functions.count > 1) == (raw.chunk != nil) && raw.chunk ?? 1 > 0,
       "its chunk does not fit its functions")
     // Packages of earlier versions have one at most, and no list.
     let chunks = raw.chunks ?? raw.chunk.map { ["prefill": $0] } ?? [:]
+    let all = chunks.map { Prefill($0, $1, parts: parts) }
     try require(
-      chunks["prefill"] == raw.chunk && chunks.allSatisfy { raw.functions.contains($0) && $1 > 0 },
+      chunks["prefill"] == raw.chunk
+        && all.allSatisfy { $0.count > 0 && $0.functions.allSatisfy(raw.functions.contains) },
       "its chunks do not fit its functions")
     // Token ids and positions are handed over as int32.
     let int32 = 1...Int(Int32.max)
@@ -113,7 +123,7 @@ public struct PackageSettings: Sendable, Equatable {
     try require(!raw.states.isEmpty && raw.states.allSatisfy(\.hasSize), "its states have no possible shape")
     vocabularySize = raw.vocab_size
     chunk = raw.chunk
-    prefills = chunks.filter { $1 > 1 }.map(Prefill.init).sorted { $0.count > $1.count }
+    prefills = all.filter { $0.count > 1 }.sorted { $0.count > $1.count }
     keepsStateInGraph = isCoreML && raw.state == "graph"
     states = raw.states
     self.layout = layout
@@ -133,6 +143,7 @@ public struct PackageSettings: Sendable, Equatable {
     let functions: [String]
     let chunk: Int?
     let chunks: [String: Int]?
+    let parts: Int?
     let state: String
     let states: [State]
     let layout: String?

@@ -28,10 +28,16 @@
     /// Tells this model from others.
     nonisolated let fingerprint: String
     private let decode: ModelFunction
-    /// Those that are loaded, by the number of tokens that they read; prompts are read token by token without.
-    private var prefills: [Int: ModelFunction] = [:]
+    /// What is loaded, by the number of tokens that it reads: functions that are called one after another. Prompts are
+    /// read token by token without.
+    private var prefills: [Int: [ModelFunction]] = [:]
     private var loadingPrefills: Task<Void, Never>?
-    private let loadPrefill: @Sendable (PackageSettings.Prefill) async -> ModelLoader.Loaded?
+    private let loadFunction: @Sendable (String) async -> ModelLoader.Loaded?
+    /// So many tokens at once, and more, are not tried on this device: a process ended while a function that reads them
+    /// was loaded or measured for the first time, as a crash inside Core ML ends one. nil if that has not happened.
+    ///
+    /// It is so until the package, the system's build or the device is another, or ``tryPrefillAgain()`` is called.
+    public private(set) var failedPrefill: Int?
     /// Which have been loaded once, and which cannot be.
     private var works: [Int: Bool] = [:]
     private var speeds: ReadingSpeeds
@@ -50,8 +56,9 @@
     /// Where it cannot be loaded for `computeUnits`, it is loaded for the GPU and the CPU, and then for the CPU;
     /// ``computeUnits`` says which. The functions that read prompts in chunks are loaded in the background: prompts are
     /// read token by token until they are there, and when they cannot be loaded. How fast they are here is measured at the
-    /// first load and kept; one that is slower than reading token by token is not used. They are given up when the system is
-    /// short of memory, and loaded again for the next prompt that is long enough.
+    /// first load and kept; one that is slower than reading token by token is not used, nor one that ended the process
+    /// meanwhile (``failedPrefill``). They are given up when the system is short of memory, and loaded again for the next
+    /// prompt that is long enough.
     ///
     /// - Parameters:
     ///   - url: the .mlpackage or .mlmodelc, or the folder that `mlx-pararnn convert --to coreml` wrote; from macOS 27, iOS
@@ -118,16 +125,18 @@
         throw ParaRNNError.wrongVocabulary(tokenizer: size, model: settings.vocabularySize)
       }
       loader.progress?(.loaded)
-      loadPrefill = { prefill in
+      loadFunction = { function in
         switch loaded.function {
-        case .coreML: try? await loader.load(compiled.url, prefill.function, loaded.units)
+        case .coreML: try? await loader.load(compiled.url, function, loaded.units)
         case .coreAI(let decode):
-          (try? decode.another(prefill.function)).map { .init(function: .coreAI($0), units: loaded.units) }
+          (try? decode.another(function)).map { .init(function: .coreAI($0), units: loaded.units) }
         }
       }
       keptSpeeds = KeptSpeeds(
-        cache: cache, system: CompiledModel.system, settings: text, units: loaded.units.rawValue)
+        cache: cache, system: CompiledModel.system, hardware: Hardware.model, settings: text,
+        units: loaded.units.rawValue)
       speeds = keptSpeeds.read()
+      failedPrefill = clock == nil ? nil : keptSpeeds.failedCount()
       self.clock = clock
       if !settings.prefills.isEmpty {
         pressure = MemoryPressure { [weak self] in Task { await self?.releasePrefill() } }
@@ -135,28 +144,47 @@
       }
     }
 
-    /// The functions that are worth having: neither slow here nor impossible to load.
+    /// What is worth having: neither slow here nor impossible to load, and no danger.
     private var wanted: [PackageSettings.Prefill] {
-      settings.prefills.filter { works[$0.count] != false && !speeds.areSlow($0.count) }
+      settings.prefills.filter {
+        works[$0.count] != false && !speeds.areSlow($0.count) && $0.count < failedPrefill ?? .max
+      }
     }
 
     private func beginLoadingPrefills() {
       let missing = wanted.filter { prefills[$0.count] == nil }
       guard !missing.isEmpty, loadingPrefills == nil else { return }
-      loadingPrefills = Task { [weak self, loadPrefill] in
-        for prefill in missing { await self?.take(await loadPrefill(prefill), prefill.count) }
+      let untried = clock == nil ? [] : missing.filter { speeds.seconds[$0.count] == nil }
+      loadingPrefills = Task { [weak self, loadFunction, keptSpeeds] in
+        for prefill in missing {
+          if untried.contains(prefill) { keptSpeeds.begin(prefill.count) }
+          var parts: [ModelLoader.Loaded] = []
+          for function in prefill.functions {
+            guard let loaded = await loadFunction(function) else { break }
+            parts.append(loaded)
+          }
+          await self?.take(parts.count == prefill.functions.count ? parts : nil, prefill.count)
+        }
         await self?.measure()
+        if !untried.isEmpty { keptSpeeds.end() }
         await self?.endLoadingPrefills()
       }
     }
 
-    private func take(_ loaded: ModelLoader.Loaded?, _ count: Int) {
-      prefills[count] = loaded?.function
+    private func take(_ parts: [ModelLoader.Loaded]?, _ count: Int) {
+      prefills[count] = parts?.map(\.function)
       // One that was there is asked for again when there is more memory.
-      if works[count] != true { works[count] = loaded != nil }
+      if works[count] != true { works[count] = parts != nil }
     }
 
     private func endLoadingPrefills() { loadingPrefills = nil }
+
+    /// Load and measure what ended a process, as ``failedPrefill`` tells, once more.
+    public func tryPrefillAgain() {
+      keptSpeeds.forgetFailure()
+      failedPrefill = nil
+      beginLoadingPrefills()
+    }
 
     /// Find out how fast the functions are here, unless that is known, and let go of the slow ones.
     private func measure() async {
@@ -166,10 +194,11 @@
       for round in 0..<4 {
         for count in counts {
           // Given up meanwhile, or of no use.
-          guard let function = count == 1 ? decode : prefills[count] else { return }
+          guard let parts = count == 1 ? [decode] : prefills[count] else { return }
+          if count > 1 { keptSpeeds.begin(count) }
           let tokens = [Int](repeating: 0, count: count)
           let (state, before) = (emptyMemory().state, clock())
-          guard (try? await run(function, tokens, 0, state)) != nil else {
+          guard (try? await run(parts, tokens, 0, state)) != nil else {
             if count > 1 {  // and decode has run
               prefills[count] = nil
               works[count] = false
@@ -407,40 +436,49 @@
         if fitting.contains(where: { prefills[$0] == nil }) { beginLoadingPrefills() }
         let count = speeds.best(of: fitting.filter { prefills[$0] != nil })
         let read = Array(tokens.prefix(count ?? 1))
-        let (output, state) = try await run(count.flatMap { prefills[$0] } ?? decode, read, position, state)
+        let (output, state) = try await run(count.flatMap { prefills[$0] } ?? [decode], read, position, state)
         return Prediction(count: read.count, output: output, state: state)
       } catch {
         throw error as? ParaRNNError ?? .predictionFailed(reason: error.localizedDescription)
       }
     }
 
+    /// Read tokens by the parts of a function, each of which hands its hidden states on to the next.
     private func run(
-      _ function: ModelFunction, _ tokens: [Int], _ position: Int, _ state: State
+      _ parts: [ModelFunction], _ tokens: [Int], _ position: Int, _ state: State
     ) async throws -> (Output, State) {
-      switch (function, state) {
-      case (.coreML(let model), _): return try run(model, tokens, position, state)
-      case (.coreAI(let function), .tensors(let tensors)):
+      if case .coreAI(let function) = parts[0] {
+        guard case .tensors(let tensors) = state else {
+          throw ParaRNNError.predictionFailed(reason: "its memory is Core ML's")
+        }
         let (logits, next) = try await function.predict(
           tokens, at: settings.positions == nil ? nil : position, tensors)
         return (try output(logits), .tensors(next))
-      case (.coreAI, .graph): throw ParaRNNError.predictionFailed(reason: "its memory is Core ML's")
       }
-    }
-
-    private func run(
-      _ model: MLModel, _ tokens: [Int], _ position: Int, _ state: State
-    ) throws -> (Output, State) {
-      var inputs: [String: Any] = [
-        "tokens": MLFeatureValue(multiArray: try MLMultiArray(tokens, shape: [1, tokens.count]))
-      ]
+      var inputs = ["tokens": MLFeatureValue(multiArray: try MLMultiArray(tokens, shape: [1, tokens.count]))]
       if settings.positions != nil {
         inputs["position"] = MLFeatureValue(multiArray: try MLMultiArray([position], shape: [1]))
       }
+      var state = state
+      for (number, part) in parts.enumerated() {
+        guard case .coreML(let model) = part else { break }
+        let outputs: any MLFeatureProvider
+        (outputs, state) = try run(model, inputs, state)
+        if number == parts.count - 1 { return (try output(of: outputs), state) }
+        inputs = ["hidden": MLFeatureValue(multiArray: try array("hidden_out", in: outputs))]
+      }
+      throw ParaRNNError.predictionFailed(reason: "its functions are not Core ML's")
+    }
+
+    private func run(
+      _ model: MLModel, _ inputs: [String: MLFeatureValue], _ state: State
+    ) throws -> (any MLFeatureProvider, State) {
       switch state {
       case .graph(let graph):
         let provider = try MLDictionaryFeatureProvider(dictionary: inputs)
-        return (try output(of: try model.prediction(from: provider, using: graph)), state)
+        return (try model.prediction(from: provider, using: graph), state)
       case .tensors(let tensors):
+        var inputs = inputs
         for tensor in tensors {
           inputs[tensor.form.name] = MLFeatureValue(multiArray: try MLMultiArray(tensor))
         }
@@ -454,7 +492,7 @@
           }
           next.append(StateTensor(form: tensor.form, bytes: bytes))
         }
-        return (try output(of: outputs), .tensors(next))
+        return (outputs, .tensors(next))
       }
     }
 

@@ -35,26 +35,30 @@ struct ReadingSpeeds: Equatable {
 /// A file beside the compiled models that keeps ``ReadingSpeeds``.
 struct KeptSpeeds {
   private let folder: URL
+  /// Of its files, without what tells them apart.
   private let name: String
   private static let prefix = "speeds-"
 
   /// - Parameters:
   ///   - cache: where compiled models are kept.
   ///   - system: the build of the system.
+  ///   - hardware: the model of the device, which may be another one that a backup was restored on.
   ///   - settings: what the package says of itself.
   ///   - units: the number of the processors that the model runs on.
-  init(cache: URL, system: String, settings: String, units: Int) {
+  init(cache: URL, system: String, hardware: String, settings: String, units: Int) {
     var hash = Fingerprint()
     hash.add(settings)
-    hash.add(String(units))
+    hash.add("\(units) \(hardware)")
     folder = cache
-    name = "\(Self.prefix)\(system)-\(hash.hexadecimal).json"
+    name = "\(Self.prefix)\(system)-\(hash.hexadecimal)"
   }
+
+  func file(_ kind: String) -> URL { folder.appendingPathComponent("\(name).\(kind)") }
 
   /// What was kept; empty where nothing was, or nothing sensible.
   func read() -> ReadingSpeeds {
     var speeds = ReadingSpeeds()
-    guard let data = try? Data(contentsOf: folder.appendingPathComponent(name)),
+    guard let data = try? Data(contentsOf: file("json")),
       let numbers = try? JSONSerialization.jsonObject(with: data) as? [String: Double]
     else { return speeds }
     for (count, time) in numbers {
@@ -70,6 +74,16 @@ struct KeptSpeeds {
     guard let data = try? JSONSerialization.data(withJSONObject: numbers, options: .sortedKeys) else {
       return
     }
+    write(data, to: file("json"))
+    let ofThisSystem = name.dropLast(16)
+    for other in (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+    where other.hasPrefix(Self.prefix) && !other.hasPrefix(ofThisSystem) {
+      try? FileManager.default.removeItem(at: folder.appendingPathComponent(other))
+    }
+  }
+
+  /// Write one of its files, if that can be.
+  func write(_ data: Data, to url: URL) {
     try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
     #if canImport(Darwin)
       var values = URLResourceValues()
@@ -77,11 +91,6 @@ struct KeptSpeeds {
       var place = folder
       try? place.setResourceValues(values)
     #endif
-    try? data.write(to: folder.appendingPathComponent(name), options: .atomic)
-    let ofThisSystem = name.dropLast(17 + ".json".count)
-    for other in (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
-    where other.hasPrefix(Self.prefix) && !other.hasPrefix(ofThisSystem) {
-      try? FileManager.default.removeItem(at: folder.appendingPathComponent(other))
-    }
+    try? data.write(to: url, options: .atomic)
   }
 }

@@ -7,7 +7,9 @@
 
   extension HashModel {
     /// The same model as a Core AI package, with the memory in `dtype` and, if asked, a second state that counts tokens.
-    func coreAI(_ dtype: String = "float32", convolves: Bool = false) throws -> AIModel.Behaviour {
+    func coreAI(
+      _ dtype: String = "float32", convolves: Bool = false, step: Int = 1, interleaved: Bool = false
+    ) throws -> AIModel.Behaviour {
       var settings = settings
       settings["format"] = "pararnn-coreai"
       settings["state"] = "graph"
@@ -33,10 +35,16 @@
         }
         let logits = outputs["logits"] as! MLMultiArray
         let values = (0..<logits.count).map { logits[$0].floatValue }
+        // `step` numbers from one to the next, between which stands nothing sensible.
+        var memory = [Float](repeating: .nan, count: (values.count - 1) * step + 1)
+        for (i, value) in values.enumerated() { memory[i * step] = value }
+        let shape = [1, 1, values.count]
+        let strides = [memory.count, memory.count, step]
         let given =
           dtype == "float16"
-          ? NDArray(scalars: values.map(Float16.init), shape: [1, 1, values.count])
-          : NDArray(scalars: values, shape: [1, 1, values.count])
+          ? NDArray(
+            standInMemory: memory.map(Float16.init), shape: shape, strides: strides, interleaved: interleaved)
+          : NDArray(standInMemory: memory, shape: shape, strides: strides, interleaved: interleaved)
         return ["logits": given, "cell_state_out": states["cell_state"]!]
       }
     }
@@ -79,10 +87,10 @@
 
     @Test(arguments: ["float32", "float16"], [true, false])
     func theSameTokensWithEitherState(dtype: String, convolves: Bool) async throws {
-      for (chunk, positions) in [(4, nil), (nil, nil), (4, 64)] as [(Int?, Int?)] {
+      for (chunk, positions, step) in [(4, nil, 1), (nil, nil, 2), (4, 64, 3)] as [(Int?, Int?, Int)] {
         let fake = ascii(HashModel(chunk: chunk, positions: positions))
         let folder = try folder()
-        let model = try await load(try fake.coreAI(dtype, convolves: convolves), at: folder.url)
+        let model = try await load(try fake.coreAI(dtype, convolves: convolves, step: step), at: folder.url)
         #expect(model.settings.stateBytes == (convolves ? 160 : 64) * (dtype == "float16" ? 2 : 4))
         for length in [1, 4, 11] {
           let prompt = (0..<length).map { 65 + $0 }
@@ -178,6 +186,10 @@
       #expect(
         await failure { _ = try await tokens(model.generate(tokens: [65, 66, 67])) }
           == .predictionFailed(reason: "it failed as asked"))
+      let interleaved = try await load(try ascii(HashModel()).coreAI(interleaved: true), at: url)
+      #expect(
+        await failure { _ = try await tokens(interleaved.generate("ab")) }
+          == .predictionFailed(reason: "an array is interleaved"))
       for broken in [Double.nan, .infinity] {
         let model = try await load(try ascii(HashModel(broken: broken)).coreAI(), at: url)
         guard case .predictionFailed = await failure({ _ = try await tokens(model.generate("ab")) }) else {

@@ -43,6 +43,8 @@
     var chunk: Int? = 4
     /// How many tokens a second, smaller prefill reads.
     var small: Int?
+    /// Into how many functions each prefill is divided.
+    var parts = 1
     /// Seconds that a call takes by ``clock``, by how many tokens it reads.
     var cost: @Sendable (Int) -> Double = { Double($0) }
     var vocabulary = 256
@@ -89,6 +91,12 @@
         settings["functions"] = ["decode", "prefill", "prefill_\(small)"]
         settings["chunks"] = ["prefill": chunk!, "prefill_\(small)": small]
       }
+      if parts > 1 {
+        settings["parts"] = parts
+        settings["functions"] = (settings["functions"] as! [String]).flatMap { name in
+          name == "decode" ? [name] : (1...parts).map { "\(name)_part_\($0)" }
+        }
+      }
       changes(&settings)
       return settings
     }
@@ -98,7 +106,7 @@
 
     /// How many tokens a function reads.
     func count(of function: String?) -> Int {
-      switch function {
+      switch function.map({ $0.split(separator: "_part_")[0] }) {
       case "prefill": chunk!
       case "decode", nil: 1
       default: small!
@@ -134,15 +142,18 @@
           return try description(self.settings)
         },
         predict: { function, inputs, state in
-          let ids = inputs.featureValue(for: "tokens")!.multiArrayValue!
+          let part = function?.contains("_part_") == true ? Int(function!.suffix(1))! : 1
+          let ids = try #require(inputs.featureValue(for: part == 1 ? "tokens" : "hidden")?.multiArrayValue)
           let tokens = (0..<ids.count).map { ids[$0].intValue }
-          self.calls.add(tokens.count)
+          if part == 1 { self.calls.add(tokens.count) }
           try #require(ids.shape == [1, NSNumber(value: self.count(of: function))])
           try #require((state != nil) == self.inGraph)
+          let run = { (array: MLMultiArray) in
+            let isLast = part == self.parts || self.count(of: function) == 1
+            return isLast ? try self.run(tokens, inputs, array) : try self.handOn(tokens, part, array)
+          }
           if let state {
-            let answer = state.withMultiArray(for: "state") { array in
-              Result { try self.run(tokens, inputs, array) }
-            }
+            let answer = state.withMultiArray(for: "state") { array in Result { try run(array) } }
             return try MLDictionaryFeatureProvider(dictionary: try answer.get())
           }
           // A copy, since inputs stay as they are; rows lie apart, as Core ML's own arrays may.
@@ -152,14 +163,25 @@
             dataPointer: memory, shape: [1, 2, 32], dataType: .float32, strides: [96, 48, 1],
             deallocator: { $0.deallocate() })
           for i in 0..<64 { copy[[0, NSNumber(value: i / 32), NSNumber(value: i % 32)]] = given[i] }
-          var outputs = try self.run(tokens, inputs, copy)
+          var outputs = try run(copy)
           outputs["state_out"] = copy
           return try MLDictionaryFeatureProvider(dictionary: outputs)
         })
     }
 
+    /// What a part that is not the last gives: the tokens, which the last one reads, and the state with its number.
+    private func handOn(_ tokens: [Int], _ part: Int, _ state: MLMultiArray) throws -> [String: Any] {
+      try #require(state[[0, 1, 30]].intValue == part - 1)
+      state[[0, 1, 30]] = NSNumber(value: part)
+      let hidden = try MLMultiArray(shape: [1, NSNumber(value: tokens.count)], dataType: .float16)
+      for (i, token) in tokens.enumerated() { hidden[i] = NSNumber(value: token) }
+      return ["hidden_out": hidden]
+    }
+
     func run(_ tokens: [Int], _ inputs: any MLFeatureProvider, _ state: MLMultiArray) throws -> [String: Any]
     {
+      try #require(state[[0, 1, 30]].intValue == (tokens.count > 1 ? parts - 1 : 0))
+      state[[0, 1, 30]] = 0
       func at(_ row: Int, _ i: Int) -> [NSNumber] { [0, NSNumber(value: row), NSNumber(value: i)] }
       var hash = (0..<4).reduce(UInt32(0)) { $0 | UInt32(state[at(0, $1)].intValue) << (8 * $1) }
       var count = state[at(1, 31)].intValue
@@ -167,9 +189,13 @@
         state[at(0, 0)] = 77
         throw MLModelError(.generic, "it failed as asked")
       }
-      try #require(
-        positions == nil || inputs.featureValue(for: "position")?.multiArrayValue?[0].intValue == count)
-      try #require(inputs.featureNames.contains("position") == (positions != nil))
+      if inputs.featureNames.contains("hidden") {
+        try #require(!inputs.featureNames.contains("position"))
+      } else {
+        try #require(
+          positions == nil || inputs.featureValue(for: "position")?.multiArrayValue?[0].intValue == count)
+        try #require(inputs.featureNames.contains("position") == (positions != nil))
+      }
       for token in tokens {
         hash = Self.step(hash, token)
         count += 1

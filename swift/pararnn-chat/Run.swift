@@ -14,6 +14,9 @@
       let used = units.first { $0.value == model.computeUnits }?.key ?? "cpu"
       say("The model cannot be loaded for --units \(arguments.units): it runs on \(used).")
     }
+    if let count = await model.failedPrefill {
+      say("Reading \(count) tokens at once ended a process on this device: prompts are read by fewer.")
+    }
     if model.usesTools { return try await runWithTools(model, arguments) }
     if let prompt = arguments.prompt {
       let stream = model.generate(prompt, options: arguments.options)

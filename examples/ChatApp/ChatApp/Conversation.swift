@@ -50,6 +50,8 @@
     private(set) var shown = 0
     private var heat = Heat.fine
     private var answer: Task<Void, Never>?
+    /// A sentence for each branch that the last ``leave()`` could not keep.
+    private var lost: [String] = []
 
     var branchCount: Int { branches.count }
     var messages: [ChatMessage] { branches.isEmpty ? [] : branches[shown].messages }
@@ -86,8 +88,13 @@
         shown = restored.indices.contains(kept.shown) ? kept.shown : 0
         Task { await model.prewarm() }
         let used = Units.allCases.first { $0.forCoreML == model.computeUnits } ?? .cpu
-        status =
+        var told = lost
+        lost = []
+        told.append(
           "\(model.settings.parameters) parameters on \(used.rawValue), state \(model.settings.stateBytes) bytes"
+        )
+        if let count = await model.failedPrefill { told.append("reads fewer than \(count) tokens at once") }
+        status = told.joined(separator: ", ")
         return true
       } catch {
         status = error.localizedDescription
@@ -192,18 +199,28 @@
       if !isAnswering, branches.indices.contains(place) { shown = place }
     }
 
-    /// Stop an answer, since an app in the background has no GPU, and give all branches as bytes.
-    func leave() async -> Data? {
+    /// Stop an answer, since an app in the background has no GPU, and give all branches as bytes. Of one that cannot be
+    /// saved ``status`` tells; the others are given.
+    ///
+    /// - Parameter saving: in the place of `save()`, for tests.
+    func leave(saving: ((ParaRNNChat) async throws -> Data)? = nil) async -> Data? {
       stop()
       await answered()
-      if branches.isEmpty { return nil }
-      var kept = Kept(shown: shown)
-      for branch in branches {
-        guard let data = try? await branch.chat.save() else { return nil }
-        kept.chats.append(data)
-        kept.toolLines.append(branch.toolLines)
+      var kept = Kept()
+      lost = []
+      for (place, branch) in branches.enumerated() {
+        do {
+          let data: Data
+          if let saving { data = try await saving(branch.chat) } else { data = try await branch.chat.save() }
+          if place == shown { kept.shown = kept.chats.count }
+          kept.chats.append(data)
+          kept.toolLines.append(branch.toolLines)
+        } catch {
+          lost.append("Branch \(place + 1) could not be kept: \(error.localizedDescription)")
+        }
       }
-      return try? PropertyListEncoder().encode(kept)
+      if !lost.isEmpty { status = lost.joined(separator: ", ") }
+      return kept.chats.isEmpty ? nil : try? PropertyListEncoder().encode(kept)
     }
 
     /// A hot device gets pauses between pieces of text; one that is too hot is asked nothing.

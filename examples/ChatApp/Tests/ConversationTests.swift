@@ -89,6 +89,40 @@
       }
     }
 
+    /// One that cannot be saved takes none of the others with it, whichever is shown.
+    @Test func whatCanBeSavedIsKept() async throws {
+      try await open(ab) { conversation, folder in
+        await ask(conversation, "ab")
+        await conversation.branch()
+        await ask(conversation, "b")
+        await conversation.branch()
+        for (broken, shown, expected) in [(0, 1, 0), (1, 1, 0), (2, 1, 1), (1, 2, 1)] {
+          conversation.show(branch: shown)
+          let said = conversation.messages
+          var place = -1
+          let saved = await conversation.leave { chat in
+            place += 1
+            if place == broken { throw ParaRNNError.busy }
+            return try await chat.save()
+          }
+          let sentence = "Branch \(broken + 1) could not be kept: \(ParaRNNError.busy.localizedDescription)"
+          #expect(conversation.status == sentence)
+          let other = Conversation()
+          let bytes = try #require(saved)
+          #expect(await other.load(folder.package, units: .cpu, saved: bytes))
+          #expect(other.branchCount == 2 && other.shown == expected)
+          if broken != shown { #expect(other.messages == said) }
+        }
+        // As when other compute units are chosen: what loading tells does not hide it.
+        let none = await conversation.leave { _ in throw ParaRNNError.busy }
+        #expect(none == nil)
+        #expect(await conversation.load(folder.package, units: .cpu))
+        #expect(conversation.status.contains("Branch 3 could not be kept"))
+        let whole = await conversation.leave()
+        #expect(whole != nil)
+      }
+    }
+
     @Test func aHotDevice() async throws {
       try await open(ab) { conversation, _ in
         conversation.take(.hot)

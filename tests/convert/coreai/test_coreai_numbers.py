@@ -79,12 +79,15 @@ def check(folder, exports, source, ids):
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("source", "folder", "prefix"), GOLDEN, ids=lambda value: value.split("/")[-1])
-def test_golden_models(exports, source, folder, prefix):
+def test_golden_models(exports, source, folder, prefix, form):
     model = exports.source(source)
-    out = exports(model, "--chunk", 8)
-    ids = np.array(golden(folder)[f"{prefix}input_ids"])[0][:30]
+    out = exports(model, "--chunk", 8, *FORMS[form])
+    ids = np.array(golden(folder)[f"{prefix}input_ids"])[0][: 30 if form == "float32" else 20]
     ours = check(out, exports, model, ids)
+    if form != "float32":  # its bound is that of MLX's logits
+        return
     theirs = np.array(golden(folder)[f"{prefix}logits"])[0][: len(ids)]
     assert difference(ours, theirs) < ORIGINAL
     assert (ours.argmax(-1) == theirs.argmax(-1)).all()
