@@ -94,7 +94,7 @@ def _has_chunks(chunks: Any, settings: dict[str, Any]) -> bool:
         return False
     divided = [part for name in chunks for part in parts_of(settings, name)]
     return (
-        settings["functions"] == ["decode", *divided]
+        settings.get("functions") == ["decode", *divided]
         and chunks.get("prefill") == settings.get("chunk")
         and all(_is_chunk(count) for count in chunks.values())
         and list(chunks.values()) == sorted(set(chunks.values()), reverse=True)
