@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.process.watchdog import ending_signals
 
 from . import options
@@ -122,6 +123,13 @@ def train(
     sample_prompt: Annotated[
         str | None, _option("--sample-prompt", 'What a sample begins with ("The").', metavar="TEXT")
     ] = None,
+    divide_model: Annotated[
+        bool,
+        typer.Option(
+            "--divide-model",
+            help="Under mlx.launch: each process has a part of the weights, and all rows of a batch.",
+        ),
+    ] = False,
     report_to: Annotated[
         list[str] | None,
         _option("--report-to", "wandb, swanlab or tensorboard; may be given several times.", metavar="NAME"),
@@ -159,7 +167,7 @@ def train(
         "sample_every": sample_every,
         "sample_prompt": sample_prompt,
     }
-    beside = {
+    beside: dict[str, Any] = {
         "data": data,
         "valid": valid,
         "init": init,
@@ -182,7 +190,7 @@ def train(
 
     group = world()
     if group is not None and group.rank():
-        trainer = runs.follow(group)
+        trainer = runs.follow(group, out)
         stop_on_signals(trainer, "")
         trainer.run()
         return
@@ -191,10 +199,15 @@ def train(
     lines = _Lines()
     if resume:
         fixed = sorted({*others} - {"data"}) + (["config"] if config else [])
+        fixed += ["divide-model"] if divide_model else []
         if fixed:
             usage_error(f"--resume takes the run's own {fixed[0].replace('_', '-')}; leave it out")
         run = runs.resume(out, changes, lines, at=data, group=group)
     else:
+        if divide_model:
+            if group is None:
+                raise PararnnError("--divide-model is for several processes; start them with mlx.launch")
+            others["divided"] = group.size()
         plan = read_plan(config, others, changes)
         run = runs.start(out, plan, lines, group)
     lines.begin(run)
@@ -249,9 +262,10 @@ class _Lines:
     def begin(self, run: "Run") -> None:
         settings = run.plan.settings
         self.steps = settings.steps
+        parts = f" in {run.plan.divided} processes" if run.plan.divided > 1 else ""
         typer.echo(
-            f"{run.parameters / 1e6:.1f}M parameters, {run.tokens:,} tokens of data, {self.steps:,} steps of "
-            f"{settings.batch_size * settings.accumulate} x {settings.length} tokens",
+            f"{run.parameters / 1e6:.1f}M parameters{parts}, {run.tokens:,} tokens of data, "
+            f"{self.steps:,} steps of {settings.batch_size * settings.accumulate} x {settings.length} tokens",
             err=True,
         )
 

@@ -10,12 +10,13 @@ Letters in shapes: B sequences, T tokens, D channels, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.nn.layers.distributed import sum_gradients
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
@@ -86,6 +87,8 @@ class Shard:
         tokens: where each one's part of the vocabulary begins, and V.
         heads: the heads, or the one whose channels are divided further, that this process computes.
         head_width: channels of a head.
+        parts: of each weight the shape that it has as a whole, and what this process keeps of it; nothing
+            for one that every process has.
     """
 
     group: Group
@@ -93,6 +96,7 @@ class Shard:
     tokens: list[int]
     heads: range
     head_width: int
+    parts: dict[str, tuple[tuple[int, ...], Cuts]] = field(default_factory=dict)
 
     @property
     def own(self) -> slice:
@@ -170,6 +174,19 @@ class Shard:
         """Logits (B, T, V) of the last norm's output (B, T, D)."""
         return self.gathered(matrix_products.head(head, self.entered(x), backend=backend), self.tokens)
 
+    def joined(self, name: str, own: mx.array) -> mx.array:
+        """The whole of a weight, float32, of which each process has its part; all have to ask."""
+        shape, cuts = self.parts[name]
+        if not cuts:
+            return own
+        places = [np.arange(n) for n in shape]
+        for axis, slices in cuts:
+            places[axis] = np.concatenate([places[axis][s] for s in slices])
+        whole = np.zeros(shape, np.float32)
+        whole[np.ix_(*places)] = np.array(own)
+        # as bytes: the sum of minus zero and zero has another bit
+        return self.summed(mx.array(whole).view(mx.uint8)).view(mx.float32)
+
     def _part(self, begins: Sequence[int]) -> slice:
         return slice(*begins[self.group.rank() : self.group.rank() + 2])
 
@@ -191,6 +208,7 @@ def divide(model: nn.Module, group: Group) -> None:
                 "mlx_pararnn/sharding.py"
             )
     modules = dict(model.named_modules())
+    shard.parts.update({name: (array.shape, cuts[name]) for name, array in named_arrays(model.parameters())})
     for name in names:
         path, _, key = name.rpartition(".")
         for axis, slices in cuts[name]:

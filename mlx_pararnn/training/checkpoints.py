@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,25 @@ _NAME = re.compile(r"\d{8}")
 _ARRAYS, _STATE = "arrays.safetensors", "state.json"
 
 
-def save(folder: Path, step: int, arrays: dict[str, mx.array], state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    arrays: dict[str, mx.array],
+    state: dict[str, Any],
+    keep: int,
+    written: Callable[[], object] = lambda: None,
+) -> Path:
     """Write the checkpoint of `step` into `folder`, and delete all but the newest `keep`.
 
     It is written beside its place, brought to the disk, and renamed; one that is there stays as it is.
+    `written` is called before older ones are deleted.
 
     Raises:
         PararnnError: it could not be written; the older checkpoints are untouched then.
     """
     place, partial = folder / f"{step:08d}", folder / f"{step:08d}.partial"
     if place.is_dir():
+        written()
         return place
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,13 +54,14 @@ def save(folder: Path, step: int, arrays: dict[str, mx.array], state: dict[str, 
         raise PararnnError(
             f"{place}: the checkpoint could not be written ({reason}); make room, and continue with --resume"
         ) from error
+    written()
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"{old:08d}", ignore_errors=True)
     return place
 
 
-def load(folder: Path) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
-    """The arrays and the state of the newest checkpoint; None where there is none.
+def load(folder: Path, step: int | None = None) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    """The arrays and the state of the newest checkpoint, or that of `step`; None where there is none.
 
     Raises:
         PararnnError: it cannot be read.
@@ -60,7 +71,7 @@ def load(folder: Path) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
     found = steps(folder)
     if not found:
         return None
-    place = folder / f"{found[-1]:08d}"
+    place = folder / f"{found[-1] if step is None else step:08d}"
     try:
         arrays = mx.load(str(place / _ARRAYS))
         mx.eval(arrays)

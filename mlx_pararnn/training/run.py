@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from ..generation import generate
 from ..loading import find_model, load_model, load_tokenizer
 from ..model import Model
 from ..model_config import ModelArgs
+from ..sharding import Shard
 from . import data, tuning
 from .card import training_card
 from .reporting import Log, Reporters, check_reporters, draw_losses
@@ -61,15 +63,26 @@ class Run:
         self, out: Path, plan: Plan, report: Report | None = None, group: Group | None = None
     ) -> None:
         self.out, self.plan, self.group = out, plan, group
-        if group is not None and plan.settings.batch_size % group.size():
+        if plan.divided > 1 and (group is None or group.size() != plan.divided):
+            raise PararnnError(
+                f"{out}: the model of this run is divided among {plan.divided} processes; start as many, by "
+                "mlx.launch"
+            )
+        self.divided = group if plan.divided > 1 else None
+        if self.divided is None and group is not None and plan.settings.batch_size % group.size():
             raise PararnnError(
                 f"a batch of {plan.settings.batch_size} rows cannot be divided by {group.size()} processes; "
                 f"choose a batch size that is a multiple of {group.size()}"
             )
-        self.model, self.tokenizer = _model_and_tokenizer(out, plan)
+        config = read_json(out / "config.json")
+        self.model = _model(ModelArgs.from_dict(config), plan, self.divided)
+        self.tokenizer = load_tokenizer(out, config)
         learned, held_out = _documents(plan, self.tokenizer, self.model.args)
         self.digest = learned.digest
-        self.parameters = sum(array.size for _, array in named_arrays(self.model.parameters()))
+        shapes = [array.shape for _, array in named_arrays(self.model.parameters())]
+        if isinstance(self.model.part, Shard):
+            shapes = [shape for shape, _ in self.model.part.parts.values()]
+        self.parameters = sum(map(math.prod, shapes))
         self.tokens = sum(map(len, learned.tokens))
         tuning.prepare(self.model, plan)
         self._show = report or (lambda line: None)
@@ -96,7 +109,7 @@ class Run:
             self.model,
             batches,
             settings,
-            folder=out / "checkpoints",
+            folder=self._checkpoints(),
             held_out=evaluated,
             report=self._report,
             sample=self._sample,
@@ -114,9 +127,10 @@ class Run:
         with _alone(self.out), _explained_writing(self.out):
             if find_spec("matplotlib") is None:
                 logger.info("no plot of the losses: it needs pip install 'mlx-pararnn[plot]'")
-            self.trainer.resume()
             if self.group is not None:
                 share(self.group, [self.plan.to_json(), dataclasses.asdict(self.model.args)])
+            self.trainer.resume()
+            if self.group is not None and self.divided is None:
                 share_arrays(self.group, dict(named_arrays(self.model.parameters())))
             reporters = Reporters(self.plan.report_to, self.out, self.out.name, self.plan.to_json())
             self._targets = [Log(self.out, self.trainer.step), reporters, self._show]
@@ -127,6 +141,9 @@ class Run:
                 raise
             finally:
                 reporters.close()
+
+    def _checkpoints(self) -> Path:
+        return self.out / "checkpoints" if self.divided is None else _part_of(self.out, self.divided)
 
     def _report(self, line: dict[str, Any]) -> None:
         for target in self._targets:
@@ -171,11 +188,25 @@ class Run:
             )
 
 
-def follow(group: Group) -> Trainer:
-    """What ranks other than 0 carry out beside `Run.run`: all they need comes from rank 0."""
+def follow(group: Group, out: Path) -> Trainer:
+    """What ranks other than 0 carry out beside `Run.run`: all they need comes from rank 0.
+
+    Of a divided model each keeps checkpoints of its part, and reads its part of the model to begin with.
+    """
     described, config = share(group)
-    plan = Plan.from_json(described)
-    model = Model(ModelArgs.from_dict(config))
+    plan, args = Plan.from_json(described), ModelArgs.from_dict(config)
+    if plan.divided > 1:
+        model = _model(args, plan, group)
+
+        def write_model() -> None:
+            with trainer.averaged():
+                tuning.write(model, plan, out)
+
+        folder = _part_of(out, group)
+        trainer = Trainer(model, (), plan.settings, folder=folder, after_checkpoint=write_model, group=group)
+        trainer.resume()
+        return trainer
+    model = Model(args)
     tuning.prepare(model, plan)
     model.update(tree_unflatten(list(share_arrays(group).items())))
     return Trainer(model, (), plan.settings, group=group)
@@ -207,7 +238,8 @@ def start(out: Path, plan: Plan, report: Report | None = None, group: Group | No
         run = Run(partial, plan, report, group)
         written = {"format": "mlx-pararnn run", "version": 1, "digest": run.digest, **plan.to_json()}
         (partial / RUN).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    run.out, run.trainer.folder = out, out / "checkpoints"
+    run.out = out
+    run.trainer.folder = run._checkpoints()
     return run
 
 
@@ -293,15 +325,22 @@ def _changed(config: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
     return config | dict(fields)
 
 
-def _model_and_tokenizer(out: Path, plan: Plan) -> tuple[Model, TokenizerWrapper]:
-    config = read_json(out / "config.json")
+def _model(args: ModelArgs, plan: Plan, group: Group | None) -> Model:
+    """The model to begin with, or this process's part of it; no process has all of it at any time then."""
     mx.random.seed(plan.settings.seed)
     if plan.init is not None:
-        model, _ = load_model(plan.init)
-    else:
-        model = Model(ModelArgs.from_dict(config))
-        initialize(model)
-    return model, load_tokenizer(out, config)
+        return load_model(plan.init, group=group)[0]
+    model = Model(args)
+    initialize(model)
+    if group is not None:
+        model.shard(group)
+    mx.eval(model.parameters())
+    return model
+
+
+def _part_of(out: Path, group: Group) -> Path:
+    """Where a process keeps the checkpoints of its part."""
+    return out / "checkpoints" / f"rank-{group.rank()}"
 
 
 def initialize(model: Model) -> None:
@@ -318,7 +357,6 @@ def initialize(model: Model) -> None:
         if "out_proj" in layer.mixer:
             layer.mixer.out_proj.weight = layer.mixer.out_proj.weight * depth
         layer.mlp.down_proj.weight = layer.mlp.down_proj.weight * depth
-    mx.eval(model.parameters())
 
 
 # Of the gate that keeps the state: its name, and whether it opens for new input (GRU) or for what was there.

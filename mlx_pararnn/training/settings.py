@@ -146,6 +146,7 @@ class Plan:
         tune: what is learned: "full", all weights; "lora" and "dora", adapters of matrices (MLX-LM's);
             "state", each layer's initial state alone.
         report_to: dashboards (`reporting.REPORTERS`).
+        divided: among so many processes the model is divided, each with a part of the weights.
         settings: how it is trained.
     """
 
@@ -158,6 +159,7 @@ class Plan:
     tokenizer: str = "bytes"
     tune: str = "full"
     report_to: tuple[str, ...] = ()
+    divided: int = 1
     settings: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
@@ -167,6 +169,10 @@ class Plan:
             raise PararnnError(
                 f"tune {self.tune}: is for a model that was trained; give it with --init MODEL"
             )
+        if self.divided > 1 and self.tune != "full":
+            raise PararnnError(f"tune {self.tune}: of a model that is divided all weights are trained")
+        if self.divided > 1 and self.settings.sample_every:
+            raise PararnnError("sample_every: a model that is divided writes no samples; leave it out")
         if self.tune == "state" and self.settings.states == "carried" and self.settings.packing is not False:
             object.__setattr__(self, "settings", replace(self.settings, states="reset"))
 
@@ -223,7 +229,7 @@ def read_plan(config: Path | None, others: Mapping[str, Any], settings: Mapping[
         PararnnError: the file cannot be read, or something is unknown, wrong or missing.
     """
     values: dict[str, Any] = {} if config is None else _yaml(config)
-    names = {field.name for field in fields(Plan)} - {"settings"}
+    names = {field.name for field in fields(Plan)} - {"settings", "divided"}
     known = names | {field.name for field in fields(Settings)}
     for name in values:
         if name not in known:

@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..compute.layer_ops import cross_entropy
-from ..distributed import Group, share, share_arrays
+from ..distributed import Group, all_numbers, any_rank, share, share_arrays
 from ..errors import PararnnError
 from . import checkpoints
 from .batches import Batch, Resumable, arrays_of, batches_from, shared, targets
@@ -69,6 +69,8 @@ class Trainer:
         group: processes that train together, each on its share of a batch's rows; None for this one alone.
             The batches, the weights and the checkpoint to begin with are rank 0's, and so is what is
             written: on the other ranks give `batches` as () and none of folder, held_out, report, sample.
+            Where the model is divided among them (`Model.shard`) each has all rows, and checkpoints of its
+            own part in a `folder` of its own; batches, held_out and report are rank 0's, and none samples.
     """
 
     def __init__(
@@ -87,7 +89,10 @@ class Trainer:
         group: Group | None = None,
     ) -> None:
         self.group = group
-        self._rank, self._size = (0, 1) if group is None else (group.rank(), group.size())
+        self._parts = model.part.parts if getattr(model, "group", None) is not None else None
+        # which of the rows, of how many shares
+        shared_rows = group is not None and self._parts is None
+        self._rank, self._size = (group.rank(), group.size()) if group is not None and shared_rows else (0, 1)
         self.model, self.batches, self.settings, self.folder = model, batches, settings, folder
         self.held_out, self.sample = held_out, sample
         self._report = report or (lambda line: None)
@@ -128,11 +133,25 @@ class Trainer:
         Raises:
             PararnnError: it cannot be read or is of another model.
         """
-        found = checkpoints.load(self.folder) if self.folder is not None else None
+        step = None if self._parts is None else self._common_step()
+        found = checkpoints.load(self.folder, step) if self.folder is not None and step != 0 else None
         if found is None:
             return False
         self._restore(*found)
         return True
+
+    def _common_step(self) -> int:
+        """The newest step of which all processes have a checkpoint; 0 for none."""
+        assert self.folder is not None
+        assert self.group is not None
+        own = checkpoints.steps(self.folder)
+        step = min(all_numbers(self.group, own[-1] if own else 0))
+        if step not in own[-2:] and (step or len(own) > 1):  # the first may be there on some alone
+            raise PararnnError(
+                f"{self.folder}: has no checkpoint of step {step}, the newest of another process; put back "
+                "the checkpoints of each, or start a new run"
+            )
+        return step
 
     def _restore(self, arrays: Weights, state: dict[str, Any]) -> None:
         kinds: dict[str, Weights] = {
@@ -180,7 +199,7 @@ class Trainer:
             if self._due(settings.report_every) or self.step == settings.steps:
                 self._report_loss(seconds)
                 seconds = 0.0
-            if self.held_out is not None and (self._due(settings.eval_every) or self.step == settings.steps):
+            if self._evaluates and (self._due(settings.eval_every) or self.step == settings.steps):
                 self._report(self._evaluation())
             if self.sample is not None and self._due(settings.sample_every):
                 with self.averaged():
@@ -202,7 +221,8 @@ class Trainer:
         """
         total, count, states = 0.0, 0, None
         with self.averaged():
-            for batch in itertools.islice(batches, most or None):
+            first = itertools.islice(batches, most or None)
+            for batch in shared(first, None if self._parts is None else self.group):
                 loss, states = self._losses(self.model, arrays_of(batch), None if batch.fresh else states)
                 mx.eval(loss, states)
                 total += cast(float, loss.item())
@@ -214,9 +234,15 @@ class Trainer:
         states = self._joint_states()
         if self.folder is None:
             return
-        place = checkpoints.save(self.folder, self.step, *self._snapshot(states), self.settings.keep)
+        keep, settle = self.settings.keep, self._all_have_written
+        place = checkpoints.save(self.folder, self.step, *self._snapshot(states), keep, settle)
         self._after_checkpoint()
         self._report({"step": self.step, "checkpoint": place.name})
+
+    def _all_have_written(self) -> None:
+        """Where each process has a part: so that all can go back to one step, whenever they end."""
+        if self._parts is not None and self.group is not None:
+            any_rank(self.group, False)
 
     def _snapshot(self, states: list[list[State]] | None) -> tuple[Weights, dict[str, Any]]:
         """A checkpoint's arrays and the rest of it."""
@@ -236,7 +262,7 @@ class Trainer:
 
     def _joint_states(self) -> list[list[State]] | None:
         """The states of all rows of a batch, in their order."""
-        if self.group is None or self._states is None:
+        if self.group is None or self._states is None or self._parts is not None:
             return self._states
         joint = [
             [[None if a is None else mx.distributed.all_gather(a, group=self.group) for a in s] for s in part]
@@ -247,7 +273,11 @@ class Trainer:
 
     def _begin_together(self) -> None:
         """All ranks have what rank 0 has, and each the states of its own rows."""
+        self._evaluates = self.held_out is not None
         if self.group is None:
+            return
+        if self._parts is not None:
+            self._evaluates = share(self.group, self._evaluates)
             return
         arrays, state = self._snapshot(self._states)
         self._restore(share_arrays(self.group, arrays), share(self.group, state))
@@ -300,9 +330,11 @@ class Trainer:
                 mx.eval(total, gradients, after)
         ends = mx.array(float(self._stop))
         if self.group is not None:
-            averaged = dict(tree_flatten(nn.average_gradients(gradients, self.group)))
-            gradients = {name: averaged[name] for name in gradients}
-            total, ends = mx.distributed.all_sum(mx.stack([total, ends]), group=self.group)
+            totals, ends = mx.distributed.all_sum(mx.stack([total, ends]), group=self.group)
+            if self._parts is None:
+                averaged = dict(tree_flatten(nn.average_gradients(gradients, self.group)))
+                gradients = {name: averaged[name] for name in gradients}
+                total = totals
         optimizer_states = [optimizer.state for optimizer in self._optimizers]
         weights, new_states, average, norm = self._apply(
             self.weights, gradients, optimizer_states, self.average
@@ -340,7 +372,7 @@ class Trainer:
     ) -> tuple[Weights, list[Any], Weights, mx.array]:
         """New weights, optimizer states and moving average, and the norm of the gradient before clipping."""
         settings = self.settings
-        gradients, norm = optim.clip_grad_norm(gradients, settings.clip or math.inf)
+        gradients, norm = self._clipped(gradients, settings.clip or math.inf)
         new: Weights = {}
         states = []
         for optimizer, group, state in zip(
@@ -358,6 +390,20 @@ class Trainer:
             decay = mx.minimum(settings.ema, (1 + step) / (10 + step))  # less at first, to leave the start
             average = {name: decay * average[name] + (1 - decay) * new[name] for name in new}
         return {name: new[name] for name in weights}, states, average, norm
+
+    def _clipped(self, gradients: Weights, limit: float) -> tuple[Weights, mx.array]:
+        """Gradients whose norm is at most `limit`, and the norm that they had, of all processes' parts."""
+        if self._parts is None:
+            return optim.clip_grad_norm(gradients, limit)  # type: ignore[return-value]
+        whole, divided = mx.array(0.0), mx.array(0.0)
+        for name, gradient in gradients.items():
+            if self._parts[name][1]:
+                divided = divided + gradient.square().sum()
+            else:
+                whole = whole + gradient.square().sum()
+        norm = mx.sqrt(whole + mx.distributed.all_sum(divided, group=self.group))
+        factor = mx.minimum(limit / (norm + 1e-6), 1.0)
+        return {name: gradient * factor for name, gradient in gradients.items()}, norm
 
     def _diverged(self, loss: float) -> None:
         kept = checkpoints.steps(self.folder) if self.folder is not None else []
@@ -388,8 +434,7 @@ class Trainer:
 
     def _evaluation(self) -> dict[str, Any]:
         begin = time.perf_counter()
-        assert self.held_out is not None
-        loss, count = self.evaluate(self.held_out, self.settings.eval_batches)
+        loss, count = self.evaluate(self.held_out or (), self.settings.eval_batches)
         self.valid_loss = loss
         return {
             "step": self.step,

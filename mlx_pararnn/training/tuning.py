@@ -1,16 +1,20 @@
 """What of a model is learned, and how what was learned is written: weights, adapters, or initial states."""
 
 import json
+import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..compute.module_arrays import named_arrays
 from ..files.whole_file import whole_file, write_whole
 from ..loading import STATES
 from ..model import Model
+from ..sharding import Shard
 from .settings import Plan
 
 WEIGHTS = "model.safetensors"
@@ -35,7 +39,13 @@ def prepare(model: Model, plan: Plan) -> None:
 
 
 def write(model: Model, plan: Plan, folder: Path) -> None:
-    """Write what makes `folder` the tuned model; every file is there whole, the old or the new one."""
+    """Write what makes `folder` the tuned model; every file is there whole, the old or the new one.
+
+    Where the model is divided among processes all have to call it, and rank 0 writes.
+    """
+    if isinstance(model.part, Shard):
+        _write_joined(model, plan, folder / WEIGHTS)
+        return
     weights = _fused(model)
     learned = {
         f"layers.{number}": layer.mixer.cell.initial_state
@@ -48,10 +58,37 @@ def write(model: Model, plan: Plan, folder: Path) -> None:
         _save(folder / ADAPTERS, dict(named_arrays(model.trainable_parameters())))
         settings = json.dumps({"fine_tune_type": plan.tune, **_adapter_settings(model, plan)}, indent=2)
         write_whole(folder / "adapter_config.json", f"{settings}\n".encode())
-    if plan.settings.precision == "bfloat16":
-        exact = {name for name in weights if not model.cast_predicate(name)}
-        weights = {n: w if n in exact else w.astype(mx.bfloat16) for n, w in weights.items()}
-    _save(folder / WEIGHTS, weights)
+    _save(folder / WEIGHTS, {name: w.astype(_dtype(model, plan, name, w)) for name, w in weights.items()})
+
+
+def _dtype(model: Model, plan: Plan, name: str, weight: mx.array) -> mx.Dtype:
+    half = plan.settings.precision == "bfloat16" and model.cast_predicate(name)
+    return mx.bfloat16 if half else weight.dtype
+
+
+def _write_joined(model: Model, plan: Plan, path: Path) -> None:
+    """The weights of all processes in one file, of which rank 0 has one at a time in memory."""
+    assert isinstance(model.part, Shard)
+    weights, part, end = dict(named_arrays(model.parameters())), model.part, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    for name, weight in weights.items():
+        dtype, shape = _dtype(model, plan, name, weight), part.parts[name][0]
+        begin, end = end, end + math.prod(shape) * dtype.size
+        kind = "BF16" if dtype == mx.bfloat16 else "F32"
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    with ExitStack() as stack:
+        file = None
+        if part.group.rank() == 0:
+            file = stack.enter_context(stack.enter_context(whole_file(path)).open("wb"))
+            file.write(len(written).to_bytes(8, "little") + written)
+        for name, weight in weights.items():
+            whole = part.joined(name, weight)
+            mx.eval(whole)
+            if file is not None:
+                whole = whole.astype(_dtype(model, plan, name, weight))
+                file.write(np.array(whole.reshape(-1).view(mx.uint8)).tobytes())
 
 
 def _adapter_settings(model: Model, plan: Plan) -> dict[str, Any]:

@@ -83,6 +83,29 @@ def test_the_parts_are_the_whole():
             assert mx.array_equal(mx.concatenate(pieces, axis=axes[0]), array), name
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("gru, 4 bits", 4), ("lstm, one head, tied", 2), ("lstm, plain, uneven heads", 4)]
+)
+def test_a_weight_is_put_together_again(name, size, monkeypatch):
+    form = CASES[name][0]
+    whole, told = dict(named_arrays(made(form, 0).parameters())), []
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: told.append(np.array(x)) or x)
+    names = {}
+    for rank in range(size):
+        part = made(form, 0)
+        part.shard(Rank(rank, size))
+        for key, array in named_arrays(part.parameters()):
+            before = len(told)
+            joined = part.part.joined(key, array)
+            if len(told) > before:
+                names.setdefault(key, []).append(told[-1])
+            else:
+                assert mx.array_equal(joined, whole[key])
+    assert len(names) > len(whole) / 2
+    for key, parts in names.items():
+        assert sum(parts).tobytes() == np.array(whole[key]).tobytes(), key
+
+
 @pytest.mark.parametrize("path", ["", "model", "model.layers.1", "model.layers.1.mixer.out_proj"])
 def test_a_weight_of_which_nothing_says_how_it_is_divided_is_refused(path):
     model = made({"num_heads": 4}, 0)

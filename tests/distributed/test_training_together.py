@@ -14,12 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.process.watchdog import ending_signals
+from mlx_pararnn.training import checkpoints
+from mlx_pararnn.training import trainer as trainers
 from mlx_pararnn.training.reporting import read_log
+from mlx_pararnn.training.settings import Plan, Settings
 from tests.support.ranks import PATIENCE, port_and_next, ranks, run_ranks, said
-from tests.support.training_runs import SMALL, TEXT, losses, same
+from tests.support.training_runs import SMALL, TEXT, losses, same, small_model, trainer
 
-pytestmark = pytest.mark.large
 SETTINGS = {"steps": 6, "batch_size": 4, "accumulate": 2, "length": 16, "warmup": 2, "report_every": 1} | {
     "eval_every": 3,
     "save_every": 2,
@@ -93,6 +96,7 @@ def together(request, given, tmp_path_factory):
     return request.param, folder / "out"
 
 
+@pytest.mark.large
 def test_several_processes_learn_what_one_learns(together, alone, tmp_path):
     _, out = together
     joint, weights = trained(out)
@@ -105,6 +109,7 @@ def test_several_processes_learn_what_one_learns(together, alone, tmp_path):
     assert losses(read_log(copy))[7]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("last", [False, True], ids=["rank 0 is killed", "the last is killed"])
 def test_one_killed_ends_the_others_and_they_resume_to_the_bit(last, together, given, tmp_path):
     count, finished = together
@@ -119,6 +124,7 @@ def test_one_killed_ends_the_others_and_they_resume_to_the_bit(last, together, g
     assert same(weights, weights_resumed)
 
 
+@pytest.mark.large
 def test_mlx_launch_starts_it(given, alone, tmp_path):
     """As docs/distributed.md has it, on two processes of this machine."""
     scripts = Path(sys.executable).parent
@@ -132,3 +138,99 @@ def test_mlx_launch_starts_it(given, alone, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"done; try it with: mlx-pararnn generate {tmp_path / 'out'}" in done.stdout + done.stderr
     close_to(trained(tmp_path / "out")[0], alone[0])
+
+
+DIVIDED = ("--divide-model", "--sample-every", "0")
+
+
+@pytest.fixture(scope="module")
+def divided(given, tmp_path_factory):
+    """The folder of a run whose model two processes divide."""
+    folder = tmp_path_factory.mktemp("divided")
+    run_ranks(2, folder, *TRAIN, *given, *DIVIDED, "-o", folder / "out")
+    assert "M parameters in 2 processes" in said(folder, 0, "stderr")
+    return folder / "out"
+
+
+@pytest.mark.large
+def test_a_divided_model_learns_what_a_whole_one_learns(divided, alone):
+    joint, weights = trained(divided)
+    single, weights_alone = alone
+    close_to(joint, {step: [each for each in line if each[0] != "sample"] for step, line in single.items()})
+    assert weights.keys() == weights_alone.keys()
+    for name, weight in weights.items():
+        assert mx.allclose(weight, weights_alone[name], rtol=0, atol=1e-5), name
+    files = [*divided.glob("checkpoints/*/00000006/arrays.safetensors")]
+    assert len(files) == 2
+    for part in map(mx.load, map(str, files)):  # no process has more than its part of what is large
+        assert part["weights/model.embed_tokens.weight"].shape == (128, 16)
+        assert part["optimizer/0/model.layers.0.mlp.up_proj.weight/m"].shape == (12, 16)
+    done = CliRunner().invoke(app, ["train", "--resume", "-o", str(divided), "--steps", "7"])
+    assert done.exit_code == 1
+    assert "this run is divided among 2 processes; start as many, by mlx.launch" in done.stderr
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_divided_run_that_was_killed_resumes_to_the_bit(rank, divided, given, tmp_path):
+    out, folder = tmp_path / "out", place(tmp_path, "killed")
+    assert killed(2, folder, [*TRAIN, *given, *DIVIDED, "-o", out], out, rank=rank, until=3) == [1]
+    assert "the connection to another process was lost" in said(folder, 1 - rank, "stderr")
+    run_ranks(2, place(tmp_path, "resumed"), *TRAIN, "--resume", "-o", out)
+    (joint, weights), (resumed, weights_resumed) = trained(divided), trained(out)
+    assert resumed == joint
+    assert same(weights, weights_resumed)
+
+
+class Rank:
+    """A group of which this process is one, and that says nothing."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def test_parts_of_a_run_go_back_to_a_step_that_all_have(tmp_path, monkeypatch):
+    """One that was killed while the others wrote has a checkpoint less; one whose folder is gone has none."""
+    model = small_model()
+    model.shard(Rank(0, 2))
+    made = trainer(model=model, folder=tmp_path, group=Rank(0, 2))
+    asked = []
+    monkeypatch.setattr(checkpoints, "load", lambda folder, step: asked.append(step))
+
+    def resumed(own, others):
+        monkeypatch.setattr(checkpoints, "steps", lambda folder: own)
+        monkeypatch.setattr(trainers, "all_numbers", lambda group, newest: [newest, others])
+        asked.clear()
+        assert not made.resume()
+        return asked
+
+    assert resumed([2, 4], 4) == [4]
+    assert resumed([2, 4], 2) == [2]
+    assert resumed([2], 4) == [2]
+    assert resumed([2], 0) == resumed([], 0) == []
+    for own, others in (([4, 6], 2), ([2, 4], 0)):
+        with pytest.raises(PararnnError, match=f"no checkpoint of step {others}.*put back"):
+            resumed(own, others)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--divide-model"], "--divide-model is for several processes"),
+        (["--divide-model", "--resume"], "--resume takes the run's own divide-model"),
+    ],
+)
+def test_a_model_is_not_divided_alone(options, words, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    done = CliRunner().invoke(
+        app, ["train", str(tmp_path / "text.txt"), "-o", str(tmp_path / "out"), *options]
+    )
+    assert done.exit_code in (1, 2)
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fields", [{"tune": "lora", "init": "m"}, {"settings": Settings(sample_every=2)}])
+def test_what_a_divided_run_does_not_do_is_a_sentence(fields, tmp_path):
+    with pytest.raises(PararnnError, match="model that is divided"):
+        Plan(tmp_path, divided=2, **fields)
