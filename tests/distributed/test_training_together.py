@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.process.watchdog import ending_signals
-from mlx_pararnn.training import checkpoints
+from mlx_pararnn.training import checkpoints, tuning
 from mlx_pararnn.training import trainer as trainers
 from mlx_pararnn.training.reporting import read_log
 from mlx_pararnn.training.settings import Plan, Settings
@@ -187,6 +187,26 @@ class Rank:
 
     def __init__(self, rank, size):
         self.rank, self.size = lambda: rank, lambda: size
+
+
+def test_rank_0_writes_the_whole_model(tmp_path, monkeypatch):
+    """The file of a divided model is that of the whole one, in bfloat16 but for what stays exact."""
+    plan = Plan(tmp_path, settings=Settings(precision="bfloat16"))
+    told = []
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: told.append(x) or x)
+    for rank in (1, 0):
+        model = small_model()
+        model.shard(Rank(rank, 2))
+        folder = place(tmp_path, str(rank))
+        tuning.write(model, plan, folder)
+        others = iter([*told])
+        monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group, others=others: x + next(others))
+    assert [*place(tmp_path, "whole").parent.glob("1/*")] == []
+    tuning.write(small_model(), plan, tmp_path / "whole")
+    wanted, found = (mx.load(str(tmp_path / name / tuning.WEIGHTS)) for name in ("whole", "0"))
+    assert {weight.dtype for weight in wanted.values()} == {mx.bfloat16, mx.float32}
+    assert same(found, wanted)
+    assert {name: w.dtype for name, w in found.items()} == {name: w.dtype for name, w in wanted.items()}
 
 
 def test_parts_of_a_run_go_back_to_a_step_that_all_have(tmp_path, monkeypatch):

@@ -127,6 +127,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
+        self._signalled = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -142,9 +143,9 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.should_exit and number != signal.SIGHUP:  # which a closed terminal sends twice
+        if self._signalled and number != signal.SIGHUP:  # which a closed terminal sends twice
             os._exit(128 + number)
-        self.should_exit = True
+        self._signalled = self.should_exit = True
         if number == signal.SIGINT:
             self._engine.stop()
 
