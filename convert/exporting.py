@@ -339,7 +339,7 @@ def _settings(
     end = config.get("eos_token_id")
     return {
         "format": kind.format,
-        "format_version": 1,
+        "format_version": 2 if len(divided[-1]) > 1 else 1,  # a runner of 1 knows no parts
         "package": kind.name,
         "functions": [part for whole in divided for part in whole],
         "chunk": functions.get("prefill"),

@@ -50,7 +50,7 @@ def _wrong_field(settings: dict[str, Any], kind: PackageKind) -> str | None:
     precision = settings.get("precision")
     right = {
         "format": settings.get("format") == kind.format,
-        "format_version": settings.get("format_version") == 1,
+        "format_version": settings.get("format_version") == (2 if "parts" in settings else 1),
         "package": settings.get("package") == kind.name,
         "precision": precision in precisions,
         "functions": isinstance(functions, list) and functions[:1] == ["decode"],

@@ -213,7 +213,7 @@ def main() -> None:
     file = given.out / "results.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     results = [json.loads(line) for line in lines]
-    there = {(result["kind"], result["pointers"], result["seed"]) for result in results}
+    there = {(result["kind"], result["pointers"], result["seed"], result["steps"]) for result in results}
     wanted = [
         (kind, pointers, seed)
         for seed in given.seeds
@@ -222,14 +222,14 @@ def main() -> None:
         if given.pointers in ("both", "yes" if pointers else "no")
     ]
     for kind, pointers, seed in () if given.table else wanted:
-        if (kind, pointers, seed) in there:
-            continue
-        folder = given.out / f"{kind}-{'pointers' if pointers else 'alone'}-{seed}"
         steps = given.steps if pointers else ALONE * given.steps
+        if (kind, pointers, seed, steps) in there:
+            continue
+        folder = given.out / f"{kind}-{'pointers' if pointers else 'alone'}-{seed}-{steps}"
         model = train(kind, pointers, seed, folder, replace(SETTINGS, steps=steps))
         exact = {str(n): measure(model, pointers, n, COUNTS[n]) for n in LENGTHS}
-        result = {"kind": kind, "pointers": pointers, "seed": seed, "parameters": parameters(model)}
-        results.append({**result, "exact": exact})
+        result = {"kind": kind, "pointers": pointers, "seed": seed, "steps": steps}
+        results.append({**result, "parameters": parameters(model), "exact": exact})
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(results[-1]) + "\n")
         print(json.dumps(results[-1]), flush=True)

@@ -86,13 +86,17 @@ class PlainTokenizer:
     def _has_bytes_alone(self) -> bool:
         """Whether a token is a byte or an added one, and what stands around a character does not matter."""
         backend, model = self.backend_tokenizer, self.backend_tokenizer.model
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         if not (
-            isinstance(model, models.BPE) and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+            isinstance(model, models.BPE)
+            and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+            and backend.get_vocab_size(with_added_tokens=False)
+            == len(alphabet)  # not asked for 150,000 names
         ):
             return False
         parts = backend.normalizer, backend.post_processor, backend.truncation, backend.padding
         return (
-            backend.get_vocab(with_added_tokens=False).keys() == set(pre_tokenizers.ByteLevel.alphabet())
+            backend.get_vocab(with_added_tokens=False).keys() == alphabet
             and not any((*parts, model.continuing_subword_prefix, model.end_of_word_suffix))
             and not backend.pre_tokenizer.add_prefix_space
             and not any(token.lstrip or token.rstrip or token.single_word for token in self._added())
