@@ -92,8 +92,9 @@ public struct PackageSettings: Sendable, Equatable {
       if !holds { throw ParaRNNError.unreadableSettings(reason: what) }
     }
     try require(
-      ["pararnn-coreml", "pararnn-coreai"].contains(raw.format) && raw.format_version == 1,
-      "its format is \(raw.format) \(raw.format_version), this library reads pararnn-coreml 1 and pararnn-coreai 1"
+      ["pararnn-coreml", "pararnn-coreai"].contains(raw.format)
+        && raw.format_version == (raw.parts == nil ? 1 : 2),
+      "its format is \(raw.format) \(raw.format_version), this library reads pararnn-coreml 1 and 2 and pararnn-coreai 1"
     )
     let isCoreML = raw.format == "pararnn-coreml"
     try require(["graph", "io"].contains(raw.state), "its state is \(raw.state)")

@@ -33,7 +33,7 @@
     private var prefills: [Int: [ModelFunction]] = [:]
     private var loadingPrefills: Task<Void, Never>?
     private let loadFunction: @Sendable (String) async -> ModelLoader.Loaded?
-    /// So many tokens at once, and more, are not tried on this device: a process ended while a function that reads them
+    /// So many tokens at once, and more, are not tried on this device: two processes ended while a function that reads them
     /// was loaded or measured for the first time, as a crash inside Core ML ends one. nil if that has not happened.
     ///
     /// It is so until the package, the system's build or the device is another, or ``tryPrefillAgain()`` is called.
@@ -179,7 +179,7 @@
 
     private func endLoadingPrefills() { loadingPrefills = nil }
 
-    /// Load and measure what ended a process, as ``failedPrefill`` tells, once more.
+    /// Load and measure what ended two processes, as ``failedPrefill`` tells, once more.
     public func tryPrefillAgain() {
       keptSpeeds.forgetFailure()
       failedPrefill = nil

@@ -75,7 +75,7 @@ import Testing
     #expect(both.prefills.map(\.functions) == [["prefill"], ["prefill_16"]])
     #expect(both.prefills.map(\.count) == [64, 16])
     let divided = try self.settings([
-      "functions": ["decode", "prefill_part_1", "prefill_part_2"], "parts": 2,
+      "functions": ["decode", "prefill_part_1", "prefill_part_2"], "parts": 2, "format_version": 2,
     ])
     #expect(divided.prefills.map(\.functions) == [["prefill_part_1", "prefill_part_2"]])
     #expect(settings.endTokens == [2, 3] && settings.positions == 100 && settings.cell == "lstm")
@@ -96,7 +96,8 @@ import Testing
       ["layout": "other"], ["layout": "ane", "state": "graph"],
       ["chunks": ["prefill": 64, "prefill_16": 16]], ["chunks": ["prefill": 16]], ["chunks": [String: Int]()],
       ["functions": ["decode", "prefill", "prefill_16"], "chunks": ["prefill": 64, "prefill_16": 0]],
-      ["parts": 0], ["parts": 2], ["parts": Int.max], ["parts": "two"],
+      ["parts": 0, "format_version": 2], ["parts": 2, "format_version": 2], ["parts": 1],
+      ["parts": Int.max, "format_version": 2], ["parts": "two", "format_version": 2],
       ["functions": ["decode"]], ["chunk": 0], ["vocab_size": 0], ["vocab_size": "many"],
       ["states": [JSON]()],
       ["max_position_embeddings": 0], ["output": "text"],

@@ -184,13 +184,16 @@
       #expect(kept("iPhone17,1").read() == speeds)
       #expect(kept("iPhone18,1").read().isEmpty)
       kept("iPhone18,1").end()
-      #expect(FileManager.default.fileExists(atPath: kept("iPhone17,1").file("begun").path))
+      let note = kept("iPhone17,1").file("\(getpid()).begun").path
+      #expect(FileManager.default.fileExists(atPath: note))
       kept("iPhone17,1").end()
     }
 
-    /// What a process that ended in the middle leaves: the number of tokens, and its own, which is free again.
-    func leave(_ count: Int, in folder: FakeFolder, of name: String) throws {
-      try folder.folder.write("\(count) \(Int32.max)", to: "cache/\(name)")
+    /// What a process that ended in the middle leaves: a file of its number, which is free again, and no speeds.
+    func leave(_ text: String, by process: String = "\(Int32.max)", in folder: FakeFolder) throws {
+      let name = try #require(try files(folder, "json").first)
+      try FileManager.default.removeItem(at: folder.cache.appendingPathComponent(name))
+      try folder.folder.write(text, to: "cache/\(name.replacingOccurrences(of: "json", with: process)).begun")
     }
 
     @Test func onePrefillEndsTheProcess() async throws {
@@ -228,10 +231,12 @@
         #expect(!all.contains("call prefill: ") && !all.contains("call prefill_3: "))
         #expect(try files(folder, "begun") == [])
         #expect(try files(folder, "failed") == [])
-        // As if it had ended there.
-        let name = try #require(try files(folder, "json").first)
-        try FileManager.default.removeItem(at: folder.cache.appendingPathComponent(name))
-        try leave(ended, in: folder, of: name.replacingOccurrences(of: ".json", with: ".begun"))
+        // As if it had ended there: once may be its user's doing.
+        try leave("\(ended)", in: folder)
+        let once = try await load(fake, in: folder, clock: fake.clock)
+        #expect(await once.failedPrefill == nil)
+        #expect(try await read(once, fake, 28) == parts(28, [8, 3]))
+        try leave("\(ended)", in: folder)
         for _ in 0..<2 {
           let loaded = Loaded()
           let before = fake.calls.all.count
@@ -256,14 +261,35 @@
 
     /// Another model of this process, or another process, may be trying it right now; and a note may be damaged.
     @Test func whatIsNoFailure() async throws {
-      for left in ["8 \(getpid())", "8 1", "8", "x 7", "", "8 \(Int32.max) 3"] {
+      let left = [
+        ("8", "\(getpid())"), ("8", "1"), ("x", "\(Int32.max)"), ("", "\(Int32.max)"),
+        ("8 x", "\(Int32.max)"),
+      ]
+      for (text, process) in left {
         let folder = try FakeFolder()
         let fake = ascii(HashModel(chunk: 8, small: 3))
         _ = try await load(fake, in: folder, clock: fake.clock)
-        let name = try #require(try files(folder, "json").first)
-        try folder.folder.write(left, to: "cache/\(name.replacingOccurrences(of: ".json", with: ".begun"))")
+        for _ in 0..<2 {
+          try leave(text, by: process, in: folder)
+          let model = try await load(fake, in: folder, clock: fake.clock)
+          #expect(await model.failedPrefill == nil, "\(text) \(process)")
+        }
+      }
+    }
+
+    /// A number may be that of another process by now, as after the device has started anew.
+    @Test func aNumberThatIsAnothersByNow() async throws {
+      let folder = try FakeFolder()
+      let fake = ascii(HashModel(chunk: 8, small: 3))
+      _ = try await load(fake, in: folder, clock: fake.clock)
+      for expected in [nil, 8] {
+        try leave("8", by: "1", in: folder)
+        let note = try #require(try files(folder, "begun").first)
+        try FileManager.default.setAttributes(
+          [.modificationDate: Date(timeIntervalSinceNow: -3600)],
+          ofItemAtPath: folder.cache.appendingPathComponent(note).path)
         let model = try await load(fake, in: folder, clock: fake.clock)
-        #expect(await model.failedPrefill == nil, "\(left)")
+        #expect(await model.failedPrefill == expected)
       }
     }
   }

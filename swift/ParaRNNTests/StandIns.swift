@@ -93,6 +93,7 @@
       }
       if parts > 1 {
         settings["parts"] = parts
+        settings["format_version"] = 2
         settings["functions"] = (settings["functions"] as! [String]).flatMap { name in
           name == "decode" ? [name] : (1...parts).map { "\(name)_part_\($0)" }
         }

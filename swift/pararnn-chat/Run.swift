@@ -15,7 +15,8 @@
       say("The model cannot be loaded for --units \(arguments.units): it runs on \(used).")
     }
     if let count = await model.failedPrefill {
-      say("Reading \(count) tokens at once ended a process on this device: prompts are read by fewer.")
+      say(
+        "Reading \(count) tokens at once has ended two processes on this device: prompts are read by fewer.")
     }
     if model.usesTools { return try await runWithTools(model, arguments) }
     if let prompt = arguments.prompt {

@@ -29,6 +29,8 @@
     private struct Branch {
       let chat: ParaRNNChat
       var messages: [ChatMessage]
+      /// As which it was kept last.
+      var bytes: Data?
       /// What tools were used for, by the message's place.
       var toolLines: [Int: String] = [:]
     }
@@ -79,7 +81,8 @@
             restored = []  // of another model, as the others
             break
           }
-          restored.append(Branch(chat: chat, messages: await chat.messages, toolLines: lines))
+          restored.append(
+            Branch(chat: chat, messages: await chat.messages, bytes: data, toolLines: lines))
         }
         if restored.isEmpty {
           restored = [Branch(chat: model.chat(format: format, functions: functions), messages: [])]
@@ -200,7 +203,7 @@
     }
 
     /// Stop an answer, since an app in the background has no GPU, and give all branches as bytes. Of one that cannot be
-    /// saved ``status`` tells; the others are given.
+    /// saved ``status`` tells, and it is given as it was kept last, if it was; the others are given in any case.
     ///
     /// - Parameter saving: in the place of `save()`, for tests.
     func leave(saving: ((ParaRNNChat) async throws -> Data)? = nil) async -> Data? {
@@ -208,16 +211,21 @@
       await answered()
       var kept = Kept()
       lost = []
-      for (place, branch) in branches.enumerated() {
+      for place in branches.indices {
+        let chat = branches[place].chat
         do {
-          let data: Data
-          if let saving { data = try await saving(branch.chat) } else { data = try await branch.chat.save() }
-          if place == shown { kept.shown = kept.chats.count }
-          kept.chats.append(data)
-          kept.toolLines.append(branch.toolLines)
+          if let saving {
+            branches[place].bytes = try await saving(chat)
+          } else {
+            branches[place].bytes = try await chat.save()
+          }
         } catch {
           lost.append("Branch \(place + 1) could not be kept: \(error.localizedDescription)")
         }
+        guard let bytes = branches[place].bytes else { continue }
+        if place == shown { kept.shown = kept.chats.count }
+        kept.chats.append(bytes)
+        kept.toolLines.append(branches[place].toolLines)
       }
       if !lost.isEmpty { status = lost.joined(separator: ", ") }
       return kept.chats.isEmpty ? nil : try? PropertyListEncoder().encode(kept)

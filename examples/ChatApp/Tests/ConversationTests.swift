@@ -91,28 +91,20 @@
 
     /// One that cannot be saved takes none of the others with it, whichever is shown.
     @Test func whatCanBeSavedIsKept() async throws {
-      try await open(ab) { conversation, folder in
-        await ask(conversation, "ab")
-        await conversation.branch()
-        await ask(conversation, "b")
-        await conversation.branch()
-        for (broken, shown, expected) in [(0, 1, 0), (1, 1, 0), (2, 1, 1), (1, 2, 1)] {
+      for (broken, shown, expected) in [(0, 1, 0), (1, 1, 0), (2, 1, 1), (1, 2, 1)] {
+        try await threeBranches { conversation, folder in
           conversation.show(branch: shown)
           let said = conversation.messages
-          var place = -1
-          let saved = await conversation.leave { chat in
-            place += 1
-            if place == broken { throw ParaRNNError.busy }
-            return try await chat.save()
-          }
+          let bytes = try #require(await leave(conversation, broken))
           let sentence = "Branch \(broken + 1) could not be kept: \(ParaRNNError.busy.localizedDescription)"
           #expect(conversation.status == sentence)
           let other = Conversation()
-          let bytes = try #require(saved)
           #expect(await other.load(folder.package, units: .cpu, saved: bytes))
           #expect(other.branchCount == 2 && other.shown == expected)
           if broken != shown { #expect(other.messages == said) }
         }
+      }
+      try await threeBranches { conversation, folder in
         // As when other compute units are chosen: what loading tells does not hide it.
         let none = await conversation.leave { _ in throw ParaRNNError.busy }
         #expect(none == nil)
@@ -120,6 +112,47 @@
         #expect(conversation.status.contains("Branch 3 could not be kept"))
         let whole = await conversation.leave()
         #expect(whole != nil)
+      }
+    }
+
+    /// One that was kept before stays as it was then.
+    @Test func whatWasKeptBeforeIsKept() async throws {
+      try await threeBranches { conversation, folder in
+        let whole = try #require(await conversation.leave())
+        conversation.show(branch: 1)
+        let before = conversation.messages
+        for loaded in [false, true] {
+          if loaded {
+            #expect(await conversation.load(folder.package, units: .cpu, saved: whole))
+            conversation.show(branch: 1)
+          }
+          await ask(conversation, "a")
+          let bytes = try #require(await leave(conversation, 1))
+          #expect(conversation.status.hasPrefix("Branch 2 could not be kept"))
+          let other = Conversation()
+          #expect(await other.load(folder.package, units: .cpu, saved: bytes))
+          #expect(other.branchCount == 3 && other.shown == 1 && other.messages == before)
+        }
+      }
+    }
+
+    private func threeBranches(_ body: (Conversation, FakeFolder) async throws -> Void) async throws {
+      try await open(ab) { conversation, folder in
+        await ask(conversation, "ab")
+        await conversation.branch()
+        await ask(conversation, "b")
+        await conversation.branch()
+        try await body(conversation, folder)
+      }
+    }
+
+    /// Where the branch at this place cannot be saved.
+    private func leave(_ conversation: Conversation, _ broken: Int) async -> Data? {
+      var place = -1
+      return await conversation.leave { chat in
+        place += 1
+        if place == broken { throw ParaRNNError.busy }
+        return try await chat.save()
       }
     }
 
