@@ -90,7 +90,9 @@ class PararnnModel(nn.Module):
         )
         decoded = None
         if choice.one_call:
-            modules = [self["norm"], self["embed_tokens"], *self["layers"], *([] if head is None else [head])]
+            positions = [self["embed_positions"]] if "embed_positions" in self else []
+            modules = [self["norm"], self["embed_tokens"], *self["layers"], *positions]
+            modules += [] if head is None else [head]
             decoded = cpu_token.decode(
                 modules,
                 partial(self.token_weights, head),

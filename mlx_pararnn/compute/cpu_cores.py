@@ -85,7 +85,8 @@ class Team:
         elif self._calls == self.CALLS:
             self._mean = self._seconds / self.CALLS
             if trial:
-                self._usual, self._pause = self._now, self.SOON
+                self._usual, self._limit = self._now, 1.5 * self._mean
+                self._left = self._pause = self.SOON
             else:
                 self._left -= self.CALLS
                 if self._left <= 0 or self._mean > self._limit:

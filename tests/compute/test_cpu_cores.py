@@ -68,6 +68,12 @@ def test_a_team_is_as_large_as_is_fast():
     def now_and_then(threads, number):
         return 1 + 40 * (threads > 1 and number % 5 == 0)  # slower on average
 
+    def crowded(threads, number):
+        return 5 + threads
+
+    def slower(threads, number):
+        return 1 / threads + 1.1 * (threads > 2)
+
     assert usual(cpu_cores.Team(), 1, idle, 300) == (1, 1)
     assert usual(cpu_cores.Team(), 2, idle, 300) == (2, pytest.approx(1, abs=0.05))
     assert usual(cpu_cores.Team(), 8, busy, 2000) == (2, pytest.approx(1, abs=0.4))
@@ -76,6 +82,10 @@ def test_a_team_is_as_large_as_is_fast():
     assert usual(team, 8, busy, 2000) == (2, pytest.approx(1, abs=0.4))
     assert usual(team, 8, idle, 2000)[0] == 8  # found by a trial: the calls themselves are no slower
     assert usual(team, 8, now_and_then, 2000)[0] == 1
+    team = cpu_cores.Team()
+    assert usual(team, 8, crowded, 5000)[0] == 1
+    assert usual(team, 8, idle, 1200)[0] == 8
+    assert usual(team, 8, slower, 300)[0] == 2  # at once: slower than what all took, if not than one alone
     assert usual(team, 3, busy, 2000)[0] == 2  # halves are rounded up
 
 

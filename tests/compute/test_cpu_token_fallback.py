@@ -343,6 +343,7 @@ def test_modules_and_numbers_that_are_changed_in_place_are_read_anew(calls):
         lambda: made.model.update({"embed_tokens": nn.Embedding(37, 72)}),
         lambda: made.update({"lm_head": nn.Linear(72, 37, bias=False)}),
         lambda: made.layers.pop(),
+        lambda: made.model.__setattr__("embed_positions", nn.Embedding(9, 72)),
     ):
         before = numbers(by_token(made, TOKENS))
         change()
