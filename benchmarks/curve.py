@@ -12,6 +12,7 @@ results/curve-*.md and curve-*.svg (not with --quick, which tries that all run).
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -159,6 +160,8 @@ def child(args):
         train_torch(settings, pieces, held_out, tell)
     else:
         train_mlx(args.child, settings, pieces, held_out, tell)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps(kilobytes / (1000 if sys.platform == "linux" else 10**6)))  # bytes on a Mac
 
 
 def at(points, seconds):
@@ -184,7 +187,7 @@ def main():
     if args.child:
         child(args)
         return
-    curves = {}
+    curves, megabytes = {}, {}
     for who in args.only.split(","):
         if who not in ALL:
             parser.error(f"there is no {who!r}; choose from {', '.join(ALL)}")
@@ -193,7 +196,7 @@ def main():
             continue
         command = [sys.executable, __file__, *sys.argv[1:], "--child", who]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        curves[who] = [json.loads(line) for line in done.stdout.splitlines()]
+        *curves[who], megabytes[who] = map(json.loads, done.stdout.splitlines())
     if not curves:
         parser.error("none of these models can be trained here: pip install pararnn-torch")
     shortest = min(points[-1][1] for points in curves.values())
@@ -204,6 +207,7 @@ def main():
             f"{points[-1][2]:.3f}",
             f"{points[-1][1] / 60:.1f}",
             f"{at(points, shortest):.3f}",
+            f"{megabytes[who]:,.0f}",
         )
         for who, points in curves.items()
     ]
@@ -214,6 +218,7 @@ def main():
         f"loss after {tokens:,} tokens",
         "its minutes",
         f"loss after {shortest / 60:.1f} minutes",
+        "peak MB of the process",
     ]
     print(*table(header, rows), sep="\n")
     if args.quick:
