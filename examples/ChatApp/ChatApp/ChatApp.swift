@@ -66,7 +66,10 @@ struct ChatView: View {
       .labelStyle(.iconOnly)
       .padding([.horizontal, .bottom])
     }
-    .task { await loadRemembered() }
+    .task {
+      conversation.take(heat)  // of what was so before the app began nothing tells
+      await loadRemembered()
+    }
     .task { await conversation.watch(ring: ring) }
     .onChange(of: units) { Task { await loadRemembered() } }
     .onChange(of: phase) {
