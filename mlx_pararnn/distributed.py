@@ -89,6 +89,29 @@ def all_numbers(group: Group, own: int) -> list[int]:
     return cast(list[int], numbers.tolist())
 
 
+def all_lists(group: Group, own: list[int]) -> list[list[int]]:
+    """The numbers of each rank, none of them negative, on all of them."""
+    most = max(all_numbers(group, len(own)))
+    if not most:
+        return [[] for _ in range(group.size())]
+    padded = mx.array([own + [-1] * (most - len(own))], mx.int64)
+    lists = cast(list[list[int]], mx.distributed.all_gather(padded, group=group).tolist())
+    return [[number for number in numbers if number >= 0] for numbers in lists]
+
+
+def meet(group: Group, number: int, problem: str | None = None) -> None:
+    """Go on once all have come here, with the same number, which is not 0, and without a problem.
+
+    Raises:
+        PararnnError: the own problem; or another process has one, or has ended.
+    """
+    numbers = all_numbers(group, number if problem is None else 0)
+    if problem is not None:
+        raise PararnnError(problem)
+    if any(other != number for other in numbers):  # MLX may give anything where one has ended
+        raise PararnnError(LOST)
+
+
 def rank_0_samples(
     group: Group | None, sampler: Callable[[mx.array], mx.array]
 ) -> Callable[[mx.array], mx.array]:

@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def save(
         ) from error
     written()
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"{old:08d}", ignore_errors=True)
+        with suppress(OSError):
+            delete(folder, old)
     return place
 
 
@@ -71,11 +73,41 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, mx.array], di
     found = steps(folder)
     if not found:
         return None
-    place = folder / f"{found[-1] if step is None else step:08d}"
-    try:
+    step = found[-1] if step is None else step
+    place = folder / f"{step:08d}"
+    with _explained_reading(place):
         arrays = mx.load(str(place / _ARRAYS))
         mx.eval(arrays)
-        return arrays, json.loads((place / _STATE).read_text(encoding="utf-8"))  # type: ignore[return-value]
+    return arrays, state_of(folder, step)  # type: ignore[return-value]
+
+
+def state_of(folder: Path, step: int) -> dict[str, Any]:
+    """What the checkpoint of `step` holds beside its arrays.
+
+    Raises:
+        PararnnError: it cannot be read.
+    """
+    place = folder / f"{step:08d}"
+    with _explained_reading(place):
+        return json.loads((place / _STATE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def delete(folder: Path, step: int) -> None:
+    """The checkpoint of `step` is there no more; whenever the machine stops, it is not there in part.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    partial = folder / f"{step:08d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    (folder / f"{step:08d}").rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _explained_reading(place: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         raise PararnnError(
             f"{place} cannot be read ({' '.join(str(error).split())}); delete that folder, and --resume "

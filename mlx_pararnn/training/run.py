@@ -1,6 +1,6 @@
 """A training run in a folder: started, resumed, and at any time a model folder that `load` reads.
 
-OUT/run.json            what the run was started with; what makes the folder a run
+OUT/run.json            what the run was started with, and its id; what makes the folder a run
 OUT/checkpoints/N/      what resumes it bit for bit (checkpoints.py)
 OUT/log.jsonl, loss.png the losses
 OUT/initial_state.safetensors   of `--tune state`; OUT/adapters.safetensors, adapter_config.json of adapters
@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -60,7 +61,12 @@ class Run:
     """A run that can be carried out, once: see `start`, `resume` and, on the other ranks, `follow`."""
 
     def __init__(
-        self, out: Path, plan: Plan, report: Report | None = None, group: Group | None = None
+        self,
+        out: Path,
+        plan: Plan,
+        report: Report | None = None,
+        group: Group | None = None,
+        run_id: str | None = None,
     ) -> None:
         self.out, self.plan, self.group = out, plan, group
         if plan.divided > 1 and (group is None or group.size() != plan.divided):
@@ -115,6 +121,7 @@ class Run:
             sample=self._sample,
             after_checkpoint=self._write_model,
             group=group,
+            run_id=run_id,
         )
 
     def run(self) -> Outcome:
@@ -128,7 +135,8 @@ class Run:
             if find_spec("matplotlib") is None:
                 logger.info("no plot of the losses: it needs pip install 'mlx-pararnn[plot]'")
             if self.group is not None:
-                share(self.group, [self.plan.to_json(), dataclasses.asdict(self.model.args)])
+                described = [self.plan.to_json(), dataclasses.asdict(self.model.args), self.trainer.run_id]
+                share(self.group, described)
             self.trainer.resume()
             if self.group is not None and self.divided is None:
                 share_arrays(self.group, dict(named_arrays(self.model.parameters())))
@@ -193,7 +201,7 @@ def follow(group: Group, out: Path) -> Trainer:
 
     Of a divided model each keeps checkpoints of its part, and reads its part of the model to begin with.
     """
-    described, config = share(group)
+    described, config, run_id = share(group)
     plan, args = Plan.from_json(described), ModelArgs.from_dict(config)
     if plan.divided > 1:
         model = _model(args, plan, group)
@@ -203,7 +211,9 @@ def follow(group: Group, out: Path) -> Trainer:
                 tuning.write(model, plan, out)
 
         folder = _part_of(out, group)
-        trainer = Trainer(model, (), plan.settings, folder=folder, after_checkpoint=write_model, group=group)
+        trainer = Trainer(
+            model, (), plan.settings, folder=folder, after_checkpoint=write_model, group=group, run_id=run_id
+        )
         trainer.resume()
         return trainer
     model = Model(args)
@@ -235,8 +245,10 @@ def start(out: Path, plan: Plan, report: Report | None = None, group: Group | No
     check_reporters(plan.report_to)
     with whole_or_nothing(out, False, plan.data, 0) as partial:
         _write_description(partial, plan)
-        run = Run(partial, plan, report, group)
-        written = {"format": "mlx-pararnn run", "version": 1, "digest": run.digest, **plan.to_json()}
+        run_id = secrets.token_hex(8)
+        run = Run(partial, plan, report, group, run_id)
+        written = {"format": "mlx-pararnn run", "version": 1, "digest": run.digest, "id": run_id}
+        written |= plan.to_json()
         (partial / RUN).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     run.out = out
     run.trainer.folder = run._checkpoints()
@@ -271,7 +283,7 @@ def resume(
         ) from None
     if not isinstance(values, dict) or values.pop("format", None) != "mlx-pararnn run":
         raise PararnnError(f"{out / RUN}: is not the description of a training run")
-    digest, _ = values.pop("digest", None), values.pop("version", None)
+    digest, run_id, _ = (values.pop(name, None) for name in ("digest", "id", "version"))
     fixed = sorted(set(changes or {}) - CHANGEABLE)
     if fixed:
         raise PararnnError(
@@ -284,7 +296,7 @@ def resume(
         raise PararnnError(f"{out / RUN}: is not the description of a training run ({error})") from error
     if at is not None:
         plan = dataclasses.replace(plan, data=at)
-    run = Run(out, plan, report, group)
+    run = Run(out, plan, report, group, run_id)
     if run.digest != digest:
         raise PararnnError(
             f"{plan.data}: holds other tokens than when the run was started; put the data back as it was, or "

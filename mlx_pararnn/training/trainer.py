@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..compute.layer_ops import cross_entropy
-from ..distributed import Group, all_numbers, any_rank, share, share_arrays
+from ..distributed import Group, all_lists, meet, share, share_arrays
 from ..errors import PararnnError
 from . import checkpoints
 from .batches import Batch, Resumable, arrays_of, batches_from, shared, targets
@@ -71,6 +71,7 @@ class Trainer:
             written: on the other ranks give `batches` as () and none of folder, held_out, report, sample.
             Where the model is divided among them (`Model.shard`) each has all rows, and checkpoints of its
             own part in a `folder` of its own; batches, held_out and report are rank 0's, and none samples.
+        run_id: what tells the checkpoints of this run from another's, where the model is divided.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Trainer:
         losses: Losses | None = None,
         compiled: bool | None = None,
         group: Group | None = None,
+        run_id: str | None = None,
     ) -> None:
-        self.group = group
+        self.group, self.run_id = group, run_id
         self._parts = model.part.parts if getattr(model, "group", None) is not None else None
         # which of the rows, of how many shares
         shared_rows = group is not None and self._parts is None
@@ -117,6 +119,7 @@ class Trainer:
         self._since_report = {"loss": 0.0, "tokens": 0, "steps": 0, "norm": 0.0}
         self.loss: float | None = None
         self.valid_loss: float | None = None
+        self._saved = 0  # the step of the newest checkpoint
 
         self._gradient = mx.value_and_grad(self._objective)
         self._apply: Callable[..., Any] = mx.compile(self._updated)
@@ -130,27 +133,45 @@ class Trainer:
     def resume(self) -> bool:
         """Continue from the newest checkpoint, bit for bit; False where there is none.
 
+        Of a divided model it is the newest that all processes have, and all have to call this.
+
         Raises:
-            PararnnError: it cannot be read or is of another model.
+            PararnnError: it cannot be read or is of another model or run, or a process lacks its part.
         """
-        step = None if self._parts is None else self._common_step()
-        found = checkpoints.load(self.folder, step) if self.folder is not None and step != 0 else None
+        if self.folder is None:
+            return False
+        step = None
+        if self._parts is not None and (step := self._go_back_together(self.folder)) == 0:
+            return False
+        found = checkpoints.load(self.folder, step)
         if found is None:
             return False
         self._restore(*found)
         return True
 
-    def _common_step(self) -> int:
-        """The newest step of which all processes have a checkpoint; 0 for none."""
-        assert self.folder is not None
-        assert self.group is not None
-        own = checkpoints.steps(self.folder)
-        step = min(all_numbers(self.group, own[-1] if own else 0))
-        if step not in own[-2:] and (step or len(own) > 1):  # the first may be there on some alone
-            raise PararnnError(
-                f"{self.folder}: has no checkpoint of step {step}, the newest of another process; put back "
-                "the checkpoints of each, or start a new run"
+    def _go_back_together(self, folder: Path) -> int:
+        """The newest step of which all processes have a checkpoint, 0 for none; newer ones are deleted.
+
+        So that what they have is the same again: each deletes its older ones by the number that is left.
+        """
+        states = {step: checkpoints.state_of(folder, step) for step in checkpoints.steps(folder)}
+        everyones = [set(steps) for steps in all_lists(self.model.group, [*states])]
+        step = max(set.intersection(*everyones), default=0)
+        newer = [each for each in states if each > step]
+        problem = None
+        if any(state.get("run") != self.run_id for state in states.values()):
+            problem = (
+                f"{folder}: holds checkpoints of another run; delete that folder and continue with --resume, "
+                "or choose another OUT"
             )
+        elif not step and any(states[each].get("previous") for each in newer):  # the first is on some alone
+            problem = (
+                f"{folder}: has no checkpoint of a step of which all processes have one; put back the "
+                "checkpoints of each, or start a new run"
+            )
+        meet(self.model.group, step + 1, problem)
+        for each in newer:
+            checkpoints.delete(folder, each)
         return step
 
     def _restore(self, arrays: Weights, state: dict[str, Any]) -> None:
@@ -178,6 +199,7 @@ class Trainer:
         self._states = _restore_states(kinds["carried"], state["parts"])
         mx.random.seed(state["random"])
         self.step, self.tokens = state["step"], state["tokens"]
+        self._saved = self.step
         self._since_report, self.loss = state["since_report"], state["loss"]
         self.valid_loss = state["valid_loss"]
 
@@ -236,13 +258,14 @@ class Trainer:
             return
         keep, settle = self.settings.keep, self._all_have_written
         place = checkpoints.save(self.folder, self.step, *self._snapshot(states), keep, settle)
+        self._saved = self.step
         self._after_checkpoint()
         self._report({"step": self.step, "checkpoint": place.name})
 
     def _all_have_written(self) -> None:
         """Where each process has a part: so that all can go back to one step, whenever they end."""
-        if self._parts is not None and self.group is not None:
-            any_rank(self.group, False)
+        if self._parts is not None:
+            meet(self.model.group, self.step + 1)
 
     def _snapshot(self, states: list[list[State]] | None) -> tuple[Weights, dict[str, Any]]:
         """A checkpoint's arrays and the rest of it."""
@@ -258,6 +281,8 @@ class Trainer:
             "since_report": self._since_report,
             "parts": None if states is None else [len(part) for part in states],
             "step": self.step,
+            "previous": self._saved,
+            "run": self.run_id,
         }
 
     def _joint_states(self) -> list[list[State]] | None:

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +19,6 @@ from mlx_pararnn.cli.app import app
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.process.watchdog import ending_signals
 from mlx_pararnn.training import checkpoints, tuning
-from mlx_pararnn.training import trainer as trainers
 from mlx_pararnn.training.reporting import read_log
 from mlx_pararnn.training.settings import Plan, Settings
 from tests.support.ranks import PATIENCE, port_and_next, ranks, run_ranks, said
@@ -209,28 +210,130 @@ def test_rank_0_writes_the_whole_model(tmp_path, monkeypatch):
     assert {name: w.dtype for name, w in found.items()} == {name: w.dtype for name, w in wanted.items()}
 
 
-def test_parts_of_a_run_go_back_to_a_step_that_all_have(tmp_path, monkeypatch):
-    """One that was killed while the others wrote has a checkpoint less; one whose folder is gone has none."""
+class Machines:
+    """The ranks of a divided model in one process, of which each has its own thread and checkpoints."""
+
+    def __init__(self, folder, monkeypatch, count=2):
+        self.folders = [folder / str(rank) for rank in range(count)]
+        self.ranks = [Rank(rank, count) for rank in range(count)]
+        self.told, self.barrier = [None] * count, threading.Barrier(count)
+        monkeypatch.setattr(mx.distributed, "all_gather", self.gather)
+
+    def gather(self, own, group):
+        self.told[group.rank()] = own
+        self.barrier.wait(PATIENCE)
+        everyones = mx.concatenate([*self.told])
+        self.barrier.wait(PATIENCE)
+        return everyones
+
+    def save(self, rank, step, previous, run_id="ours", keep=2):
+        """As `rank` saves alone; what it deletes does not wait for the others."""
+        state = {"previous": previous, "run": run_id}
+        checkpoints.save(self.folders[rank], step, {"a": mx.zeros(1)}, state, keep)
+
+    def steps(self):
+        return [*map(checkpoints.steps, self.folders)]
+
+    def resumed(self, run_id="ours"):
+        """The step at which each goes on, 0 for the beginning, or what it says instead."""
+
+        def resume(group):
+            model = small_model()
+            model.shard(group)
+            made = trainer(model=model, folder=self.folders[group.rank()], group=group, run_id=run_id)
+            made._restore = lambda arrays, state: setattr(made, "step", state["step"])
+            try:
+                assert made.resume() == bool(made.step)
+            except PararnnError as error:
+                return str(error)
+            return made.step
+
+        with ThreadPoolExecutor(len(self.ranks)) as threads:
+            return [*threads.map(resume, self.ranks)]
+
+
+# Of each rank its checkpoints; where all go on, and what each has then.
+WENT_BACK = {
+    "all wrote": (([2, 4], [2, 4]), 4, [2, 4]),
+    "one was killed while the others wrote": (([10, 20], [10]), 10, [10]),
+    "one has deleted and the other has not": (([15, 20], [10, 15, 20]), 20, None),
+    "what was left of a run that went back": (([15, 20], [10, 15, 18]), 15, None),
+    "one folder was put back": (([5, 15], [15, 20, 25]), 15, None),
+    "the first is on one alone": (([2], []), 0, []),
+    "a new run": (([], []), 0, []),
+}
+
+
+@pytest.mark.parametrize("case", WENT_BACK)
+def test_parts_of_a_run_go_back_to_a_step_that_all_have(case, tmp_path, monkeypatch):
+    machines = Machines(tmp_path, monkeypatch)
+    had, step, left = WENT_BACK[case]
+    for rank, steps in enumerate(had):
+        for previous, each in zip([0, *steps], steps, strict=False):
+            machines.save(rank, each, previous, keep=9)
+    assert machines.resumed() == [step, step]
+    assert all(max(steps, default=0) == step for steps in machines.steps())
+    assert left is None or machines.steps() == [left, left]
+    assert not [*tmp_path.glob("*/*.partial")]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_went_back_can_go_back_again(keep, tmp_path, monkeypatch):
+    """Saved at 10, killed between two files of 20, stopped at 13, and killed again while 18 is saved."""
+    machines = Machines(tmp_path, monkeypatch)
+    machines.save(0, 10, 0, keep=keep)
+    machines.save(1, 10, 0, keep=keep)
+    machines.save(0, 20, 10, keep=9)  # rank 0 waits for the other before it deletes
+    assert machines.resumed() == [10, 10]
+    machines.save(0, 13, 10, keep=keep)
+    machines.save(1, 13, 10, keep=keep)
+    assert machines.resumed() == [13, 13]
+    machines.save(1, 18, 13, keep=9)
+    assert machines.resumed() == [13, 13]
+    assert machines.steps() == [[10, 13][-keep:]] * 2
+
+
+def test_parts_that_do_not_go_together_are_a_sentence_and_stay(tmp_path, monkeypatch):
+    lost = "connection to another process was lost"
+    for number, (had, words) in enumerate(
+        (
+            (([(2, "ours"), (4, "ours")], []), ("put back the checkpoints of each", lost)),
+            (([(4, "ours"), (6, "ours")], [(2, "ours")]), ("put back the checkpoints of each", lost)),
+            (([], [(10, "another's")]), (lost, "holds checkpoints of another run")),
+            (([(10, "ours")], [(10, "another's")]), (lost, "holds checkpoints of another run")),
+        )
+    ):
+        machines = Machines(place(tmp_path, str(number)), monkeypatch)
+        for rank, checkpoints_of_it in enumerate(had):
+            previous = 0
+            for step, run_id in checkpoints_of_it:
+                machines.save(rank, step, previous, run_id)
+                previous = step
+        before = machines.steps()
+        for said_by_it, wanted in zip(machines.resumed(), words, strict=True):
+            assert wanted in said_by_it
+        assert machines.steps() == before
+
+
+def test_a_divided_model_without_a_folder_has_nothing_to_resume():
     model = small_model()
     model.shard(Rank(0, 2))
-    made = trainer(model=model, folder=tmp_path, group=Rank(0, 2))
-    asked = []
-    monkeypatch.setattr(checkpoints, "load", lambda folder, step: asked.append(step))
+    assert not trainer(model=model).resume()
 
-    def resumed(own, others):
-        monkeypatch.setattr(checkpoints, "steps", lambda folder: own)
-        monkeypatch.setattr(trainers, "all_numbers", lambda group, newest: [newest, others])
-        asked.clear()
-        assert not made.resume()
-        return asked
 
-    assert resumed([2, 4], 4) == [4]
-    assert resumed([2, 4], 2) == [2]
-    assert resumed([2], 4) == [2]
-    assert resumed([2], 0) == resumed([], 0) == []
-    for own, others in (([4, 6], 2), ([2, 4], 0)):
-        with pytest.raises(PararnnError, match=f"no checkpoint of step {others}.*put back"):
-            resumed(own, others)
+@pytest.mark.parametrize("arrived", [[7, 0], [0, 7], [7, 9]])
+def test_a_checkpoint_is_whole_only_when_all_said_the_same(arrived, tmp_path, monkeypatch):
+    """MLX may give anything for what an ended process would have sent: nothing is deleted then."""
+    model = small_model()
+    model.shard(Rank(0, 2))
+    made = trainer({"keep": 1}, model=model, folder=tmp_path, group=Rank(0, 2))
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: mx.concatenate([x, x]))
+    made.save()
+    made.step = 6
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: mx.array(arrived))
+    with pytest.raises(PararnnError, match="connection to another process was lost"):
+        made.save()
+    assert checkpoints.steps(tmp_path) == [0, 6]
 
 
 @pytest.mark.parametrize(

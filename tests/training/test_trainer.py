@@ -95,6 +95,7 @@ def test_a_resumed_run_is_the_run_itself(settings, model, tmp_path):
     assert same(part.average, whole.average)
     (a, one), (b, other) = (checkpoints.load(tmp_path / name) for name in ("whole", "parts"))
     assert same(a, b)
+    assert (one.pop("previous"), other.pop("previous")) == (0, 7)
     assert one == other
 
 
