@@ -31,7 +31,7 @@ from ..compute.module_arrays import named_arrays
 from ..convert.writers.output_folder import whole_or_nothing
 from ..convert.writers.tokenizer import prepare_tokenizer
 from ..distributed import Group, share, share_arrays
-from ..errors import PararnnError
+from ..errors import PararnnError, is_lost
 from ..files.model_files import read_json
 from ..files.whole_file import write_whole
 from ..generation import generate
@@ -175,6 +175,8 @@ class Run:
             with self.trainer.averaged():
                 tuning.write(self.model, self.plan, self.out)
         except RuntimeError as error:  # what MLX raises where a file cannot be written
+            if is_lost(error):
+                raise
             raise OSError(str(error)) from error
         card = training_card(self.plan, self.model.args, self.parameters, self.trainer, self.tokens)
         write_whole(self.out / "README.md", card.encode())
@@ -270,7 +272,8 @@ def resume(
         changes: settings that are to be others from here on; of `CHANGEABLE`.
         report: as for `start`.
         at: where the data is now, if it was moved.
-        group: as for `start`; a run may be resumed on more or fewer processes than it was begun on.
+        group: as for `start`; a run may be resumed on more or fewer processes than it was begun on, one whose
+            model is divided on as many.
 
     Raises:
         PararnnError: `out` is no run, its data changed, or a setting may not be changed.

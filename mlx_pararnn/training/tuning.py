@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..compute.module_arrays import named_arrays
+from ..distributed import meet
 from ..files.whole_file import whole_file, write_whole
 from ..loading import STATES
 from ..model import Model
@@ -89,6 +90,7 @@ def _write_joined(model: Model, plan: Plan, path: Path) -> None:
             if file is not None:
                 whole = whole.astype(_dtype(model, plan, name, weight))
                 file.write(np.array(whole.reshape(-1).view(mx.uint8)).tobytes())
+        meet(part.group, end)  # before the file takes its place
 
 
 def _adapter_settings(model: Model, plan: Plan) -> dict[str, Any]:

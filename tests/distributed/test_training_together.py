@@ -10,15 +10,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
 from mlx_pararnn.cli.app import app
-from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.errors import PararnnError, is_lost
 from mlx_pararnn.process.watchdog import ending_signals
 from mlx_pararnn.training import checkpoints, tuning
+from mlx_pararnn.training import run as runs
 from mlx_pararnn.training.reporting import read_log
 from mlx_pararnn.training.settings import Plan, Settings
 from tests.support.ranks import PATIENCE, port_and_next, ranks, run_ranks, said
@@ -195,6 +197,7 @@ def test_rank_0_writes_the_whole_model(tmp_path, monkeypatch):
     plan = Plan(tmp_path, settings=Settings(precision="bfloat16"))
     told = []
     monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: told.append(x) or x)
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: mx.concatenate([x, x]))
     for rank in (1, 0):
         model = small_model()
         model.shard(Rank(rank, 2))
@@ -208,6 +211,26 @@ def test_rank_0_writes_the_whole_model(tmp_path, monkeypatch):
     assert {weight.dtype for weight in wanted.values()} == {mx.bfloat16, mx.float32}
     assert same(found, wanted)
     assert {name: w.dtype for name, w in found.items()} == {name: w.dtype for name, w in wanted.items()}
+
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: mx.zeros_like(x))  # the other has ended
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: mx.concatenate([x, mx.zeros_like(x)]))
+    before = (folder / tuning.WEIGHTS).read_bytes()
+    with pytest.raises(PararnnError, match="connection to another process was lost"):
+        tuning.write(model, plan, folder)
+    assert (folder / tuning.WEIGHTS).read_bytes() == before
+
+
+def test_who_is_lost_while_the_model_is_written_is_no_full_disk(given, tmp_path, monkeypatch):
+    run = runs.start(tmp_path / "out", Plan(given[0], model=SMALL))
+
+    def fails(reason):
+        monkeypatch.setattr(tuning, "write", Mock(side_effect=RuntimeError(reason)))
+        with pytest.raises((RuntimeError, OSError)) as raised:
+            run._write_model()
+        return raised.value
+
+    assert is_lost(fails("[ring] Receiving failed with errno 2"))
+    assert isinstance(fails("[save] Failed to write"), OSError)
 
 
 class Machines:
