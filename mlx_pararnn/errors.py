@@ -25,5 +25,7 @@ LOST = (
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether MLX raised this because another of several processes has ended."""
+    """Whether this was raised because another of several processes has ended."""
+    if isinstance(error, PararnnError):
+        return str(error) == LOST
     return isinstance(error, RuntimeError) and str(error).startswith(("[ring]", "[jaccl]"))

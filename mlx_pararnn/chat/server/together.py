@@ -24,8 +24,8 @@ def by_all(method: Callable[Concatenate[B, P], R]) -> Callable[Concatenate[B, P]
 
     @wraps(method)
     def call(self: B, *args: P.args, **kwargs: P.kwargs) -> R:
-        self.tell(method.__name__, *args)
         try:
+            self.tell(method.__name__, *args, **kwargs)
             return method(self, *args, **kwargs)
         except BaseException:
             self.failed = self.leads
@@ -55,7 +55,7 @@ class Led:
         """Whether there are others."""
         return self._followers is not None
 
-    def tell(self, name: str, *arguments: Any) -> None:
+    def tell(self, name: str, *arguments: Any, **named: Any) -> None:
         """What is called next; what a job is goes along with its first call."""
         if self._followers is None:
             return
@@ -66,7 +66,7 @@ class Led:
                 self._numbers[job] = next(self._count)
                 about = [job.prompt, job.max_tokens, job.system_length]
             number = self._numbers[job]
-        share(self._followers, [name, number, about, *arguments])
+        share(self._followers, [name, number, about, arguments, named])
 
     def forget(self, job: Job) -> None:
         """A job has ended, and is not a row any more."""
@@ -84,7 +84,7 @@ def follow(led: Led, group: Group) -> None:
     """Make the calls that rank 0 makes, in another process, until it ends."""
     jobs: dict[int, Job] = {}
     while True:
-        name, number, about, *rest = share(group)
+        name, number, about, rest, named = share(group)
         if about is not None:
             prompt, max_tokens, system_length = about
             text = cast(Any, None)  # rank 0 alone says what it is
@@ -94,4 +94,4 @@ def follow(led: Led, group: Group) -> None:
         if name == FORGET:
             del jobs[number]
         else:
-            getattr(led, name)(*([] if number is None else [jobs[number]]), *rest)
+            getattr(led, name)(*([] if number is None else [jobs[number]]), *rest, **named)
