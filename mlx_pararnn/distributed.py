@@ -3,6 +3,7 @@
 Each runs the same command. Rank 0 reads, writes and decides; what it knows it tells the others here.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 from .errors import LOST, PararnnError
 
 Group = mx.distributed.Group
+_MEETINGS = itertools.count(1)  # in step on all ranks: all of them come to each
 
 
 @lru_cache(maxsize=1)
@@ -90,8 +92,15 @@ def all_numbers(group: Group, own: int) -> list[int]:
 
 
 def all_lists(group: Group, own: list[int]) -> list[list[int]]:
-    """The numbers of each rank, none of them negative, on all of them."""
-    most = max(all_numbers(group, len(own)))
+    """The numbers of each rank, none of them negative, on all of them.
+
+    Raises:
+        PararnnError: another process has ended.
+    """
+    lengths = all_numbers(group, len(own))
+    most = max(lengths)
+    if min(lengths) < 0 or most > 2**20:  # MLX may give anything where one has ended
+        raise PararnnError(LOST)
     if not most:
         return [[] for _ in range(group.size())]
     padded = mx.array([own + [-1] * (most - len(own))], mx.int64)
@@ -105,10 +114,12 @@ def meet(group: Group, number: int, problem: str | None = None) -> None:
     Raises:
         PararnnError: the own problem; or another process has one, or has ended.
     """
-    numbers = all_numbers(group, number if problem is None else 0)
+    # MLX may give anything where one has ended, what was sent the last time too: each meeting has its own.
+    sent = number % 2**30 << 32 | next(_MEETINGS)
+    numbers = all_numbers(group, sent if problem is None else 0)
     if problem is not None:
         raise PararnnError(problem)
-    if any(other != number for other in numbers):  # MLX may give anything where one has ended
+    if any(other != sent for other in numbers):
         raise PararnnError(LOST)
 
 

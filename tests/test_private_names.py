@@ -49,6 +49,7 @@ REASONS = {
     "._states": "which texts a prompt cache keeps, and the order in which they would go",
     "._mlp_residual": "no two layers of a model that is made have different ones",
     "._wanted": "the rule itself, at lengths that take too long to read",
+    "._write_model": "a model that is written while another process is lost",
     "._make_step": "a step of training in which something happens",
     "._report": "a report during which weights change",
     "._targets": "a run that is stopped as by a signal has none",

@@ -53,8 +53,9 @@ class Team:
     """How many threads share a call that is made again and again: as many as were fastest lately.
 
     On a machine with other work a thread waits for a core, and where they meet all others wait for it: then
-    fewer are faster. So all, half, a quarter and so on are tried: soon, when calls become slower, and else
-    more and more seldom. A trial ends as soon as it has taken longer.
+    fewer are faster. So all, half, a quarter and so on are tried: soon after the first call and after a
+    change, when calls become slower, and else more and more seldom. A trial ends as soon as it has taken
+    longer.
     """
 
     CALLS = 8  # of which the times are compared

@@ -104,6 +104,13 @@ def delete(folder: Path, step: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def set_aside(folder: Path, step: int) -> Path:
+    """The checkpoint of `step` under a name by which it is none; raises OSError as `delete`."""
+    aside = folder / f"{step:08d}.aside"
+    shutil.rmtree(aside, ignore_errors=True)
+    return (folder / f"{step:08d}").rename(aside)
+
+
 @contextmanager
 def _explained_reading(place: Path) -> Iterator[None]:
     try:

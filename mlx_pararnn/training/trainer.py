@@ -150,15 +150,19 @@ class Trainer:
         return True
 
     def _go_back_together(self, folder: Path) -> int:
-        """The newest step of which all processes have a checkpoint, 0 for none; newer ones are deleted.
+        """The newest step of which all processes have a checkpoint, 0 for none; newer ones go.
 
         So that what they have is the same again: each deletes its older ones by the number that is left.
+        Where nothing would be left they are set aside: a folder may be missing because a disk is.
         """
-        states = {step: checkpoints.state_of(folder, step) for step in checkpoints.steps(folder)}
+        states, problem = {}, None
+        try:
+            states = {step: checkpoints.state_of(folder, step) for step in checkpoints.steps(folder)}
+        except PararnnError as error:
+            problem = f"{error}"
         everyones = [set(steps) for steps in all_lists(self.model.group, [*states])]
         step = max(set.intersection(*everyones), default=0)
         newer = [each for each in states if each > step]
-        problem = None
         if any(state.get("run") != self.run_id for state in states.values()):
             problem = (
                 f"{folder}: holds checkpoints of another run; delete that folder and continue with --resume, "
@@ -171,7 +175,18 @@ class Trainer:
             )
         meet(self.model.group, step + 1, problem)
         for each in newer:
-            checkpoints.delete(folder, each)
+            what = "deleted"
+            if step:
+                checkpoints.delete(folder, each)
+            else:
+                what = f"set aside as {checkpoints.set_aside(folder, each).name}"
+            logger.warning(
+                "%s: another process has no checkpoint of step %d; this one's is %s, going on from %d",
+                folder,
+                each,
+                what,
+                step,
+            )
         return step
 
     def _restore(self, arrays: Weights, state: dict[str, Any]) -> None:

@@ -92,8 +92,7 @@ public struct PackageSettings: Sendable, Equatable {
       if !holds { throw ParaRNNError.unreadableSettings(reason: what) }
     }
     try require(
-      ["pararnn-coreml", "pararnn-coreai"].contains(raw.format)
-        && raw.format_version == (raw.parts == nil ? 1 : 2),
+      ["pararnn-coreml", "pararnn-coreai"].contains(raw.format) && (1...2).contains(raw.format_version),
       "its format is \(raw.format) \(raw.format_version), this library reads pararnn-coreml 1 and 2 and pararnn-coreai 1"
     )
     let isCoreML = raw.format == "pararnn-coreml"
@@ -107,6 +106,7 @@ public struct PackageSettings: Sendable, Equatable {
     let parts = raw.parts ?? 1
     try require(
       isCoreML ? (1...raw.functions.count).contains(parts) : parts == 1, "its parts do not fit its functions")
+    try require(raw.format_version == (raw.parts == nil ? 1 : 2), "its parts do not fit its format_version")
     try require(
       (raw.functions.count > 1) == (raw.chunk != nil) && raw.chunk ?? 1 > 0,
       "its chunk does not fit its functions")

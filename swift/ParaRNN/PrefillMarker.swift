@@ -27,10 +27,11 @@ extension KeptSpeeds {
   func failedCount() -> Int? {
     var counts = Self.numbers(in: failed)
     for url in left() {
-      counts += Self.numbers(in: url).prefix(1)
-      if write(Data(counts.map { "\($0)" }.joined(separator: " ").utf8), to: failed) {
-        try? FileManager.default.removeItem(at: url)
-      }
+      let count = Self.numbers(in: url).prefix(1)
+      // Counted by the one that takes it away, once.
+      guard (try? FileManager.default.removeItem(at: url)) != nil else { continue }
+      counts += count
+      write(Data(counts.map { "\($0)" }.joined(separator: " ").utf8), to: failed)
     }
     return Dictionary(grouping: counts) { $0 }.filter { $0.value.count > 1 }.keys.min()
   }
@@ -50,7 +51,9 @@ extension KeptSpeeds {
       let process = Int32(name.dropFirst(start.count).dropLast(Self.suffix.count))
       let written = (try? FileManager.default.attributesOfItem(atPath: url.path))?[.modificationDate] as? Date
       let isOld = written.map { -$0.timeIntervalSinceNow > Self.longest } ?? false
-      return isOld || !Self.isRunning(process ?? 0) ? url : nil
+      // It may have been in the background meanwhile.
+      let isOwn = process == getpid() && Begun.now.has(url)
+      return !isOwn && (isOld || !Self.isRunning(process ?? 0)) ? url : nil
     }
   }
 
@@ -91,6 +94,8 @@ private final class Begun: @unchecked Sendable {  // its lock guards what change
       write(url)
     }
   }
+
+  func has(_ url: URL) -> Bool { lock.withLock { urls.contains(url) } }
 
   func remove(_ url: URL) {
     lock.withLock {

@@ -82,8 +82,8 @@ struct KeptSpeeds {
     }
   }
 
-  /// Write one of its files; false if that cannot be.
-  @discardableResult func write(_ data: Data, to url: URL) -> Bool {
+  /// Write one of its files, if that can be.
+  func write(_ data: Data, to url: URL) {
     try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
     #if canImport(Darwin)
       var values = URLResourceValues()
@@ -91,6 +91,6 @@ struct KeptSpeeds {
       var place = folder
       try? place.setResourceValues(values)
     #endif
-    return (try? data.write(to: url, options: .atomic)) != nil
+    try? data.write(to: url, options: .atomic)
   }
 }

@@ -85,7 +85,8 @@ def test_a_team_is_as_large_as_is_fast():
     team = cpu_cores.Team()
     assert usual(team, 8, crowded, 5000)[0] == 1
     assert usual(team, 8, idle, 1200)[0] == 8
-    assert usual(team, 8, slower, 300)[0] == 2  # at once: slower than what all took, if not than one alone
+    # At once: eight are slower than eight were, if not than one alone was.
+    assert usual(team, 8, slower, 300)[0] == 2
     assert usual(team, 3, busy, 2000)[0] == 2  # halves are rounded up
 
 

@@ -29,8 +29,14 @@
     private struct Branch {
       let chat: ParaRNNChat
       var messages: [ChatMessage]
-      /// As which it was kept last.
-      var bytes: Data?
+      /// As what it was kept last.
+      var kept: Kept?
+
+      struct Kept {
+        let chat: Data
+        let toolLines: [Int: String]
+      }
+
       /// What tools were used for, by the message's place.
       var toolLines: [Int: String] = [:]
     }
@@ -82,7 +88,9 @@
             break
           }
           restored.append(
-            Branch(chat: chat, messages: await chat.messages, bytes: data, toolLines: lines))
+            Branch(
+              chat: chat, messages: await chat.messages, kept: .init(chat: data, toolLines: lines),
+              toolLines: lines))
         }
         if restored.isEmpty {
           restored = [Branch(chat: model.chat(format: format, functions: functions), messages: [])]
@@ -211,21 +219,23 @@
       await answered()
       var kept = Kept()
       lost = []
-      for place in branches.indices {
-        let chat = branches[place].chat
+      // As they are now: meanwhile another model may be loaded.
+      for (place, branch) in branches.enumerated() {
+        var last = branch.kept
         do {
-          if let saving {
-            branches[place].bytes = try await saving(chat)
-          } else {
-            branches[place].bytes = try await chat.save()
+          let data: Data
+          if let saving { data = try await saving(branch.chat) } else { data = try await branch.chat.save() }
+          last = Branch.Kept(chat: data, toolLines: branch.toolLines)
+          if branches.indices.contains(place), branches[place].chat === branch.chat {
+            branches[place].kept = last
           }
         } catch {
           lost.append("Branch \(place + 1) could not be kept: \(error.localizedDescription)")
         }
-        guard let bytes = branches[place].bytes else { continue }
+        guard let last else { continue }
         if place == shown { kept.shown = kept.chats.count }
-        kept.chats.append(bytes)
-        kept.toolLines.append(branches[place].toolLines)
+        kept.chats.append(last.chat)
+        kept.toolLines.append(last.toolLines)
       }
       if !lost.isEmpty { status = lost.joined(separator: ", ") }
       return kept.chats.isEmpty ? nil : try? PropertyListEncoder().encode(kept)
