@@ -3,7 +3,6 @@
 Each runs the same command. Rank 0 reads, writes and decides; what it knows it tells the others here.
 """
 
-import itertools
 import json
 import os
 from collections.abc import Callable
@@ -17,7 +16,6 @@ import numpy as np
 from .errors import LOST, PararnnError
 
 Group = mx.distributed.Group
-_MEETINGS = itertools.count(1)  # in step on all ranks: all of them come to each
 
 
 @lru_cache(maxsize=1)
@@ -114,13 +112,12 @@ def meet(group: Group, number: int, problem: str | None = None) -> None:
     Raises:
         PararnnError: the own problem; or another process has one, or has ended.
     """
-    # MLX may give anything where one has ended, what was sent the last time too: each meeting has its own.
-    sent = number % 2**30 << 32 | next(_MEETINGS)
-    numbers = all_numbers(group, sent if problem is None else 0)
-    if problem is not None:
-        raise PararnnError(problem)
-    if any(other != sent for other in numbers):
-        raise PararnnError(LOST)
+    for sent in (number, -number):  # MLX may give anything where one has ended, what was sent last too
+        numbers = all_numbers(group, sent if problem is None else 0)
+        if problem is not None:
+            raise PararnnError(problem)
+        if any(other != sent for other in numbers):
+            raise PararnnError(LOST)
 
 
 def rank_0_samples(

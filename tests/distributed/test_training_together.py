@@ -298,6 +298,8 @@ def test_parts_of_a_run_go_back_to_a_step_that_all_have(case, tmp_path, monkeypa
     assert all(max(steps, default=0) == step for steps in machines.steps())
     assert left is None or machines.steps() == [left, left]
     assert not [*tmp_path.glob("*/*.partial")]
+    aside = [f"{file.name}" for file in tmp_path.glob("*/*.aside")]  # where nothing would be left
+    assert aside == ([f"{had[0][0]:08d}.aside"] if step == 0 and had[0] else [])
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -344,9 +346,9 @@ def test_a_divided_model_without_a_folder_has_nothing_to_resume():
     assert not trainer(model=model).resume()
 
 
-@pytest.mark.parametrize("arrived", [[7, 0], [0, 7], [7, 9]])
+@pytest.mark.parametrize("arrived", [[7, 0], [0, 7], [7, 9], [7, 7]])
 def test_a_checkpoint_is_whole_only_when_all_said_the_same(arrived, tmp_path, monkeypatch):
-    """MLX may give anything for what an ended process would have sent: nothing is deleted then."""
+    """MLX may give anything where a process has ended, what was sent last too: nothing is deleted then."""
     model = small_model()
     model.shard(Rank(0, 2))
     made = trainer({"keep": 1}, model=model, folder=tmp_path, group=Rank(0, 2))
