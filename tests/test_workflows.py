@@ -1,6 +1,7 @@
 """The workflows take actions by commit and tools by version, and no step can hang for hours."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,32 @@ def test_tools_of_a_release_have_one_version_each():
     bot = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text(encoding="utf-8"))
     watched = {(one["package-ecosystem"], one["directory"]) for one in bot["updates"]}
     assert watched == {("github-actions", "/"), ("pip", "/.ci")}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+def test_a_release_gives_apps_a_repository_of_the_swift_package_alone(tmp_path):
+    jobs = yaml.safe_load((WORKFLOWS[0].parent / "release.yml").read_text(encoding="utf-8"))["jobs"]
+    assert jobs["swift-repository"]["needs"] == "publish"
+    assert ".ci/swift_repository.sh" in jobs["swift-repository"]["steps"][-1]["run"]
+    remote = tmp_path / "remote.git"
+    subprocess.run(["git", "init", "-q", "--bare", "-b", "main", remote], check=True)
+    for tag in ("v1.0.0", "v1.1.0"):
+        subprocess.run([ROOT / ".ci/swift_repository.sh", remote, tag], check=True, capture_output=True)
+    clone = tmp_path / "clone"
+    subprocess.run(
+        ["git", "clone", "-q", "--branch", "v1.1.0", remote, clone], check=True, capture_output=True
+    )
+    log = subprocess.run(["git", "log", "--format=%s"], cwd=clone, check=True, capture_output=True, text=True)
+    assert log.stdout.split() == ["v1.1.0", "v1.0.0"]
+    files = [path.relative_to(clone) for path in clone.rglob("*") if path.is_file()]
+    files = {path.as_posix() for path in files if path.parts[0] != ".git"}
+    tracked = subprocess.run(
+        ["git", "ls-files", "swift/ParaRNN", "swift/ParaRNNFoundationModels", "swift/pararnn-chat"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    assert files == {"Package.swift", "README.md", "LICENSE", ".spi.yml", *tracked}
+    manifest = (clone / "Package.swift").read_text(encoding="utf-8")
+    assert "testTarget" not in manifest
+    linked = re.findall(r'path: "(swift/[^"]*)"', manifest.split("usesStub\n      ?")[0])
+    assert len(linked) == 3
+    assert all((clone / path).is_dir() for path in linked)
