@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     __version__: str
     from .cells import Cell, get_cell, register_cell
+    from .completion import Completer, complete
     from .drafts import generate_with_draft
     from .errors import PararnnError
     from .generation import generate, stream_generate
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Cell": "cells",
+    "Completer": "completion",
     "Functions": "pocket.functions",
     "Model": "model",
     "ModelArgs": "model_config",
     "PararnnError": "errors",
     "answer": "pocket.answers",
+    "complete": "completion",
     "draw": "images.use",
     "generate": "generation",
     "generate_with_draft": "drafts",
@@ -50,6 +53,7 @@ _HOME = {
 
 __all__ = [
     "Cell",
+    "Completer",
     "Functions",
     "Model",
     "ModelArgs",
@@ -57,6 +61,7 @@ __all__ = [
     "__version__",
     "answer",
     "cells",
+    "complete",
     "draw",
     "generate",
     "generate_with_draft",

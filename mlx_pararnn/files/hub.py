@@ -17,6 +17,7 @@ from ..errors import PararnnError
 logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parents[1] / "pocket-model"  # what every command uses without a MODEL
+COMPLETION = Path(__file__).parents[1] / "completion-model"  # what `complete` uses without one
 
 SECONDS = 10.0  # to connect to the hub, and for each answer
 SILENT_SECONDS = 0.5  # before it is said what is waited for
