@@ -1,0 +1,1 @@
+"""Python completed as one types: the data, the training, what it saves."""
