@@ -13,7 +13,10 @@ from .standard import calculate
 from .two_requests import LONGEST
 from .two_requests import instead as instead_of_two
 
-NOT_SURE = "I did not understand that: please say it in other words."
+NOT_SURE = (
+    "I did not understand that: please say it in other words. "
+    "I can do sums, timers, alarms, reminders, lists, dates and units."
+)
 OTHER_SUMS = (
     "I cannot do that with numbers. I add, subtract, multiply, divide, compare, sort and reverse them."
 )
@@ -32,6 +35,22 @@ _ASKED = re.compile(
     r"[\s:]*)?(.*?)(?:[\s,]*\b(?:please|pls|thanks|thx))?[\s?.!=]*"
 )
 
+# Words with which people speak of numbers and of times, or how these begin, where they may be misspelt.
+_NUMBER = (
+    r"\d|\b(?:(?:an?|half|halves|thirds?|one|two|ten|once|zero|dozen|couple)\b|quarter|three|four|five|six|seven"
+    r"|eight|nine|eleven|twel|\w+teen|twent|thirt|fort|fift|ninet|hundred|thousand|\w+illion|twice|double|triple)"
+)
+_TIME = (
+    rf"{_NUMBER}|\b(?:(?:now|may|sun|mon|tues?|wed|thu|thurs?|fri|sat|\w+tieth|first|second|tenth|h|m|s|d)\b|\w*day"
+    r"|\w*night|sec|min|ho?u?r|we+k|fortn|mont|year|yr|decad|centur|tom+or|tmr|noon|midd|morn|after|even|o'?clo|past"
+    r"|chris|xmas|hallow|valen|new year|patrick|jan|feb|mar|apr|jun|jul|aug|sep|oct|nov|dec|date|time)"
+)
+_SPOKEN_OF = {
+    **dict.fromkeys(("duration", "time", "day"), re.compile(_TIME)),
+    **dict.fromkeys(("amount", "expression"), re.compile(_NUMBER)),
+}
+_DATES = "date", "start", "end"
+
 
 def instead(message: str, function: str, arguments: str) -> str | None:
     """What to say instead of calling a function of `assistant.FUNCTIONS` for a message; None to call it.
@@ -42,13 +61,26 @@ def instead(message: str, function: str, arguments: str) -> str | None:
         arguments: JSON.
     """
     try:
-        given: Any = json.loads(arguments)
+        read: Any = json.loads(arguments)
     except (ValueError, RecursionError):
-        given = {}
-    texts = [text for text in given.values() if isinstance(text, str)] if isinstance(given, dict) else []
-    if not all(text in message for text in texts):
+        read = None
+    given = (
+        {name: text for name, text in read.items() if isinstance(text, str)} if isinstance(read, dict) else {}
+    )
+    if not all(text in message for text in given.values()) or _is_beside(message, given):
         return instead_of_answer(message) or NOT_SURE
     return instead_of_two(message, function)
+
+
+def _is_beside(message: str, given: dict[str, str]) -> bool:
+    """Whether a time, an amount or a calculation is none, or a date comes from a message that has no time."""
+    for name, text in given.items():
+        pattern = _SPOKEN_OF.get(name)
+        if pattern and text and not pattern.search(text.lower()):
+            return True
+        if name in _DATES and not _SPOKEN_OF["time"].search(message.lower()):
+            return True
+    return False
 
 
 def instead_of_answer(message: str) -> str | None:

@@ -112,6 +112,7 @@ import Testing
     struct Request: Decodable {
       let message: String
       let function: String
+      let arguments: String?
       let instead: String?
     }
     struct Misread: Decodable {
@@ -143,8 +144,9 @@ import Testing
     let functions = try ToolFunctions.standard()
     #expect(Set(recorded.requests.map { $0.instead == nil }).count == 2)
     for one in recorded.requests {
-      #expect(functions.instead(one.message, one.function, "{}") == one.instead, "\(one.message)")
-      #expect(ToolFunctions().instead(one.message, one.function, "{}") == nil)
+      let arguments = one.arguments ?? "{}"
+      #expect(functions.instead(one.message, one.function, arguments) == one.instead, "\(one.message)")
+      #expect(ToolFunctions().instead(one.message, one.function, arguments) == nil)
     }
   }
 

@@ -10,6 +10,7 @@ from examples.pocket import calls
 from examples.pocket.data import TASKS
 from mlx_pararnn.pocket.answers import assistant_functions, stream_answer
 from mlx_pararnn.pocket.assistant import Assistant
+from mlx_pararnn.pocket.events import Result
 from mlx_pararnn.pocket.loop import Limits, run_turn
 from mlx_pararnn.pocket.misread import NOT_SURE, OTHER_SUMS, instead, instead_of_answer
 from mlx_pararnn.pocket.protocol import call_text
@@ -70,6 +71,39 @@ def test_an_argument_that_does_not_stand_in_the_message():
         for example in islice(calls.examples(split, 3, declines=0), 300):
             arguments = call_arguments(**example.arguments)
             assert instead(example.message, example.function, arguments) is None, example.message
+
+
+@pytest.mark.parametrize(
+    ("message", "function", "arguments"),
+    [
+        ("How tall is Mount Kilimanjaro?", "days_until", {"date": "Mount Kilimanjaro"}),
+        ("Give me a riddle my kids won't know", "cancel_alarm", {"time": "riddle my kids"}),
+        ("put this in portuguese: she has allergies", "convert", {"amount": "this", "to": "portuguese"}),
+        ("which wife of henry viii survived", "calculate", {"expression": "henry viii survived"}),
+        ("repeat: I obey nobody", "set_alarm", {"time": "obey nobody"}),
+        ("moved to Canada. We talk to nobody", "set_reminder", {"text": "talk", "day": "nobody"}),
+        ("the knob of our oven fell off", "set_timer", {"duration": "fell off"}),
+    ],
+)
+def test_a_time_or_an_amount_that_is_none(message, function, arguments):
+    """Nothing is done, and it is said what can be."""
+    assert instead(message, function, call_arguments(**arguments)) == NOT_SURE
+    protocol = tools_protocol()
+    script = Script(f"<|call|>{call_text(function, arguments)}<|result|><|answer|><|end|>")
+    turn = run_turn(
+        protocol, script, protocol.render_message(message), assistant_functions(Assistant()), Limits()
+    )
+    (result,) = (event for event in turn if isinstance(event, Result))
+    assert (result.text, result.failed) == (NOT_SURE, True)
+
+
+def test_what_is_wrong_with_a_time_is_said_by_its_function():
+    for message, function, arguments in (
+        ("how many days until easter", "days_until", {"date": "easter"}),
+        ("wake me at 25:00", "set_alarm", {"time": "25:00"}),
+        ("set a timer for 3 weeks ago", "set_timer", {"duration": "3 weeks ago"}),
+    ):
+        assert instead(message, function, call_arguments(**arguments)) is None
 
 
 def call_arguments(**arguments):

@@ -197,7 +197,7 @@ def functions():
         except ValueError:
             one["value"] = None
     for one in recorded["requests"]:
-        one["instead"] = instead(one["message"], one["function"], "{}")
+        one["instead"] = instead(one["message"], one["function"], one.get("arguments", "{}"))
     for one in recorded["misread"]:
         one["said"] = instead_of_answer(one["message"])
     return recorded
@@ -256,4 +256,5 @@ def test_python_recalls_what_swift_writes():
 
 if __name__ == "__main__":
     for name, make in RECORDS.items():
-        (FOLDER / name).write_text(json.dumps(make(), ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(make(), ensure_ascii=False, separators=(",", ":"))
+        (FOLDER / name).write_text(text + "\n", encoding="utf-8")

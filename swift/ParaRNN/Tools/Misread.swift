@@ -5,7 +5,9 @@ import Foundation
 /// It copies what it calls a function with from the message: what does not stand there was not read right. And what
 /// looks much like one of its six tasks with numbers ("10 mod 3", "average of 3 and 5") it takes for one.
 enum Misread {
-  private static let notSure = "I did not understand that: please say it in other words."
+  private static let notSure =
+    "I did not understand that: please say it in other words. "
+    + "I can do sums, timers, alarms, reminders, lists, dates and units."
   private static let otherSums =
     "I cannot do that with numbers. I add, subtract, multiply, divide, compare, sort and reverse them."
 
@@ -22,14 +24,40 @@ enum Misread {
     + "(?:(?:what is|what's|whats|how much is|calculate|compute|work out|solve|evaluate|figure out|tell me)"
     + #"\b[\s:]*)?(.*?)(?:[\s,]*\b(?:please|pls|thanks|thx))?[\s?.!=]*"#
 
+  /// Words with which people speak of numbers and of times, or how these begin, where they may be misspelt.
+  private static let number =
+    #"\d|\b(?:(?:an?|half|halves|thirds?|one|two|ten|once|zero|dozen|couple)\b|quarter|three|four|five|six|seven"#
+    + #"|eight|nine|eleven|twel|\w+teen|twent|thirt|fort|fift|ninet|hundred|thousand|\w+illion|twice|double|triple)"#
+  private static let time =
+    number
+    + #"|\b(?:(?:now|may|sun|mon|tues?|wed|thu|thurs?|fri|sat|\w+tieth|first|second|tenth|h|m|s|d)\b|\w*day"#
+    + "|\\w*night|sec|min|ho?u?r|we+k|fortn|mont|year|yr|decad|centur|tom+or|tmr|noon|midd|morn|after|even|o'?clo|past"
+    + "|chris|xmas|hallow|valen|new year|patrick|jan|feb|mar|apr|jun|jul|aug|sep|oct|nov|dec|date|time)"
+  private static let spokenOf = [
+    "duration": time, "time": time, "day": time, "amount": number, "expression": number,
+  ]
+  private static let dates = ["date", "start", "end"]
+
   /// What to say instead of calling a standard function for a message; nil to call it.
   @Sendable static func instead(_ message: String, _ function: String, _ arguments: String) -> String? {
-    let given = (try? JSONSerialization.jsonObject(with: Data(arguments.utf8))) as? [String: Any]
+    let all = (try? JSONSerialization.jsonObject(with: Data(arguments.utf8))) as? [String: Any]
+    let given = (all ?? [:]).compactMapValues { $0 as? String }
     // By scalars, as the model copies them.
-    let isCopied = given?.values.compactMap { $0 as? String }.allSatisfy { text in
+    let isCopied = given.values.allSatisfy { text in
       text.isEmpty || (message as NSString).range(of: text, options: .literal).location != NSNotFound
     }
-    return isCopied == true ? TwoRequests.instead(message, function) : insteadOfAnswer(message) ?? notSure
+    if all == nil || !isCopied || isBeside(message, given) { return insteadOfAnswer(message) ?? notSure }
+    return TwoRequests.instead(message, function)
+  }
+
+  /// Whether a time, an amount or a calculation is none, or a date comes from a message that has no time.
+  private static func isBeside(_ message: String, _ given: [String: String]) -> Bool {
+    given.contains { name, text in
+      if let pattern = spokenOf[name] {
+        return !text.isEmpty && Words.matches(pattern, in: text.lowercased()).isEmpty
+      }
+      return dates.contains(name) && Words.matches(time, in: message.lowercased()).isEmpty
+    }
   }
 
   /// What to say where a model answers with no function; nil where nothing is known against that. A sum that the
