@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+from .assistant import FUNCTIONS
 from .number_words import NotUnderstood, formula
 from .standard import calculate
 from .two_requests import LONGEST
@@ -53,7 +54,7 @@ _DATES = "date", "start", "end"
 
 
 def instead(message: str, function: str, arguments: str) -> str | None:
-    """What to say instead of calling a function of `assistant.FUNCTIONS` for a message; None to call it.
+    """What to say instead of calling a function for a message; None to call it.
 
     Args:
         message: what the user wrote.
@@ -67,7 +68,8 @@ def instead(message: str, function: str, arguments: str) -> str | None:
     given = (
         {name: text for name, text in read.items() if isinstance(text, str)} if isinstance(read, dict) else {}
     )
-    if not all(text in message for text in given.values()) or _is_beside(message, given):
+    is_beside = function in FUNCTIONS and _is_beside(message, given)
+    if is_beside or not all(text in message for text in given.values()):
         return instead_of_answer(message) or NOT_SURE
     return instead_of_two(message, function)
 

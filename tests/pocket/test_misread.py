@@ -102,6 +102,7 @@ def test_what_is_wrong_with_a_time_is_said_by_its_function():
         ("how many days until easter", "days_until", {"date": "easter"}),
         ("wake me at 25:00", "set_alarm", {"time": "25:00"}),
         ("set a timer for 3 weeks ago", "set_timer", {"duration": "3 weeks ago"}),
+        ("make it warm", "a_function_of_ones_own", {"amount": "warm"}),
     ):
         assert instead(message, function, call_arguments(**arguments)) is None
 

@@ -38,7 +38,7 @@ enum Misread {
   ]
   private static let dates = ["date", "start", "end"]
 
-  /// What to say instead of calling a standard function for a message; nil to call it.
+  /// What to say instead of calling a function for a message; nil to call it.
   @Sendable static func instead(_ message: String, _ function: String, _ arguments: String) -> String? {
     let all = (try? JSONSerialization.jsonObject(with: Data(arguments.utf8))) as? [String: Any]
     let given = (all ?? [:]).compactMapValues { $0 as? String }
@@ -46,7 +46,8 @@ enum Misread {
     let isCopied = given.values.allSatisfy { text in
       text.isEmpty || (message as NSString).range(of: text, options: .literal).location != NSNotFound
     }
-    if all == nil || !isCopied || isBeside(message, given) { return insteadOfAnswer(message) ?? notSure }
+    let isBeside = Assistant.functions.contains { $0.0 == function } && isBeside(message, given)
+    if all == nil || !isCopied || isBeside { return insteadOfAnswer(message) ?? notSure }
     return TwoRequests.instead(message, function)
   }
 
