@@ -131,6 +131,10 @@ class Completer:
         window: tokens at the end of a text that are read first. What is typed after them is added to that;
             where most of the text is another, it begins anew.
 
+    Attributes:
+        begin: where in the text's UTF-8 begins what is read.
+        tokens: those of it, after the token that goes before a text.
+
     Raises:
         PararnnError: the tokenizer does not fit; the model has hardly any learned positions.
     """
@@ -152,8 +156,8 @@ class Completer:
 
     def _reset(self) -> None:
         self._text = b""  # UTF-8
-        self._begin = 0  # what is read of it
-        self._tokens: list[int] = []
+        self.begin = 0  # what is read of it
+        self.tokens: list[int] = []
         self._words: list[tuple[int, int]] = []  # where they begin, in bytes of the text and in tokens
         self._cache = self._model.make_cache()
         self._read = 0  # tokens that it has read
@@ -187,7 +191,7 @@ class Completer:
         before = self._count
         try:
             same = self._follow(prefix.encode())
-            pieces = self._pieces(same, max_tokens, max_lines, min_probability) if self._tokens else []
+            pieces = self._pieces(same, max_tokens, max_lines, min_probability) if self.tokens else []
         except BaseException:  # of an interrupt too: the layers may have read differently much
             self._reset()
             raise
@@ -197,7 +201,7 @@ class Completer:
         """Take `text` in place of the one before; returns how many tokens the two have in common."""
         common = _common_prefix(self._text, text)
         settled = max(0, bisect_right(self._words, (common, inf)) - UNSETTLED)
-        if not self._words or common < self._begin:
+        if not self._words or common < self.begin:
             return self._begin_anew(text)
         begin, index = self._words[settled]
         if len(text) - begin > BYTES_A_TOKEN * self._window:
@@ -205,9 +209,9 @@ class Completer:
         fresh, words = self._vocabulary.encode(text[begin:])
         if index + len(fresh) > 3 / 4 * self._positions:
             return self._begin_anew(text)
-        same = index + _common_prefix(self._tokens[index:], fresh)
+        same = index + _common_prefix(self.tokens[index:], fresh)
         self._text = text
-        self._tokens[index:] = fresh
+        self.tokens[index:] = fresh
         self._words[settled:] = [(begin + place, index + count) for place, count in words]
         return same
 
@@ -226,20 +230,20 @@ class Completer:
         words = [word for word in words if word[1] >= first] or words[:1] or [(0, 0)]
         place, first = words[0]
         opening = self._always if begin + place else self._opening
-        self._text, self._begin = text, begin + place
-        self._tokens = opening + tokens[first:]
+        self._text, self.begin = text, begin + place
+        self.tokens = opening + tokens[first:]
         self._words = [(begin + place, index - first + len(opening)) for place, index in words]
         return 0
 
     def _pieces(self, same: int, max_tokens: int, max_lines: int, min_probability: float) -> list[Piece]:
-        end = len(self._tokens)
+        end = len(self.tokens)
         base = max(self._words[-1][1] if self._words else end, end - HEALED, 1)
         self._go_to(base, same)
         decoder = codecs.getincrementaldecoder("utf-8")()
         pieces: list[Piece] = []
         whole = probability = 1.0  # of the pieces, and of what comes after them
         most = int(min(max_tokens, self._positions // 8))
-        for added, likely in islice(self._added(self._tokens[base:]), most + 1):
+        for added, likely in islice(self._added(self.tokens[base:]), most + 1):
             probability *= likely
             if not whole * probability >= min_probability:
                 break
@@ -263,8 +267,8 @@ class Completer:
                 layer.rewind(self._read - place)
             self._read, self._steps = place, {}
         path: Spelling = ()
-        while self._read < base and (step := self._steps.get((*path, self._tokens[self._read]))):
-            path = (*path, self._tokens[self._read])
+        while self._read < base and (step := self._steps.get((*path, self.tokens[self._read]))):
+            path = (*path, self.tokens[self._read])
             for layer, arrays in zip(self._cache, step.states, strict=True):
                 layer[0], layer[1] = arrays
                 layer.advance(1)
@@ -275,7 +279,7 @@ class Completer:
             count = min(READ_STEP, base - 1 - self._read) or 1  # the last token by itself
             for layer in self._cache:
                 layer.remember(RECENT if count <= RECENT else 0, SPACING)
-            tokens = self._tokens[self._read : self._read + count]
+            tokens = self.tokens[self._read : self._read + count]
             logits = self._model(mx.array([tokens]), cache=self._cache)
             mx.eval(held_arrays(self._cache))
             self._count += count

@@ -119,6 +119,13 @@ def typing(seed, count):
             text, place = text[: place - 9] + "turn" + text[place - 9 :], place + 4
 
 
+def check(found, tokens, least, rel):
+    """That a completion is what plain reading gives."""
+    assert found.text == beginning(tokens, least)
+    count = next(n for n in range(len(tokens) + 1) if beginning(tokens[:n], 0) == found.text)
+    assert found.probability == pytest.approx(math.prod(p for _, p in tokens[:count]), rel=rel)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_each_keystroke_gives_what_plain_reading_gives(model, tokenizer, all_spellings, seed):
     completer = Completer(model, tokenizer)
@@ -127,9 +134,7 @@ def test_each_keystroke_gives_what_plain_reading_gives(model, tokenizer, all_spe
         tokens = list(plainly(model, tokenizer, prefix, 4))
         for least in (0, 0.05):
             found = completer.complete(prefix, max_tokens=4, min_probability=least)
-            assert found.text == beginning(tokens, least)
-            counts = [n for n in range(len(tokens) + 1) if beginning(tokens[:n], 0) == found.text]
-            assert found.probability == pytest.approx(math.prod(p for _, p in tokens[: counts[0]]), rel=1e-3)
+            check(found, tokens, least, 1e-3)
         seen.add(found.text)
     assert len(seen) > 5
 
@@ -138,17 +143,15 @@ def test_each_keystroke_gives_what_plain_reading_gives(model, tokenizer, all_spe
 def test_the_ways_that_are_left_out_are_hardly_likely(model, tokenizer, seed):
     completer = Completer(model, tokenizer)
     for prefix in typing(seed, 20):
-        tokens = list(plainly(model, tokenizer, prefix, 0))
-        completer.complete(prefix, max_tokens=1, min_probability=0)
-        _, added, probability = completer._heal(completer._tokens[completer._read :])
-        assert (added, probability) == (tokens[0][0], pytest.approx(tokens[0][1], rel=0.01))
+        found = completer.complete(prefix, max_tokens=1, min_probability=0)
+        check(found, list(plainly(model, tokenizer, prefix, 1)), 0, 0.01)
 
 
 def test_the_tokens_are_those_of_the_whole_text(model, tokenizer):
     completer = Completer(model, tokenizer)
-    for prefix in typing(7, 300):
-        completer._follow(prefix.encode())
-        assert completer._tokens == [tokenizer.eos_token_id, *tokenizer.backend_tokenizer.encode(prefix).ids]
+    for prefix in typing(7, 200):
+        completer.complete(prefix, min_probability=1)
+        assert completer.tokens == [tokenizer.eos_token_id, *tokenizer.backend_tokenizer.encode(prefix).ids]
 
 
 LLAMA3 = (
@@ -182,9 +185,9 @@ def test_also_with_other_words_and_tokens_before_each_text(model):
         post_processor=first,
     )
     completer = Completer(model, tokenizer)
-    for prefix in typing(8, 200):
-        completer._follow(prefix.encode())
-        assert completer._tokens == tokenizer.backend_tokenizer.encode(prefix).ids
+    for prefix in typing(8, 100):
+        completer.complete(prefix, min_probability=1)
+        assert completer.tokens == tokenizer.backend_tokenizer.encode(prefix).ids
 
 
 def test_a_text_that_names_the_end_does_not_end(model, tokenizer):
@@ -192,7 +195,7 @@ def test_a_text_that_names_the_end_does_not_end(model, tokenizer):
     text = "x = '<|endoftext|>'"
     for end in range(len(text) + 1):
         completer.complete(text[:end])
-        assert tokenizer.eos_token_id not in completer._tokens[1:]
+        assert tokenizer.eos_token_id not in completer.tokens[1:]
 
 
 def test_what_a_keystroke_reads_is_bounded(model, tokenizer):
@@ -273,9 +276,10 @@ def test_no_half_character_comes(tokenizer):
     texts = [completer.complete("(", max_tokens=count).text for count in range(1, 9)]
     assert set(texts) == {"", "😀", "😀 東"}
     assert texts == sorted(texts, key=len)
-    names = completer._vocabulary.bytes
-    completer._model.tokens[2:] = [names.index(b) for b in (b"a", b"\xc3", b"\xc3", b"b")]  # no UTF-8
-    assert Completer(completer._model, tokenizer).complete("(").text == "a"
+    names = ByteVocabulary(tokenizer, SIZE).bytes
+    broken = [names.index(some) for some in (b"(", b"a", b"\xc3", b"\xc3", b"b")]  # no UTF-8
+    completer = Completer(Scripted([tokenizer.eos_token_id, *broken]), tokenizer)
+    assert completer.complete("(").text == "a"
 
 
 def test_probabilities_say_where_any_threshold_ends_it(model, tokenizer):
@@ -297,12 +301,11 @@ def test_a_long_text_is_read_from_its_last_tokens_on(model, tokenizer):
     completer = Completer(model, tokenizer, window=100)
     found = completer.complete(text, max_tokens=1)
     assert 80 < found.read < 130
-    begin = completer._begin
+    begin = completer.begin
     for end in range(len(text) - 20, len(text)):  # taken back, and typed again
         found = completer.complete(text[:end], min_probability=0)
-        assert completer._begin == begin
-        plain = Completer(model, tokenizer)
-        plain._opening = []
+        assert completer.begin == begin
+        plain = Completer(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
         assert found.text == plain.complete(text[begin:end], min_probability=0).text
     assert completer.complete(text + 9 * text, max_tokens=1).read < 130  # pasted
     jumped = completer.complete(text[:300], min_probability=0)  # to where nothing was read
@@ -331,11 +334,14 @@ def test_of_an_interrupt_nothing_is_left(model, tokenizer, monkeypatch):
     completer = Completer(model, tokenizer)
     expected = completer.complete(TEXT[:80], min_probability=0).text
 
-    def interrupted(caches, logits):
+    call = Model.__call__
+
+    def interrupted(self, *given, **more):
+        call(self, *given, **more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(completion, "_step", interrupted)
+        patch.setattr(Model, "__call__", interrupted)
         for text in (TEXT[:90], TEXT[:80]):
             with pytest.raises(KeyboardInterrupt):
                 completer.complete(text, min_probability=0)
@@ -370,7 +376,7 @@ def test_complete_needs_a_model_until_one_is_bundled(tokenizer, monkeypatch, tmp
     with pytest.raises(PararnnError, match="no completion model comes with this package; give one"):
         mlx_pararnn.complete("import ")
     text = mlx_pararnn.complete("class Rea", DEMO, min_probability=0)
-    completer = completion._completer(str(DEMO))
+    completer = Completer(*mlx_pararnn.load(DEMO))
     assert text == completer.complete("class Rea", min_probability=0).text
     monkeypatch.setattr(completion, "COMPLETION", DEMO)
     assert mlx_pararnn.complete("class Rea", min_probability=0) == text
