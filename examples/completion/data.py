@@ -10,6 +10,7 @@ import email
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,8 @@ def name_of(wheel: Path) -> str:
         ]
         fields = email.message_from_string(archive.read(metadata).decode())
     by = fields["Author"] or fields["Author-email"] or fields["Maintainer-email"] or "its authors"
-    return f"{fields['Name']} {fields['Version']}, by {' '.join(str(by).split())}"
+    names = re.sub(r"\s*<[^>]*>", "", " ".join(str(by).split()))
+    return f"{fields['Name']} {fields['Version']}, by {names}"
 
 
 def collect(
