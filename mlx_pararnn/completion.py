@@ -34,7 +34,7 @@ UNSETTLED = 8  # words before a change that are made into tokens again: it can j
 HEALED = 8  # tokens at the end of a text that are taken back, at most
 EXPANSIONS = 16  # ways to spell their text that are followed
 NEGLIGIBLE = 0.01  # the share of all ways that need not be followed
-MOST_STEPS = 256  # states after the text's, tried or suggested, that are kept
+MOST_STEPS = 64  # states after the text's, tried or suggested, that are kept
 
 Spelling: TypeAlias = tuple[int, ...]
 

@@ -1,4 +1,5 @@
-"""Writes what the Swift tests compare with: probabilities by MLX-LM, token ids by Hugging Face's tokenizers.
+"""Writes what the Swift tests compare with: probabilities by MLX-LM, token ids by Hugging Face's tokenizers,
+completions by this package.
 
     python swift/make_vectors.py
 
@@ -12,12 +13,18 @@ import random
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+from mlx_pararnn.cache import RecurrentCache
+from mlx_pararnn.completion import Completer
+
+# isort: split
 import mlx.core as mx
 import mlx_lm.sample_utils as sampling
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 DATA = Path(__file__).parent / "ParaRNNTests" / "Data"
 
@@ -389,6 +396,67 @@ def character_cases() -> dict[str, Any]:
     return {"tokenizer": base, "variants": variants}
 
 
+# --- completions --------------------------------------------------------------------------------------------
+
+END = SIZE  # the added token that ends a text, and goes before one
+
+
+class HashModel:
+    """The tests' stand-in for a package: a logit is a hash of the tokens before and its own."""
+
+    args = SimpleNamespace(vocab_size=SIZE + 1, max_position_embeddings=None)
+
+    def make_cache(self) -> list[RecurrentCache]:
+        return [RecurrentCache()]
+
+    def __call__(self, tokens: mx.array, cache: list[RecurrentCache]) -> mx.array:
+        (row,) = np.array(tokens)
+        value = 0 if cache[0][0] is None else int(cache[0][0].item())
+        for token in row:
+            value = ((value ^ (int(token) + 1)) * 0x9E3779B1 + (value >> 15)) % 2**32
+        cache[0][0] = mx.array([[[value]]], mx.uint32)
+        cache[0].advance(len(row))
+        mixed = (value ^ (np.arange(1, SIZE + 2, dtype=np.uint64) * 0x85EBCA6B)) * 0xC2B2AE35 % 2**32
+        return mx.array(((mixed >> 21) / 16).astype(np.float32))[None, None]
+
+
+def typed_texts() -> list[str]:
+    """The texts before a cursor: somebody types, takes back, jumps, pastes, changes what stands before."""
+    chance = random.Random(4)
+    text, place = "def f(x):\n    retu", 17
+    texts = []
+    for _ in range(80):
+        texts.append(text[:place])
+        action = chance.random()
+        if action < 0.6:
+            new = chance.choice(
+                ["t", "i", "on", " the", "\n", "    ", "é", "日本", "👍", " Softwa", "(", "12", "'s"]
+            )
+            text, place = text[:place] + new + text[place:], place + len(new)
+        elif action < 0.8:
+            back = min(place, chance.choice([1, 1, 4]))
+            text, place = text[: place - back] + text[place:], place - back
+        elif action < 0.9:
+            place = chance.randrange(len(text) + 1)
+        elif place > 9:
+            text, place = text[: place - 9] + "right" + text[place - 9 :], place + 5
+    return texts
+
+
+def completion_cases() -> list[dict[str, Any]]:
+    whole = json.loads((DATA / "tokenizers.json").read_text(encoding="ascii"))["tokenizer"]
+    whole["added_tokens"] = [added("<|x|>", END)]
+    backend = Tokenizer.from_str(json.dumps(whole))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|x|>")
+    completer = Completer(cast(Any, HashModel()), cast(Any, tokenizer))
+    cases = []
+    for prefix in typed_texts():
+        found = completer.complete(prefix, max_tokens=3, max_lines=2, min_probability=0)
+        pieces = [{"text": text, "probability": float(f"{p:.8g}")} for text, p in found.pieces]
+        cases.append({"prefix": prefix, "pieces": pieces})
+    return cases
+
+
 def write(name: str, content: Any) -> None:
     text = json.dumps(content, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     (DATA / name).write_text(text + "\n", encoding="ascii")
@@ -401,3 +469,4 @@ if __name__ == "__main__":
     write("sampling.json", sampling_cases())
     write("tokenizers.json", tokenizer_cases())
     write("characters.json", character_cases())
+    write("completions.json", completion_cases())

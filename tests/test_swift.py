@@ -48,6 +48,15 @@ def test_tokens_are_hugging_faces():
     assert committed("tokenizers.json") == script("make_vectors").tokenizer_cases()
 
 
+def test_completions_are_pythons():
+    ours, now = committed("completions.json"), script("make_vectors").completion_cases()
+    assert [case["prefix"] for case in ours] == [case["prefix"] for case in now]
+    for a, b in zip(ours, now, strict=True):
+        assert [piece["text"] for piece in a["pieces"]] == [piece["text"] for piece in b["pieces"]]
+        probabilities = [[piece["probability"] for piece in case["pieces"]] for case in (a, b)]
+        np.testing.assert_allclose(*probabilities, rtol=0, atol=1e-6)
+
+
 @pytest.fixture
 def xcode(tmp_path):
     """Runs the app's build phase, with stand-ins for commands; returns what it says and the resources."""

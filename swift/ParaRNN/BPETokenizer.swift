@@ -173,6 +173,16 @@ public struct BPETokenizer: ParaRNNTokenizer {
     return characters.map { $0.decoder.bytes(String(decoding: bytes, as: UTF8.self)) } ?? bytes
   }
 
+  /// Those of byte-level BPE, of the text as it is, not normalized.
+  public func words(_ text: String) -> [[Int]]? {
+    if characters != nil { return nil }
+    return splitters.reduce([text]) { $1.apply($0, isFirst: true) }.map { piece in
+      var tokens: [Int] = []
+      appendTokens(of: Array(piece.utf8), to: &tokens)
+      return tokens
+    }
+  }
+
   public func decode(_ tokens: [Int]) -> String {
     guard let characters else {
       return String(decoding: tokens.flatMap { bytesOfToken[$0] ?? [] }, as: UTF8.self)

@@ -30,6 +30,8 @@ public enum ParaRNNError: Error, Sendable, Equatable {
   case toolsMismatch(reason: String)
   /// No token can go on in a text that keeps the schema, or the tokenizer does not tell the bytes of its tokens.
   case schemaCannotBeKept
+  /// A model, or its tokenizer, that text cannot be completed with.
+  case cannotComplete(reason: String)
   /// A function that a model cannot be allowed to call.
   case invalidFunction(name: String, reason: String)
   /// There is nothing to read.
@@ -88,6 +90,8 @@ extension ParaRNNError: LocalizedError, CustomStringConvertible {
       "This model cannot be asked so: \(reason)."
     case .schemaCannotBeKept:
       "No token of the vocabulary can follow where the schema is to be kept; the tokenizer must tell bytes(of:)."
+    case .cannotComplete(let reason):
+      "Text cannot be completed with this model: \(reason)."
     case .invalidFunction(let name, let reason):
       "The function \(name) cannot be allowed: \(reason)."
     case .emptyPrompt:

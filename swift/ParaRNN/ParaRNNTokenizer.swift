@@ -18,12 +18,17 @@ public protocol ParaRNNTokenizer: Sendable {
   /// The bytes that a token adds to a text; nil for one that is no text, and where the tokenizer does not tell. Needed
   /// for ``GenerationOptions/schema`` alone.
   func bytes(of token: Int) -> [UInt8]?
+
+  /// Token ids of each word of `text`, the pieces that are made into tokens one by one, where nothing in it stands for an
+  /// added token; nil where the tokenizer does not tell. Needed for ``Completer`` alone.
+  func words(_ text: String) -> [[Int]]?
 }
 
 extension ParaRNNTokenizer {
   public var vocabularySize: Int? { nil }
   public func token(named name: String) -> Int? { nil }
   public func bytes(of token: Int) -> [UInt8]? { nil }
+  public func words(_ text: String) -> [[Int]]? { nil }
 }
 
 /// Tokens are the bytes of UTF-8: for models trained on raw bytes.
@@ -35,6 +40,8 @@ public struct ByteTokenizer: ParaRNNTokenizer {
   public func encode(_ text: String, addingSpecialTokens: Bool) -> [Int] { text.utf8.map(Int.init) }
 
   public func bytes(of token: Int) -> [UInt8]? { UInt8(exactly: token).map { [$0] } }
+
+  public func words(_ text: String) -> [[Int]]? { [text.utf8.map(Int.init)] }
 
   /// Ids from 256 on are no bytes and have no text.
   public func decode(_ tokens: [Int]) -> String {

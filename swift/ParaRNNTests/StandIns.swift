@@ -53,6 +53,8 @@
     var gives = "logits"
     /// The tokens that it always gives, by position, instead of hashes.
     var script: [Int] = []
+    /// All tokens have logits that differ, by hash, instead of one alone.
+    var spreads = false
     /// The prediction at this position fails, and leaves nothing sensible in the state.
     var failsAt: Int?
     /// True if that happens once only.
@@ -134,6 +136,11 @@
       (hash ^ UInt32(token + 1)) &* 0x9E37_79B1 &+ hash >> 15
     }
 
+    /// As swift/make_vectors.py has it; float16 holds it.
+    private static func logit(_ hash: UInt32, _ token: Int) -> Double {
+      Double(((hash ^ UInt32(token + 1) &* 0x85EB_CA6B) &* 0xC2B2_AE35) >> 21) / 16
+    }
+
     var behaviour: MLModel.Behaviour {
       .init(
         load: { _, function in
@@ -210,6 +217,10 @@
         return ["token": array]
       }
       let logits = try MLMultiArray(shape: [1, 1, NSNumber(value: vocabulary)], dataType: .float16)
+      if spreads {
+        for i in 0..<vocabulary { logits[i] = NSNumber(value: Self.logit(hash, i)) }
+        return ["logits": logits]
+      }
       logits[broken == nil ? token : 0] = NSNumber(value: broken ?? 9)
       return ["logits": logits]
     }
