@@ -191,8 +191,8 @@ class _Turn:
                     mask, event = self.masks.answering, Text
                 else:
                     yield from self.byte(token, event)
-            if result is not None and not self.answered:
-                yield Text(self.tokens, result.text)
+            if not self.answered and (result is not None or protocol.call not in prefix):
+                raise _Instead(LOST)
         except _Over as over:
             reason = over.reason
         except _Instead as instead:

@@ -127,7 +127,7 @@ def test_an_answer_without_text_is_the_last_result():
     events, _ = play(f"{call % 1}{call % 21}<|answer|><|end|>")
     assert text_of(events) == "42"
     assert text_of(play(f"{call % 21}<|answer|>so<|end|>")[0]) == "so"
-    assert text_of(play("x<|answer|><|end|>")[0]) == ""
+    assert text_of(play("x<|answer|><|end|>")[0]) == LOST  # a message is never left without an answer
     events, _ = play(f"{call % 21}<|answer|><|right1|>", limits=Limits(steps=100))
     assert events[-1].reason == "steps"
 

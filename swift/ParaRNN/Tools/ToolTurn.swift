@@ -125,8 +125,7 @@ actor ToolTurn {
       memory.append(token)
       place = .answer
     case .answer where token == tools[.end]:
-      if let result, answered == 0 { emit(.text(result)) }
-      finish(.stop)
+      if answered == 0 { finish(saying: Self.lost) } else { finish(.stop) }
     case .thought, .answer: takeText(token)
     case .callName(let writing): takeName(token, writing)
     case .callArguments(_, let writing)
