@@ -1,4 +1,4 @@
-"""Type Python and see it completed: python -m examples.completion.try_it [MODEL]
+"""Type Python and see it completed: `python -m examples.completion.try_it [MODEL]`.
 
 The suggestion stands in grey after the cursor. Tab takes it, where there is none it indents; Ctrl-D ends.
 """

@@ -27,6 +27,7 @@ from mlx_pararnn.model import Model
 from mlx_pararnn.pocket.answers import answer, stream_answer
 from mlx_pararnn.pocket.events import Call
 from mlx_pararnn.pocket.loop import Limits
+from mlx_pararnn.pocket.misread import instead
 from mlx_pararnn.pocket.protocol import find_protocol
 from mlx_pararnn.pocket.standard import calculate
 
@@ -119,9 +120,11 @@ def evaluate(
 
 
 def call_made(model: Model, tokenizer: Any, message: str) -> dict[str, Any] | None:
-    """The call that the model makes first for a message, None if it makes none."""
+    """The call that the model makes first for a message; None if it makes none, or one that is refused."""
     for event in stream_answer(model, tokenizer, message):
         if isinstance(event, Call):
+            if instead(message, event.name, event.arguments):
+                return None
             return {"name": event.name, "arguments": json.loads(event.arguments)}
     return None
 
