@@ -39,7 +39,7 @@
 
     static let bytesOfToken = 4  // of a text whose tokens are not known yet, at most
     static let recent = 32  // last tokens whose memories are all kept
-    static let unsettled = 8  // words before a change that are made into tokens again: it can join or divide them
+    static let unsettled = 8  // words before a change that are made into tokens again, as it can join them
     static let healed = 8  // tokens at the end of a text that are taken back, at most
     static let expansions = 16  // ways to spell their text that are followed
     static let negligible = 0.01  // the share of all ways that need not be followed

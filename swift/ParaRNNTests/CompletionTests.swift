@@ -108,6 +108,18 @@ import Testing
       }
     }
 
+    /// Also where as many tokens stand in the place of others.
+    @Test func aChangeBeforeTheLastWord() async throws {
+      try await Self.model { (model) async throws in
+        let completer = try await Completer(model)
+        for text in ["the 1, th", "the 2, th", "the 1, th", "the 3, the", "the 1, the"] {
+          let expected = try await Completer(model).complete(text, maxTokens: 3, minProbability: 0)
+          let found = try await completer.complete(text, maxTokens: 3, minProbability: 0)
+          #expect(found.pieces == expected.pieces)
+        }
+      }
+    }
+
     @Test func whatAKeystrokeReadsIsBounded() async throws {
       let text = String(repeating: "the Software is provided, it's 12 of\n", count: 30)
       try await Self.model { (model) async throws in
