@@ -6,7 +6,7 @@ namespace pararnn {
 
 constexpr int GROUP = 4;  // vectors of a group: independent chains of instructions, which a core runs side by side
 constexpr int WIDTH = GROUP * LANES;  // channels of a group
-constexpr int AHEAD = 4;              // steps that the next rows are fetched ahead
+constexpr int AHEAD = 4;              // steps that rows of u are fetched ahead
 
 // Shapes as in metal/README.md; strides count elements, those of channels are 1.
 typedef int64_t Strides[4];     // sequence, head, step, gate
@@ -38,6 +38,15 @@ typedef int64_t RowStrides[2];  // sequence, step
 PARARNN_STRUCT(Adjoint, ADJOINT_FIELDS)
 
 constexpr int SLOTS = Cell::SLOTS, GATES = Cell::GATES, PARAMS = Cell::PARAMS;
+// A Jacobian that fits the vector registers (GRU, NLRU; LSTM where there are 32) is kept for the way back. Of a larger
+// one (sLSTM: 48 numbers) only the state before the step is: to make the step again takes less time.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+constexpr bool KEEPS_JACOBIANS = SLOTS * INPUTS <= REGISTERS;
+constexpr int KEPT = KEEPS_JACOBIANS ? SLOTS * INPUTS : SLOTS;
 
 inline tangents::Real seeded(Vec value, int direction) {
   tangents::Real x = constant_dual<INPUTS>(value);
@@ -45,17 +54,45 @@ inline tangents::Real seeded(Vec value, int direction) {
   return x;
 }
 
-// One step backwards. lambda: the gradient of the state after the step, then of the state before it.
-inline void step_back(const Vec* before, const Vec* u, const Vec* w, Vec* lambda, Vec* d_u, Vec* d_w) {
-  tangents::Real s[SLOTS], x[GATES], p[PARAMS];
-  for (int i = 0; i < SLOTS; ++i) s[i] = seeded(before[i], i);
+// One step on dual numbers: the state after it, with its Jacobian by the state before it, u and w.
+inline void derive(const Vec* before, const Vec* u, const Vec* w, tangents::Real* after) {
+  tangents::Real x[GATES], p[PARAMS];
+  for (int i = 0; i < SLOTS; ++i) after[i] = seeded(before[i], i);
   for (int i = 0; i < GATES; ++i) x[i] = seeded(u[i], SLOTS + i);
   for (int i = 0; i < PARAMS; ++i) p[i] = seeded(w[i], SLOTS + GATES + i);
-  TangentCell::step(s, x, p);
+  TangentCell::step(after, x, p);
+}
+
+// One step forwards, and what `step_back` needs of it.
+inline void step_forth(Vec* state, const Vec* u, const Vec* w, Vec* kept) {
+  if constexpr (KEEPS_JACOBIANS) {
+    tangents::Real after[SLOTS];
+    derive(state, u, w, after);
+    for (int k = 0; k < SLOTS; ++k) {
+      state[k] = after[k].v;
+      for (int i = 0; i < INPUTS; ++i) {
+        if (!after[k].d[i].zero) kept[k * INPUTS + i] = after[k].d[i].v;
+      }
+    }
+  } else {
+    for (int k = 0; k < SLOTS; ++k) kept[k] = state[k];
+    Cell::step(state, u, w);
+  }
+}
+
+// One step backwards. lambda: the gradient of the state after the step, then of the state before it.
+inline void step_back(const Vec* kept, const Vec* u, const Vec* w, Vec* lambda, Vec* d_u, Vec* d_w) {
+  tangents::Real after[SLOTS];
+  derive(kept, u, w, after);
+  if constexpr (KEEPS_JACOBIANS) {  // the above only says which numbers are 0: the compiler leaves it out
+    for (int k = 0; k < SLOTS; ++k) {
+      for (int i = 0; i < INPUTS; ++i) after[k].d[i].v = kept[k * INPUTS + i];
+    }
+  }
   Vec d[INPUTS];
   for (int i = 0; i < INPUTS; ++i) {
     Tangent sum(0.0f);
-    for (int k = 0; k < SLOTS; ++k) sum = sum + lambda[k] * s[k].d[i];
+    for (int k = 0; k < SLOTS; ++k) sum = sum + lambda[k] * after[k].d[i];
     d[i] = sum.v;
   }
   for (int i = 0; i < SLOTS; ++i) lambda[i] = d[i];
@@ -63,11 +100,17 @@ inline void step_back(const Vec* before, const Vec* u, const Vec* w, Vec* lambda
   for (int i = 0; i < PARAMS; ++i) d_w[i] = d[SLOTS + GATES + i];
 }
 
-// Steps from...to of a group of `channels` channels from channel w0 of a head: the states before them from the tile's
-// boundary on into `states`, then backwards. Between tiles lambda is in call.d_initial.
+// Steps from...to of a group of `channels` channels from channel w0 of a head: forwards from the tile's boundary, with
+// `kept` for what the way back needs of each, then backwards. Between tiles lambda is in call.d_initial.
 template <typename T, bool FULL>
-__attribute__((flatten)) void run_back(
-    const Adjoint& call, Vec* states, int64_t b, int64_t head, int64_t w0, int channels, int64_t from, int64_t to) {
+__attribute__((flatten)) void run_back(const Adjoint& call,
+                                       Vec* kept,
+                                       int64_t b,
+                                       int64_t head,
+                                       int64_t w0,
+                                       int channels,
+                                       int64_t from,
+                                       int64_t to) {
   const int vectors = FULL ? GROUP : (channels + LANES - 1) / LANES;
   const auto lanes = [&](int i) { return FULL || channels - i * LANES >= LANES ? LANES : channels - i * LANES; };
   const int64_t D = call.heads * call.W, d0 = head * call.W + w0;
@@ -76,6 +119,8 @@ __attribute__((flatten)) void run_back(
                                 : call.initial + b * SLOTS * D;
   const float* later = (to < call.T ? call.d_initial : call.d_last) + b * SLOTS * D;
   const T* const u = static_cast<const T*>(call.u) + b * call.u_strides[0] + head * call.u_strides[1] + w0;
+  const T* const d_hidden = static_cast<const T*>(call.d_hidden) + b * call.d_hidden_strides[0] + d0;
+  T* const d_u = static_cast<T*>(call.d_u) + b * call.d_u_strides[0] + head * call.d_u_strides[1] + w0;
   Vec w[GROUP][PARAMS], state[GROUP][SLOTS], lambda[GROUP][SLOTS], sum[GROUP][PARAMS];
   for (int i = 0; i < vectors; ++i) {
     for (int p = 0; p < PARAMS; ++p) {
@@ -88,24 +133,24 @@ __attribute__((flatten)) void run_back(
     }
   }
 
+  // What the way back reads and writes of a step is fetched here, where there is most to compute meanwhile.
   for (int64_t t = from; t < to; ++t) {
-    const bool keep = !call.mask || call.mask[b * call.T + t];
+    if (call.mask && !call.mask[b * call.T + t]) continue;
     const T* row = u + t * call.u_strides[2];
-    Vec* kept = states + (t - from) * GROUP * SLOTS;
+    const T* d_out = d_hidden + t * call.d_hidden_strides[1];
+    const T* d_in = d_u + t * call.d_u_strides[2];
     for (int i = 0; i < vectors; ++i) {
-      for (int s = 0; s < SLOTS; ++s) kept[i * SLOTS + s] = state[i][s];
-      if (!keep) continue;
       Vec x[GATES];
+      __builtin_prefetch(d_out + i * LANES);
       for (int g = 0; g < GATES; ++g) {
         __builtin_prefetch(row + AHEAD * call.u_strides[2] + g * call.u_strides[3] + i * LANES);
+        __builtin_prefetch(d_in + g * call.d_u_strides[3] + i * LANES, 1);
         x[g] = load(row + g * call.u_strides[3] + i * LANES, lanes(i));
       }
-      Cell::step(state[i], x, w[i]);
+      step_forth(state[i], x, w[i], kept + ((t - from) * GROUP + i) * KEPT);
     }
   }
 
-  T* const d_u = static_cast<T*>(call.d_u) + b * call.d_u_strides[0] + head * call.d_u_strides[1] + w0;
-  const T* const d_hidden = static_cast<const T*>(call.d_hidden) + b * call.d_hidden_strides[0] + d0;
   for (int64_t t = to - 1; t >= from; --t) {
     const bool keep = !call.mask || call.mask[b * call.T + t];
     if (call.d_states && (t + 1) % call.every == 0) {
@@ -117,14 +162,12 @@ __attribute__((flatten)) void run_back(
     const T* in = u + t * call.u_strides[2];
     const T* d_out = d_hidden + t * call.d_hidden_strides[1];
     T* d_in = d_u + t * call.d_u_strides[2];
-    const Vec* kept = states + (t - from) * GROUP * SLOTS;
     for (int i = 0; i < vectors; ++i) {
       Vec x[GATES], d_x[GATES], d_w[PARAMS];
       if (keep) {
-        __builtin_prefetch(d_out - AHEAD * call.d_hidden_strides[1] + i * LANES);
         for (int g = 0; g < GATES; ++g) x[g] = load(in + g * call.u_strides[3] + i * LANES, lanes(i));
         lambda[i][Cell::OUTPUT] = lambda[i][Cell::OUTPUT] + load(d_out + i * LANES, lanes(i));
-        step_back(kept + i * SLOTS, x, w[i], lambda[i], d_x, d_w);
+        step_back(kept + ((t - from) * GROUP + i) * KEPT, x, w[i], lambda[i], d_x, d_w);
         for (int p = 0; p < PARAMS; ++p) sum[i][p] = sum[i][p] + d_w[p];
       } else {
         for (int g = 0; g < GATES; ++g) d_x[g] = 0.0f;
@@ -150,16 +193,16 @@ void adjoint(const Adjoint& call) {
   const int64_t pieces = items < 2 * call.threads ? items : 2 * call.threads;
   const int64_t tiles = (call.T + call.tile - 1) / call.tile;
   in_parallel(pieces, call.threads, [&](int64_t piece) {
-    std::vector<Vec> states(call.tile * GROUP * SLOTS);
+    std::vector<Vec> kept(call.tile * GROUP * KEPT);
     for (int64_t tile = tiles - 1; tile >= 0; --tile) {
       const int64_t from = tile * call.tile, to = from + call.tile < call.T ? from + call.tile : call.T;
       for (int64_t item = items * piece / pieces; item < items * (piece + 1) / pieces; ++item) {
         const int64_t b = item / (call.heads * blocks), head = item / blocks % call.heads;
         const int64_t w0 = item % blocks * WIDTH, left = call.W - w0;
         if (left >= WIDTH) {
-          run_back<T, true>(call, states.data(), b, head, w0, WIDTH, from, to);
+          run_back<T, true>(call, kept.data(), b, head, w0, WIDTH, from, to);
         } else {
-          run_back<T, false>(call, states.data(), b, head, w0, int(left), from, to);
+          run_back<T, false>(call, kept.data(), b, head, w0, int(left), from, to);
         }
       }
     }

@@ -147,7 +147,10 @@ def cpu_adjoint_text(cell: Cell) -> str:
     needed, tangents = tangent_header(cell)
     header = cpu_text(cell_header(cell) + needed) + cuda_text(tangents)
     header = header.replace("Vec d[N > 0 ? N : 1];", "Tangent d[N > 0 ? N : 1];")
-    return metal_text("cpu.h") + metal_text("cpu_tangents.h") + header + metal_text("cpu_adjoint.cpp")
+    text = header + metal_text("cpu_adjoint.cpp")
+    # loops over tangents are unrolled whole, also those that GCC finds too long: cpu_tangents.h
+    text = re.sub(r"(for \(int i = 0; i < (N|INPUTS);)", r'_Pragma("GCC unroll 64") \1', text)
+    return metal_text("cpu.h") + metal_text("cpu_tangents.h") + text
 
 
 def cpu_elementwise_text() -> str:

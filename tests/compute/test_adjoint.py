@@ -452,9 +452,12 @@ def test_compilers(cxx, monkeypatch, tmp_path):
 CPP, TANGENTS, INPUTS, DUAL = "cpu_adjoint.cpp", "cpu_tangents.h", "dual_inputs.h", "dual.h"
 MUTANTS = {
     "a boundary too late": ("lstm", CPP, "from / call.tile - 1)", "from / call.tile)"),
-    "states not run on": ("lstm", CPP, "Cell::step(state[i], x, w[i]);", ""),
-    "the state after the step": ("lstm", CPP, "kept[i * SLOTS + s] = state[i][s];\n", "{}\n"),
-    "padding steps": ("lstm", CPP, "      if (!keep) continue;\n", ""),
+    "states not run on": ("gru", CPP, "state[k] = after[k].v;", "{}"),
+    "states not run on, of a large cell": ("slstm", CPP, "Cell::step(state, u, w);", ""),
+    "the state after the step": ("slstm", CPP, "kept[k] = state[k];\n", "{}\n"),
+    "a number of the Jacobian": ("gru", CPP, "if (!after[k].d[i].zero) kept", "if (i > 0) kept"),
+    "the Jacobian of nothing": ("gru", CPP, "after[k].d[i].v = kept[k * INPUTS + i];", "{}"),
+    "padding steps": ("lstm", CPP, "if (call.mask && !call.mask[b * call.T + t]) continue;\n", ""),
     "slope of padding": ("lstm", CPP, "d_x[g] = 0.0f;", "d_x[g] = 1.0f;"),
     "hidden is another slot": ("lstm", CPP, "lambda[i][Cell::OUTPUT] + load", "lambda[i][0] + load"),
     "no slope of states": ("lstm", CPP, "if (call.d_states &&", "if (false &&"),
@@ -468,6 +471,7 @@ MUTANTS = {
     "difference of nothing": ("slstm", TANGENTS, "return -b.v;", "return b.v;"),
     "sum with nothing": ("bending", TANGENTS, "if (a.zero) return b;", "if (a.zero) return a;"),
     "chosen is nothing": ("bending", TANGENTS, "a.zero && b.zero", "a.zero || b.zero"),
+    "tangents of a quotient": ("slstm", TANGENTS, "a.v * (1.0f / b)", "a.v * b"),
     "quotient": ("bending", INPUTS, "chain(b, value, -value / b.v)", "chain(b, value, value / b.v)"),
     "sign": ("bending", INPUTS, "chain(a, -a.v, -1.0f)", "chain(a, -a.v, 1.0f)"),
     "a tie": ("slstm", DUAL, "choose(a.v < b.v, 0.0f, 0.5f)", "choose(a.v < b.v, 0.5f, 0.5f)"),
