@@ -5,7 +5,7 @@ namespace pararnn {
 
 constexpr int WIDTH = GROUP * LANES;  // channels of a group
 constexpr int INTERLEAVED = 2;        // groups whose instructions are interleaved: one's fill the other's waits
-constexpr int AHEAD = 8;  // steps that u is fetched ahead: a row of it is longer than what hardware guesses
+constexpr int AHEAD = 8;  // steps that u and hidden are fetched ahead: rows longer than what hardware guesses
 constexpr int TILE =
     64;  // steps that a thread makes for all its channels before it makes the next: pages stay near
 
@@ -84,6 +84,7 @@ void run(const Call& call, int64_t b, int64_t head, int64_t w0, int channels, in
         }
         Cell::step(state[n], x, w[n]);
       }
+      for (int i = 0; i < GROUP; ++i) __builtin_prefetch(hidden + AHEAD * D + n * WIDTH + i * LANES, 1);
       store_group(hidden + n * WIDTH, keep ? state[n][Cell::OUTPUT] : VecGroup(0.0f), count);
     }
     if (call.states && (t + 1) % call.every == 0) {

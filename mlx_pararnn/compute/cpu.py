@@ -7,6 +7,7 @@ here runs at once: never inside mx.compile or mx.vmap.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -23,6 +24,8 @@ from .texts import cpu_elementwise_text, cpu_recurrence_text, for_dtype, plain_n
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 # Fewer numbers than this are done by one thread: starting another takes some 50 microseconds.
 _LARGE = 1 << 15
+# An array to write into that has so many bytes begins with a line of the cache, which takes 10 microseconds.
+_LONG, _LINE = 1 << 20, 64
 # Up to so many rows a product with a matrix is faster here than in MLX, which arranges the matrix first.
 FEW_ROWS = 16
 
@@ -174,8 +177,17 @@ def run(
 
 
 def room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An array to write into. MLX fills every new one, and bytes faster than floats."""
-    return mx.zeros((*shape[:-1], shape[-1] * dtype.size), mx.uint8).view(dtype)
+    """An array to write into. MLX fills every new one, and bytes faster than floats.
+
+    MLX's begin anywhere, and vectors that are stored across two lines of the cache take longer.
+    """
+    size = math.prod(shape) * dtype.size
+    if size < _LONG:
+        return mx.zeros((*shape[:-1], shape[-1] * dtype.size), mx.uint8).view(dtype)
+    filled = mx.zeros(size + _LINE, mx.uint8)
+    mx.eval(filled)
+    begin = -address(filled) % _LINE
+    return filled[begin : begin + size].view(dtype).reshape(shape)
 
 
 def in_float32(weight: mx.array) -> mx.array:

@@ -9,6 +9,7 @@ from ..cells import Cell
 from .cpu import DTYPES, address, in_lines, is_large, room, view
 from .cpu_build import build, invoke
 from .cpu_cores import threads
+from .freed_memory import keep_freed_memory
 from .texts import cpu_adjoint_text, for_dtype, plain_name
 
 
@@ -29,6 +30,7 @@ class Adjoint(ctypes.Structure):
 @lru_cache(maxsize=64)
 def load(cell: Cell, dtype: str) -> ctypes.CDLL:
     """The cell's library for a dtype; raises BuildError, and PararnnError for a cell without MSL."""
+    keep_freed_memory()
     return build(for_dtype(cpu_adjoint_text(cell), dtype), f"adjoint-{plain_name(cell)}-{dtype}", (Adjoint,))
 
 

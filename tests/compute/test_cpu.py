@@ -182,6 +182,15 @@ def test_views_are_read_where_they_lie():
         assert mx.array_equal(recurrence(cell, mx.array(params), view, backend="cpu")[0], wanted)
 
 
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_a_long_array_to_write_into_begins_with_a_line_of_the_cache(dtype):
+    for shape in ((7, 401, 257), (1 << 20,)):
+        room = cpu.room(shape, dtype)
+        mx.eval(room)
+        assert cpu.address(room) % 64 == 0
+        assert (room.shape, room.dtype, cpu.view(room).flags.c_contiguous) == (shape, dtype, True)
+
+
 @pytest.mark.sampled("large", by=lambda: ["one"])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_gradients(name):

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from mlx_pararnn import get_cell
+from mlx_pararnn.compute import cpu_adjoint, cpu_gradients
 from mlx_pararnn.compute import freed_memory as memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
@@ -50,3 +52,19 @@ def test_freed_memory_is_used_again():
 def test_what_the_user_has_set_stays(name, monkeypatch):
     monkeypatch.setenv(name, "")
     assert not memory.keep_freed_memory.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("module", "load"),
+    [
+        (cpu_gradients, lambda: cpu_gradients._library.__wrapped__("float32")),
+        (cpu_adjoint, lambda: cpu_adjoint.load.__wrapped__(get_cell("gru"), "float32")),
+    ],
+    ids=["layers", "cells"],
+)
+def test_the_first_gradient_asks_for_it(module, load, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: asked.append(module))
+    monkeypatch.setattr(module, "build", lambda *of: None)
+    load()
+    assert asked == [module]
