@@ -280,6 +280,13 @@ def test_what_is_not_finite_stays_in_its_channel_and_padding_reaches_nothing():
     assert not gradients[1][0, [5, 67]].any()
 
 
+def test_the_smallest_numbers_are_elsewhere_what_they_were():
+    """The gradient takes numbers below float32's smallest normal one for 0, nobody else in its thread."""
+    small = np.full(16, 2e-38, np.float32)
+    Slopes("slstm", 70, 40, 1).differentiated("cpu")
+    assert (small * np.float32(0.25)).all()
+
+
 OWN = """
 namespace pararnn {
 struct Bent {
