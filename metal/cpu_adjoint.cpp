@@ -203,7 +203,7 @@ void adjoint(const Adjoint& call) {
   const int64_t pieces = items < 2 * call.threads ? items : 2 * call.threads;
   const int64_t tiles = (call.T + call.tile - 1) / call.tile;
   in_parallel(pieces, call.threads, [&](int64_t piece) {
-    const NoSubnormals here{};
+    [[maybe_unused]] const NoSubnormals here{};
     std::vector<Vec> kept(call.tile * GROUP * KEPT);
     for (int64_t tile = tiles - 1; tile >= 0; --tile) {
       const int64_t from = tile * call.tile, to = from + call.tile < call.T ? from + call.tile : call.T;
