@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REASONS = {
     "._row": "a row's arrays of a cache, to compare bit for bit",
-    "text.plain_tokenizer._PIECE": "short texts are read in pieces, as long ones are",
     "text.chat_template._idle": "processes whose limit is another than the test's",
     "cells._REGISTRY": "cells that a test registers must be gone after it; users never take one back",
     "compute.recurrence._kernels_agree": "the trial at first use, to forget or to skip",

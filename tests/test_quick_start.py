@@ -132,7 +132,7 @@ def test_a_plain_tokenizer_answers_as_transformers_does(kind, text, data, folder
         assert ours.encode(text, add_special_tokens=special) == theirs.encode(
             text, add_special_tokens=special
         )
-        with mock.patch("mlx_pararnn.text.plain_tokenizer._PIECE", 3):
+        with mock.patch("mlx_pararnn.text.pieces.PIECE", 3):
             assert ours.encode(text, add_special_tokens=special) == theirs.encode(
                 text, add_special_tokens=special
             )
@@ -183,7 +183,7 @@ def test_a_long_text_has_the_tokens_that_it_has_in_one_piece(change, folders, tm
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     ours = PlainTokenizer(tmp_path, {})
     for text in ("aab  ab ba abab e\u0301 \U0001f600\n" * 9, "ab" * 30, " " * 30):
-        with mock.patch("mlx_pararnn.text.plain_tokenizer._PIECE", 2):
+        with mock.patch("mlx_pararnn.text.pieces.PIECE", 2):
             assert ours.encode(text) == ours.backend_tokenizer.encode(text).ids
 
 

@@ -1,12 +1,13 @@
 """A tokenizer that is its tokenizer.json and no more, by the tokenizers library alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
-_PIECE = 4096  # characters
+from .pieces import encode_in_pieces, has_bytes_alone
 
 
 class PlainTokenizer:
@@ -54,12 +55,9 @@ class PlainTokenizer:
 
         Where a token is a byte, a long text is read in pieces: the library takes hundreds of bytes a token.
         """
-        whole = len(text) <= _PIECE or not self._has_bytes_alone()
-        return [
-            token
-            for piece in ([text] if whole else self._pieces(text))
-            for token in self.backend_tokenizer.encode(piece, add_special_tokens=add_special_tokens).ids
-        ]
+        if has_bytes_alone(self.backend_tokenizer):
+            return [*chain.from_iterable(encode_in_pieces(self.backend_tokenizer, [text]))]
+        return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: int | Sequence[int], clean_up_tokenization_spaces: bool = False) -> str:
         """The text of tokens; spaces are never cleaned up, which such a tokenizer does not ask for."""
@@ -82,39 +80,6 @@ class PlainTokenizer:
             **self.special_tokens_map,
         )
         return theirs.apply_chat_template(conversation, **options)
-
-    def _has_bytes_alone(self) -> bool:
-        """Whether a token is a byte or an added one, and what stands around a character does not matter."""
-        backend, model = self.backend_tokenizer, self.backend_tokenizer.model
-        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-        if not (
-            isinstance(model, models.BPE)
-            and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
-            and backend.get_vocab_size(with_added_tokens=False)
-            == len(alphabet)  # not asked for 150,000 names
-        ):
-            return False
-        parts = backend.normalizer, backend.post_processor, backend.truncation, backend.padding
-        return (
-            backend.get_vocab(with_added_tokens=False).keys() == alphabet
-            and not any((*parts, model.continuing_subword_prefix, model.end_of_word_suffix))
-            and not backend.pre_tokenizer.add_prefix_space
-            and not any(token.lstrip or token.rstrip or token.single_word for token in self._added())
-        )
-
-    def _added(self) -> list[AddedToken]:
-        return list(self.backend_tokenizer.get_added_tokens_decoder().values())
-
-    def _pieces(self, text: str) -> Iterator[str]:
-        """The text in pieces that end after a character of no added token."""
-        inside = {character for token in self._added() for character in token.content}
-        begin = 0
-        while begin < len(text):
-            end = begin + _PIECE
-            while end < len(text) and text[end - 1] in inside:
-                end += 1
-            yield text[begin:end]
-            begin = end
 
     @overload
     def convert_ids_to_tokens(self, ids: int) -> str | None: ...
