@@ -1,13 +1,16 @@
 """MLX-LM's generator, with what it lacks: stop strings, the end of learned positions, drafts that rewind."""
 
 import logging
-from collections.abc import Generator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import GenerationResponse, generation_stream
+from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -16,16 +19,20 @@ from .distributed import rank_0_samples
 from .errors import PararnnError, one_line
 from .model import Model
 from .text.detokenizer import Detokenizer, StopMatcher
+from .text.pieces import encode_in_pieces, has_bytes_alone
 
 logger = logging.getLogger(__name__)
 
 COLDEST = 1e-20  # dividing by a lower temperature overflows: the likeliest token is taken, as at 0
+KEPT = 2048  # tokens of a prompt in pieces that logits processors see, besides the last that were not read
+
+Prompt: TypeAlias = str | mx.array | list[int] | Iterator[str]
 
 
 def stream_generate(
     model: Model,
     tokenizer: TokenizerWrapper,
-    prompt: str | mx.array | list[int],
+    prompt: Prompt,
     max_tokens: int = 256,
     *,
     stop: str | Sequence[str] = (),
@@ -41,7 +48,11 @@ def stream_generate(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        prompt: text or token ids.
+        prompt: text, token ids, or an iterator of texts, as an open file is, which are one text. Where tokens
+            are bytes (`text.pieces.has_bytes_alone`) these are read one after another and not kept, so that
+            a text of any length takes constant memory; logits processors then see its last tokens alone,
+            2,048 or more, and prompt_progress_callback has None for the number of all. Else, and with a
+            draft, they are joined.
         max_tokens: at most so many tokens; -1 for no limit.
         stop: a string, or several, that end the text; they are not part of it.
         json_schema: the text is JSON that fits this schema, whatever the model would say, and ends where the
@@ -59,6 +70,18 @@ def stream_generate(
             position to generate at; the draft has another vocabulary; the schema cannot be kept to, or not
             together with a draft.
     """
+    matcher = None
+    if json_schema is not None:
+        if draft_model is not None:
+            raise PararnnError("json_schema and draft_model are not taken together; leave one out")
+        matcher, processor_of = _grammar_of(json_schema, tokenizer, model.args.vocab_size)
+    read, seconds, before = 0, 0.0, list[int]()
+    if isinstance(prompt, Iterator):
+        whole = draft_model is not None or kwargs.get("input_embeddings") is not None
+        if whole or not reads_in_pieces(tokenizer):
+            prompt = "".join(prompt)
+        else:
+            read, seconds, before, prompt = _read_in_pieces(model, tokenizer, prompt, kwargs)
     tokens = encode(tokenizer, prompt)
     check_tokens(tokens, model.args.vocab_size)
     cache = kwargs.get("prompt_cache")
@@ -68,12 +91,12 @@ def stream_generate(
         kwargs.update(_for_draft(model, draft_model, cache, kwargs.get("num_draft_tokens")))
         rooms = [r for r in (room, find_room(draft_model, taken)) if r is not None]
         room = min(rooms, default=None)
-    matcher = None
-    if json_schema is not None:
-        if draft_model is not None:
-            raise PararnnError("json_schema and draft_model are not taken together; leave one out")
-        matcher, processor = _grammar_of(json_schema, tokenizer, model.args.vocab_size, len(tokens))
-        kwargs["logits_processors"] = [*(kwargs.get("logits_processors") or []), processor]
+    processors = list(kwargs.get("logits_processors") or [])
+    if matcher is not None:
+        processors.append(processor_of(len(before) + len(tokens)))
+    if before:
+        processors = [_after(before, process) for process in processors]
+    kwargs["logits_processors"] = processors
     if model.group is not None:
         if draft_model is not None:
             raise PararnnError("a draft model is not taken by a model that is divided among processes")
@@ -84,6 +107,8 @@ def stream_generate(
     )
     if model.group is not None:
         responses = _settled(responses)
+    if read:
+        responses = _with_read(responses, read, seconds)
     responses = _texts(responses, tokenizer, tokens)
     if matcher is not None:
         responses = _until_complete(responses, matcher)
@@ -115,9 +140,7 @@ def likeliest(logprobs: mx.array) -> mx.array:
     return mx.argmax(logprobs, axis=-1)
 
 
-def generate(
-    model: Model, tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], **kwargs: Any
-) -> str:
+def generate(model: Model, tokenizer: TokenizerWrapper, prompt: Prompt, **kwargs: Any) -> str:
     """The text that `stream_generate` yields, in one piece; same arguments."""
     return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **kwargs))
 
@@ -132,15 +155,81 @@ def check_text(text: str) -> None:
         ) from None
 
 
+def reads_in_pieces(tokenizer: TokenizerWrapper) -> bool:
+    """Whether a text of any length takes constant memory with this tokenizer."""
+    return has_bytes_alone(getattr(tokenizer, "backend_tokenizer", None))
+
+
+def _read_in_pieces(
+    model: Model, tokenizer: TokenizerWrapper, texts: Iterator[str], kwargs: dict[str, Any]
+) -> tuple[int, float, list[int], list[int]]:
+    """Read a text but for its last tokens, from which MLX-LM goes on, in the steps in which it would.
+
+    Args:
+        kwargs: MLX-LM's; the cache is there afterwards, and its progress counts on from what was read.
+
+    Returns:
+        How many tokens were read, in how many seconds, the last of them, and the tokens that follow.
+    """
+
+    def checked() -> Iterator[str]:
+        for text in texts:
+            check_text(text)
+            yield text
+
+    cache = kwargs["prompt_cache"] = kwargs.get("prompt_cache") or model.make_cache()
+    step = kwargs.get("prefill_step_size", 2048)  # MLX-LM's
+    progress = kwargs.get("prompt_progress_callback") or (lambda done, total: None)
+    read, seconds, rest = 0, 0.0, list[int]()
+    before = deque[int](maxlen=KEPT)
+    progress(0, None)
+    with wired_limit(model):
+        for piece in encode_in_pieces(tokenizer.backend_tokenizer, checked()):
+            rest += piece
+            if piece:
+                check_tokens(piece, model.args.vocab_size)
+            find_room(model, cache[0].offset + len(rest))
+            end = (len(rest) - 1) // step * step  # one at least is left
+            for begin in range(0, end, step):
+                tokens, tic = rest[begin : begin + step], time.perf_counter()
+                with mx.stream(generation_stream):
+                    model(mx.array([tokens]), cache=cache)
+                    mx.eval([layer.state for layer in cache])
+                mx.clear_cache()
+                seconds += time.perf_counter() - tic
+                before.extend(tokens)
+                read += step
+                progress(read, None)
+            rest = rest[end:]
+    kwargs["prompt_progress_callback"] = lambda done, total: progress(read + done, read + total)
+    return read, seconds, list(before), rest
+
+
+def _after(before: list[int], process: Callable[..., mx.array]) -> Callable[[mx.array, mx.array], mx.array]:
+    """A logits processor that sees tokens before those which MLX-LM knows."""
+    earlier = mx.array(before)
+    return lambda tokens, logits: process(mx.concatenate([earlier, tokens]), logits)
+
+
+def _with_read(
+    responses: Generator[GenerationResponse, None, None], read: int, seconds: float
+) -> Generator[GenerationResponse, None, None]:
+    """The responses with the numbers of a prompt of which so many tokens were read before."""
+    for response in responses:
+        count = read + response.prompt_tokens
+        took = seconds + response.prompt_tokens / response.prompt_tps
+        yield replace(response, prompt_tokens=count, prompt_tps=count / took)
+
+
 def _grammar_of(
-    schema: dict[str, Any], tokenizer: TokenizerWrapper, vocab_size: int, prompt_length: int
-) -> tuple[Any, Any]:
-    """A matcher of a schema's JSON, and the logits processor that lets only such through."""
+    schema: dict[str, Any], tokenizer: TokenizerWrapper, vocab_size: int
+) -> tuple[Any, Callable[[int], Any]]:
+    """A matcher of a schema's JSON; by a prompt's length, the logits processor that lets such through."""
     from .text.grammars import GrammarProcessor, Grammars
 
     grammars = Grammars(tokenizer, vocab_size)
     matcher = grammars.compile(grammars.json(schema))
-    return matcher, GrammarProcessor(matcher.deep_copy(), prompt_length)
+    return matcher, partial(GrammarProcessor, matcher.deep_copy())
 
 
 def _until_complete(
