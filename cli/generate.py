@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from mlx_pararnn.images.image_model import ImageModel
     from mlx_pararnn.model import Model
+
+SHOWN = 4096  # characters of the text that a terminal sees again; of a longer one the last
 
 
 @reports_errors
@@ -101,11 +105,15 @@ def generate(
         return
     schema = None if json_schema is None else _schema(json_schema)
     sees, loaded, tokenizer = _load(image, model, modules, adapter_path, state)
-    from mlx_pararnn.generation import render, stream_generate
+    from mlx_pararnn.generation import reads_in_pieces, render, stream_generate
     from mlx_pararnn.pocket.protocol import find_protocol
 
-    text = options.from_rank_0(lambda: _text(prompt, file))
     uses_tools = sees is None and find_protocol(tokenizer) is not None and not ignore_chat_template
+    answers = sees is not None or (not ignore_chat_template and (uses_tools or tokenizer.has_chat_template))
+    in_pieces = not answers and not as_json
+    endless = in_pieces and reads_in_pieces(tokenizer)
+    blocks = options.blocks_from_rank_0(_blocks(prompt, file, None if endless else options.MAX_TEXT_BYTES))
+    text = "" if in_pieces else "".join(blocks)
     how = sampling.choose_sampling(sampling.folder_of(tokenizer), sampling.LIKELIEST, given, uses_tools)
     asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
     if uses_tools:
@@ -115,17 +123,18 @@ def generate(
         told = asked if as_json else None
         _answer(loaded, tokenizer, text, max_tokens, sampler, told, show_tools, prefill_step_size)
         return
-    tokens: str | list[int] = text
+    tokens: Iterator[str] | str | list[int] = text
     seen: dict[str, Any] = {}
+    end = deque[str](maxlen=SHOWN + 1)
     if sees is not None and image is not None:
         from mlx_pararnn.images.use import image_prompt
 
         tokens, seen["input_embeddings"] = image_prompt(sees, tokenizer, image, text)
         asked["image"] = str(image)
-    elif tokenizer.has_chat_template and not ignore_chat_template:
+    elif answers:
         tokens = render(tokenizer, [{"role": "user", "content": text}])
-    elif not as_json and sys.stdout.isatty():
-        typer.secho(text.encode(errors="replace").decode(), dim=True, nl=False)
+    elif in_pieces:
+        tokens = _noted(blocks, end) if sys.stdout.isatty() else blocks
     chosen = sampling.sampler(how, loaded.args.vocab_size)
 
     from .progress import PromptProgress
@@ -144,6 +153,9 @@ def generate(
             **chosen,
             **seen,
         ):
+            if end:
+                _show_dimly("".join(end))
+                end.clear()
             pieces.append(response.text)
             ids.append(response.token)
             if not as_json:
@@ -183,22 +195,42 @@ def _load(
     return sees, sees.language_model, tokenizer
 
 
-def _text(prompt: str | None, file: Path | None) -> str:
+def _blocks(prompt: str | None, file: Path | None, most: int | None) -> Iterator[str]:
     """The text to continue: the file's or what is piped in, and after it on a new line the prompt's."""
     if file is not None:
-        text = options.read_file(file)
-        return text if prompt is None else f"{text}\n{options.read_stdin() if prompt == '-' else prompt}"
-    if prompt in (None, "-"):
-        return options.read_stdin()
-    piped = options.read_piped()
-    return f"{piped}\n{prompt}" if piped else prompt or ""
+        yield from options.read_file(file, most)
+        if prompt is not None:
+            yield "\n"
+            yield from options.read_stdin(most) if prompt == "-" else [prompt]
+    elif prompt in (None, "-"):
+        yield from options.read_stdin(most)
+    else:
+        piped = False
+        for block in options.read_piped(most):
+            piped = piped or block != ""
+            yield block
+        yield f"\n{prompt}" if piped else prompt or ""
+
+
+def _noted(blocks: Iterator[str], end: deque[str]) -> Iterator[str]:
+    """The same blocks; their last characters stay in `end`."""
+    for block in blocks:
+        end.extend(block)
+        yield block
+
+
+def _show_dimly(text: str) -> None:
+    """What a text ends with, before what continues it."""
+    if len(text) > SHOWN:
+        text = f"…{text[1:]}"
+    typer.secho(text, dim=True, nl=False)
 
 
 def _schema(given: str) -> dict[str, Any]:
     """A JSON schema from its text, or from a file."""
     text, where = given, "--json-schema"
     if not given.lstrip().startswith("{"):
-        text, where = options.read_file(Path(given)), given
+        text, where = "".join(options.read_file(Path(given), options.MAX_TEXT_BYTES)), given
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,11 +1,13 @@
 """Options that `generate` and `chat` share, and what they mean to MLX-LM."""
 
+import codecs
 import os
 import re
 import select
 import shlex
 import stat
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
@@ -56,6 +58,7 @@ def stop_strings(values: list[str] | None) -> list[str] | None:
 MAX_TOKENS = 256
 PIPE_SECONDS = 1.0
 MAX_TEXT_BYTES = 64 << 20  # a million tokens take less than a tenth
+BLOCK_BYTES = 64 << 10
 
 ModelPath = Annotated[
     str | None,
@@ -173,62 +176,65 @@ def import_modules(names: list[str] | None) -> None:
             raise PararnnError(f"--import {name}: {type(error).__name__}: {error}{hint}") from error
 
 
-def read_stdin() -> str:
-    """All of standard input without its last new line, as `as_text` reads it."""
+def read_stdin(most: int | None) -> Iterator[str]:
+    """All of standard input, as `read_blocks` gives it."""
     if sys.stdin.isatty():
         end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
         typer.echo(f"Type the text; {end} on a line of its own ends it, Ctrl-C leaves.", err=True)
-    return read_text(sys.stdin.buffer, "standard input")
+    return read_blocks(sys.stdin.buffer, "standard input", most)
 
 
-def read_piped() -> str:
-    """What a pipe or a file at standard input holds, as `read_text` gives it; "" where it is anything else.
+def read_piped(most: int | None) -> Iterator[str]:
+    """What a pipe or a file at standard input holds, as `read_blocks` gives it; nothing of anything else.
 
     A pipe that another program has left open never ends: after a second it is said what is waited for.
     """
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):  # closed
-        return ""
+        return iter(())
     if launched() or not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
-        return ""
+        return iter(())
     if not select.select([sys.stdin], [], [], PIPE_SECONDS)[0]:
         typer.echo(
             "Waiting for the end of the pipe at standard input, which goes before the prompt; "
             "</dev/null leaves it out.",
             err=True,
         )
-    return read_text(sys.stdin.buffer, "standard input")
+    return read_blocks(sys.stdin.buffer, "standard input", most)
 
 
-def read_file(path: Path) -> str:
-    """What `path` holds, a file or a pipe, without its last new line, as `as_text` reads it."""
+def read_file(path: Path, most: int | None) -> Iterator[str]:
+    """What `path` holds, a file or a pipe, as `read_blocks` gives it."""
     with path.open("rb") as file:
-        return read_text(file, str(path))
+        yield from read_blocks(file, str(path), most)
 
 
-def read_text(file: BinaryIO, name: str) -> str:
-    """What is left in `file` without its last new line, as `as_text` reads it.
+def read_blocks(file: BinaryIO, name: str, most: int | None) -> Iterator[str]:
+    """What is left in `file`, as `as_text` reads it, without the new line that ends its last line.
 
     Raises:
-        PararnnError: it is longer than any prompt, as a device's zeros are, which never end.
+        PararnnError: it has more than `most` bytes, as a device's zeros have, which never end.
     """
-    data = file.read(MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        raise PararnnError(
-            f"{name} holds more than {MAX_TEXT_BYTES >> 20} MB, too much for one text; give a part of it"
-        )
-    return without_new_line(as_text(data))
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    held, read, ended = "", 0, False
+    while not ended:
+        data = file.read(BLOCK_BYTES)
+        read += len(data)
+        if most is not None and read > most:
+            raise PararnnError(
+                f"{name} holds more than {most >> 20} MB, too much for one text; give a part of it"
+            )
+        ended = len(data) < BLOCK_BYTES  # a terminal is not asked again
+        held += decoder.decode(data, ended)
+        yield held[:-2]
+        held = held[-2:]
+    yield held.removesuffix("\n").removesuffix("\r")
 
 
 def as_text(data: bytes) -> str:
     """UTF-8; what is none comes through as surrogates, for the library to refuse."""
     return data.decode("utf-8", errors="surrogateescape")
-
-
-def without_new_line(text: str) -> str:
-    """A text without the new line that ends its last line."""
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def load(
@@ -334,6 +340,12 @@ def from_rank_0(read: "Callable[[], T]") -> "T":
     if group is None:
         return read()
     return cast("T", share(group, read() if group.rank() == 0 else None))
+
+
+def blocks_from_rank_0(blocks: Iterator[str]) -> Iterator[str]:
+    """What `blocks` gives in rank 0, in all processes, one after another."""
+    while (block := from_rank_0(lambda: next(blocks, None))) is not None:
+        yield block
 
 
 def check_for_prompt(model: str | None) -> None:

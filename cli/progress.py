@@ -90,14 +90,14 @@ class PromptProgress:
     def __enter__(self) -> "PromptProgress":
         return self
 
-    def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done; the bar appears after a second."""
-        if done >= total:
+    def __call__(self, done: int, total: int | None) -> None:
+        """Show that `done` of `total`, if that is known, are done; the bar appears after a second."""
+        if total is not None and done >= total:
             self._stop()
         elif self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total)
         elif time.perf_counter() - self._begin > 1 and sys.stderr.isatty():
-            self._bar = _prompt_bar()
+            self._bar = _prompt_bar(total is not None)
             self._bar.add_task("", completed=done, total=total)
             self._bar.start()
 
@@ -111,9 +111,11 @@ class PromptProgress:
             self._bar.stop()
 
 
-def _prompt_bar() -> "Progress":
+def _prompt_bar(ends: bool) -> "Progress":
     from rich.console import Console  # a tenth of a second, which short prompts do without
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    known = (*columns, TimeRemainingColumn())
+    unknown = (TextColumn("reading the prompt: {task.completed:,} tokens so far"),)
+    return Progress(*(known if ends else unknown), console=Console(stderr=True), transient=True)

@@ -1,6 +1,5 @@
 """Long prompts, large batches, long conversations, extreme sampling: finite, flat, as the oracle has it."""
 
-import json
 import math
 import subprocess
 import sys
@@ -260,24 +259,24 @@ def test_a_prompt_of_a_million_tokens_has_the_oracles_states(million):
 
 @pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_prompt_of_a_million_tokens_from_stdin_takes_no_memory_but_its_own(million, tmp_path, monkeypatch):
-    """Its text and token ids. And the command's tokens are those that the oracle's state leads to."""
+def test_a_prompt_of_a_million_tokens_from_stdin_takes_constant_memory(million, tmp_path, monkeypatch):
+    """2 MB for what differs from run to run; token ids alone would be 7. The text is the oracle's state's."""
     model, folder, tokens, wanted = million
     most = {}
     for count in (100_000, 1_000_000):
         text, answer, said = (tmp_path / name for name in ("text", "answer", "said"))
         text.write_bytes(bytes(tokens[:count].tolist()))
         with text.open() as stdin, answer.open("w") as stdout, said.open("w") as stderr:
-            command = [sys.executable, "-m", "mlx_pararnn", "generate", folder, "-m", "8", "--json"]
+            command = [sys.executable, "-m", "mlx_pararnn", "generate", folder, "-m", "8"]
             process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr)
             most[count] = most_memory(process)
         assert process.returncode == 0, said.read_text()
-        assert json.loads(answer.read_text())["prompt_tokens"] == count
-    assert most[1_000_000] - most[100_000] < 900_000 * 30, most
+        assert said.read_text().startswith(f"prompt: {count} tokens, ")
+    assert most[1_000_000] - most[100_000] < 2_000_000, most
     monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
     cache, token, following = model.make_cache(), int(tokens[-1]), []
     cache[0].cache = [mx.array(array.astype(np.float32)) for array in wanted[999_999]]
     for _ in range(8):
         token = mx.argmax(model(mx.array([[token]]), cache=cache)[0, -1]).item()
         following.append(token)
-    assert json.loads(answer.read_text())["tokens"] == following
+    assert answer.read_bytes() == bytes(following).decode(errors="replace").encode() + b"\n"

@@ -1,7 +1,9 @@
 """`generate` as a user has it: the command and the function."""
 
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -9,16 +11,20 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
+import hypothesis
 import mlx.core as mx
 import pytest
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import mlx_pararnn
-from mlx_pararnn import PararnnError
+from mlx_pararnn import PararnnError, generation
 from mlx_pararnn.cli import options
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.files.hub import BUNDLED
+from mlx_pararnn.text import pieces
 from tests.support.demo import DEMO
 from tests.support.terminal import Terminal
 
@@ -193,6 +199,18 @@ def test_a_terminal_sees_the_prompt_dimly():
 
 
 @pytest.mark.large
+def test_a_terminal_sees_the_end_of_a_long_prompt(tmp_path):
+    """Once it is read, just before the text that continues it."""
+    text = "".join(f"x{n} = {n}\n" for n in range(1000))
+    (tmp_path / "long").write_text(text)
+    terminal = Terminal("generate", DEMO, "-f", tmp_path / "long", "-p", "def main(", "-m", "5")
+    assert terminal.exit_code() == 0
+    shown, said = re.search(rb"\x1b\[2m(.*)\x1b\[0m(.*)\r\nprompt: ", terminal.raw, re.S).groups()
+    assert shown.decode().replace("\r\n", "\n") == f"…{(text + 'def main(')[-4096:]}"
+    assert said == b"self,"
+
+
+@pytest.mark.large
 def test_a_terminal_is_told_how_to_end_the_text():
     ours, theirs = os.openpty()
     pipe = subprocess.PIPE
@@ -220,6 +238,8 @@ def test_what_is_piped_in_goes_before_the_prompt():
         with command("-p", "def main(", "-m", "1", "--json", **how) as process:
             said, errors = process.communicate(given)
         assert (errors, json.loads(said)["prompt"]) == ("", prompt)
+        with command("-p", "def main(", "-m", "1", **how) as process:  # in pieces
+            assert process.communicate(given)[0] == json.loads(said)["text"] + "\n"
     with command("-p", "def main(", "-m", "1", "--json", **how) as process:  # closed late
         assert process.stderr.readline().startswith("Waiting for the end of the pipe at standard input")
         said, errors = process.communicate("late")
@@ -241,23 +261,71 @@ def test_what_standard_input_holds_besides_a_prompt(make, held, tmp_path, monkey
     monkeypatch.setattr(options, "PIPE_SECONDS", 60.0)
     with make(tmp_path / "file") as stream:
         monkeypatch.setattr(sys, "stdin", stream)
-        assert options.read_piped() == held
+        assert "".join(options.read_piped(None)) == held
     assert capsys.readouterr().err == ""
 
 
-def test_a_text_without_an_end_is_refused(monkeypatch, tmp_path):
+def test_a_text_without_an_end_is_refused_where_it_is_held(monkeypatch, tmp_path):
+    """Where it is not, it is read until Ctrl-C: tests/cli/test_signals.py."""
     monkeypatch.setattr(options, "MAX_TEXT_BYTES", 1 << 20)
     (tmp_path / "most").write_bytes(b"x" * (1 << 20))
-    assert options.read_file(tmp_path / "most") == "x" * (1 << 20)
-    endless = Path(os.devnull).with_name("zero")
-    for args in (("--file", str(endless)), ("--json-schema", str(endless), "-p", "x")):
-        result = run("generate", str(DEMO), *args)
+    assert "".join(options.read_file(tmp_path / "most", 1 << 20)) == "x" * (1 << 20)
+    endless = str(Path(os.devnull).with_name("zero"))
+    for model, *args in (
+        (DEMO, "--file", endless, "--json"),
+        (DEMO, "--json-schema", endless, "-p", "x"),
+        (BUNDLED, "--file", endless),
+    ):
+        result = run("generate", str(model), *args)
         assert (result.exit_code, result.stderr) == (
             1, f"error: {endless} holds more than 1 MB, too much for one text; give a part of it\n"
         )  # fmt: skip
-    result = run("generate", str(DEMO), input=b"x" * ((1 << 20) + 1))
+    result = run("generate", str(DEMO), "--json", input=b"x" * ((1 << 20) + 1))
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith("error: standard input holds more than 1 MB")
+    monkeypatch.setattr(generation, "has_bytes_alone", lambda backend: False)
+    result = run("generate", str(DEMO), "--file", endless)
+    assert result.stderr.startswith(f"error: {endless} holds more than 1 MB")
+
+
+PARTS = st.sampled_from([b"\n", b"\r", "é🙂\ufeff".encode(), b"\xed\xa0\x80", b"\xf0", b"\x9f"])
+ENDS = st.sampled_from([b"", b"\n", b"\r", b"\r\n", b"\n\r", b"\r\n\r\n", b"\xe6\x97"])
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.lists(PARTS | st.binary(max_size=9)).map(b"".join), ENDS, st.integers(1, 5))
+def test_blocks_are_the_text(data, end, size):
+    """UTF-8 or not; one new line at the end is left out."""
+    data += end
+    with mock.patch.object(options, "BLOCK_BYTES", size):
+        text = "".join(options.read_blocks(io.BytesIO(data), "x", None))
+    whole = data.decode("utf-8", errors="surrogateescape")
+    assert text == re.sub(r"(\r\n|\n|\r)\Z", "", whole)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [b"", b"\n", b"\r\n", b"\n\n", "\ufeff".encode(), "\ufeffdef main(\n".encode(), b"def main(",
+     "größer 日本 🙂 ".encode() * 2 + b"\r\n", b"\0" * 20, b"de\xff", b"de" * 9 + b"\xe6\x97"],
+)  # fmt: skip
+@pytest.mark.parametrize("prompt", [None, "-", "日本"])
+def test_a_text_read_in_pieces_is_continued_as_the_whole(given, prompt, tmp_path, monkeypatch):
+    """From standard input or a file, with a prompt after it; --json holds the whole."""
+    monkeypatch.setattr(options, "BLOCK_BYTES", 3)
+    monkeypatch.setattr(pieces, "PIECE", 5)
+    (tmp_path / "text").write_bytes(given)
+    after = () if prompt is None else ("-p", prompt)
+    for args, piped in ((("-f", str(tmp_path / "text"), *after), b"a\n"), (after, given)):
+        how = ("generate", str(DEMO), *args, "-m", "4", "--prefill-step-size", "7")
+        result, whole = run(*how, input=piped), run(*how, "--json", input=piped)
+        assert result.exit_code == whole.exit_code
+        if whole.exit_code:
+            assert result.output == whole.output
+            assert result.stderr.startswith("error: the prompt is ")
+            continue
+        told = json.loads(whole.stdout)
+        assert result.stdout == told["text"] + "\n"
+        assert result.stderr.startswith(f"prompt: {told['prompt_tokens']} tokens, ")
 
 
 def test_a_file_may_be_a_pipe():

@@ -18,7 +18,9 @@ from mlx_pararnn.loading import load_model
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
 from tests.support.image_models import image_model, write_image_model
-from tests.support.training_runs import SMALL, TEXT
+from tests.support.serving import folder_of
+from tests.support.terminal import Terminal
+from tests.support.training_runs import SMALL, TEXT, small_model
 
 COMMAND = [sys.executable, "-m", "mlx_pararnn"]
 
@@ -87,6 +89,31 @@ def test_a_second_one_ends_it_at_once(where, tmp_path, monkeypatch):
         time.sleep(0.2)
     process.wait(timeout=3)
     assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.large
+def test_a_text_without_an_end_is_read_until_ctrl_c(tmp_path):
+    """As zeros never end; a terminal sees how many tokens it were so far."""
+    folder = folder_of(tmp_path / "small", small_model(num_hidden_layers=1, hidden_size=2, num_heads=1))
+    terminal = Terminal("generate", folder, "-f", os.devnull.replace("null", "zero"), columns=120)
+    terminal.wait_for(r"reading the prompt: \d+,\d{3},\d{3} tokens so far")
+    terminal.type("\x03")
+    assert terminal.exit_code(seconds=10) == 130
+    assert terminal.text.split() == ["interrupted"]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_in_the_middle_of_a_text(number, tmp_path):
+    folder = folder_of(tmp_path / "small", small_model(num_hidden_layers=1, hidden_size=2, num_heads=1))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*COMMAND, "generate", folder], **streams) as process:
+        process.stdin.write(b"x" * 300_000)  # which no pipe holds
+        process.stdin.flush()
+        process.send_signal(number)
+        assert process.wait(timeout=5) == 128 + number
+        assert process.stdout.read() == b""
+        assert process.stderr.read() == (b"interrupted\n" if number == signal.SIGINT else b"")
 
 
 # The command line as it starts, from where Python itself is up.

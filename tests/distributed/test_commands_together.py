@@ -29,6 +29,14 @@ def test_generate_says_what_one_process_says(model, tmp_path):
     assert "in rank 1" in said(tmp_path, 0, "stderr")
 
 
+def test_a_text_in_pieces_is_read_by_all(model, tmp_path):
+    (tmp_path / "text").write_text("import os\n" * 900)
+    options = ["generate", model, "-f", str(tmp_path / "text"), "-p", "import sys\n" * 500, "-m", "8"]
+    first, second = run_ranks(2, tmp_path, *COMMAND, *options)
+    assert (first, second) == (CliRunner().invoke(app, options).stdout, "")
+    assert "prompt: 14500 tokens, " in said(tmp_path, 0, "stderr")
+
+
 def test_chat_answers_and_ends_when_a_rank_was_killed(model, tmp_path):
     options = ["chat", model, "-m", "6", "--temp", "0.7", "--seed", "5"]
     alone = CliRunner().invoke(app, options, input="import\n").stdout
