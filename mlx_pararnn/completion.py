@@ -74,7 +74,7 @@ class Completion:
         return prod(piece.probability for piece in self.pieces)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """After some tokens.
 
     Attributes:
@@ -161,7 +161,7 @@ class Completer:
         self._words: list[tuple[int, int]] = []  # where they begin, in bytes of the text and in tokens
         self._cache = self._model.make_cache()
         self._read = 0  # tokens that it has read
-        self._steps: dict[Spelling, _Step] = {}  # after those and some more
+        self._steps: dict[Spelling, Step] = {}  # after those and some more
         self._count = 0
 
     def complete(
@@ -334,7 +334,7 @@ class Completer:
         probability, path, added = best
         return path, added, probability / mass if mass else 0.0
 
-    def _after(self, path: Spelling) -> _Step:
+    def _after(self, path: Spelling) -> Step:
         """After the tokens that the state has read, and those of `path`."""
         step = self._steps.get(path)
         if step is None:
@@ -350,11 +350,11 @@ class Completer:
         return step
 
 
-def _step(caches: list[RecurrentCache], logits: mx.array) -> _Step:
+def _step(caches: list[RecurrentCache], logits: mx.array) -> Step:
     """After the last token; logits (1, T, V)."""
     scores = np.array(logits[0, -1].astype(mx.float32)).astype(np.float64)
     weights = np.exp(scores - scores.max())
-    return _Step([(cache[0], cache[1]) for cache in caches], weights / weights.sum())
+    return Step([(cache[0], cache[1]) for cache in caches], weights / weights.sum())
 
 
 def _lines(text: str, lines: int) -> tuple[str, int]:

@@ -22,6 +22,7 @@ PAGES = sorted(
         "tests/data/*.md",
         "examples/*/README.md",
         "mlx_pararnn/pocket-model/README.md",
+        "mlx_pararnn/completion-model/README.md",
         ".github/**/*.md",
     )
     for path in ROOT.glob(pattern)

@@ -1,6 +1,6 @@
 """Keystrokes that completions save, beside an n-gram of as many bytes.
 
-python -m examples.completion.evaluate runs/completion runs/python
+python -m examples.completion.evaluate runs/completion-8bit runs/python
 
 Somebody types passages of held-out packages. Wherever the suggestion is what follows, Tab takes it: one
 keystroke; wherever it is not, or there is none, a character is typed. How sure a suggestion has to be is
@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_pararnn import load
-from mlx_pararnn.completion import Completer, _Step
+from mlx_pararnn.completion import Completer, Step
 
 from .ngram import NGram
 
@@ -82,8 +82,8 @@ class NGramCompleter(Completer):
     def _go_to(self, base: int, same: int) -> None:
         self._read = base
 
-    def _after(self, path: tuple[int, ...]) -> _Step:
-        return _Step([], self._ngram([*self._tokens[: self._read], *path]))
+    def _after(self, path: tuple[int, ...]) -> Step:
+        return Step([], self._ngram([*self._tokens[: self._read], *path]))
 
 
 def saved(
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="the folder that examples.completion.data wrote")
     parser.add_argument("--passages", type=int, default=300)
     parser.add_argument(
-        "--bytes", type=int, action="append", help="of an n-gram; as many as the model's weights at 8 bits"
+        "--bytes", type=int, action="append", help="of an n-gram; as many as the model's weights take"
     )
     args = parser.parse_args()
     model, tokenizer = load(args.model)
@@ -124,10 +124,9 @@ def main() -> None:
     texts = read_texts(args.data / "train.jsonl")
     encoded = ([*tokenizer.encode(text, add_special_tokens=False), end] for text in texts)
     tokens = np.fromiter(chain.from_iterable(encoded), np.uint16)
-    # 8 bits a weight, and a scale and a bias of 16 bits for 64 of them
-    eight_bits = sum(array.size for _, array in tree_flatten(model.parameters())) * (1 + 4 / 64)
-    for size in args.bytes or [eight_bits]:
-        ngram = NGram(tokens, int(size), model.args.vocab_size)
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    for size in args.bytes or [weights]:
+        ngram = NGram(tokens, size, model.args.vocab_size)
         name = f"n-gram of {ngram.size / 1e6:.2f} MB, of sequences seen {ngram.least} times"
         show(name, suggests(NGramCompleter(ngram, model, tokenizer)))
 

@@ -14,22 +14,23 @@ import pyte
 
 
 class Terminal:
-    """A command of `mlx-pararnn` on a pseudo-terminal with a screen.
+    """A command of `mlx-pararnn`, or another module, on a pseudo-terminal with a screen.
 
     Args:
         arguments: of the command line.
+        module: that is run.
         columns, lines: of the screen; lines that leave it at the top are kept in `text` too.
         environment: variables besides the test's own.
     """
 
-    def __init__(self, *arguments, columns=80, lines=24, **environment):
+    def __init__(self, *arguments, module="mlx_pararnn.cli.app", columns=80, lines=24, **environment):
         self._screen = pyte.HistoryScreen(columns, lines, history=10_000, ratio=1)
         self._stream = pyte.ByteStream(self._screen)
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.update({"TERM": "xterm-256color", **environment})
             os.environ.pop("NO_COLOR", None)
-            command = [sys.executable, "-m", "mlx_pararnn.cli.app", *map(str, arguments)]
+            command = [sys.executable, "-m", module, *map(str, arguments)]
             os.execv(command[0], command)
         ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         vars(self._screen)["write_process_input"] = (

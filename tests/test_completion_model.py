@@ -1,0 +1,59 @@
+"""The bundled completion model, as its users have it."""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import mlx_pararnn
+from examples.completion import data
+from mlx_pararnn.files.hub import COMPLETION
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "next_one"),
+    [
+        ("import numpy as n", "p"),
+        ("import os\n\n\ndef read(path):\n    with open(path) as f:\n        retu", "rn f.read()"),
+        ("class Reader:\n    def __init__(self, path):\n        self.path = ", "path"),
+        ("for name, value in values.ite", "ms():"),
+    ],
+)
+def test_the_bundled_model_completes_python(prefix, next_one):
+    assert mlx_pararnn.complete(prefix) == next_one
+
+
+def test_its_card_and_its_notice():
+    """The size that it is said to have, and every package that was learned from or measured with."""
+    model, _ = mlx_pararnn.load(COMPLETION)
+    card = (COMPLETION / "README.md").read_text(encoding="utf-8")
+    state = sum(array.nbytes for layer in cache_of(model) for array in layer.cache)
+    assert f"{state:,} bytes" in card
+    notice = (COMPLETION / "NOTICE").read_text(encoding="utf-8").lower().replace("_", "-")
+    for line in (data.TRAIN + data.HELD_OUT).split():
+        if "==" in line:
+            assert "{} {}, by ".format(*line.split("==")) in notice
+    assert sum(file.stat().st_size for file in COMPLETION.iterdir()) < 4_000_000
+
+
+def cache_of(model):
+    cache = model.make_cache()
+    mx.eval(model(mx.array([[1]]), cache=cache))
+    return cache
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_python_is_completed_in_a_terminal():
+    pytest.importorskip("pyte")
+    from tests.support.terminal import Terminal
+
+    terminal = Terminal(module="examples.completion.try_it", PYTHONPATH=str(ROOT))
+    terminal.wait_for("Tab takes it")
+    terminal.type("import numpy as n")
+    terminal.wait_for("import numpy as np")
+    terminal.type("\t\x04")
+    assert terminal.end() == 0
+    assert terminal.text.split("import numpy as np")[-1].strip() == ""
