@@ -7,7 +7,6 @@ here runs at once: never inside mx.compile or mx.vmap.
 """
 
 import ctypes
-import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,8 +24,8 @@ from .texts import cpu_elementwise_text, cpu_recurrence_text, for_dtype, plain_n
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 # Fewer numbers than this are done by one thread: starting another takes some 50 microseconds.
 _LARGE = 1 << 15
-# Bytes of an array that `room` takes pains with, some 200 microseconds; bytes of a line of the cache.
-_LONG, _LINE = 1 << 22, 64
+# An array to write into that has so many bytes begins with a line of the cache, which takes 10 microseconds.
+_LONG, _LINE = 1 << 20, 64
 # Up to so many rows a product with a matrix is faster here than in MLX, which arranges the matrix first.
 FEW_ROWS = 16
 
@@ -178,30 +177,17 @@ def run(
 
 
 def room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An array all of which is then written. A long one is not filled, and begins with a line of the cache.
+    """An array to write into. MLX fills every new one, and bytes faster than floats.
 
-    MLX fills what it makes (bytes faster than floats) but not what it reads from a file, and to fill a long
-    array takes as long as some of what is computed here. Its arrays begin anywhere, where vectors that are
-    stored across two lines take longer.
+    MLX's begin anywhere, and vectors that are stored across two lines of the cache take longer.
     """
     size = math.prod(shape) * dtype.size
     if size < _LONG:
         return mx.zeros((*shape[:-1], shape[-1] * dtype.size), mx.uint8).view(dtype)
-    file = _HeaderAlone()
-    header = {"descr": "|u1", "fortran_order": False, "shape": (size + _LINE,)}
-    np.lib.format.write_array_header_1_0(file, header)
-    file.seek(0)
-    long = cast(mx.array, mx.load(cast(Any, file), format="npy"))
-    mx.eval(long)
-    begin = -address(long) % _LINE
-    return long[begin : begin + size].view(dtype).reshape(shape)
-
-
-class _HeaderAlone(io.BytesIO):
-    """A file of an array, which leaves the array's numbers as they are in memory."""
-
-    def readinto(self, buffer: Any) -> int:
-        return super().readinto(buffer) or len(buffer)
+    filled = mx.zeros(size + _LINE, mx.uint8)
+    mx.eval(filled)
+    begin = -address(filled) % _LINE
+    return filled[begin : begin + size].view(dtype).reshape(shape)
 
 
 def in_float32(weight: mx.array) -> mx.array:

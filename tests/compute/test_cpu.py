@@ -11,13 +11,11 @@ import pytest
 
 from mlx_pararnn import PararnnError, get_cell, load_model, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
-from mlx_pararnn.compute import cpu, cpu_adjoint, cpu_build, cpu_gradients, cpu_token, layer_ops, texts
+from mlx_pararnn.compute import cpu, cpu_build, cpu_token, layer_ops, texts
 from mlx_pararnn.compute.choice import evaluation
 from mlx_pararnn.compute.recurrence import recurrence
 from tests.support.fresh_cache import fresh_cache
 from tests.support.golden import allowed, cell_cases, read
-from tests.support.gradients import Slopes, masks
-from tests.support.layer_functions import FUNCTIONS, as_list, given_by, inputs_of, slopes_of
 from tests.support.msl.instances import DTYPES
 from tests.support.msl.problem import Problem, assert_close
 from tests.support.problems import loss_of, problem
@@ -186,32 +184,11 @@ def test_views_are_read_where_they_lie():
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
 def test_a_long_array_to_write_into_begins_with_a_line_of_the_cache(dtype):
-    for shape in ((9, 1001, 257), (1 << 21,)):
+    for shape in ((7, 401, 257), (1 << 20,)):
         room = cpu.room(shape, dtype)
         mx.eval(room)
         assert cpu.address(room) % 64 == 0
         assert (room.shape, room.dtype, cpu.view(room).flags.c_contiguous) == (shape, dtype, True)
-
-
-def test_all_of_what_is_written_into_is_written(monkeypatch):
-    """A long array is not filled before."""
-
-    def everything():
-        for name, (function, *_) in FUNCTIONS.items():
-            arrays = inputs_of(name, (2, 65, 37))
-            yield from as_list(function(*arrays, backend="cpu"))
-            yield from given_by(name, arrays, slopes_of(name, arrays))
-        yield cpu.product(mx.ones((3, 40)), mx.ones((37, 40)))
-        problem = Slopes("lstm", 70, 42, 2, heads=2, every=7, mask=masks(2, 70)["holes"])
-        params, u, state, mask = problem.arrays()
-        yield from recurrence(problem.cell, params, u, state, mask=mask, return_states=7, backend="cpu")
-        yield from map(mx.array, problem.differentiated("cpu"))
-
-    wanted = [np.array(array) for array in everything()]
-    for module in (cpu, cpu_adjoint, cpu_gradients):
-        monkeypatch.setattr(module, "room", lambda shape, dtype: mx.full(shape, np.nan, dtype))
-    for given, numbers in zip(everything(), wanted, strict=True):
-        np.testing.assert_array_equal(given, numbers)
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])
