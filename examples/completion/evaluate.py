@@ -83,7 +83,7 @@ class NGramCompleter(Completer):
         self._read = base
 
     def _after(self, path: tuple[int, ...]) -> Step:
-        return Step([], self._ngram([*self._tokens[: self._read], *path]))
+        return Step([], self._ngram([*self.tokens[: self._read], *path]))
 
 
 def saved(
