@@ -75,7 +75,7 @@ class Completion:
 
 
 class Step(NamedTuple):
-    """After some tokens.
+    """A model after some tokens.
 
     Attributes:
         states: each layer's state and convolution inputs.
