@@ -7,7 +7,9 @@ set -euo pipefail
 remote=$1 tag=$2 home=${3:-the repository of mlx-pararnn}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+cd "$(dirname "$0")/.."
 git clone -q "$remote" "$work/repository"
+if git -C "$work/repository" rev-parse -q --verify "refs/tags/$tag" > /dev/null; then exit 0; fi  # made before
 find "$work/repository" -mindepth 1 -maxdepth 1 ! -name .git -exec rm -rf {} +
 git archive HEAD Package.swift LICENSE .spi.yml swift/ParaRNN swift/ParaRNNFoundationModels swift/pararnn-chat |
   tar -x -C "$work/repository"
@@ -23,4 +25,4 @@ cd "$work/repository"
 git add -A
 git -c user.name="mlx-pararnn" -c user.email="mlx-pararnn@users.noreply.github.com" commit -q --allow-empty -m "$tag"
 git tag "$tag"
-git push -q --atomic origin HEAD:refs/heads/main "$tag"
+git push -q --atomic origin HEAD "$tag"

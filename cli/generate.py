@@ -110,10 +110,10 @@ def generate(
 
     uses_tools = sees is None and find_protocol(tokenizer) is not None and not ignore_chat_template
     answers = sees is not None or (not ignore_chat_template and (uses_tools or tokenizer.has_chat_template))
-    in_pieces = not answers and not as_json
-    endless = in_pieces and reads_in_pieces(tokenizer)
-    blocks = options.blocks_from_rank_0(_blocks(prompt, file, None if endless else options.MAX_TEXT_BYTES))
-    text = "" if in_pieces else "".join(blocks)
+    continues = not answers and not as_json
+    in_pieces = continues and reads_in_pieces(tokenizer)
+    blocks = options.blocks_from_rank_0(_blocks(prompt, file, None if in_pieces else options.MAX_TEXT_BYTES))
+    text = "" if continues else "".join(blocks)
     how = sampling.choose_sampling(sampling.folder_of(tokenizer), sampling.LIKELIEST, given, uses_tools)
     asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
     if uses_tools:
@@ -133,7 +133,7 @@ def generate(
         asked["image"] = str(image)
     elif answers:
         tokens = render(tokenizer, [{"role": "user", "content": text}])
-    elif in_pieces:
+    elif continues:
         tokens = _noted(blocks, end) if sys.stdout.isatty() else blocks
     chosen = sampling.sampler(how, loaded.args.vocab_size)
 

@@ -85,13 +85,15 @@ class PromptProgress:
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._begin = time.perf_counter()
+        self._begin: float | None = None
 
     def __enter__(self) -> "PromptProgress":
         return self
 
     def __call__(self, done: int, total: int | None) -> None:
         """Show that `done` of `total`, if that is known, are done; the bar appears after a second."""
+        if self._begin is None:  # until now the text may have been typed
+            self._begin = time.perf_counter()
         if total is not None and done >= total:
             self._stop()
         elif self._bar is not None:

@@ -187,12 +187,13 @@ __attribute__((flatten)) void run_back(const Adjoint& call,
   }
 }
 
-// While one of these lives, this thread's floats below the smallest normal number (1.2e-38) are 0. An x86 processor
-// takes a hundred times as long for them, and where steps forget, gradients of early ones are full of them.
+// While one of these lives, what this thread computes below the smallest normal float (1.2e-38) is 0. An x86 processor
+// takes a hundred times as long for such numbers, and where steps forget, gradients of early ones are full of them. Those
+// that it reads are as they are: without instructions for it, float16 is widened by way of them.
 struct NoSubnormals {
 #ifdef __SSE__
   const unsigned before = __builtin_ia32_stmxcsr();
-  NoSubnormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }  // flush to zero, denormals are zeros
+  NoSubnormals() { __builtin_ia32_ldmxcsr(before | 0x8000); }  // flush to zero
   ~NoSubnormals() { __builtin_ia32_ldmxcsr(before); }
 #endif
 };

@@ -9,6 +9,7 @@ from heapq import heappop, heappush
 from itertools import islice
 from math import inf, prod
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
@@ -105,7 +106,11 @@ def complete(prefix: str, model: str | Path | None = None, **options: Any) -> st
             "no completion model comes with this package; give one, a folder or a name on Hugging Face: "
             "mlx_pararnn.complete(prefix, model='my-model')"
         )
-    return _completer(str(model or COMPLETION)).complete(prefix, **options).text
+    with _one_at_a_time:
+        return _completer(str(model or COMPLETION)).complete(prefix, **options).text
+
+
+_one_at_a_time = Lock()
 
 
 @lru_cache(maxsize=1)
@@ -221,13 +226,19 @@ class Completer:
         self._count = count
         begin = max(0, len(text) - BYTES_A_TOKEN * self._window)
         if begin:
-            line = text.find(b"\n", begin)
+            line = text.find(b"\n", begin, (begin + len(text)) // 2)
             begin = line if line >= 0 else begin
             while text[begin] & 0xC0 == 0x80:  # inside a character
                 begin += 1
         tokens, words = self._vocabulary.encode(text[begin:])
         first = max(0, len(tokens) - self._window)
-        words = [word for word in words if word[1] >= first] or words[:1] or [(0, 0)]
+        words = [word for word in words if word[1] >= first]
+        if not words or words[0][1] - first > self._window // 2:  # the window begins within a long word
+            lengths = [len(self._vocabulary.bytes[token]) for token in tokens]
+            place = sum(lengths[:first])
+            while first < len(tokens) and text[begin + place] & 0xC0 == 0x80:
+                place, first = place + lengths[first], first + 1
+            words.insert(0, (place, first))
         place, first = words[0]
         opening = self._always if begin + place else self._opening
         self._text, self.begin = text, begin + place

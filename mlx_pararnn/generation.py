@@ -52,7 +52,7 @@ def stream_generate(
             are bytes (`text.pieces.has_bytes_alone`) these are read one after another and not kept, so that
             a text of any length takes constant memory; logits processors then see its last tokens alone,
             2,048 or more, and prompt_progress_callback has None for the number of all. Else, and with a
-            draft, they are joined.
+            draft, they are joined. A prompt_cache has then read what stands before an error in them.
         max_tokens: at most so many tokens; -1 for no limit.
         stop: a string, or several, that end the text; they are not part of it.
         json_schema: the text is JSON that fits this schema, whatever the model would say, and ends where the

@@ -380,3 +380,14 @@ def test_complete_needs_a_model_until_one_is_bundled(tokenizer, monkeypatch, tmp
     assert text == completer.complete("class Rea", min_probability=0).text
     monkeypatch.setattr(completion, "COMPLETION", DEMO)
     assert mlx_pararnn.complete("class Rea", min_probability=0) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["z" * 300, "東" * 200, "z" * 300 + "\n"], ids=["letters", "characters", "a line"]
+)
+def test_a_word_that_is_longer_than_the_window(tokenizer, text):
+    completer = Completer(small(max_position_embeddings=128), tokenizer)  # a window of 64
+    found = [completer.complete(text + more) for more in ("", "z", "zz", "z")]
+    assert 40 <= len(completer.tokens) <= 96
+    assert found[0].read <= 64 + 128
+    assert all(completion.read <= 128 for completion in found[1:])

@@ -12,6 +12,9 @@ import pytest
 
 from examples.completion import data, evaluate
 from examples.completion.ngram import DISCOUNT, ORDER, NGram
+from mlx_pararnn import Model, ModelArgs
+from mlx_pararnn.loading import load_tokenizer
+from mlx_pararnn.training.tokenizers import write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CODE = "def add(first, second):\n    return first + second\n\n\n" * 5
@@ -107,6 +110,25 @@ def test_keystrokes_are_counted_as_tab_or_characters(monkeypatch):
     counts = [evaluate.keystrokes(text, 2, lambda at: offers.get(at, []), s) for s in (0.1, 0.25, 0.5, 0.95)]
     # Wrong in the end: typed; four at once, then two; three at once, "3", two; nothing is sure enough
     assert counts == [9, 6, 7, 10]
+
+
+def test_an_n_gram_completes_by_the_models_rules(tmp_path):
+    write_tokenizer("bpe:300", [CODE], tmp_path)
+    tokenizer = load_tokenizer(tmp_path, {})
+    tokens = np.array(tokenizer.encode(CODE), np.uint16)
+    model = Model(ModelArgs(8, 1, 300, 8, num_heads=1))
+    completer = evaluate.NGramCompleter(NGram(tokens, 10**6, 300), model, tokenizer)
+    for prefix, rest in (
+        ("def add(first, second):\n    retu", "rn first + second"),
+        ("def a", "dd(first, second):"),
+    ):
+        found = completer.complete(prefix, min_probability=0.2)
+        assert found.text == rest
+        assert 0.2 <= found.probability < 1
+    with pytest.raises(ValueError, match="too few"):
+        NGram(tokens, 100, 300)
+    with pytest.raises(ValueError, match="too many"):
+        NGram(tokens, 10**6, 5000)
 
 
 @pytest.mark.large

@@ -260,7 +260,7 @@ def test_a_prompt_of_a_million_tokens_has_the_oracles_states(million):
 @pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_prompt_of_a_million_tokens_from_stdin_takes_constant_memory(million, tmp_path, monkeypatch):
-    """2 MB for what differs from run to run; token ids alone would be 7. The text is the oracle's state's."""
+    """4 MB for what differs from run to run; token ids alone would be 7. The text is the oracle's state's."""
     model, folder, tokens, wanted = million
     most = {}
     for count in (100_000, 1_000_000):
@@ -272,7 +272,7 @@ def test_a_prompt_of_a_million_tokens_from_stdin_takes_constant_memory(million, 
             most[count] = most_memory(process)
         assert process.returncode == 0, said.read_text()
         assert said.read_text().startswith(f"prompt: {count} tokens, ")
-    assert most[1_000_000] - most[100_000] < 2_000_000, most
+    assert most[1_000_000] - most[100_000] < 4_000_000, most
     monkeypatch.setenv("MLX_PARARNN_BACKEND", "ops")
     cache, token, following = model.make_cache(), int(tokens[-1]), []
     cache[0].cache = [mx.array(array.astype(np.float32)) for array in wanted[999_999]]

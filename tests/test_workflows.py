@@ -130,9 +130,10 @@ def test_a_release_gives_apps_a_repository_of_the_swift_package_alone(tmp_path):
     assert jobs["swift-repository"]["needs"] == "publish"
     assert ".ci/swift_repository.sh" in jobs["swift-repository"]["steps"][-1]["run"]
     remote = tmp_path / "remote.git"
-    subprocess.run(["git", "init", "-q", "--bare", "-b", "main", remote], check=True)
-    for tag in ("v1.0.0", "v1.1.0"):
-        subprocess.run([ROOT / ".ci/swift_repository.sh", remote, tag], check=True, capture_output=True)
+    subprocess.run(["git", "init", "-q", "--bare", "-b", "trunk", remote], check=True)
+    for tag in ("v1.0.0", "v1.1.0", "v1.1.0"):  # the last again
+        command = [ROOT / ".ci/swift_repository.sh", remote, tag]
+        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     clone = tmp_path / "clone"
     subprocess.run(
         ["git", "clone", "-q", "--branch", "v1.1.0", remote, clone], check=True, capture_output=True

@@ -173,11 +173,11 @@ def main() -> None:
         wheels = args.wheels or Path(fetched)
         for name, listed in (("held-out", HELD_OUT), ("train", TRAIN)):  # what is held out is never learned
             texts, lines = collect(listed, wheels, seen, random.Random(0))
-            with (args.output / f"{name}.jsonl").open("w") as file:
+            with (args.output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
             notice += [f"{name}:", *lines, ""]
             print(f"{name}: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB", file=sys.stderr)
-    (args.output / "NOTICE").write_text("\n".join(notice))
+    (args.output / "NOTICE").write_text("\n".join(notice), encoding="utf-8")
 
 
 if __name__ == "__main__":

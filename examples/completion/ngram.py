@@ -26,6 +26,8 @@ class NGram:
 
     def __init__(self, tokens: np.ndarray, size: int, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+        if vocab_size > 1 << BITS or size < SEQUENCE_BYTES * vocab_size:
+            raise ValueError(f"{size} bytes for {vocab_size} tokens: too few, or too many tokens")
         counted = []
         keys = tokens.astype(np.int64)
         for order in range(1, ORDER + 1):

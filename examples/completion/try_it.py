@@ -31,7 +31,8 @@ def keys() -> KeyBindings:
     @bindings.add("tab")
     def tab(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        buffer.insert_text(buffer.suggestion.text if buffer.suggestion and buffer.suggestion.text else "    ")
+        shown = buffer.suggestion.text if buffer.suggestion and buffer.document.is_cursor_at_the_end else ""
+        buffer.insert_text(shown or "    ")
 
     @bindings.add("c-d")
     def end(event: KeyPressEvent) -> None:

@@ -182,7 +182,7 @@ def room(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     MLX's begin anywhere, and vectors that are stored across two lines of the cache take longer.
     """
     size = math.prod(shape) * dtype.size
-    if size < _LONG:
+    if not _LONG <= size < 2**31 - _LINE:  # no axis of MLX's is longer
         return mx.zeros((*shape[:-1], shape[-1] * dtype.size), mx.uint8).view(dtype)
     filled = mx.zeros(size + _LINE, mx.uint8)
     mx.eval(filled)

@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 from .assistant import FUNCTIONS
-from .number_words import NotUnderstood, formula
+from .date_words import MONTHS, WEEKDAYS
+from .number_words import NotUnderstood, formula, nearest, split_words
 from .standard import calculate
 from .two_requests import LONGEST
 from .two_requests import instead as instead_of_two
@@ -36,16 +37,24 @@ _ASKED = re.compile(
     r"[\s:]*)?(.*?)(?:[\s,]*\b(?:please|pls|thanks|thx))?[\s?.!=]*"
 )
 
-# Words with which people speak of numbers and of times, or how these begin, where they may be misspelt.
+# Words with which people speak of numbers and of times, or how these begin.
 _NUMBER = (
-    r"\d|\b(?:(?:an?|half|halves|thirds?|one|two|ten|once|zero|dozen|couple)\b|quarter|three|four|five|six|seven"
-    r"|eight|nine|eleven|twel|\w+teen|twent|thirt|fort|fift|ninet|hundred|thousand|\w+illion|twice|double|triple)"
+    r"\d|\b(?:(?:an?|half|halves|thirds?|one|two|ten|once|zero|dozen|couple)\b|quarter|three|four|five|fif|six|seven"
+    r"|eig|nin|eleven|twel|\w+teen|twent|thirt|fort|hundred|thousand|\w+illion|twice|double|triple)"
 )
 _TIME = (
-    rf"{_NUMBER}|\b(?:(?:now|may|sun|mon|tues?|wed|thu|thurs?|fri|sat|\w+tieth|first|second|tenth|h|m|s|d)\b|\w*day"
-    r"|\w*night|sec|min|ho?u?r|we+k|fortn|mont|year|yr|decad|centur|tom+or|tmr|noon|midd|morn|after|even|o'?clo|past"
-    r"|chris|xmas|hallow|valen|new year|patrick|jan|feb|mar|apr|jun|jul|aug|sep|oct|nov|dec|date|time)"
+    rf"{_NUMBER}|\b(?:(?:now|may|sun|mon|tues?|weds?|thu|thurs?|thur|fri|sat|\w+tieth|first|second|tenth|h|m|s|d"
+    r"|wk)\b|\w*day|\w*night|sec|min|ho?u?r|we+k|fortn|mont|year|yr|decad|centur|tom+or|tmr|yest|noon|midd|morn"
+    r"|after|even|o'?clo|past|dawn|dusk|sunris|sunset|lunch|dinner|breakf|bedt|chris|xmas|hallow|valen"
+    r"|new year|patrick|easter|jan|feb|mar|apr|jun|jul|aug|sep|oct|nov|dec|date|time)"
 )
+# Where one letter of these is wrong, they are meant.
+_MISSPELT = (
+    *MONTHS, *WEEKDAYS, "today", "tonight", "tomorrow", "yesterday", "seconds", "minutes", "morning",
+    "afternoon", "evening", "midnight", "christmas", "halloween", "eleven", "twelve", "thirteen", "fourteen",
+    "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "hundred", "thousand",
+    "million", "billion",
+)  # fmt: skip
 _SPOKEN_OF = {
     **dict.fromkeys(("duration", "time", "day"), re.compile(_TIME)),
     **dict.fromkeys(("amount", "expression"), re.compile(_NUMBER)),
@@ -77,12 +86,19 @@ def instead(message: str, function: str, arguments: str) -> str | None:
 def _is_beside(message: str, given: dict[str, str]) -> bool:
     """Whether a time, an amount or a calculation is none, or a date comes from a message that has no time."""
     for name, text in given.items():
-        pattern = _SPOKEN_OF.get(name)
-        if pattern and text and not pattern.search(text.lower()):
+        if text and name in _SPOKEN_OF and not _speaks(text, _SPOKEN_OF[name]):
             return True
-        if name in _DATES and not _SPOKEN_OF["time"].search(message.lower()):
+        if name in _DATES and not _speaks(message, _SPOKEN_OF["time"]):
             return True
     return False
+
+
+def _speaks(text: str, of: re.Pattern[str]) -> bool:
+    """Whether a text has such a word, or one that is misspelt."""
+    words = split_words(text[:LONGEST])
+    return bool(of.search(text.lower())) or any(
+        nearest(word, (meant,)) for word in words for meant in _MISSPELT
+    )
 
 
 def instead_of_answer(message: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from tokenizers import Tokenizer
 
-from .pieces import encode_in_pieces, has_bytes_alone
+from .pieces import PIECE, encode_in_pieces, has_bytes_alone
 
 
 class PlainTokenizer:
@@ -55,7 +55,7 @@ class PlainTokenizer:
 
         Where a token is a byte, a long text is read in pieces: the library takes hundreds of bytes a token.
         """
-        if has_bytes_alone(self.backend_tokenizer):
+        if len(text) > PIECE and has_bytes_alone(self.backend_tokenizer):
             return [*chain.from_iterable(encode_in_pieces(self.backend_tokenizer, [text]))]
         return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -158,12 +158,20 @@
     private func beginAnew(_ new: [UInt8]) throws {
       var start = max(0, new.count - Self.bytesOfToken * window)
       if start > 0 {
-        start = new[start...].firstIndex(of: UInt8(ascii: "\n")) ?? start
+        start = new[start..<(start + new.count) / 2].firstIndex(of: UInt8(ascii: "\n")) ?? start
         while new[start] & 0xC0 == 0x80 { start += 1 }  // inside a character
       }
       let (fresh, all) = try encode(new[start...])
       var kept = all.filter { $0.token >= fresh.count - window }
-      if kept.isEmpty { kept = [all.first ?? .init(byte: 0, token: 0)] }
+      var token = max(0, fresh.count - window)
+      if kept.isEmpty || kept[0].token - token > window / 2 {  // the window begins within a long word
+        var byte = fresh[..<token].reduce(0) { $0 + vocabulary.bytes[$1].count }
+        while token < fresh.count, new[start + byte] & 0xC0 == 0x80 {
+          byte += vocabulary.bytes[fresh[token]].count
+          token += 1
+        }
+        kept.insert(.init(byte: byte, token: token), at: 0)
+      }
       let first = kept[0]
       let before = start + first.byte > 0 ? always : opening
       (text, begin) = (new, start + first.byte)
@@ -320,6 +328,7 @@
       let most = Double(logits.max() ?? 0)
       let weights = logits.map { exp(Double($0) - most) }
       let sum = weights.reduce(0, +)
+      guard sum.isFinite else { throw ParaRNNError.predictionFailed(reason: "its logits are no numbers") }
       let snapshot = try await model.snapshot(memory)
       return (Step(snapshot: snapshot, probabilities: weights.map { $0 / sum }), prediction.count)
     }

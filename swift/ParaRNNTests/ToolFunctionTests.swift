@@ -158,7 +158,7 @@ import Testing
     }
     #expect(
       functions.instead("set a timer", "set_timer", #"{"duration":"ae}}{"}"#)?.contains("understand") == true)
-    #expect(functions.instead("a é", "calculate", #"{"expression":"\u00e9"}"#) == nil)
+    #expect(functions.instead("a é", "set_reminder", #"{"text":"\u00e9"}"#) == nil)
     #expect(functions.instead("2^10", "calculate", #"{"expression":"2(10"}"#) == "2^10 is 1024.")
   }
 

@@ -280,11 +280,21 @@ def test_what_is_not_finite_stays_in_its_channel_and_padding_reaches_nothing():
     assert not gradients[1][0, [5, 67]].any()
 
 
+def small_numbers(array):
+    return array * np.float32(3e-38)
+
+
 def test_the_smallest_numbers_are_elsewhere_what_they_were():
-    """The gradient takes numbers below float32's smallest normal one for 0, nobody else in its thread."""
+    """What the gradient computes below float32's smallest normal number is 0, nobody else's in its thread."""
     small = np.full(16, 2e-38, np.float32)
-    Slopes("slstm", 70, 40, 1).differentiated("cpu")
+    p = Slopes("slstm", 70, 40, 1)
+    p.differentiated("cpu")
     assert (small * np.float32(0.25)).all()
+    if cpu_build.platform.machine() == "x86_64":
+        p.low_d_hidden, p.d_last = small_numbers(p.low_d_hidden), small_numbers(p.d_last)
+        numbers = np.abs(p.differentiated("cpu")[1])
+        assert numbers.any()
+        assert not ((numbers > 0) & (numbers < np.finfo(np.float32).tiny)).any()
 
 
 OWN = """
@@ -441,6 +451,11 @@ def test_other_vector_units(name, flags, monkeypatch, tmp_path):
     with fresh_cache(monkeypatch, tmp_path):
         p = Slopes(name, 66, 41, 2, every=5)
         p.check(p.called("cpu"))
+        p = Slopes(name, 66, 41, 2, dtype="float16")
+        params = p.called("cpu")[0]
+        p.low_d_hidden, p.d_last = p.low_d_hidden / np.float16(2**15), p.d_last / 2**15
+        # float16's smallest numbers are read as they are, where float32 is computed without such
+        np.testing.assert_allclose(p.called("cpu")[0] * 2**15, params, atol=1e-2 * np.abs(params).max())
 
 
 @pytest.mark.toolchain

@@ -184,6 +184,10 @@ def test_views_are_read_where_they_lie():
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
 def test_a_long_array_to_write_into_begins_with_a_line_of_the_cache(dtype):
+    assert cpu.room((17_000, 65_536), dtype).shape == (
+        17_000,
+        65_536,
+    )  # 2 GB and more, of which nothing is touched
     for shape in ((7, 401, 257), (1 << 20,)):
         room = cpu.room(shape, dtype)
         mx.eval(room)

@@ -10,9 +10,11 @@ from examples.pocket import calls
 from examples.pocket.data import TASKS
 from mlx_pararnn.pocket.answers import assistant_functions, stream_answer
 from mlx_pararnn.pocket.assistant import Assistant
+from mlx_pararnn.pocket.date_words import HOLIDAYS, MONTHS, UNITS, WEEKDAYS
 from mlx_pararnn.pocket.events import Result
 from mlx_pararnn.pocket.loop import Limits, run_turn
 from mlx_pararnn.pocket.misread import NOT_SURE, OTHER_SUMS, instead, instead_of_answer
+from mlx_pararnn.pocket.number_words import ORDINALS, SMALL, TENS
 from mlx_pararnn.pocket.protocol import call_text
 from tests.support.scripted import Script, tools_protocol
 
@@ -95,6 +97,42 @@ def test_a_time_or_an_amount_that_is_none(message, function, arguments):
     )
     (result,) = (event for event in turn if isinstance(event, Result))
     assert (result.text, result.failed) == (NOT_SURE, True)
+
+
+def test_words_that_are_understood_are_known_to_be_of_times_and_numbers():
+    """Those of the functions' own rules, and how people misspell and write them."""
+    names = [
+        *MONTHS,
+        *WEEKDAYS,
+        *HOLIDAYS,
+        *UNITS,
+        *ORDINALS,
+        *SMALL,
+        *TENS,
+        "weds",
+        "wk",
+        "tues",
+        "tmrw",
+        "noon",
+    ]
+    wrong = (
+        "tomrrow tmorrow tomrorow todya mondya agust cristmas spetember ninty eigth hunderd milion thosand"
+    )
+    for word in [
+        *names,
+        *wrong.split(),
+        "sunrise",
+        "lunchtime",
+        "dawn",
+        "bedtime",
+        "yesterday",
+        "this weekend",
+    ]:
+        arguments = call_arguments(text="call mum", day=f"on the {word}")
+        assert instead(f"remind me to call mum on the {word}", "set_reminder", arguments) is None, word
+    for word in [*SMALL, *TENS, "hunderd", "milion", "ninty", "half a"]:
+        arguments = call_arguments(amount=f"{word} miles", to="km")
+        assert instead(f"{word} miles in km", "convert", arguments) is None, word
 
 
 def test_what_is_wrong_with_a_time_is_said_by_its_function():

@@ -24,15 +24,24 @@ enum Misread {
     + "(?:(?:what is|what's|whats|how much is|calculate|compute|work out|solve|evaluate|figure out|tell me)"
     + #"\b[\s:]*)?(.*?)(?:[\s,]*\b(?:please|pls|thanks|thx))?[\s?.!=]*"#
 
-  /// Words with which people speak of numbers and of times, or how these begin, where they may be misspelt.
+  /// Words with which people speak of numbers and of times, or how these begin.
   private static let number =
-    #"\d|\b(?:(?:an?|half|halves|thirds?|one|two|ten|once|zero|dozen|couple)\b|quarter|three|four|five|six|seven"#
-    + #"|eight|nine|eleven|twel|\w+teen|twent|thirt|fort|fift|ninet|hundred|thousand|\w+illion|twice|double|triple)"#
+    #"\d|\b(?:(?:an?|half|halves|thirds?|one|two|ten|once|zero|dozen|couple)\b|quarter|three|four|five|fif|six|seven"#
+    + #"|eig|nin|eleven|twel|\w+teen|twent|thirt|fort|hundred|thousand|\w+illion|twice|double|triple)"#
   private static let time =
     number
-    + #"|\b(?:(?:now|may|sun|mon|tues?|wed|thu|thurs?|fri|sat|\w+tieth|first|second|tenth|h|m|s|d)\b|\w*day"#
-    + "|\\w*night|sec|min|ho?u?r|we+k|fortn|mont|year|yr|decad|centur|tom+or|tmr|noon|midd|morn|after|even|o'?clo|past"
-    + "|chris|xmas|hallow|valen|new year|patrick|jan|feb|mar|apr|jun|jul|aug|sep|oct|nov|dec|date|time)"
+    + #"|\b(?:(?:now|may|sun|mon|tues?|weds?|thu|thurs?|thur|fri|sat|\w+tieth|first|second|tenth|h|m|s|d|wk)\b"#
+    + #"|\w*day|\w*night|sec|min|ho?u?r|we+k|fortn|mont|year|yr|decad|centur|tom+or|tmr|yest|noon|midd|morn|after|even"#
+    + "|o'?clo|past|dawn|dusk|sunris|sunset|lunch|dinner|breakf|bedt|chris|xmas|hallow|valen|new year|patrick|easter"
+    + "|jan|feb|mar|apr|jun|jul|aug|sep|oct|nov|dec|date|time)"
+  /// Where one letter of these is wrong, they are meant.
+  private static let misspelt =
+    Day.months + Day.weekdays + [
+      "today", "tonight", "tomorrow", "yesterday", "seconds", "minutes", "morning", "afternoon", "evening",
+      "midnight", "christmas", "halloween", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen",
+      "seventeen", "eighteen", "nineteen", "twenty", "thirty", "hundred", "thousand", "million",
+      "billion",
+    ]
   private static let spokenOf = [
     "duration": time, "time": time, "day": time, "amount": number, "expression": number,
   ]
@@ -54,11 +63,16 @@ enum Misread {
   /// Whether a time, an amount or a calculation is none, or a date comes from a message that has no time.
   private static func isBeside(_ message: String, _ given: [String: String]) -> Bool {
     given.contains { name, text in
-      if let pattern = spokenOf[name] {
-        return !text.isEmpty && Words.matches(pattern, in: text.lowercased()).isEmpty
-      }
-      return dates.contains(name) && Words.matches(time, in: message.lowercased()).isEmpty
+      if let pattern = spokenOf[name] { return !text.isEmpty && !speaks(text, pattern) }
+      return dates.contains(name) && !speaks(message, time)
     }
+  }
+
+  /// Whether a text has such a word, or one that is misspelt.
+  private static func speaks(_ text: String, _ pattern: String) -> Bool {
+    let words = Words.split(String(String.UnicodeScalarView(text.unicodeScalars.prefix(TwoRequests.longest))))
+    return !Words.matches(pattern, in: text.lowercased()).isEmpty
+      || words.contains { word in misspelt.contains { Words.nearest(word, [$0]) != nil } }
   }
 
   /// What to say where a model answers with no function; nil where nothing is known against that. A sum that the
