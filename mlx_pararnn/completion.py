@@ -99,13 +99,8 @@ def complete(prefix: str, model: str | Path | None = None, **options: Any) -> st
         options: of `Completer.complete`.
 
     Raises:
-        PararnnError: as `Completer` and its `complete`; no model was given, and none comes with the package.
+        PararnnError: as `Completer` and its `complete`.
     """
-    if model is None and not COMPLETION.is_dir():
-        raise PararnnError(
-            "no completion model comes with this package; give one, a folder or a name on Hugging Face: "
-            "mlx_pararnn.complete(prefix, model='my-model')"
-        )
     with _one_at_a_time:
         return _completer(str(model or COMPLETION)).complete(prefix, **options).text
 

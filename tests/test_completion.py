@@ -371,10 +371,7 @@ def test_a_tokenizer_that_changes_the_text_is_refused(model):
     Completer(model, other(normalizer=normalizers.NFC())).complete("e\u0301")  # is read as it stands
 
 
-def test_complete_needs_a_model_until_one_is_bundled(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(completion, "COMPLETION", tmp_path / "none")
-    with pytest.raises(PararnnError, match="no completion model comes with this package; give one"):
-        mlx_pararnn.complete("import ")
+def test_complete_is_a_completers_text(monkeypatch):
     text = mlx_pararnn.complete("class Rea", DEMO, min_probability=0)
     completer = Completer(*mlx_pararnn.load(DEMO))
     assert text == completer.complete("class Rea", min_probability=0).text

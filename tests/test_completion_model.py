@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
     ("prefix", "next_one"),
     [
         ("import numpy as n", "p"),
-        ("import os\n\n\ndef read(path):\n    with open(path) as f:\n        retu", "rn f.read()"),
+        ("import os\n\n\ndef read(path):\n    with open(path) as f:\n        retu", "rn"),
         ("class Reader:\n    def __init__(self, path):\n        self.path = ", "path"),
-        ("for name, value in values.ite", "ms():"),
+        ("for name, value in values.ite", "ms()"),
     ],
 )
 def test_the_bundled_model_completes_python(prefix, next_one):
@@ -55,5 +55,5 @@ def test_python_is_completed_in_a_terminal():
     terminal.type("import numpy as n")
     terminal.wait_for("import numpy as np")
     terminal.type("\t\x04")
-    assert terminal.end() == 0
+    assert terminal.exit_code() == 0
     assert terminal.text.split("import numpy as np")[-1].strip() == ""
