@@ -280,7 +280,7 @@ def test_resuming_changes_only_what_it_may(text, tmp_path):
         (["{text}", "-o", "{out}", "--ema", "1"], "ema is 1.0; it must be a number above 0 and below 1"),
         (["{text}", "-o", "{out}", "--schedule", "step"], "schedule is 'step'; it must be one of cosine"),
         (["{text}", "-o", "{out}", "--batch-size", "500"], "fewer than one batch of 500 x 512"),
-        (["{text}", "-o", "{out}", "--valid-share", "0.0001"], "leaves nothing to hold out"),
+        (["{text}", "-o", "{out}", "--valid-share", "0.00001"], "leaves nothing to hold out"),
         (["{text}", "-o", "{out}", "--valid", "{empty}"], "the held-out text is empty"),
         (["{text}", "-o", "{out}", "--init", "{out}"], "no such model folder"),
         (["{text}", "-o", "{out}", "--init", "m", "--preset", "1m"], "preset is the model's own with --init"),
