@@ -16,7 +16,7 @@ import mlx_pararnn  # before mlx.core: it loads OpenBLAS
 
 # isort: split
 from machine import table, write_results
-from models import Sizes, parameters, pararnn
+from models import Sizes, pararnn
 
 from mlx_pararnn.completion import Completer
 from mlx_pararnn.loading import load_tokenizer, warm_up
@@ -47,8 +47,8 @@ def main():
         for name in columns[0]
     ]
     caption = (
-        f"{args.model or 'Random weights, sizes of 1m'}, {parameters(model) / 1e6:.1f}M parameters; up to "
-        f"eight tokens are suggested each time; medians of {repeats} keystrokes."
+        f"{args.model or 'Random weights, sizes of 1m'}; up to eight tokens are suggested each time; medians of "
+        f"{repeats} keystrokes."
     )
     print(*table(header, rows), sep="\n")
     if args.write:
