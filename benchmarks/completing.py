@@ -47,8 +47,8 @@ def main():
         for name in columns[0]
     ]
     caption = (
-        f"{args.model or 'Random weights, sizes of 1m'}; up to eight tokens are suggested each time; medians of "
-        f"{repeats} keystrokes."
+        f"{args.model or 'Random weights, sizes of 1m'}; up to eight tokens are suggested each time; "
+        f"medians of {repeats} keystrokes."
     )
     print(*table(header, rows), sep="\n")
     if args.write:
