@@ -95,10 +95,10 @@ def _is_beside(message: str, given: dict[str, str]) -> bool:
 
 def _speaks(text: str, of: re.Pattern[str]) -> bool:
     """Whether a text has such a word, or one that is misspelt."""
+    if of.search(text.lower()):
+        return True
     words = split_words(text[:LONGEST])
-    return bool(of.search(text.lower())) or any(
-        nearest(word, (meant,)) for word in words for meant in _MISSPELT
-    )
+    return any(nearest(word, (meant,)) for word in words for meant in _MISSPELT)
 
 
 def instead_of_answer(message: str) -> str | None:
