@@ -20,6 +20,7 @@ from mlx_pararnn.loading import load
 from tests.support import oracle
 from tests.support.demo import DEMO
 from tests.support.greedy_tokens import greedy, same_until_a_near_tie
+from tests.support.memory import active_memory
 from tests.support.problems import problem
 from tests.support.serving import folder_of
 from tests.support.training_runs import small_model
@@ -165,7 +166,7 @@ def test_ten_thousand_turns_are_flat_and_the_oracles(monkeypatch):
                 assert mx.isfinite(response.logprobs).all()
         if turn % 100 == 99:
             mx.eval([layer.cache for layer in conversation.cache])
-            sizes.append(mx.get_active_memory())
+            sizes.append(active_memory())
             assert all(mx.isfinite(array).all() for layer in conversation.cache for array in layer.cache)
     assert len(conversation.messages) == 20_000
     assert conversation.undoable == 64

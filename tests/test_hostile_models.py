@@ -23,6 +23,7 @@ from mlx_pararnn.convert.inspection import inspect
 from mlx_pararnn.convert.readers.forms import PACKAGE_KINDS
 from mlx_pararnn.loading import load_cell, load_states
 from tests.support.demo import DEMO
+from tests.support.memory import active_memory
 
 MEMORY = 3 << 30  # bytes of data that a child may take
 
@@ -300,12 +301,12 @@ def test_keys_of_a_saved_state_that_unfold(where, key, tmp_path):
             metadata[key] = "0"
 
     rewritten(path, change)
-    before = mx.get_active_memory()
+    before = active_memory()
     messages, tokens = list(chat.messages), chat.tokens
     with pytest.raises(PararnnError, match=r"state\.safetensors is not a"):
         chat.load(path)
     assert (chat.messages, chat.tokens) == (messages, tokens)
-    assert mx.get_active_memory() < before + (1 << 20)
+    assert active_memory() < before + (1 << 20)
 
 
 def test_damaged_states_leave_the_conversation(tmp_path):

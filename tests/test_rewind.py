@@ -21,6 +21,7 @@ from mlx_pararnn.cache import RecurrentCache
 from mlx_pararnn.chat.session import Chat
 from tests.support.demo import DEMO
 from tests.support.greedy_tokens import greedy, same_until_a_near_tie
+from tests.support.memory import active_memory
 from tests.support.serving import demo_in_float32
 
 TEXT = b"import os\n\nclass Reader:\n    def read(self, name):\n        return open(name)\n" * 8
@@ -95,10 +96,10 @@ def test_a_state_holds_no_more_memory_than_it_says(backend):
         return caches
 
     states = [state()]
-    before = mx.get_active_memory()
+    before = active_memory()
     states.append(state())
     counted = sum(c.nbytes for c in states[1])
-    assert counted <= mx.get_active_memory() - before < counted + 2**15
+    assert counted <= active_memory() - before < counted + 2**15
 
 
 def test_single_steps_are_gone_back_to_exactly(demo):

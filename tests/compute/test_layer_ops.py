@@ -14,6 +14,7 @@ from mlx_pararnn import Cell, Model, ModelArgs, get_cell, register_cell
 from mlx_pararnn.compute import gpu, layer_ops
 from mlx_pararnn.compute.recurrence import choice_for
 from tests.support.launches import COUNTS
+from tests.support.memory import active_memory
 
 SIZES = {"hidden_size": 64, "vocab_size": 50, "intermediate_size": 96}
 KINDS = {
@@ -48,10 +49,10 @@ def test_conv_silu(T, K):
 def test_a_prompts_window_does_not_hold_on_to_the_prompt():
     x, window, weight, bias = inputs_of([(1, 5000, 64), (1, 3, 64), (64, 4), (64,)])
     mx.eval(x, window, weight, bias)
-    before = mx.get_active_memory()
+    before = active_memory()
     new_window = layer_ops.conv_silu(x, window, weight, bias)[1]
     mx.eval(new_window)
-    assert mx.get_active_memory() - before < 10000
+    assert active_memory() - before < 10000
 
 
 def test_gated_norm_and_swiglu():
@@ -260,8 +261,8 @@ def test_decoding_does_not_synchronise_and_does_not_grow(backend, kind, monkeypa
         mx.eval(logits, [one.cache for one in cache])
         assert sum(one.nbytes for one in cache) == size
         if step == 10:
-            active = mx.get_active_memory()
-    assert mx.get_active_memory() < active + 2000  # no array a token: the smallest has 256 bytes
+            active = active_memory()
+    assert active_memory() < active + 2000  # no array a token: the smallest has 256 bytes
 
 
 @pytest.mark.compiled

@@ -14,6 +14,7 @@ from mlx_pararnn.images.image_model import ImageModel
 from mlx_pararnn.images.image_tokenizer import FiniteScalarQuantizer, HybridTokenizer
 from tests.support import image_oracle as oracle
 from tests.support.image_models import TRANSFORMER, image_args, random_weights, weights_of
+from tests.support.memory import active_memory
 
 SHARED = {**TRANSFORMER, "share_attention": True}
 SIZES = {"patch": 2, "heads": 2, "layers": 2}
@@ -174,7 +175,7 @@ def count(module):
 
 def test_the_papers_sizes_without_allocating():
     """Its 3B model, counted; the language model is the ParaRNN paper's of 2.9B with image tokens."""
-    before = mx.get_active_memory()
+    before = active_memory()
     language = ModelArgs.preset("2.9b")
     args = ImageArgs.preset("3b", 2, 3, language.vocab_size)
     assert args.codes == 64_000
@@ -186,7 +187,7 @@ def test_the_papers_sizes_without_allocating():
     assert 0.25e9 < counts["image_tokenizer"] < 0.45e9
     assert 1.5e9 < counts["image_decoder"] < 3.6e9
     assert 2.9e9 < count(model.language_model) < 3.4e9
-    assert mx.get_active_memory() - before < 1 << 20
+    assert active_memory() - before < 1 << 20
 
 
 def test_the_recipes_size():
