@@ -7,6 +7,7 @@ Prints tables and writes benchmarks/results/adjoint-*.md and adjoint-memory-*.md
 """
 
 import argparse
+import ctypes
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,8 @@ def memory(name, way):
     """Megabytes that one run at T = LONG takes above its inputs. In a process of its own."""
     ways(name, 128)[way]()  # libraries are loaded
     run = ways(name, LONG)[way]
+    mx.clear_cache()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and is kept would be used again, uncounted
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     run()

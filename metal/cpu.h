@@ -158,36 +158,47 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline Vec load(const float* from, int count) {
-  Vec x(0.0f);
-  if (count == LANES) {
-    memcpy(&x, from, sizeof x);
-  } else {
-    memcpy(&x, from, count * sizeof(float));
-  }
-  return x;
-}
-
-inline void store(float* to, Vec x, int count) {
-  if (count == LANES) {
-    memcpy(to, &x, sizeof x);
-  } else {
-    memcpy(to, &x, count * sizeof(float));
-  }
-}
-
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 
-template <typename T>
-inline Halves load_halves(const T* from, int count) {
-  Halves x{};
-  memcpy(&x, from, count == LANES ? sizeof x : count * sizeof(T));
+// The first `count` lanes, the others 0. Whole vectors have a path of their own: a memcpy of any size is a call.
+template <typename Lanes, typename T>
+inline Lanes load_lanes(const T* from, int count) {
+  Lanes x{};
+  if (count == LANES) {
+    memcpy(&x, from, sizeof x);
+    return x;
+  }
+#if LANES == 16 && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 some = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return (Lanes)_mm512_maskz_loadu_epi32(some, from);
+  if constexpr (sizeof(T) == 2) return (Lanes)_mm256_maskz_loadu_epi16(some, from);
+#endif
+  memcpy(&x, from, count * sizeof(T));
   return x;
 }
 
+template <typename Lanes, typename T>
+inline void store_lanes(T* to, Lanes x, int count) {
+  if (count == LANES) {
+    memcpy(to, &x, sizeof x);
+    return;
+  }
+#if LANES == 16 && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 some = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(to, some, (__m512i)x);
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(to, some, (__m256i)x);
+#else
+  memcpy(to, &x, count * sizeof(T));
+#endif
+}
+
+inline Vec load(const float* from, int count) { return load_lanes<Floats>(from, count); }
+
+inline void store(float* to, Vec x, int count) { store_lanes(to, x.v, count); }
+
 inline Vec load(const Bfloat16* from, int count) {
-  const Words bits = __builtin_convertvector(load_halves(from, count), Words) << 16;
+  const Words bits = __builtin_convertvector(load_lanes<Halves>(from, count), Words) << 16;
   Vec x;
   memcpy(&x, &bits, sizeof x);
   return x;
@@ -199,18 +210,18 @@ inline void store(Bfloat16* to, Vec x, int count) {
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const Words nan = (bits >> 16) | 0x40;
   const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
-  memcpy(to, &halves, count * sizeof(Bfloat16));
+  store_lanes(to, halves, count);
 }
 
 inline Vec load(const Float16* from, int count) {
 #if LANES == 16 && defined(__AVX512F__)
-  return Floats(_mm512_cvtph_ps((__m256i)load_halves(from, count)));
+  return Floats(_mm512_cvtph_ps((__m256i)load_lanes<Halves>(from, count)));
 #elif LANES == 8 && defined(__F16C__)
-  return Floats(_mm256_cvtph_ps((__m128i)load_halves(from, count)));
+  return Floats(_mm256_cvtph_ps((__m128i)load_lanes<Halves>(from, count)));
 #elif LANES == 4 && defined(__aarch64__)
-  return Floats(vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)load_halves(from, count))));
+  return Floats(vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)load_lanes<Halves>(from, count))));
 #else
-  const Words half = __builtin_convertvector(load_halves(from, count), Words);
+  const Words half = __builtin_convertvector(load_lanes<Halves>(from, count), Words);
   Words bits = (half & 0x7fff) << 13;
   Floats x;
   memcpy(&x, &bits, sizeof x);
@@ -237,7 +248,7 @@ inline void store(Float16* to, Vec x, int count) {
   half = size >= 0x47800000 ? none + 0x7c00 : half;  // 2^16
   half = size > 0x7f800000 ? none + 0x7e00 : half;   // NaN
   const Halves halves = __builtin_convertvector(half | ((bits >> 16) & 0x8000), Halves);
-  memcpy(to, &halves, count * sizeof(Float16));
+  store_lanes(to, halves, count);
 }
 
 // work(begin, lanes) for the vectors of a row.

@@ -16,24 +16,23 @@ struct Digits : Quantized<BITS, GROUP> {
   typedef Quantized<BITS, GROUP> Base;
   static constexpr int VALUES = Base::VALUES, BLOCK = Base::BLOCK;
   static constexpr int BYTES = 64;
-  static constexpr bool ALONE = BITS == 8 && DIGITS == 3;     // the lowest digit, in a sum of its own
-  static constexpr int A_BYTE = 8 / BITS;                     // weights in it
-  static constexpr int X_BLOCK = DIGITS * BLOCK / 4 + LANES;  // as floats: digits, then the lanes' steps
+  static constexpr bool ALONE = BITS == 8 && DIGITS == 3;  // the lowest digit, in a sum of its own
+  static constexpr int A_BYTE = 8 / BITS;                  // weights in it
+  static constexpr int X_BLOCK = DIGITS * BLOCK / 4;       // digits as floats
   // The largest number in steps: digits of -128 to 127 hold it, whatever is lost in 1 / step.
   static constexpr float MOST = DIGITS == 3 ? 8.355e6f : 3.2638e4f;
   // A group without a larger number counts as 0: its step would be denormal.
   static constexpr float LEAST = 1e-30f;
 
-  // What a product reads of one x: digits and steps, block after block, and its sums over groups; after them each
-  // group's step.
+  // What a product reads of one x: its digits, block after block, its sums over groups, and each group's step.
   static int64_t arranged_size(int64_t width) {
-    return Base::blocks(width) * X_BLOCK + Base::padded_groups(width) + width / GROUP;
+    return Base::blocks(width) * X_BLOCK + 2 * Base::padded_groups(width);
   }
 
   static void arrange(const float* x, int64_t width, float* to) {
     const int64_t groups = width / GROUP;
     float* sums = to + Base::blocks(width) * X_BLOCK;
-    float* step_of_group = sums + Base::padded_groups(width);
+    float* steps = sums + Base::padded_groups(width);
     for (int64_t g = 0; g < groups; ++g) {
       const float step = step_of(x + g * GROUP);
       // What the digits say is summed, not x: so what they leave out meets the weights less their bias's mean.
@@ -41,23 +40,20 @@ struct Digits : Quantized<BITS, GROUP> {
       for (int i = 0; i < GROUP; i += LANES) {
         sum = _mm512_add_epi32(sum, number_of(load(x + g * GROUP + i, LANES).v, per_step(step)));
       }
-      step_of_group[g] = step;
+      steps[g] = step;
       sums[g] = step * float(_mm512_reduce_add_epi32(sum));
     }
     Base::pad(sums, width);
+    Base::pad(steps, width);
     for (int64_t first = 0; first < width; first += BLOCK, to += X_BLOCK) {
-      float* steps = to + X_BLOCK - LANES;
-      for (int lane = 0; lane < LANES; ++lane) {
-        const int64_t group = (first + lane * VALUES) / GROUP;
-        steps[lane] = group < groups ? step_of_group[group] : 0.0f;
-      }
       // Byte 4 lane + i of a vector: the weights A_BYTE (4 lane + i) on, of which `s` is at a time.
       for (int s = 0; s < A_BYTE; ++s) {
         for (int part = 0; part < BYTES / LANES; ++part) {
           const int64_t from = first + part * LANES * A_BYTE + s;
           Floats v;
           for (int i = 0; i < LANES; ++i) v[i] = from + i * A_BYTE < width ? x[from + i * A_BYTE] : 0.0f;
-          __m512i number = number_of(v, per_step(steps[part * LANES * A_BYTE / VALUES]));
+          const int64_t group = (first + part * LANES * A_BYTE) / GROUP;
+          __m512i number = number_of(v, group < groups ? per_step(steps[group]) : 0.0f);
           for (int digit = DIGITS - 1; digit >= 0; --digit) {  // the lowest first
             const __m128i low = _mm512_cvtepi32_epi8(number);
             memcpy(reinterpret_cast<char*>(to) + (digit * A_BYTE + s) * BYTES + part * LANES, &low, sizeof low);
@@ -88,43 +84,49 @@ struct Digits : Quantized<BITS, GROUP> {
     return largest < LEAST ? 0.0f : largest / MOST;
   }
 
-  // sums[r][c] += what the block of `lanes` lanes at number i of the rows r comes to with the columns c, at `x`
-  template <int ROWS, int COLUMNS, typename T>
+  // sums[r][c] += what the block of `lanes` lanes at number i of the rows r comes to with the columns c; the factors of
+  // LANES groups, scale times step, begin with that of group g
+  template <int ROWS, int COLUMNS>
   PARARNN_DIGITS static inline void add_block(const uint32_t* weight,
                                               int64_t row_words,
-                                              const T* scales,
-                                              int64_t groups,
                                               int64_t apart,
                                               const float* x,
                                               int64_t x_stride,
+                                              const __m512 (*factors)[COLUMNS],
+                                              int64_t g,
                                               int64_t i,
                                               int lanes,
                                               Vec (*sums)[COLUMNS]) {
+    constexpr int EACH = Base::LANES_A_GROUP < LANES ? Base::LANES_A_GROUP : LANES;
+    constexpr Bits FIRST = {0 / EACH, 1 / EACH, 2 / EACH,  3 / EACH,  4 / EACH,  5 / EACH,  6 / EACH,  7 / EACH,
+                            8 / EACH, 9 / EACH, 10 / EACH, 11 / EACH, 12 / EACH, 13 / EACH, 14 / EACH, 15 / EACH};
+    const __m512i places = (__m512i)(FIRST + int32_t(i / GROUP - g));  // of the lanes' factors
+    weight += i / VALUES, x += i / BLOCK * X_BLOCK;
     const __m512i low = _mm512_set1_epi8(15);
     for (int r = 0; r < ROWS; ++r) {
+      const uint32_t* row = weight + r * apart * row_words;
+      Base::fetch(row, row_words);
       Words words;
-      Base::load_words(weight + r * apart * row_words + i / VALUES, lanes, &words);
+      Base::load_words(row, lanes, &words);
       __m512i weights[A_BYTE] = {(__m512i)words};
       if (BITS == 4) {
         weights[A_BYTE - 1] = _mm512_and_si512(_mm512_srli_epi32(weights[0], 4), low);
         weights[0] = _mm512_and_si512(weights[0], low);
       }
-      const Vec scale = Base::scales_of(scales + r * apart * groups + i / GROUP, lanes);
       for (int c = 0; c < COLUMNS; ++c) {
-        const float* digits = x + c * x_stride;
         __m512i total = _mm512_setzero_si512(), lowest = total;
         for (int digit = 0; digit < DIGITS; ++digit) {
           __m512i& sum = ALONE && digit == DIGITS - 1 ? lowest : total;
           sum = _mm512_slli_epi32(sum, 8);
           for (int s = 0; s < A_BYTE; ++s) {
-            const __m512i of_x = _mm512_loadu_si512(digits + (digit * A_BYTE + s) * (BYTES / 4));
+            const __m512i of_x = _mm512_loadu_si512(x + c * x_stride + (digit * A_BYTE + s) * (BYTES / 4));
             sum = _mm512_dpbusd_epi32(sum, weights[s], of_x);
           }
         }
         __m512 product = _mm512_cvtepi32_ps(total);
         if (ALONE) product = _mm512_fmadd_ps(product, _mm512_set1_ps(256), _mm512_cvtepi32_ps(lowest));
-        const Floats step = load(digits + X_BLOCK - LANES, LANES).v;
-        sums[r][c].v = sums[r][c].v + scale.v * step * (Floats)product;
+        const __m512 factor = _mm512_permutexvar_ps(places, factors[r][c]);
+        sums[r][c].v = sums[r][c].v + (Floats)factor * (Floats)product;
       }
     }
   }
@@ -141,21 +143,30 @@ struct Digits : Quantized<BITS, GROUP> {
                                           float* y,
                                           int64_t y_stride) {
     const int64_t row_words = width / 32 * BITS, groups = width / GROUP;
+    const float *group_sums = x + Base::blocks(width) * X_BLOCK, *steps = group_sums + Base::padded_groups(width);
     Vec sums[ROWS][COLUMNS];
     for (int r = 0; r < ROWS; ++r) {
       for (int c = 0; c < COLUMNS; ++c) sums[r][c] = Vec(0.0f);
     }
-    const float* at = x;
-    int64_t i = 0;
-    for (; i + BLOCK <= width; i += BLOCK, at += X_BLOCK) {
-      for (int r = 0; r < ROWS; ++r) Base::fetch(weight + r * apart * row_words + i / VALUES, row_words);
-      add_block<ROWS, COLUMNS>(weight, row_words, scales, groups, apart, at, x_stride, i, LANES, sums);
+    for (int64_t g = 0; g < groups; g += LANES) {
+      const int n = groups - g < LANES ? int(groups - g) : LANES;
+      __m512 factors[ROWS][COLUMNS];
+      for (int r = 0; r < ROWS; ++r) {
+        const Vec scale = load(scales + r * apart * groups + g, n);
+        for (int c = 0; c < COLUMNS; ++c) {
+          factors[r][c] = (__m512)(scale * load(steps + c * x_stride + g, LANES)).v;
+        }
+      }
+      int64_t i = g * GROUP;
+      const int64_t end = i + n * GROUP;
+      for (; i + BLOCK <= end; i += BLOCK) {
+        add_block<ROWS, COLUMNS>(weight, row_words, apart, x, x_stride, factors, g, i, LANES, sums);
+      }
+      if (i < end) {
+        const int lanes = int((end - i) / VALUES);
+        add_block<ROWS, COLUMNS>(weight, row_words, apart, x, x_stride, factors, g, i, lanes, sums);
+      }
     }
-    if (i < width) {
-      const int lanes = int((width - i) / VALUES);
-      add_block<ROWS, COLUMNS>(weight, row_words, scales, groups, apart, at, x_stride, i, lanes, sums);
-    }
-    const float* group_sums = x + Base::blocks(width) * X_BLOCK;
     Base::template finish<ROWS, COLUMNS>(sums, biases, groups, apart, group_sums, x_stride, y, y_stride);
   }
 };

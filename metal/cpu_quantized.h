@@ -84,8 +84,7 @@ struct Quantized {
   // the words of `lanes` lanes, 0 in the others
   static void load_words(const uint32_t* from, int lanes, Words* to) {
     if (WORDS == 1) {
-      to[0] = Words{};
-      memcpy(to, from, lanes == LANES ? sizeof *to : lanes * sizeof(uint32_t));
+      to[0] = load_lanes<Words>(from, lanes);
     } else {
       for (int word = 0; word < WORDS; ++word) {
         to[word] = Words{};

@@ -176,7 +176,7 @@ def test_weights_that_change_between_tokens_are_seen(calls):
     [
         (5, "scale.v * dots[c]", "dots[c]"),
         (5, "(1u << BITS) - 1", "(1u << BITS) - 2"),
-        pytest.param(8, "scale.v * step", "step", marks=only_with_vnni),
+        pytest.param(8, "scale * load(steps", "load(steps", marks=only_with_vnni),
         pytest.param(8, "_mm512_set1_ps(256)", "_mm512_set1_ps(255)", marks=only_with_vnni),
         pytest.param(4, "_mm512_set1_epi8(15)", "_mm512_set1_epi8(14)", marks=only_with_vnni),
     ],
