@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -142,6 +143,7 @@ def main() -> None:
     _open_streams()
     for number in ending_signals():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _leave)
+    sys.unraisablehook = _raise_again
     leave_the_word_to_rank_0()
     show_messages()
     app()
@@ -205,6 +207,23 @@ def show_messages() -> None:
 def _leave(number: int, frame: object) -> None:
     """SIGTERM and SIGHUP end the program as Ctrl-C does: by way of what cleans up."""
     raise SystemExit(128 + number)
+
+
+def _raise_again(unraisable: Any) -> None:
+    """What a signal raised where nothing can leave, as in a `__del__`, is raised again a moment later."""
+    from mlx_pararnn.process.interrupt import interrupt  # brings ctypes
+
+    error = unraisable.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        kind: type[BaseException] = KeyboardInterrupt
+    elif isinstance(error, SystemExit):
+        kind = type("Left", (SystemExit,), {"code": error.code})
+    else:
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.05, interrupt, (threading.main_thread(), kind))
+    again.daemon = True
+    again.start()
 
 
 if __name__ == "__main__":

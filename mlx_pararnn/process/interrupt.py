@@ -1,4 +1,4 @@
-"""Ending a thread that runs somebody else's Python for too long."""
+"""Raising in a thread what did not happen there."""
 
 import ctypes
 import threading
@@ -8,9 +8,7 @@ class Interrupted(BaseException):
     """Raised inside a thread by `interrupt`."""
 
 
-def interrupt(thread: threading.Thread) -> None:
-    """Raise `Interrupted` in a thread at its next step of Python; native code that it is in runs on."""
+def interrupt(thread: threading.Thread, kind: type[BaseException] = Interrupted) -> None:
+    """Raise an exception of this class in a thread at its next step of Python; native code runs on."""
     if thread.ident is not None:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident), ctypes.py_object(Interrupted)
-        )
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(kind))

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 from safetensors.numpy import load_file
@@ -161,7 +161,9 @@ def templates(tmp_path_factory):
     return folder
 
 
+@contextmanager
 def begun(command, folder):
+    """The command, which does not outlive this context."""
     process = subprocess.Popen(
         [sys.executable, "-c", READY, *map(str, EVERY_COMMAND[command])],
         cwd=folder,
@@ -171,12 +173,16 @@ def begun(command, folder):
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         text=True,
     )
-    if command == "chat":
-        with suppress(BrokenPipeError):
-            process.stdin.write("def main(\nimport os\n/save talk\n" * 20)
-            process.stdin.flush()
-    assert process.stdout.readline() == "ready\n"
-    return process
+    with process:
+        try:
+            if command == "chat":
+                with suppress(BrokenPipeError):
+                    process.stdin.write("def main(\nimport os\n/save talk\n" * 20)
+                    process.stdin.flush()
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def in_a_copy(templates, tmp_path, number):
@@ -225,6 +231,27 @@ def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_pa
             assert (folder / "picture.png").stat().st_size > 0
         if process.returncode >= 0:
             assert not [path.name for path in folder.glob(".*")]
+
+
+# What a program imports, and in which a signal comes while an object goes, where Python drops exceptions.
+DROPPING = """
+import os, signal
+class Group:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+Group()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("command", ["serve", pytest.param("chat", marks=pytest.mark.large)])
+def test_a_signal_whose_exception_is_dropped_ends_it(command, name, tmp_path, monkeypatch):
+    (tmp_path / "dropping.py").write_text(DROPPING.format(name=name))
+    monkeypatch.setitem(EVERY_COMMAND, command, [*EVERY_COMMAND[command], "--import", "dropping"])
+    with begun(command, tmp_path) as process:
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + getattr(signal, name)
+    assert said == ("interrupted\n" if name == "SIGINT" else "")
 
 
 def load_out(command, out):
