@@ -161,6 +161,13 @@ struct Float16 {
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 
+// Whether an instruction loads and stores some lanes; GCC's sanitizer would not see where these are.
+#if LANES == 16 && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__SANITIZE_ADDRESS__)
+#define PARARNN_MASKS 1
+#else
+#define PARARNN_MASKS 0
+#endif
+
 // The first `count` lanes, the others 0. Whole vectors have a path of their own: a memcpy of any size is a call.
 template <typename Lanes, typename T>
 inline Lanes load_lanes(const T* from, int count) {
@@ -169,7 +176,7 @@ inline Lanes load_lanes(const T* from, int count) {
     memcpy(&x, from, sizeof x);
     return x;
   }
-#if LANES == 16 && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if PARARNN_MASKS
   const __mmask16 some = __mmask16((1u << count) - 1);
   if constexpr (sizeof(T) == 4) return (Lanes)_mm512_maskz_loadu_epi32(some, from);
   if constexpr (sizeof(T) == 2) return (Lanes)_mm256_maskz_loadu_epi16(some, from);
@@ -184,7 +191,7 @@ inline void store_lanes(T* to, Lanes x, int count) {
     memcpy(to, &x, sizeof x);
     return;
   }
-#if LANES == 16 && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if PARARNN_MASKS
   const __mmask16 some = __mmask16((1u << count) - 1);
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(to, some, (__m512i)x);
   if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(to, some, (__m256i)x);

@@ -84,8 +84,8 @@ struct Digits : Quantized<BITS, GROUP> {
     return largest < LEAST ? 0.0f : largest / MOST;
   }
 
-  // sums[r][c] += what the block of `lanes` lanes at number i of the rows r comes to with the columns c; the factors of
-  // LANES groups, scale times step, begin with that of group g
+  // sums[r][c] += what the block of `lanes` lanes at number i of the rows r comes to with the columns c; `factors` are
+  // scale times step of the LANES groups that the block's are among
   template <int ROWS, int COLUMNS>
   PARARNN_DIGITS static inline void add_block(const uint32_t* weight,
                                               int64_t row_words,
@@ -93,14 +93,13 @@ struct Digits : Quantized<BITS, GROUP> {
                                               const float* x,
                                               int64_t x_stride,
                                               const __m512 (*factors)[COLUMNS],
-                                              int64_t g,
                                               int64_t i,
                                               int lanes,
                                               Vec (*sums)[COLUMNS]) {
     constexpr int EACH = Base::LANES_A_GROUP < LANES ? Base::LANES_A_GROUP : LANES;
     constexpr Bits FIRST = {0 / EACH, 1 / EACH, 2 / EACH,  3 / EACH,  4 / EACH,  5 / EACH,  6 / EACH,  7 / EACH,
                             8 / EACH, 9 / EACH, 10 / EACH, 11 / EACH, 12 / EACH, 13 / EACH, 14 / EACH, 15 / EACH};
-    const __m512i places = (__m512i)(FIRST + int32_t(i / GROUP - g));  // of the lanes' factors
+    const __m512i places = (__m512i)(FIRST + int32_t(i / GROUP));  // of the lanes' factors, modulo LANES
     weight += i / VALUES, x += i / BLOCK * X_BLOCK;
     const __m512i low = _mm512_set1_epi8(15);
     for (int r = 0; r < ROWS; ++r) {
@@ -114,12 +113,13 @@ struct Digits : Quantized<BITS, GROUP> {
         weights[0] = _mm512_and_si512(weights[0], low);
       }
       for (int c = 0; c < COLUMNS; ++c) {
+        const float* digits = x + c * x_stride;
         __m512i total = _mm512_setzero_si512(), lowest = total;
         for (int digit = 0; digit < DIGITS; ++digit) {
           __m512i& sum = ALONE && digit == DIGITS - 1 ? lowest : total;
           sum = _mm512_slli_epi32(sum, 8);
           for (int s = 0; s < A_BYTE; ++s) {
-            const __m512i of_x = _mm512_loadu_si512(x + c * x_stride + (digit * A_BYTE + s) * (BYTES / 4));
+            const __m512i of_x = _mm512_loadu_si512(digits + (digit * A_BYTE + s) * (BYTES / 4));
             sum = _mm512_dpbusd_epi32(sum, weights[s], of_x);
           }
         }
@@ -160,11 +160,11 @@ struct Digits : Quantized<BITS, GROUP> {
       int64_t i = g * GROUP;
       const int64_t end = i + n * GROUP;
       for (; i + BLOCK <= end; i += BLOCK) {
-        add_block<ROWS, COLUMNS>(weight, row_words, apart, x, x_stride, factors, g, i, LANES, sums);
+        add_block<ROWS, COLUMNS>(weight, row_words, apart, x, x_stride, factors, i, LANES, sums);
       }
       if (i < end) {
         const int lanes = int((end - i) / VALUES);
-        add_block<ROWS, COLUMNS>(weight, row_words, apart, x, x_stride, factors, g, i, lanes, sums);
+        add_block<ROWS, COLUMNS>(weight, row_words, apart, x, x_stride, factors, i, lanes, sums);
       }
     }
     Base::template finish<ROWS, COLUMNS>(sums, biases, groups, apart, group_sums, x_stride, y, y_stride);

@@ -23,7 +23,7 @@ template <typename Form, typename T>
 void multiply(const Matrix& m, const float* x, const int64_t* size, float* y) {
   const int64_t first = size[0], rows = size[1], width = size[2], B = size[3];
   const int64_t stride = Form::arranged_size(width);
-  std::vector<float> arranged(B * stride);
+  std::vector<float> arranged(B * stride, NAN);
   for (int64_t b = 0; b < B; ++b) Form::arrange(x + b * width, width, &arranged[b * stride]);
   Form::template product_rows<T, Form>(m, first, arranged.data(), stride, width, B, y, rows, 0, rows);
 }

@@ -29,13 +29,17 @@ def compiled(text, folder, *flags):
     return program
 
 
-def runs_clean(program, *arguments):
+def run(program, *arguments):
     # without randomized addresses: some kernels place them where the sanitizer keeps its own
     still = ["setarch", "-R"] if shutil.which("setarch") else []
     variables = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run(
+    return subprocess.run(
         [*still, program, *arguments], capture_output=True, text=True, env=variables, timeout=120
     )
+
+
+def runs_clean(program, *arguments):
+    done = run(program, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -161,7 +165,7 @@ int all(const void* (*of)(int64_t, int64_t)) {
   for (const int64_t bits : {3, 4, 8}) {
     for (const int64_t group : {32, 64, 128}) {
       const auto& form = *static_cast<const PackedProduct<T>*>(of(bits, group));
-      for (const int64_t width : {group, 3 * group, 5 * group}) {
+      for (const int64_t width : {group, 3 * group, 5 * group, 17 * group}) {
         for (const int64_t B : {1, 5}) {
           const int64_t rows = 7, stride = form.arranged_size(width);
           const auto x = many<float>(B * width);
@@ -193,6 +197,20 @@ def test_packed_products(processor, tmp_path):
     """By floats, and where this processor has bytes multiplied by bytes."""
     text = texts.cpu_packed_text(tuple((bits, group) for bits in (3, 4, 8) for group in (32, 64, 128)))
     runs_clean(compiled(text + NUMBERS + PACKED_PRODUCTS, tmp_path, SANITIZERS[0], processor))
+
+
+@pytest.mark.toolchain
+@pytest.mark.parametrize("processor", ["-DANY", "-march=native"])
+@pytest.mark.parametrize(
+    "which", ["scales = many<T>(rows * width / group", "biases = many<T>(rows * width / group"]
+)
+def test_what_is_read_beyond_an_array_is_seen(which, processor, tmp_path):
+    """Of a part of a vector too, which an instruction may load that a compiler does not watch."""
+    text = texts.cpu_packed_text(tuple((bits, group) for bits in (3, 4, 8) for group in (32, 64, 128)))
+    assert PACKED_PRODUCTS.count(which) == 1
+    short = PACKED_PRODUCTS.replace(which, f"{which} - 1")
+    done = run(compiled(text + NUMBERS + short, tmp_path, SANITIZERS[0], processor))
+    assert "heap-buffer-overflow" in done.stderr
 
 
 # Every allocation of the whole is refused once: `refused` counts down to it.
