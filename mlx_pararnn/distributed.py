@@ -5,7 +5,13 @@ Each runs the same command. Rank 0 reads, writes and decides; what it knows it t
 
 import json
 import os
+import select
+import stat
+import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +23,22 @@ from .errors import LOST, PararnnError
 
 Group = mx.distributed.Group
 
+SECONDS = 3.0  # that a process has to end by itself when another has, and MLX to answer
+_streams: list[mx.Stream] = []  # what waits for other processes: one of each thread that computes with them
+
 
 @lru_cache(maxsize=1)
 def world() -> Group | None:
     """All processes that mlx.launch started; None for one alone.
+
+    Once another has ended, this one ends too, with exit code 1, if MLX waits for it for ever.
 
     Raises:
         PararnnError: this process was started as one of several and cannot reach the others.
     """
     if "MLX_RANK" not in os.environ or _hostfile_is_blank():
         return None
+    before = _sockets()
     try:
         group = mx.distributed.init()
     except RuntimeError as error:
@@ -39,7 +51,58 @@ def world() -> Group | None:
             f"this is rank {os.environ['MLX_RANK']} and MLX finds no other process; start all of them with "
             "mlx.launch --backend ring or jaccl"
         )
-    return group if group.size() > 1 else None
+    if group.size() == 1:
+        return None
+    _note_stream()
+    if connections := _sockets() - before:
+        threading.Thread(target=_end_if_stuck, args=(connections, group.rank()), daemon=True).start()
+    return group
+
+
+def _sockets() -> set[int]:
+    """This process's file descriptors that are sockets."""
+    found = set()
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the folder's own is closed by now
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.add(int(name))
+    return found
+
+
+def _note_stream() -> None:
+    """Collectives are computed by the CPU's stream of the thread that asks for them."""
+    stream = mx.default_stream(mx.cpu)
+    if stream not in _streams:
+        _streams.append(stream)
+
+
+def _end_if_stuck(connections: set[int], rank: int) -> None:
+    """Ends the process where another has, and a stream of MLX has waited ever since.
+
+    A ring's collective raises an error when its connection breaks, but the next that was asked for before
+    waits for a thread that is no more (MLX 0.32).
+    """
+    closed = getattr(select, "POLLRDHUP", 0)
+    poll = select.poll()
+    for connection in connections:
+        poll.register(connection, select.POLLIN | closed)
+    broken = closed | select.POLLHUP | select.POLLERR | select.POLLNVAL
+    while not any(seen & broken for _, seen in poll.poll(0)):
+        time.sleep(0.5)
+    while True:
+        time.sleep(SECONDS)
+        for stream in list(_streams):
+            waiting = threading.Thread(target=_wait_for, args=(stream,), daemon=True)
+            waiting.start()
+            waiting.join(SECONDS)
+            if waiting.is_alive():
+                print(f"rank {rank}: error: {LOST}", file=sys.__stderr__, flush=True)
+                os._exit(1)
+
+
+def _wait_for(stream: mx.Stream) -> None:
+    with suppress(Exception):  # of what was computed
+        mx.synchronize(stream)
 
 
 def _hostfile_is_blank() -> bool:
@@ -54,6 +117,7 @@ def share(group: Group, value: Any = None) -> Any:
     Raises:
         PararnnError: what arrived is none: rank 0 ended while it sent.
     """
+    _note_stream()
     text = json.dumps(value).encode() if group.rank() == 0 else b""
     length = cast(int, mx.distributed.all_sum(mx.array(len(text)), group=group).item())
     own = mx.array(np.frombuffer(text, np.uint8)) if text else mx.zeros(length, mx.uint8)

@@ -64,3 +64,36 @@ def test_bench_measures_together(model, tmp_path):
     first, _ = run_ranks(2, tmp_path, *COMMAND, *options)
     assert '"one of processes": 2' in first
     assert '"tokens_per_second"' in first
+
+
+# Asks again after MLX's error: what its ring is then given to send stays for ever.
+WAITING = """
+import os
+from mlx_pararnn.distributed import share, world
+import mlx.core as mx
+
+def waits():
+    group = world()
+    assert share(group, "hello") == "hello"
+    while group.rank():
+        try:
+            mx.eval(mx.distributed.all_sum(mx.ones(4), group=group))
+        except RuntimeError:
+            pass
+    os._exit(0)
+
+{call}
+"""
+CALLS = {
+    "the main thread": "waits()",
+    "another thread": "world()\nimport threading\nthread = threading.Thread(target=waits)\n"
+    "thread.start()\nthread.join()",
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_process_that_waits_for_ever_for_one_that_ended_ends(call, tmp_path):
+    with ranks(2, tmp_path, "-c", WAITING.format(call=call)) as processes:
+        assert processes[0].wait(PATIENCE) == 0
+        assert processes[1].wait(30) == 1  # 6 on a machine without other work
+    assert "the connection to another process was lost" in said(tmp_path, 1, "stderr")
