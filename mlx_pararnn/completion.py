@@ -44,7 +44,7 @@ class Piece(NamedTuple):
     """Some characters of a completion.
 
     Attributes:
-        text: of one token, or of several that make up a character.
+        text: of one token, or of several: that make up a character, or blanks and what comes after them.
         probability: that they come, after all before them.
     """
 
@@ -174,7 +174,8 @@ class Completer:
     ) -> Completion:
         """What comes after `prefix`, the text before the cursor.
 
-        The likeliest token is added as long as all of them together are likely enough.
+        The likeliest token is added as long as all of them together are likely enough. Blanks at the end are
+        left out, since the next token may begin with another: an indentation is "   " and " return".
 
         Args:
             prefix: the text.
@@ -248,6 +249,7 @@ class Completer:
         decoder = codecs.getincrementaldecoder("utf-8")()
         pieces: list[Piece] = []
         whole = probability = 1.0  # of the pieces, and of what comes after them
+        blanks = ""  # after the pieces
         most = int(min(max_tokens, self._positions // 8))
         for added, likely in islice(self._added(self.tokens[base:]), most + 1):
             probability *= likely
@@ -258,9 +260,10 @@ class Completer:
             except UnicodeDecodeError:
                 break
             kept, max_lines = _lines(text, max_lines)
-            if kept:
-                pieces.append(Piece(kept, probability))
+            if piece := (blanks + kept).rstrip(" \t"):
+                pieces.append(Piece(piece, probability))
                 whole, probability = whole * probability, 1.0
+            blanks = (blanks + kept)[len(piece) :]
             if not max_lines:
                 break
         return pieces

@@ -84,7 +84,7 @@ def plainly(model, tokenizer, prefix, max_tokens):
 
 
 def beginning(tokens, min_probability):
-    """The text of the first tokens that are likely enough: whole characters, up to the end of the line."""
+    """The text of the first tokens that are likely enough: whole characters, no blanks at the end of its line."""
     written, whole = b"", 1.0
     for name, probability in tokens:
         whole *= probability
@@ -95,7 +95,7 @@ def beginning(tokens, min_probability):
         text = written.decode()
     except UnicodeDecodeError as error:
         text = written[: error.start].decode()
-    return re.split("[\r\n]", text)[0]
+    return re.split("[\r\n]", text)[0].rstrip(" \t")
 
 
 def typing(seed, count):
@@ -136,7 +136,7 @@ def test_each_keystroke_gives_what_plain_reading_gives(model, tokenizer, all_spe
             found = completer.complete(prefix, max_tokens=4, min_probability=least)
             check(found, tokens, least, 1e-3)
         seen.add(found.text)
-    assert len(seen) > 5
+    assert len(seen) > 4
 
 
 @pytest.mark.parametrize("seed", range(3))

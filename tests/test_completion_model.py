@@ -26,6 +26,14 @@ def test_the_bundled_model_completes_python(prefix, next_one):
     assert mlx_pararnn.complete(prefix) == next_one
 
 
+def test_a_suggestion_does_not_end_within_an_indentation():
+    """Which is "   " and " return" to the model: three spaces alone would be seen by nobody, and wrong."""
+    text = (ROOT / "mlx_pararnn" / "errors.py").read_text(encoding="utf-8")
+    for place in [place for place, character in enumerate(text) if character in "\n "]:
+        suggested = mlx_pararnn.complete(text[: place + 1], max_lines=3, min_probability=0.1)
+        assert suggested == suggested.rstrip(" \t")
+
+
 def test_its_card_and_its_notice():
     """The size that it is said to have, and every package that was learned from or measured with."""
     model, _ = mlx_pararnn.load(COMPLETION)

@@ -3,7 +3,8 @@
 
   /// What comes next in a text that is being typed.
   public struct Completion: Sendable, Equatable {
-    /// Some characters of a completion: those of one token, or of several that make up a character.
+    /// Some characters of a completion: those of one token, or of several that make up a character, or blanks and what
+    /// comes after them.
     public struct Piece: Sendable, Equatable {
       public let text: String
       /// That they come, after all before them.
@@ -102,8 +103,9 @@
 
     /// What comes after `prefix`, the text before the cursor.
     ///
-    /// The likeliest token is added as long as all of them together are likely enough. Calls are answered one after the
-    /// other; one whose task is cancelled ends early.
+    /// The likeliest token is added as long as all of them together are likely enough. Blanks at the end are left out,
+    /// since the next token may begin with another. Calls are answered one after the other; one whose task is cancelled
+    /// ends early.
     ///
     /// - Parameters:
     ///   - maxTokens: after the word that the prefix ends within, at most.
@@ -195,6 +197,7 @@
       try await go(to: base)
       var pieces: [Completion.Piece] = []
       var (whole, probability) = (1.0, 1.0)  // of the pieces, and of what comes after them
+      var blanks = ""  // after the pieces
       var lines = maxLines
       var (path, added, likely) = try await heal(Array(tokens[base...]))
       var held: [UInt8] = []
@@ -211,10 +214,12 @@
         held += added
         guard let (text, rest) = Self.wholeCharacters(held) else { break }
         held = rest
-        let kept = Self.inLines(text, &lines)
-        if !kept.isEmpty {
-          pieces.append(.init(text: kept, probability: probability))
+        blanks += Self.inLines(text, &lines)
+        let piece = String(blanks.reversed().drop { $0 == " " || $0 == "\t" }.reversed())
+        if !piece.isEmpty {
+          pieces.append(.init(text: piece, probability: probability))
           (whole, probability) = (whole * probability, 1)
+          blanks.removeFirst(piece.count)
         }
         if lines == 0 { break }
       }

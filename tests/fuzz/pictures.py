@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import jinja2
-import mlx.core as mx
 import numpy as np
 
 from mlx_pararnn import PararnnError
@@ -24,7 +23,7 @@ from mlx_pararnn.convert.inspection import inspect
 from mlx_pararnn.images.image_model import load_image_model
 from mlx_pararnn.images.picture import read_picture
 from tests.fuzz.inputs import JSON_WORDS, TEMPLATE, checked_chunks, header_in_named
-from tests.fuzz.target import Target, named, put
+from tests.fuzz.target import Target, forget_first_weights, named, put
 from tests.support.image_models import image_model, write_image_model
 
 
@@ -154,7 +153,7 @@ def image_model_folder(folder: Path) -> Target:
                 load_image_model(model)
         finally:
             (model / name).write_bytes(kept[name])
-            mx.random.seed(0)  # first weights, which nobody draws as a file has others, wait in MLX's key
+            forget_first_weights()
 
     quantized = {**config["images"], "quantization": {"group_size": 32, "bits": 4}}
     seeds = [named(name, content) for name, content in kept.items()]

@@ -56,7 +56,7 @@ from tests.fuzz.inputs import (
 from tests.fuzz.outputs import calls, detokenizer, pieces, schemas, tool_calls
 from tests.fuzz.pictures import image_bodies, image_model_folder, picture
 from tests.fuzz.states import saved_prompts, state
-from tests.fuzz.target import Target, named, put
+from tests.fuzz.target import Target, forget_first_weights, named, put
 from tests.support.golden import DATA
 from tests.support.small_models import torch_lm
 
@@ -119,6 +119,7 @@ def config(folder: Path) -> Target:
             json.dumps(asdict(inspect(folder)))
         with contextlib.suppress(PararnnError):
             load_model(folder)
+        forget_first_weights()
 
     pocket = Path(mlx_pararnn.__file__).parent / "pocket-model" / "config.json"
     small = json.loads((folder / "config.json").read_text())
@@ -324,6 +325,7 @@ def weights(folder: Path) -> Target:
         finally:
             if name:
                 (folder / name).write_bytes(seeds[name])
+            forget_first_weights()
 
     inputs = [named(name, content) for name, content in seeds.items()]
     return Target(run, inputs, JSON_WORDS, inside=header_in_named)
