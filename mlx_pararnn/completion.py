@@ -184,8 +184,10 @@ class Completer:
             min_probability: of all that is added, at least; 0 goes on to the end of the lines.
 
         Raises:
-            PararnnError: the prefix holds lone surrogates; a number is out of range.
+            PararnnError: the prefix is no str, or holds lone surrogates; a number is out of range.
         """
+        if not isinstance(prefix, str):
+            raise PararnnError(f"a text to complete is a str, not {type(prefix).__name__}")
         check_text(prefix)
         if max_tokens < 1 or max_lines < 1 or not 0 <= min_probability <= 1:
             raise PararnnError("max_tokens and max_lines must be at least 1, min_probability from 0 to 1")

@@ -84,7 +84,7 @@ def plainly(model, tokenizer, prefix, max_tokens):
 
 
 def beginning(tokens, min_probability):
-    """The text of the first tokens that are likely enough: whole characters, no blanks at the end of its line."""
+    """The text of the first tokens that are likely enough: whole characters, no blanks at the line's end."""
     written, whole = b"", 1.0
     for name, probability in tokens:
         whole *= probability

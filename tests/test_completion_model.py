@@ -1,5 +1,6 @@
 """The bundled completion model, as its users have it."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -65,3 +66,40 @@ def test_python_is_completed_in_a_terminal():
     terminal.type("\t\x04")
     assert terminal.exit_code() == 0
     assert terminal.text.split("import numpy as np")[-1].strip() == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_the_editor_indents_and_ctrl_c_ends_it():
+    pytest.importorskip("pyte")
+    from tests.support.terminal import Terminal
+
+    terminal = Terminal(module="examples.completion.try_it", PYTHONPATH=str(ROOT))
+    terminal.wait_for("Tab takes it")
+    terminal.type("if x:\ry = 12345\rz")
+    terminal.wait_for("    y = 12345\n    z")
+    terminal.type("\x03")
+    assert terminal.exit_code() == 1
+    assert "interrupted" in terminal.text
+    assert "Traceback" not in terminal.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "usage"),
+        (["a", "b"], 2, "unrecognized arguments: b"),
+        ([], 1, "error: this is an editor and needs a terminal"),
+    ],
+)
+def test_the_editor_says_what_is_wrong(arguments, code, said):
+    command = [sys.executable, "-m", "examples.completion.try_it", *arguments]
+    done = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("prefix", [None, 5, b"def "])
+def test_what_is_no_text_is_refused(prefix):
+    with pytest.raises(mlx_pararnn.PararnnError, match="a text to complete is a str"):
+        mlx_pararnn.complete(prefix)

@@ -1,15 +1,19 @@
 """Type Python and see it completed: `python -m examples.completion.try_it [MODEL]`.
 
-The suggestion stands in grey after the cursor. Tab takes it, where there is none it indents; Ctrl-D ends.
+The suggestion stands in grey after the cursor. Tab takes it, where there is none it indents; Ctrl-D ends and
+prints the text, which `> FILE` keeps; Ctrl-C ends without.
 """
 
+import argparse
 import sys
+from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.auto_suggest import AutoSuggest, Suggestion
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.document import Document
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
 
 import mlx_pararnn
 
@@ -17,15 +21,21 @@ import mlx_pararnn
 class Completions(AutoSuggest):
     """What comes next after the text before the cursor, from a model folder or the bundled model."""
 
-    def __init__(self, model: str | None) -> None:
+    def __init__(self, model: Path | None) -> None:
         self.model = model
 
     def get_suggestion(self, buffer: Buffer, document: Document) -> Suggestion | None:
         return Suggestion(mlx_pararnn.complete(document.text, self.model))
 
 
+def indented(text: str) -> str:
+    """What begins the line after `text`: the last line's indentation, and more after a colon."""
+    line = text[text.rfind("\n") + 1 :]
+    return line[: len(line) - len(line.lstrip())] + "    " * line.rstrip().endswith(":")
+
+
 def keys() -> KeyBindings:
-    """Tab, and Ctrl-D which gives the text."""
+    """Tab, Enter, and Ctrl-D which gives the text."""
     bindings = KeyBindings()
 
     @bindings.add("tab")
@@ -34,6 +44,11 @@ def keys() -> KeyBindings:
         shown = buffer.suggestion.text if buffer.suggestion and buffer.document.is_cursor_at_the_end else ""
         buffer.insert_text(shown or "    ")
 
+    @bindings.add("enter")
+    def enter(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        buffer.insert_text("\n" + indented(buffer.document.text_before_cursor))
+
     @bindings.add("c-d")
     def end(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
@@ -41,11 +56,31 @@ def keys() -> KeyBindings:
     return bindings
 
 
-if __name__ == "__main__":
-    model = sys.argv[1] if len(sys.argv) > 1 else None
-    mlx_pararnn.complete("", model)  # loads it
-    print(__doc__.splitlines()[2], file=sys.stderr)
-    session: PromptSession[str] = PromptSession(
-        auto_suggest=Completions(model), key_bindings=keys(), multiline=True
+def main() -> str | None:
+    """The command line; gives what went wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(session.prompt())
+    parser.add_argument("model", type=Path, nargs="?", help="a model folder; without it the bundled model")
+    model = parser.parse_args().model
+    if not sys.stdin.isatty():
+        return "error: this is an editor and needs a terminal; in a program call mlx_pararnn.complete(text)"
+    try:
+        mlx_pararnn.complete("", model)  # loads it
+        print(*__doc__.splitlines()[2:], sep="\n", file=sys.stderr)
+        session: PromptSession[str] = PromptSession(
+            auto_suggest=Completions(model),
+            key_bindings=keys(),
+            multiline=True,
+            output=create_output(stdout=sys.stderr),
+        )
+        print(session.prompt())
+    except mlx_pararnn.PararnnError as error:
+        return f"error: {error}"
+    except KeyboardInterrupt:
+        return "interrupted"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
