@@ -157,6 +157,8 @@ def _sentence(error: Exception) -> str:
         return LOST
     if isinstance(error, MemoryError | ImportError | OSError) and (said := too_small()):
         return said
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"no such file: {error.filename}"
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}"

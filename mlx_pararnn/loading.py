@@ -390,6 +390,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         check_files(path)
         return _read_object(path / "config.json")
     except (FileNotFoundError, NotADirectoryError):
+        for title, package in (("Core ML", "model.mlpackage"), ("Core AI", "model.aimodel")):
+            if (path / package).exists():
+                raise PararnnError(
+                    f"{path} is a {title} package, which Swift runs and mlx-pararnn verify checks; here "
+                    "give a model folder: convert the checkpoint again without --to"
+                ) from None
         raise PararnnError(
             f"no config.json in {path}: not a model folder; make one with mlx-pararnn convert CKPT -o OUT"
         ) from None

@@ -23,6 +23,7 @@ import mlx_pararnn
 from mlx_pararnn import PararnnError, generation
 from mlx_pararnn.cli import options
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.convert.readers.forms import PACKAGE_KINDS
 from mlx_pararnn.files.hub import BUNDLED
 from mlx_pararnn.text import pieces
 from tests.support.demo import DEMO
@@ -437,6 +438,14 @@ def test_prompts_that_cannot_be(demo, prompt, message):
     [
         (("no/such/place", "-p", "x"), "error: no such model folder: no/such/place"),
         ((".", "-p", "x"), "error: no config.json in ."),
+        (("README.md", "-p", "x"), "error: README.md is a file, not a model folder; give one that"),
+        (
+            ("a.pt", "-p", "x"),
+            "error: a.pt is a file, not a model folder; convert it first: mlx-pararnn convert",
+        ),
+        (("coreml", "-p", "x"), "error: coreml is a Core ML package, which Swift runs"),
+        (("coreai", "-p", "x"), "error: coreai is a Core AI package, which Swift runs"),
+        (("-f", "none.txt"), "error: no such file: none.txt"),
         ((str(DEMO), "-p", ""), "error: the prompt is empty; give at least one token"),
         ((str(DEMO), "-p", "a\udcff"), "error: the prompt is not UTF-8 text"),
         (("-p", ""), "error: the message is empty; write what the model should answer"),
@@ -447,6 +456,10 @@ def test_prompts_that_cannot_be(demo, prompt, message):
 )
 def test_bad_input_is_one_sentence(args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for file in ("README.md", "a.pt"):
+        Path(file).write_text("")
+    for kind in PACKAGE_KINDS:
+        (Path(kind.format.removeprefix("pararnn-")) / kind.name).mkdir(parents=True)
     result = run("generate", *args)
     assert result.exit_code == 1
     assert result.stderr.startswith(message)
@@ -576,7 +589,7 @@ def test_json_schema_is_kept_to_and_ends_the_text(tmp_path, caplog, as_file):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("no-such-file.json", "No such file or directory (no-such-file.json)"),
+        ("no-such-file.json", "no such file: no-such-file.json"),
         ("{", "--json-schema is not JSON"),
         ('{"type": "foo"}', "the schema cannot be kept to"),
     ],
