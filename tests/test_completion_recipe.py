@@ -112,6 +112,21 @@ def test_keystrokes_are_counted_as_tab_or_characters(monkeypatch):
     assert counts == [9, 6, 7, 10]
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("if x:\n    y", 7),  # the editor's four blanks are nobody's
+        ("    a\n    b", 7),  # of which four come before
+        ("    a\n\n    b", 12),  # after an empty line there are none to go on from
+        ("    a\n  b", 8),  # two are taken back, once
+        ("    a\nb", 8),
+    ],
+)
+def test_the_editor_indents(text, count, monkeypatch):
+    monkeypatch.setattr(evaluate, "PASSAGE", len(text))
+    assert evaluate.keystrokes(text, 0, lambda at: (), 1) == count
+
+
 def test_an_n_gram_completes_by_the_models_rules(tmp_path):
     write_tokenizer("bpe:300", [CODE], tmp_path)
     tokenizer = load_tokenizer(tmp_path, {})

@@ -3,7 +3,8 @@
 python -m examples.completion.evaluate runs/completion-8bit runs/python
 
 Somebody types passages of held-out packages. Wherever the suggestion is what follows, Tab takes it: one
-keystroke; wherever it is not, or there is none, a character is typed. How sure a suggestion has to be is
+keystroke; wherever it is not, or there is none, a character is typed. The editor indents a new line as
+`try_it` does; where that is too far, Backspace takes it back. How sure a suggestion has to be is
 chosen on one half of the passages, for each by itself, and the other half is counted.
 """
 
@@ -24,6 +25,7 @@ from mlx_pararnn import load
 from mlx_pararnn.completion import Completer, Step
 
 from .ngram import NGram
+from .try_it import indented
 
 CONTEXT, PASSAGE = 2000, 300  # characters before what is typed; characters typed
 SURENESS = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7]
@@ -53,6 +55,11 @@ def keystrokes(text: str, begin: int, suggest: Callable[[int], Pieces], sureness
     """How many it takes to write a passage."""
     at, count = begin, 0
     while at < begin + PASSAGE:
+        if at > begin and text[at - 1] == "\n" and (given := indented(text[: at - 1])):
+            there = text[at : at + len(given)]
+            fits = len(there) - len(there.lstrip(" \t"))
+            at += fits
+            count += fits < len(given) and text[at] != "\n"  # an empty line is none's to take back
         suggestion, probability = "", 1.0
         for piece, share in suggest(at):
             probability *= share
@@ -91,13 +98,14 @@ def saved(
 ) -> tuple[float, float]:
     """The sureness that saves most in the even passages, and the share of keystrokes it saves in the odd."""
     counts = np.zeros((len(passages), len(SURENESS)))
+    alone = np.array([keystrokes(text, begin, lambda at: (), 1) for text, begin in passages])
     for i, (text, begin) in enumerate(passages):
         at = cache(lambda end, text=text: suggest(text[:end]))
         counts[i] = [keystrokes(text, begin, at, sureness) for sureness in SURENESS]
         if sys.stderr.isatty():
             print(f"\r{name}: {i + 1} of {len(passages)} passages", end="", file=sys.stderr)
     best = int(counts[::2].sum(axis=0).argmin())
-    return SURENESS[best], 1 - counts[1::2, best].mean() / PASSAGE
+    return SURENESS[best], 1 - counts[1::2, best].sum() / alone[1::2].sum()
 
 
 def main() -> None:
