@@ -351,8 +351,12 @@ def blocks_from_rank_0(blocks: Iterator[str]) -> Iterator[str]:
 def check_for_prompt(model: str | None) -> None:
     """Refuse a MODEL that reads like a prompt: text between words, or one plain word, and no folder."""
     if model and not Path(model).exists() and (model.isalpha() or re.search(r"[\s()?!,;:=\"']", model)):
-        folder = "give one that mlx-pararnn convert wrote"
-        raise PararnnError(f"no such model folder: {model}; {folder}; {meant_prompt(None, model)}")
+        from mlx_pararnn.files.hub import find_model
+
+        try:
+            find_model(model)
+        except PararnnError as error:
+            raise PararnnError(f"{error}; {meant_prompt(None, model)}") from None
 
 
 def meant_prompt(model: str | None, text: str) -> str:

@@ -178,6 +178,9 @@ def test_a_prompt_where_a_model_should_be(command, given, text):
     meant = shlex.join(["mlx-pararnn", "generate", *model, "-p", text])
     assert f"; did you mean {meant}?" in result.stderr
     assert result.stderr.count("\n") == 1
+    if len(given) == 1:  # as it is told where a prompt was given
+        told = run("generate", text, "-p", "x").stderr.rstrip()
+        assert result.stderr == f"{told}; did you mean {meant}?\n"
 
 
 def test_the_words_for_a_wrong_model_stay_where_a_prompt_was_given():
