@@ -78,6 +78,17 @@ def test_an_answer(served):
     assert response["usage"]["completion_tokens"] == 14
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["2+3?", [1, 2], ["2+3?", "x"]])
+def test_a_text_is_not_continued(served, prompt, stream):
+    """What the model made of it would be its own marks."""
+    client, _, sources = served
+    response = client().post("/v1/completions", json={"prompt": prompt, "stream": stream})
+    assert response.status_code == 400
+    assert "send them to /v1/chat/completions" in response.json()["error"]["message"]
+    assert not sources
+
+
 def test_an_answer_in_chunks(served):
     client, scripts, _ = served
     scripts.append("<|answer|>five<|end|>")

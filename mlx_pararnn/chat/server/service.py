@@ -302,6 +302,10 @@ class Service:
     async def _completion_jobs(
         self, request: CompletionRequest
     ) -> tuple[list[tuple[str, Prompt]], list[Job]]:
+        if self.turns is not None:
+            raise Refused(
+                400, "this model answers messages and continues no text; send them to /v1/chat/completions"
+            )
         self.check(request)
         prompts = []
         for given in request.prompt:
