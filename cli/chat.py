@@ -91,6 +91,8 @@ def chat(
         _ask if sys.stdin.isatty() else None,
         prefill_step_size,
     )
+    if load is not None:
+        session.run("/load", str(load))
     if uses_tools:
         for line in what_to_try(tokenizer):
             say_list(line)
@@ -98,8 +100,6 @@ def chat(
         say("/help lists the commands.")
         if not tokenizer.has_chat_template:
             say("This model's tokenizer has no chat template: it continues what you type, as plain text.")
-    if load is not None:
-        session.run("/load", str(load))
     for message in read_messages(session.completions, keep_history, lambda: session.chat.due()):
         if not _do(session, message):
             break

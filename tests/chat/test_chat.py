@@ -514,6 +514,16 @@ def test_what_cannot_be_loaded_changes_nothing(demo, converted, tmp_path):
         conversation.save(tmp_path / "no" / "folder")
 
 
+@pytest.mark.parametrize("model", [[], [str(DEMO)]])
+@pytest.mark.parametrize("name", ["none", "other", "."])
+def test_what_cannot_be_loaded_is_told_before_anything_is_offered(model, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.safetensors").write_bytes(b"x")
+    result = CliRunner().invoke(app, ["chat", *model, "--load", name])
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: .+\n", result.stderr)
+
+
 def test_saving_overwrites_a_saved_conversation_and_nothing_else(demo, tmp_path):
     conversation = Chat(*demo)
     say(conversation, "def", max_tokens=3)
