@@ -9,7 +9,9 @@ import sys
 import threading
 import warnings
 from importlib import import_module
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -142,7 +144,7 @@ def main() -> None:
     """The command line; returns where a command does."""
     _open_streams()
     for number in ending_signals():
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _leave)
+        signal.signal(number, _leave)
     sys.unraisablehook = _raise_again
     leave_the_word_to_rank_0()
     show_messages()
@@ -204,8 +206,19 @@ def show_messages() -> None:
     warnings.showwarning = show_ours
 
 
-def _leave(number: int, frame: object) -> None:
-    """SIGTERM and SIGHUP end the program as Ctrl-C does: by way of what cleans up."""
+def _leave(number: int, frame: FrameType | None) -> None:
+    """SIGTERM and SIGHUP end the program as Ctrl-C does: by way of what cleans up.
+
+    While a library's native code is loaded they end it as if nobody handled them: nanobind aborts at an
+    exception, with a page of its own.
+    """
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        frame = frame.f_back
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 

