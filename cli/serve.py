@@ -89,7 +89,9 @@ def serve(
             import webbrowser
 
             # Not 0.0.0.0, which is every address of this machine and none to go to.
-            webbrowser.open(url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
+            page = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+            if not webbrowser.open(page):
+                print(f"No browser could be opened here; open {page} in one.", file=sys.stderr)
 
     with until_ready:
         until_ready.enter_context(loading(model or "the bundled model"))

@@ -15,11 +15,13 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
 from mlx_pararnn import PararnnError
 from mlx_pararnn.chat.server import Settings, prompts, serve
 from mlx_pararnn.chat.server.access import MAX_BODY
 from mlx_pararnn.chat.server.schema import Refused
+from mlx_pararnn.cli.app import app
 from tests.support.demo import DEMO
 from tests.support.serving import COMMAND, KEY, MOST, client_of, request, running
 
@@ -403,3 +405,16 @@ def test_requests_that_would_hold_too_much_together(server):
         assert time.monotonic() < deadline
     begun[1].close()
     assert begun[0] == 200
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_page_that_no_browser_opens_is_named(opened, monkeypatch):
+    asked = []
+    monkeypatch.setattr("webbrowser.open", lambda page: asked.append(page) or opened)
+    monkeypatch.setattr(
+        "mlx_pararnn.chat.server.serve", lambda model, settings, ready: ready("http://0.0.0.0:8080")
+    )
+    result = CliRunner().invoke(app, ["serve", str(DEMO), "--open"])
+    assert asked == ["http://127.0.0.1:8080"]
+    said = "No browser could be opened here; open http://127.0.0.1:8080 in one."
+    assert (said in result.stderr.splitlines()) is not opened
