@@ -95,22 +95,23 @@ def is_sound(field: str, value: float) -> bool:
 
 
 def sampler(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
-    """The sampler and logits processors, as keyword arguments of `stream_generate`; seeds MLX."""
+    """The sampler and logits processors, as keyword arguments of `stream_generate`; seeds MLX.
+
+    The sampler has been called once: what MLX compiles for it belongs to no text's speed.
+    """
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
     from mlx_pararnn.generation import COLDEST
 
-    if sampling.seed is not None:
-        mx.random.seed(sampling.seed)
     top_k, penalty = sampling.top_k, sampling.repetition_penalty
     temp = sampling.temp if sampling.temp >= COLDEST else 0.0
-    return {
-        "sampler": make_sampler(
-            temp, sampling.top_p, sampling.min_p, top_k=top_k if top_k < vocab_size else 0
-        ),
-        "logits_processors": make_logits_processors(repetition_penalty=None if penalty == 1 else penalty),
-    }
+    draw = make_sampler(temp, sampling.top_p, sampling.min_p, top_k=top_k if top_k < vocab_size else 0)
+    mx.eval(draw(mx.zeros((1, vocab_size))))
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    processors = make_logits_processors(repetition_penalty=None if penalty == 1 else penalty)
+    return {"sampler": draw, "logits_processors": processors}
 
 
 def tool_sampler(sampling: Sampling, stop: list[str] | None, vocab_size: int) -> Any:

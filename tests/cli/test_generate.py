@@ -17,12 +17,14 @@ import hypothesis
 import mlx.core as mx
 import pytest
 from hypothesis import strategies as st
+from mlx_lm import sample_utils
 from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError, generation
 from mlx_pararnn.cli import options
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.cli.sampling import Sampling, sampler
 from mlx_pararnn.convert.readers.forms import PACKAGE_KINDS
 from mlx_pararnn.files.hub import BUNDLED
 from mlx_pararnn.text import pieces
@@ -635,3 +637,19 @@ def test_a_server_compiles_before_it_serves(tmp_path):
     assert terminal.exit_code() == 0
     assert b"compiling" not in terminal.raw.partition(b"Serving at")[2]
     assert set(tmp_path.rglob("*.so")) == libraries
+
+
+def test_a_sampler_is_compiled_before_a_text_is_timed_and_seeded_after(monkeypatch):
+    made, asked = sample_utils.make_sampler, []
+
+    def noted(*args, **options):
+        draw = made(*args, **options)
+        return lambda rows: asked.append(rows.shape) or draw(rows)
+
+    monkeypatch.setattr(sample_utils, "make_sampler", noted)
+    draw = sampler(Sampling(0.7, seed=1), 300)["sampler"]
+    assert asked == [(1, 300)]
+    rows = mx.zeros((8, 300))
+    drawn = draw(rows).tolist()
+    mx.random.seed(1)
+    assert made(0.7)(rows).tolist() == drawn
