@@ -66,7 +66,7 @@ def chat(
 
     echo "def f(" | mlx-pararnn chat --max-tokens 40
     """
-    options.check_for_prompt(model)
+    options.check_for_prompt(model, or_word=False)
     with watched():
         loaded, tokenizer, images = options.load_with_images(model, modules, adapter_path, state)
 

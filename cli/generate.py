@@ -96,7 +96,7 @@ def generate(
     """
     given = options.given_sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     if prompt is None and file is None and token_ids is None:
-        options.check_for_prompt(model)
+        options.check_for_prompt(model, or_word=True)
     if token_ids is not None:
         if prompt is not None or file is not None or image is not None or stop or json_schema:
             raise typer.BadParameter("--tokens goes without --prompt, --file, --image, --stop, --json-schema")

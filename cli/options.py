@@ -348,9 +348,10 @@ def blocks_from_rank_0(blocks: Iterator[str]) -> Iterator[str]:
         yield block
 
 
-def check_for_prompt(model: str | None) -> None:
-    """Refuse a MODEL that reads like a prompt: text between words, or one plain word, and no folder."""
-    if model and not Path(model).exists() and (model.isalpha() or re.search(r"[\s()?!,;:=\"']", model)):
+def check_for_prompt(model: str | None, *, or_word: bool) -> None:
+    """Refuse a MODEL that is no folder and reads like a prompt: text between words, or with `or_word` one."""
+    text = model and (re.search(r"[\s()?!,;:=\"']", model) or (or_word and model.isalpha()))
+    if model and text and not Path(model).exists():
         from mlx_pararnn.files.hub import find_model
 
         try:
