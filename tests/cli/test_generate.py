@@ -457,6 +457,10 @@ def test_prompts_that_cannot_be(demo, prompt, message):
         ((str(DEMO), "-p", ""), "error: the prompt is empty; give at least one token"),
         ((str(DEMO), "-p", "a\udcff"), "error: the prompt is not UTF-8 text"),
         (("-p", ""), "error: the message is empty; write what the model should answer"),
+        (
+            ("-p", "a line\n" * 2000),
+            "error: the bundled model answers short messages, and this text has 14,000",
+        ),
         (("-p", "a\udcff"), "error: the text is not UTF-8"),
         (("-p", "x", "--import", "no_such_module"), "error: --import no_such_module: ModuleNotFoundError"),
         (("-p", "x", "--import", "./a.py"), "error: --import ./a.py: TypeError"),
