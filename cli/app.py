@@ -207,9 +207,9 @@ def show_messages() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """SIGTERM and SIGHUP end the program as Ctrl-C does: by way of what cleans up.
+    """A signal ends the program by way of what cleans up.
 
-    While a library's native code is loaded they end it as if nobody handled them: nanobind aborts at an
+    While a library's native code is loaded it ends it as if nobody handled it: nanobind aborts at an
     exception, with a page of its own.
     """
     while frame is not None:

@@ -54,33 +54,34 @@ def cache_of(model):
     return cache
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_python_is_completed_in_a_terminal():
+@pytest.fixture
+def editor():
+    """The example's, in a terminal that waits for text."""
+    if sys.platform == "win32":
+        pytest.skip("needs a pseudo-terminal")
     pytest.importorskip("pyte")
     from tests.support.terminal import Terminal
 
     terminal = Terminal(module="examples.completion.try_it", PYTHONPATH=str(ROOT))
     terminal.wait_for("Tab takes it")
-    terminal.type("import numpy as n")
-    terminal.wait_for("import numpy as np")
-    terminal.type("\t\x04")
-    assert terminal.exit_code() == 0
-    assert terminal.text.split("import numpy as np")[-1].strip() == ""
+    return terminal
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_the_editor_indents_and_ctrl_c_ends_it():
-    pytest.importorskip("pyte")
-    from tests.support.terminal import Terminal
+def test_python_is_completed_in_a_terminal(editor):
+    editor.type("import numpy as n")
+    editor.wait_for("import numpy as np")
+    editor.type("\t\x04")
+    assert editor.exit_code() == 0
+    assert editor.text.split("import numpy as np")[-1].strip() == ""
 
-    terminal = Terminal(module="examples.completion.try_it", PYTHONPATH=str(ROOT))
-    terminal.wait_for("Tab takes it")
-    terminal.type("if x:\ry = 12345\rz")
-    terminal.wait_for("    y = 12345\n    z")
-    terminal.type("\x03")
-    assert terminal.exit_code() == 1
-    assert "interrupted" in terminal.text
-    assert "Traceback" not in terminal.text
+
+def test_the_editor_indents_and_ctrl_c_ends_it(editor):
+    editor.type("if x:\ry = 12345\rz")
+    editor.wait_for("    y = 12345\n    z")
+    editor.type("\x03")
+    assert editor.exit_code() == 1
+    assert "interrupted" in editor.text
+    assert "Traceback" not in editor.text
 
 
 @pytest.mark.parametrize(

@@ -117,10 +117,12 @@ def test_a_signal_ends_it_in_the_middle_of_a_text(number, tmp_path):
 
 
 # The command line as it starts, from where Python itself is up.
-READY = """
+HANDLED = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGHUP):  # whatever the caller of the tests ignores
     signal.signal(number, signal.SIG_DFL)
+"""
+READY = f"""{HANDLED}
 os.write(1, b"ready\\n")
 from mlx_pararnn.__main__ import main
 main()
@@ -256,7 +258,6 @@ def test_a_signal_whose_exception_is_dropped_ends_it(command, name, tmp_path, mo
 
 # The same while a native module comes: Python's own calls of its loader are watched.
 LOADING = """
-import os, signal, sys
 from mlx_pararnn.__main__ import main
 from importlib.machinery import ExtensionFileLoader
 load = ExtensionFileLoader.exec_module
@@ -272,7 +273,8 @@ main()
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_while_native_code_is_loaded_ends_it(name):
-    done = subprocess.run([sys.executable, "-c", LOADING.format(name=name)], capture_output=True, text=True)
+    program = HANDLED + LOADING.format(name=name)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (-getattr(signal, name), "", "")
 
 
