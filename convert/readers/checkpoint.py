@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
-from mlx_pararnn.files.hub import download, is_hub_name
+from mlx_pararnn.files.hub import CHECKPOINTS, download, is_hub_name
 
 from .dcp import METADATA
 from .dtypes import FLOATS
-from .forms import PACKAGE_FILE, PACKAGE_KINDS, SUFFIXES, find_weights, read_json_object, read_weights
+from .forms import PACKAGE_FILE, PACKAGE_KINDS, find_weights, read_json_object, read_weights
 from .links import check_link
 from .tensors import Tensor
 from .wording import shown
@@ -91,7 +91,7 @@ def check_source(name: str) -> None:
     """Raise a PararnnError for what is neither there nor a name of the hub; nothing is opened or fetched."""
     if Path(name).exists():
         return
-    if not is_hub_name(name, with_owner=True) or Path(name).suffix in (*SUFFIXES, ".distcp"):
+    if not is_hub_name(name, with_owner=True) or Path(name).suffix in (*CHECKPOINTS, ".distcp"):
         looks_like_path = "/" in name or "." in name
         other = "" if looks_like_path else ", and not a Hugging Face name (owner/name)"
         raise PararnnError(f"{shown(name)}: no such file or folder{other}")
@@ -102,7 +102,7 @@ def _from_hub(name: str) -> Path:
     folder = download(name, (*_BESIDE, "model*.safetensors"), _CHOICES)
     if not any(folder.glob("model*.safetensors")):
         folder = download(
-            name, (*_BESIDE, METADATA, *(f"*{suffix}" for suffix in (*SUFFIXES, ".distcp"))), _CHOICES
+            name, (*_BESIDE, METADATA, *(f"*{suffix}" for suffix in (*CHECKPOINTS, ".distcp"))), _CHOICES
         )
     return folder
 

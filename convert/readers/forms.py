@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_pararnn.errors import PararnnError
+from mlx_pararnn.files.hub import CHECKPOINTS
 from mlx_pararnn.files.model_files import open_regular, read_json
 
 from .budget import check_count
@@ -20,7 +21,6 @@ from .wording import listed
 # What a folder holds that `convert --to coreml` or `--to coreai` wrote, beside the package and a tokenizer.
 PACKAGE_FILE = "pararnn.json"
 PACKAGE_REFERENCE = "reference.safetensors"
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _INDEX = ".index.json"
 _ACCELERATE = "pytorch_model_fsdp_0"  # where accelerate saves a sharded model, as a distributed checkpoint
 # What trainers put beside the weights: of accelerate and of transformers' Trainer.
@@ -163,7 +163,7 @@ def _in_folder(folder: Path) -> Path:
     if (folder / METADATA).is_file():
         return folder / METADATA
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))  # Finder's files
-    found = [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
+    found = [entry for entry in entries if entry.suffix in CHECKPOINTS and entry.is_file()]
     _check_other_trainers(folder, entries)
     files = [file for file in found if not _COMPANION.fullmatch(file.name)]
     names = listed([file.name for file in files])
@@ -179,7 +179,7 @@ def _in_folder(folder: Path) -> Path:
         return folder / _ACCELERATE / METADATA
     if files:
         raise PararnnError(f"{folder}: there are several checkpoints inside ({names}); pass one of the files")
-    nested = [entry.name for entry in entries if any(file.suffix in SUFFIXES for file in entry.glob("*"))]
+    nested = [entry.name for entry in entries if any(file.suffix in CHECKPOINTS for file in entry.glob("*"))]
     advice = (
         f"; {listed(nested)} in it {'has' if len(nested) == 1 else 'have'} such files, pass the folder meant"
     )
@@ -189,7 +189,7 @@ def _in_folder(folder: Path) -> Path:
             f"({listed([file.name for file in found])}); pass the folder with the model"
         )
     raise PararnnError(
-        f"{folder}: no checkpoint inside (a file ending in {', '.join(SUFFIXES)})"
+        f"{folder}: no checkpoint inside (a file ending in {', '.join(CHECKPOINTS)})"
         + (advice if nested else "")
     )
 

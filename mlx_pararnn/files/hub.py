@@ -25,7 +25,7 @@ SILENT_SECONDS = 0.5  # before it is said what is waited for
 # What is fetched of a repository on the hub: never a Python file.
 MODEL_FILES = ("*.json", "model*.safetensors", "images.safetensors", "*.model", "*.jinja", "*.txt")
 
-CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # how their names end, mostly
+CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth")  # how their names end
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
@@ -39,7 +39,7 @@ def find_model(path_or_hf_repo: str | Path) -> Path:
     path = Path(path_or_hf_repo)
     if path.is_file():
         advice = "give one that mlx-pararnn convert wrote"
-        if path.suffix in CHECKPOINTS:
+        if path.suffix in (*CHECKPOINTS, ".ckpt"):
             advice = f"convert it first: mlx-pararnn convert {path} -o OUT"
         raise PararnnError(f"{path} is a file, not a model folder; {advice}")
     if path.is_dir():
