@@ -26,6 +26,7 @@ from .text.byte_vocabulary import ByteVocabulary
 
 WINDOW = 2000  # tokens that are read of a text, where nothing of it was read before
 MIN_PROBABILITY = 0.3
+BLANKS = " \t\r\n"  # with which no completion ends
 
 BYTES_A_TOKEN = 4  # of a text whose tokens are not known yet, at most
 READ_STEP = 512  # tokens that are read at once
@@ -174,8 +175,9 @@ class Completer:
     ) -> Completion:
         """What comes after `prefix`, the text before the cursor.
 
-        The likeliest token is added as long as all of them together are likely enough. Blanks at the end are
-        left out, since the next token may begin with another: an indentation is "   " and " return".
+        The likeliest token is added as long as all of them together are likely enough. Blanks and
+        line breaks at the end are left out, since nobody sees them, and the next token may begin with
+        another blank: an indentation is "   " and " return".
 
         Args:
             prefix: the text.
@@ -262,7 +264,7 @@ class Completer:
             except UnicodeDecodeError:
                 break
             kept, max_lines = _lines(text, max_lines)
-            if piece := (blanks + kept).rstrip(" \t"):
+            if piece := (blanks + kept).rstrip(BLANKS):
                 pieces.append(Piece(piece, probability))
                 whole, probability = whole * probability, 1.0
             blanks = (blanks + kept)[len(piece) :]

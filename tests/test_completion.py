@@ -271,6 +271,21 @@ def test_it_ends_with_a_line(tokenizer, written, lines, expected):
     assert completer.complete("for (", max_lines=lines).text == expected
 
 
+@pytest.mark.parametrize("blanks", ["\n        ", "\n\n    \t", "  ", "\r\n  \r\n "], ids=repr)
+def test_blanks_come_with_what_follows_or_not_at_all(tokenizer, blanks):
+    """However many tokens they are: the probability of all is that of the piece which they begin."""
+    completer = scripted(tokenizer, "(" + blanks)
+    assert completer.complete("(", max_lines=9).pieces == ()
+    completer = scripted(tokenizer, "(" + blanks + "é")
+    found = [completer.complete("(", max_tokens=count, max_lines=9) for count in range(1, 20)]
+    assert {one.text for one in found} == {"", blanks + "é"}
+    sure = math.exp(9) / (math.exp(9) + SIZE - 1)  # as Scripted is of each token
+    together = sure ** (len(tokenizer.backend_tokenizer.encode("(" + blanks + "é").ids) - 1)
+    assert found[-1].pieces == ((blanks + "é", pytest.approx(together)),)
+    for least, text in [(together - 1e-6, blanks + "é"), (together + 1e-6, "")]:
+        assert completer.complete("(", max_lines=9, min_probability=least).text == text
+
+
 def test_no_half_character_comes(tokenizer):
     completer = scripted(tokenizer, "(😀 東\n")
     texts = [completer.complete("(", max_tokens=count).text for count in range(1, 9)]

@@ -32,7 +32,7 @@ def test_a_suggestion_does_not_end_within_an_indentation():
     text = (ROOT / "mlx_pararnn" / "errors.py").read_text(encoding="utf-8")
     for place in [place for place, character in enumerate(text) if character in "\n "]:
         suggested = mlx_pararnn.complete(text[: place + 1], max_lines=3, min_probability=0.1)
-        assert suggested == suggested.rstrip(" \t")
+        assert suggested == suggested.rstrip()
 
 
 def test_its_card_and_its_notice():

@@ -45,6 +45,7 @@
     static let expansions = 16  // ways to spell their text that are followed
     static let negligible = 0.01  // the share of all ways that need not be followed
     static let mostPaths = 64  // of what was tried or suggested
+    static let blanks: Set<Character> = [" ", "\t", "\r", "\n", "\r\n"]  // with which no completion ends
 
     /// After some tokens.
     private struct Step {
@@ -103,9 +104,9 @@
 
     /// What comes after `prefix`, the text before the cursor.
     ///
-    /// The likeliest token is added as long as all of them together are likely enough. Blanks at the end are left out,
-    /// since the next token may begin with another. Calls are answered one after the other; one whose task is cancelled
-    /// ends early.
+    /// The likeliest token is added as long as all of them together are likely enough. Blanks and line breaks at the end
+    /// are left out, since nobody sees them, and the next token may begin with another blank. Calls are answered one after
+    /// the other; one whose task is cancelled ends early.
     ///
     /// - Parameters:
     ///   - maxTokens: after the word that the prefix ends within, at most.
@@ -215,7 +216,7 @@
         guard let (text, rest) = Self.wholeCharacters(held) else { break }
         held = rest
         blanks += Self.inLines(text, &lines)
-        let piece = String(blanks.reversed().drop { $0 == " " || $0 == "\t" }.reversed())
+        let piece = String(blanks.reversed().drop { Self.blanks.contains($0) }.reversed())
         if !piece.isEmpty {
           pieces.append(.init(text: piece, probability: probability))
           (whole, probability) = (whole * probability, 1)
