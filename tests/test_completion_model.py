@@ -1,14 +1,16 @@
 """The bundled completion model, as its users have it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
 import mlx_pararnn
-from examples.completion import data
+from examples.completion import data, try_it
 from mlx_pararnn.files.hub import COMPLETION
 
 ROOT = Path(__file__).parents[1]
@@ -55,24 +57,31 @@ def cache_of(model):
 
 
 @pytest.fixture
-def editor():
-    """The example's, in a terminal that waits for text."""
+def editor(tmp_path):
+    """The example's, in a terminal that waits for text; what it prints goes to `editor.kept`."""
     if sys.platform == "win32":
         pytest.skip("needs a pseudo-terminal")
     pytest.importorskip("pyte")
     from tests.support.terminal import Terminal
 
-    terminal = Terminal(module="examples.completion.try_it", PYTHONPATH=str(ROOT))
+    kept = tmp_path / "kept.py"
+    terminal = Terminal(module="examples.completion.try_it", output=kept, PYTHONPATH=str(ROOT))
+    terminal.kept = kept
+    terminal.wait_for("^Ctrl-D ends and prints the text again")
     terminal.wait_for("Tab takes it")
     return terminal
 
 
 def test_python_is_completed_in_a_terminal(editor):
+    """A file gets the text alone, each byte as it was typed, also what is not UTF-8."""
     editor.type("import numpy as n")
     editor.wait_for("import numpy as np")
-    editor.type("\t\x04")
+    editor.type("\t\r")
+    os.write(editor.fd, b"x = '\xe4\xc3\xa4'")
+    editor.wait_for("x = '.*ä'")
+    editor.type("\x04")
     assert editor.exit_code() == 0
-    assert editor.text.split("import numpy as np")[-1].strip() == ""
+    assert editor.kept.read_bytes() == b"import numpy as np\nx = '\xe4\xc3\xa4'\n"
 
 
 def test_the_editor_indents_and_ctrl_c_ends_it(editor):
@@ -98,6 +107,12 @@ def test_the_editor_says_what_is_wrong(arguments, code, said):
     assert done.returncode == code
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_editor_says_which_model_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["try_it", str(tmp_path)])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    assert str(try_it.main()).startswith(f"error: no config.json in {tmp_path}")
 
 
 @pytest.mark.parametrize("prefix", [None, 5, b"def "])

@@ -1,7 +1,7 @@
 """Type Python and see it completed: `python -m examples.completion.try_it [MODEL]`.
 
-The suggestion stands in grey after the cursor. Tab takes it, where there is none it indents; Ctrl-D ends and
-prints the text, which `> FILE` keeps; Ctrl-C ends without.
+Ctrl-D ends and prints the text again, which `> FILE` keeps; Ctrl-C ends without.
+The suggestion stands in grey after the cursor. Tab takes it, where there is none it indents.
 """
 
 import argparse
@@ -25,7 +25,10 @@ class Completions(AutoSuggest):
         self.model = model
 
     def get_suggestion(self, buffer: Buffer, document: Document) -> Suggestion | None:
-        return Suggestion(mlx_pararnn.complete(document.text, self.model))
+        try:
+            return Suggestion(mlx_pararnn.complete(document.text, self.model))
+        except mlx_pararnn.PararnnError:  # bytes that are not UTF-8 were typed or pasted
+            return None
 
 
 def indented(text: str) -> str:
@@ -74,7 +77,8 @@ def main() -> str | None:
             multiline=True,
             output=create_output(stdout=sys.stderr),
         )
-        print(session.prompt())
+        text = session.prompt() + "\n"
+        sys.stdout.buffer.write(text.encode(errors="surrogateescape"))
     except mlx_pararnn.PararnnError as error:
         return f"error: {error}"
     except KeyboardInterrupt:

@@ -19,17 +19,22 @@ class Terminal:
     Args:
         arguments: of the command line.
         module: that is run.
+        output: a file that standard output goes to, as with `>`.
         columns, lines: of the screen; lines that leave it at the top are kept in `text` too.
         environment: variables besides the test's own.
     """
 
-    def __init__(self, *arguments, module="mlx_pararnn.cli.app", columns=80, lines=24, **environment):
+    def __init__(
+        self, *arguments, module="mlx_pararnn.cli.app", output=None, columns=80, lines=24, **environment
+    ):
         self._screen = pyte.HistoryScreen(columns, lines, history=10_000, ratio=1)
         self._stream = pyte.ByteStream(self._screen)
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.update({"TERM": "xterm-256color", **environment})
             os.environ.pop("NO_COLOR", None)
+            if output:
+                os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
             command = [sys.executable, "-m", module, *map(str, arguments)]
             os.execv(command[0], command)
         ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
