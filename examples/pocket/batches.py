@@ -15,13 +15,14 @@ from .call_traces import SCANNED, kind, trace
 from .calls import ADDED, Example, examples
 from .data import TASKS, ask, polite
 from .fillers import signs
-from .traces import NUMBERS, Trace, note_kind, solve
+from .traces import NUMBERS, Trace, kind_of, note_kind, solve
 
 # A turn: the token ids, and which of them the model makes itself.
 Turn = tuple[list[int], list[bool]]
 
 LONGEST = 10  # digits of a number
 LONGEST_REVERSED = (30, 30, 30, 100)  # digits or letters
+MOST_GATES = 6  # of a logic graph
 LONGEST_MESSAGE = 150  # digits or letters, of which only the kind of message is learned
 # So often the kind of message is noted wrongly, as a model may, and the trace goes on from there.
 MISTAKEN = 0.12
@@ -37,6 +38,7 @@ SHARES = {
     "comparison": 7,
     "reversal": 4,
     "sorting": 3,
+    "logic": 3,
 }
 
 
@@ -74,12 +76,12 @@ def turns(seed: int, looking: bool = True, plain: float = PLAIN) -> Iterator[Tur
 
 
 def number_turns(seed: int) -> Iterator[Turn]:
-    """Tasks for the pointers, with numbers of 1 to LONGEST digits."""
+    """Tasks for the pointers: numbers of 1 to LONGEST digits, graphs of 1 to MOST_GATES gates."""
     rng, ids = random.Random(seed), protocol()
     names, shares = list(SHARES), list(SHARES.values())
     while True:
         (name,) = rng.choices(names, shares)
-        longest = rng.choice(LONGEST_REVERSED) if name == "reversal" else LONGEST
+        longest = {"reversal": rng.choice(LONGEST_REVERSED), "logic": MOST_GATES}.get(name, LONGEST)
         yield _solved(TASKS[name](rng, rng.randint(1, longest))[0], rng, ids)
 
 
@@ -88,8 +90,10 @@ def long_message_turns(seed: int) -> Iterator[Turn]:
     rng, ids = random.Random(seed), protocol()
     while True:
         digits = round(LONGEST * (LONGEST_MESSAGE / LONGEST) ** rng.random())
-        beginning = Trace(TASKS[rng.choice(list(TASKS))](rng, digits)[0])
-        note_kind(beginning, NUMBERS)
+        name = rng.choice(list(TASKS))
+        message, _ = TASKS[name](rng, digits // 6 + 1 if name == "logic" else digits)  # 6 characters a gate
+        beginning = Trace(message)
+        note_kind(beginning, kind_of(message))
         yield encode(beginning, ids)
 
 

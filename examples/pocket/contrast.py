@@ -1,18 +1,18 @@
-"""What carries addition to 1,000 digits: several recurrences and a Transformer, with pointers and without.
+"""What carries a task to any length: several recurrences and a Transformer, with pointers and without.
 
     python -m examples.pocket.contrast -o FOLDER
 
-Each model has about the same number of parameters and learns "12 + 34" with numbers of at most DIGITS
-digits: "with pointers" the whole trace of `traces.solve`, "without" the answer alone, ten times as many
-steps since it is a tenth as long or less. Measured is the share of new sums that are answered exactly at
-greater lengths. A run that was stopped goes on from its last checkpoints, and results that are there are
-not made again: FOLDER/results.jsonl. `--table` only prints them.
+Each model has about the same number of parameters and learns one of TASKS at sizes of at most LEARNED
+digits (gates, of a logic graph): "with pointers" the whole trace, "without" the answer alone, ten times as
+many steps since it is a tenth as long or less. Measured is the share of new messages that are answered
+exactly at greater sizes. A run that was stopped goes on from its last checkpoints, and results that are
+there are not made again: FOLDER/results.jsonl. `--table` only prints them.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ from mlx_pararnn.training.settings import Settings
 from mlx_pararnn.training.trainer import Trainer
 
 from .batches import Turn, encode, protocol
-from .data import pair
+from .data import Sample, logic, number, pair
 from .evaluate import check_traces
 from .traces import Trace, solve
 from .train import ARGS
 
-DIGITS = 5  # of the longer number, in training
-LENGTHS = (5, 10, 50, 200, 1000)
+LEARNED = 5  # digits or gates at most, in training
+SIZES = (5, 10, 50, 200, 1000)
 ALONE = 10  # times as many steps without pointers
 COUNTS = {5: 100, 10: 100, 50: 50, 200: 20, 1000: 4}
 KINDS = ("gru", "lstm", "linear", "mamba2", "transformer")
@@ -107,34 +107,77 @@ def make_model(kind: str, seed: int) -> nn.Module:
     return model
 
 
-def turn(rng: random.Random, digits: int, pointers: bool) -> Turn:
-    """A sum of two numbers, the longer of so many digits, and what a model writes for it."""
+def addition(rng: random.Random, digits: int) -> Sample:
     a, b = pair(rng, digits)
-    message = f"{a} + {b}"
-    if pointers:
-        trace = solve(message)
-        assert trace is not None
-    else:
+    return f"{a} + {b}", str(int(a) + int(b))
+
+
+def subtraction(rng: random.Random, digits: int) -> Sample:
+    a, b = pair(rng, digits)
+    return f"{a} - {b}", str(int(a) - int(b))
+
+
+def multiplication(rng: random.Random, digits: int) -> Sample:
+    """By one digit."""
+    a, b = number(rng, digits), number(rng, 1)
+    return f"{a} * {b}", str(int(a) * int(b))
+
+
+def comparison(rng: random.Random, digits: int) -> Sample:
+    a, b = pair(rng, digits)
+    sign = "=<>"[(int(a) < int(b)) + 2 * (int(a) > int(b))]
+    return f"compare {a} and {b}", f"{a} {sign} {b}"
+
+
+def reversal(rng: random.Random, digits: int) -> Sample:
+    a = number(rng, digits)
+    return f"reverse {a}", a[::-1]
+
+
+def sorting(rng: random.Random, digits: int) -> Sample:
+    items = list(number(rng, digits))
+    return f"sort {' '.join(items)}", " ".join(sorted(items))
+
+
+# Each in one wording: what is compared is not how many are understood.
+TASKS: dict[str, Callable[[random.Random, int], Sample]] = {
+    "addition": addition,
+    "subtraction": subtraction,
+    "multiplication": multiplication,
+    "comparison": comparison,
+    "reversal": reversal,
+    "sorting": sorting,
+    "logic": logic,
+}
+
+
+def turn(rng: random.Random, task: str, size: int, pointers: bool) -> Turn:
+    """A message of a task, and what a model writes for it."""
+    message, answer = TASKS[task](rng, size)
+    if not pointers:
         trace = Trace(message)
-        trace.answer(str(int(a) + int(b)))
+        trace.answer(answer)
         trace.end()
-    return encode(trace, protocol())
+        return encode(trace, protocol())
+    solved = solve(message)
+    assert solved is not None
+    return encode(solved, protocol())
 
 
-class Sums:
-    """Endless batches of sums, a row each, each batch from its number."""
+class Turns:
+    """Endless batches of a task, a message a row, each batch from its number."""
 
-    def __init__(self, rows: int, pointers: bool, seed: int) -> None:
-        self.rows, self.pointers, self.seed = rows, pointers, seed
+    def __init__(self, rows: int, task: str, pointers: bool, seed: int) -> None:
+        self.rows, self.task, self.pointers, self.seed = rows, task, pointers, seed
 
     def starting_at(self, batch: int) -> Iterator[Batch]:
         while True:
             rng = random.Random(f"{self.seed}/{batch}")
-            turns = [turn(rng, rng.randint(1, DIGITS), self.pointers) for _ in range(self.rows)]
+            turns = [turn(rng, self.task, rng.randint(1, LEARNED), self.pointers) for _ in range(self.rows)]
             longest = max(len(tokens) for tokens, _ in turns)
             rows, mask = np.zeros((self.rows, longest), int), np.zeros((self.rows, longest), bool)
-            for number, (tokens, learned) in enumerate(turns):
-                rows[number, : len(tokens)], mask[number, : len(tokens)] = tokens, learned
+            for at, (tokens, learned) in enumerate(turns):
+                rows[at, : len(tokens)], mask[at, : len(tokens)] = tokens, learned
             yield Batch(rows, mask[:, 1:])
             batch += 1
 
@@ -148,11 +191,14 @@ def answer_losses(model: Any, arrays: dict[str, mx.array], _: Any) -> tuple[mx.a
     return (cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * arrays["mask"]).sum(), []
 
 
-def train(kind: str, pointers: bool, seed: int, folder: Path | None, settings: Settings = SETTINGS) -> Any:
+def train(
+    kind: str, task: str, pointers: bool, seed: int, folder: Path | None, settings: Settings = SETTINGS
+) -> Any:
     """A trained model; a run in `folder` goes on."""
     model = make_model(kind, seed)
-    data = Sums(settings.batch_size, pointers, seed)
-    report = lambda line: print(json.dumps({"kind": kind, "pointers": pointers, **line}), flush=True)  # noqa: E731
+    data = Turns(settings.batch_size, task, pointers, seed)
+    about = {"kind": kind, "task": task, "pointers": pointers}
+    report = lambda line: print(json.dumps({**about, **line}), flush=True)  # noqa: E731
     trainer = Trainer(
         model, data, replace(settings, seed=seed), folder=folder, report=report, losses=answer_losses
     )
@@ -161,10 +207,10 @@ def train(kind: str, pointers: bool, seed: int, folder: Path | None, settings: S
     return model
 
 
-def measure(model: Any, pointers: bool, digits: int, count: int) -> float:
-    """The share of new sums that are answered exactly."""
-    rng, right = random.Random(f"contrast {digits}"), 0
-    turns = [turn(rng, digits, pointers) for _ in range(count)]
+def measure(model: Any, task: str, pointers: bool, size: int, count: int) -> float:
+    """The share of new messages that are answered exactly."""
+    rng, right = random.Random(f"contrast {size}"), 0
+    turns = [turn(rng, task, size, pointers) for _ in range(count)]
     rows = max(1, 100_000 // max(len(tokens) for tokens, _ in turns))
     for first in range(0, count, rows):
         right += check_traces(model, turns[first : first + rows]).count(None)
@@ -179,22 +225,22 @@ def parameters(model: nn.Module) -> int:
 def table(results: list[dict[str, Any]]) -> str:
     """Shares of exact answers as Markdown, the mean over the seeds and, where they differ, the lowest."""
     lines = [
-        "| recurrence | parameters | pointers | seeds | " + " | ".join(f"{n} digits" for n in LENGTHS) + " |",
-        "|---" * (len(LENGTHS) + 4) + "|",
+        "| task | recurrence | pointers | seeds | " + " | ".join(f"{n:,}" for n in SIZES) + " |",
+        "|---" * (len(SIZES) + 4) + "|",
     ]
-    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    order = {"task": list(TASKS), "kind": KINDS, "pointers": (True, False)}
+    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault((result["kind"], result["pointers"]), []).append(result)
-    for (kind, pointers), found in sorted(groups.items(), key=lambda item: (not item[0][1], item[0][0])):
+        key = tuple(values.index(result[name]) for name, values in order.items())
+        groups.setdefault(key, []).append(result)
+    for _, found in sorted(groups.items()):
         cells = []
-        for n in LENGTHS:
+        for n in SIZES:
             shares = [result["exact"][str(n)] for result in found]
             mean, least = sum(shares) / len(shares), min(shares)
             cells.append(f"{mean:.0%}" if mean == least else f"{mean:.0%} (lowest {least:.0%})")
-        size = f"{found[0]['parameters']:,}"
-        lines.append(
-            f"| {kind} | {size} | {'yes' if pointers else 'no'} | {len(found)} | {' | '.join(cells)} |"
-        )
+        about = found[0]["task"], found[0]["kind"], "yes" if found[0]["pointers"] else "no"
+        lines.append(f"| {' | '.join(about)} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -203,6 +249,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="with pointers")
@@ -213,23 +260,24 @@ def main() -> None:
     file = given.out / "results.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     results = [json.loads(line) for line in lines]
-    there = {(result["kind"], result["pointers"], result["seed"], result["steps"]) for result in results}
+    key = ("kind", "task", "pointers", "seed", "steps")
+    there = {tuple(result[name] for name in key) for result in results}
     wanted = [
-        (kind, pointers, seed)
+        (kind, task, pointers, seed, given.steps if pointers else ALONE * given.steps)
         for seed in given.seeds
+        for task in given.tasks
         for pointers in (True, False)
         for kind in given.kinds
         if given.pointers in ("both", "yes" if pointers else "no")
     ]
-    for kind, pointers, seed in () if given.table else wanted:
-        steps = given.steps if pointers else ALONE * given.steps
-        if (kind, pointers, seed, steps) in there:
+    for run in () if given.table else wanted:
+        if run in there:
             continue
-        folder = given.out / f"{kind}-{'pointers' if pointers else 'alone'}-{seed}-{steps}"
-        model = train(kind, pointers, seed, folder, replace(SETTINGS, steps=steps))
-        exact = {str(n): measure(model, pointers, n, COUNTS[n]) for n in LENGTHS}
-        result = {"kind": kind, "pointers": pointers, "seed": seed, "steps": steps}
-        results.append({**result, "parameters": parameters(model), "exact": exact})
+        kind, task, pointers, seed, steps = run
+        folder = given.out / f"{task}-{kind}-{'pointers' if pointers else 'alone'}-{seed}-{steps}"
+        model = train(kind, task, pointers, seed, folder, replace(SETTINGS, steps=steps))
+        exact = {str(n): measure(model, task, pointers, n, COUNTS[n]) for n in SIZES}
+        results.append({**dict(zip(key, run, strict=True)), "parameters": parameters(model), "exact": exact})
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(results[-1]) + "\n")
         print(json.dumps(results[-1]), flush=True)

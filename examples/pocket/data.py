@@ -133,6 +133,22 @@ def sorting(rng: random.Random, digits: int) -> Sample:
     return asked, " ".join(sorted(items)) if max(map(len, items)) == 1 else traces.SINGLE_DIGITS
 
 
+def logic(rng: random.Random, gates: int) -> Sample:
+    """A logic graph: "1a0b1c1d;a&b>c;c^d>a", and what its last gate gives.
+
+    Four wires begin with a value; each gate puts the "and" (&), "or" (|) or "exclusive or" (^) of two wires
+    on one. A wire is set again and again: a graph of any size has four names in it, and a gate is fed the
+    last value under a name.
+    """
+    values = {wire: rng.randrange(2) for wire in "abcd"}
+    message, result = "".join(f"{value}{wire}" for wire, value in values.items()), 0
+    for _ in range(gates):
+        (first, second), gate, to = rng.sample("abcd", 2), rng.choice("&|^"), rng.choice("abcd")
+        result = values[to] = traces.GATES[gate](values[first], values[second])
+        message += f";{first}{gate}{second}>{to}"
+    return message, str(result)
+
+
 def polite(rng: random.Random, message: str) -> str:
     """A message with what people put around it, in their cases."""
     if rng.random() < 0.15 and message[0].isalpha() and not message.startswith(("wh", "how", "is")):
@@ -158,6 +174,7 @@ TASKS: dict[str, Callable[[random.Random, int], Sample]] = {
     "comparison": comparison,
     "reversal": reversal,
     "sorting": sorting,
+    "logic": logic,
 }
 
 

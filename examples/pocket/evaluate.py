@@ -16,6 +16,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,38 +52,48 @@ def samples(task: str, digits: int, count: int, seed: int = 10**6) -> list[tuple
 def check_traces(model: Model, turns: list[Turn]) -> list[int | None]:
     """Of each turn, the place of the first token that the model would not write; None if there is none.
 
-    Turns are read together, as rows of a batch.
+    Turns are read together, as rows of a batch, no further than to where each has gone wrong.
     """
-    inputs, best = _likeliest(model, [tokens for tokens, _ in turns])
-    learned = np.zeros(inputs.shape, bool)
-    for row, (_, own) in enumerate(turns):
-        learned[row, : len(own)] = own
-    wrong = learned & (best != inputs)
-    return [int(row.argmax()) if row.any() else None for row in wrong]
+    rows = _padded([tokens for tokens, _ in turns])
+    learned = _padded([own for _, own in turns]).astype(bool)
+    found: list[int | None] = [None] * len(turns)
+    for begin, best in _likeliest(model, rows):
+        end = begin + best.shape[1]
+        wrong = learned[:, begin:end] & (best != rows[:, begin:end])
+        for row in np.flatnonzero(wrong.any(axis=1)):
+            if found[row] is None:
+                found[row] = begin + int(wrong[row].argmax())
+        if None not in found:
+            break
+    return found
 
 
 def with_own_kinds(model: Model, turns: list[Turn]) -> list[Turn]:
     """The same turns, but for the kinds of messages: those that the model itself notes first."""
     kinds = [own.index(True) for _, own in turns]
-    _, best = _likeliest(model, [tokens[: at + 1] for (tokens, _), at in zip(turns, kinds, strict=True)])
+    rows = _padded([tokens[: at + 1] for (tokens, _), at in zip(turns, kinds, strict=True)])
+    best = np.concatenate([rows[:, :1], *(piece for _, piece in _likeliest(model, rows))], axis=1)
     return [
         ([*tokens[:at], int(best[row, at]), *tokens[at + 1 :]], own)
         for row, ((tokens, own), at) in enumerate(zip(turns, kinds, strict=True))
     ]
 
 
-def _likeliest(model: Model, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of tokens in one array, padded, and of each token the likeliest after those before it."""
-    longest = max(map(len, rows))
-    inputs = np.zeros((len(rows), longest), np.int32)
-    for row, tokens in zip(inputs, rows, strict=True):
-        row[: len(tokens)] = tokens
-    cache, best = model.make_cache(len(rows)), inputs.copy()
+def _padded(rows: list[list[int]] | list[list[bool]]) -> np.ndarray:
+    made = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, values in zip(made, rows, strict=True):
+        row[: len(values)] = values
+    return made
+
+
+def _likeliest(model: Model, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Of rows of tokens the likeliest token after those before it, a piece at a time: its place, and it."""
+    cache, longest = model.make_cache(len(rows)), rows.shape[1]
     for begin in range(0, longest - 1, PIECE):
         end = min(begin + PIECE, longest - 1)
-        best[:, begin + 1 : end + 1] = mx.argmax(model(mx.array(inputs[:, begin:end]), cache=cache), axis=-1)
-        mx.eval([layer.state for layer in cache])
-    return inputs, best
+        best = mx.argmax(model(mx.array(rows[:, begin:end]), cache=cache), axis=-1)
+        mx.eval([best, [layer.state for layer in cache]])
+        yield begin + 1, np.array(best)
 
 
 def evaluate(

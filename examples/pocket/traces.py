@@ -13,10 +13,13 @@ known for longer is noted down, and read again.
     3. The task's own loop, which thinks one digit at a time.
     4. A pointer goes back over the thoughts, and the digits of the answer are written out. Where they lie
        further apart it is another one; where the answer may begin with zeros, it already stands after them.
+
+A logic graph ("1a0b1c1d;a&b>c;c^d>a", see `data.logic`) is not read before it is worked out: pointer 1 goes
+through it once, from gate to gate.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -35,7 +38,7 @@ TWO_NUMBERS = (
 REVERSED_WORD, REVERSED_NUMBER, SORTED_LIST, SORTED_ROW = "R", "B", "O", "d"
 TOO_LONG = "s"  # a list to sort, of longer numbers
 NOTHING = "n"  # no such task
-NUMBERS = "#"  # the kind of message that has a task with numbers
+NUMBERS, LOGIC = "#", "&"  # the kinds of messages that have a task with numbers, and a logic graph
 # Notes that a word has begun a task, and what the second number makes of them.
 BEGUN = {"a": ADD, "f": SUBTRACT_FROM, "p": MULTIPLY, "c": COMPARE, "b": LARGER, "l": SMALLER}
 REVERSE, SORT = "r", "o"
@@ -68,6 +71,8 @@ _JOINED_BY = {
     "l": ("or", "and", ","),
 }
 _REVERSED = re.compile(r".*\d (?:reversed|backwards)")
+_GRAPH = re.compile(r"(?:[01][a-z])+(?:;[a-z][&|^][a-z]>[a-z])+")
+GATES: dict[str, Callable[[int, int], int]] = {"&": int.__and__, "|": int.__or__, "^": int.__xor__}
 # After a task's word, and after its end.
 _OF = ("the", "these", "digits", "digit", "numbers", "number", "of", "word", "string", "letters", "list")
 _COURTESY = ("please", "pls", "thanks", "thx", "equal", "equals", "make", "is")
@@ -157,13 +162,22 @@ def solve(message: str, mistaken: str = "") -> Trace | None:
         mistaken: a kind that the message is taken for in error; the trace goes on from there.
     """
     trace = Trace(message)
-    note_kind(trace, NUMBERS, mistaken)
+    note_kind(trace, kind_of(message), mistaken)
+    if kind_of(message) == LOGIC:
+        _logic(trace)
+        trace.end()
+        return trace
     note = scan(trace)
     if note not in _PROCEDURES:
         return None
     _PROCEDURES[note](trace)
     trace.end()
     return trace
+
+
+def kind_of(message: str) -> str:
+    """The kind of a message with a task: LOGIC or NUMBERS."""
+    return LOGIC if _GRAPH.fullmatch(message) else NUMBERS
 
 
 def note_kind(trace: Trace, kind: str, mistaken: str = "") -> None:
@@ -448,6 +462,49 @@ def _sort(trace: Trace, row: bool) -> None:
                 return
             step = trace.right if step == trace.left else trace.left
         step(1)
+
+
+def _logic(trace: Trace) -> None:
+    """What is on a wire is thought as its value and its name, first of those that begin with one.
+
+    A gate's wire is looked for from the last thought backwards with pointer 2. The value of the first one is
+    thought and stays under pointer 3; ">" tells that it was the second.
+    """
+    while (read := _next(trace)) != ";":
+        trace.think(read)
+    while read != END:
+        _next(trace)
+        first = _value_on_wire(trace)
+        _next(trace)
+        trace.think(first)
+        trace.last(3)
+        _next(trace)
+        _value_on_wire(trace)
+        _next(trace)
+        trace.left(1, 2)
+        gate, first, second = trace.read(1), trace.read(3), trace.read(2)
+        trace.think(str(GATES[gate](int(first), int(second))))
+        trace.right(1)
+        trace.right(1)
+        trace.think(_next(trace))
+        read = _next(trace)
+    trace.last(2)
+    trace.left(2)
+    trace.answer(trace.read(2))
+
+
+def _next(trace: Trace) -> str:
+    trace.right(1)
+    return trace.read(1)
+
+
+def _value_on_wire(trace: Trace) -> str:
+    """The last value on the wire under pointer 1; pointer 2 stands on it."""
+    trace.last(2)
+    while trace.read(1) != trace.read(2):
+        trace.left(2)
+    trace.left(2)
+    return trace.read(2)
 
 
 def _write_out(trace: Trace, pointer: int, first: int, stride: int) -> None:
