@@ -4,7 +4,6 @@ import argparse
 import logging
 import signal
 import sys
-from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,30 +132,9 @@ def _remember_for_draft(args: list[str]) -> None:
 
 def _dequantize_every_matrix(command: str) -> None:
     """MLX-LM's --dequantize passes over quantized MultiLinear, and writes a model that does not load."""
-    module = import_module(f"mlx_lm.{command}")
-    import mlx.core as mx
-    from mlx.nn import Module
-    from mlx.utils import tree_unflatten
-    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+    from mlx_pararnn.adapters import unpack
 
-    of_mlx_lm = module.dequantize_model
-
-    def dequantized(name: str, packed: Any) -> tuple[str, Module]:
-        weight = mx.dequantize(
-            packed.weight, packed.scales, packed.get("biases"), packed.group_size, packed.bits, packed.mode
-        )
-        heads, width, inputs = weight.shape
-        linear = MultiLinear(inputs, width, heads)
-        linear.weight = weight
-        return name, linear
-
-    @wraps(of_mlx_lm)
-    def dequantize_model(model: Module) -> Module:
-        packed = [pair for pair in model.named_modules() if isinstance(pair[1], QuantizedMultiLinear)]
-        model.update_modules(tree_unflatten([dequantized(*pair) for pair in packed]))
-        return of_mlx_lm(model)
-
-    module.dequantize_model = dequantize_model  # type: ignore[attr-defined]
+    import_module(f"mlx_lm.{command}").dequantize_model = unpack  # type: ignore[attr-defined]
 
 
 def _read_texts_without_an_end() -> None:

@@ -6,7 +6,6 @@ for the reference that `verify` compares with. The package itself is built from 
 coreml/ and coreai/.
 """
 
-import math
 import os
 import re
 import shutil
@@ -21,13 +20,14 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from mlx_pararnn import __version__
+from mlx_pararnn.adapters import unpack
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.files.model_files import TOKENIZER_FILES
-from mlx_pararnn.loading import load_model, load_tokenizer
+from mlx_pararnn.loading import load_adapters, load_model, load_states, load_tokenizer
 from mlx_pararnn.model import Model
 from mlx_pararnn.model_config import ModelArgs
 
-from .inspection import inspect_checkpoint
+from .inspection import inspect, inspect_checkpoint
 from .package.chat_format import add_chat_format
 from .package.constants import Plain, Stored, stored, total_bytes
 from .package.description import MAX_CHUNK, PACKED
@@ -143,7 +143,7 @@ def export(
     """
     out = Path(out)
     say = progress or (lambda what, share: None)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, packed=True)
     check_output(out, force, checkpoint.source)
     is_mlx, parameters, vocab_size = _measured(checkpoint, source, kind)
     check_memory(parameters, kind.title)
@@ -165,7 +165,13 @@ def export(
                 progress=lambda done, total: say("reading the checkpoint", done / total),
             )
             prepare_tokenizer(_found(model_folder), model_folder, vocab_size, {}).write(folder)
-        model, model_config = load_model(model_folder, adapter_path=adapter_path, state=initial_state)
+        model, model_config = load_model(model_folder)
+        model.set_dtype(mx.float32)
+        unpack(model)  # in float32: what its quantized matrices stand for, exactly
+        if adapter_path is not None:
+            load_adapters(model, Path(adapter_path))
+        if initial_state is not None:
+            load_states(model, Path(initial_state))
         model.set_dtype(mx.float32)
         args: ModelArgs = model.args
         form = form_of(args.cell)
@@ -234,7 +240,7 @@ def _measured(checkpoint: Checkpoint, source: str | Path, kind: PackageKind) -> 
     """Whether it is an MLX model, how many parameters it has, its vocabulary; without reading a weight."""
     config = checkpoint.config or {}
     if config.get("model_type") == "pararnn":
-        parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        parameters = inspect(checkpoint.folder).parameters
         return True, parameters, ModelArgs.from_dict(config).vocab_size
     found = inspect_checkpoint(checkpoint)
     if found.config["model_type"] == "pararnn_cell":

@@ -1,4 +1,4 @@
-"""LoRA and DoRA for the recurrence's projection, which MLX-LM's adapters leave out.
+"""LoRA and DoRA for the recurrence's projection, which MLX-LM's adapters leave out, and its unpacking.
 
 `import_hook.py` puts `with_recurrence` around MLX-LM's `linear_to_lora_layers`, so that its commands, its
 loading of adapters and `mlx-pararnn train` have them alike. Other models than this package's stay as they
@@ -90,6 +90,19 @@ def with_recurrence(convert: Callable[..., None]) -> Callable[..., None]:
         return None
 
     return both
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Put plain matrices in the place of a model's quantized ones; MLX-LM's passes over the recurrence's.
+
+    They are of the type of their scales.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    packed = [pair for pair in model.named_modules() if isinstance(pair[1], QuantizedMultiLinear)]
+    plain = [(name, _replaced(linear, _weight(linear), dequantize=True)) for name, linear in packed]
+    model.update_modules(tree_unflatten(plain))
+    return dequantize_model(model)
 
 
 _KEY = "mixer.cell.input_proj"  # as `keys` in MLX-LM's configuration name it

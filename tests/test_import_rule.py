@@ -16,7 +16,7 @@ ARROWS = {
     "convert.to_torch convert.inspection convert.comparison convert.original convert.add_tokenizer",
     "convert.to_coreml": "convert.exporting convert.coreml",
     "convert.to_coreai": "convert.exporting convert.coreai",
-    "convert.exporting": "convert.to_mlx convert.package convert.inspection",
+    "convert.exporting": "convert.to_mlx convert.package convert.inspection adapters",
     "convert.coreai": "convert.package tools",
     "convert.to_torch": "convert.writers loading",
     "convert.to_mlx": "convert.overrides convert.writers",

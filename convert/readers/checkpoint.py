@@ -51,8 +51,10 @@ class Checkpoint:
     headers_only: bool = False
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, packed: bool = False) -> Checkpoint:
     """Open a checkpoint: a file, a folder, or a repository on the Hugging Face hub by its name.
+
+    With `packed` also an MLX model whose weights are quantized; its tensors are those of the file.
 
     Raises:
         PararnnError: there is nothing there, or not a checkpoint that can be read; the message says which.
@@ -74,7 +76,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     check_link(folder / "config.json", folder)
     config = read_json_object(folder / "config.json")
-    _refuse_quantized(tensors, file, config or {})
+    if not (packed and (config or {}).get("model_type") == "pararnn"):
+        _refuse_quantized(tensors, file, config or {})
     return Checkpoint(
         path=file,
         source=path,

@@ -18,9 +18,10 @@ pytest.importorskip("coremltools", reason="coremltools has no wheel for this Pyt
 
 import mlx.core as mx
 from coremltools.proto import MIL_pb2
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from mlx_pararnn import Cell, ModelArgs, register_cell
+from mlx_pararnn import Cell, ModelArgs, load_model, register_cell
 from mlx_pararnn.cells.activations import ACTIVATIONS, Functions
 from mlx_pararnn.cells.dual import Dual, DualFunctions
 from mlx_pararnn.cli.app import app
@@ -31,10 +32,12 @@ from mlx_pararnn.convert.package.program import EXPORTED
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
 from tests.support.converting import convert
 from tests.support.coreml.exports import (
+    difference,
     export_to_coreml,
     failing_export,
     formula,
     plain_model,
+    reference_logits,
     settings,
     weight_bytes,
 )
@@ -365,17 +368,42 @@ def test_what_is_no_model_to_export(tmp_path, model, no_export):
     cell = {name: apple_gru()[f"blocks.0.rnn_cell.{name}"] for name in "ABb"}
     assert "a single cell" in no_export(write_pt(tmp_path / "cell.pt", cell))
     assert "--tokenizer" in no_export(model, "--chunk", 8)  # there is none, and none was declined
-    quantized = tmp_path / "quantized"
-    source = write_pt(tmp_path / "a.pt", apple_gru(d=64))
-    assert convert(source, "-o", quantized, "--tokenizer", "none", "-q").exit_code == 0
-    assert "it looks quantized" in (message := no_export(quantized))
-    assert f"mlx-pararnn lm convert --hf-path {quantized} --mlx-path UNPACKED -d" in message
     assert "an MLX model already" in no_export(model, "--family", "babylm", "--tokenizer", "none")
     assert "no such file or folder" in no_export("nowhere.pt")
     package = tmp_path / "package"
     assert export_to_coreml(model, package, "--tokenizer", "none", "--chunk", 4).exit_code == 0
     assert "a Core ML package, not a checkpoint" in no_export(package)
     assert CliRunner().invoke(app, ["inspect", str(package)]).exit_code == 0  # what it is can be said
+
+
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+def test_a_quantized_model_is_unpacked(tmp_path, mode):
+    """Adapters for it are then added into its weights."""
+    source, packed, out = write_pt(tmp_path / "a.pt", apple_gru(d=64)), tmp_path / "packed", tmp_path / "out"
+    options = ("--tokenizer", "none", "-q", "--q-mode", mode)
+    assert convert(source, "-o", packed, *options).exit_code == 0
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    parameters = {"rank": 2, "scale": 1, "dropout": 0, "keys": ["mixer.cell.input_proj"]}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
+    (adapters / "adapter_config.json").write_text(json.dumps(config))
+    key = "model.layers.0.mixer.cell.input_proj.lora_"
+    ones = {f"{key}a": mx.ones((2, 32, 2)), f"{key}b": mx.ones((2, 2, 96)) / 4}
+    mx.save_safetensors(str(adapters / "adapters.safetensors"), ones)
+    seen = []
+    for given, options in ((None, ()), (adapters, ("--adapter-path", adapters))):
+        result = export_to_coreml(packed, out, "--tokenizer", "none", "--chunk", 4, "--force", *options)
+        assert result.exit_code == 0, result.output
+        reference = load_file(out / "reference.safetensors")
+        model, _ = load_model(packed, adapter_path=given)
+        model.set_dtype(mx.float32)
+        expected = reference_logits(model, reference["tokens"])[3:]
+        assert difference(reference["logits"], expected) < 2e-2  # of weights rounded to float16
+        seen.append(expected)
+    assert difference(*seen) > 0.05
+    plain = apple_gru(d=64)
+    assert settings(out)["parameters"] == sum(a.size for a in plain.values()) - plain["lm_head.weight"].size
 
 
 @pytest.mark.parametrize(
@@ -459,9 +487,9 @@ def test_a_checkpoint_is_opened_once(model, tmp_path, monkeypatch):
 
     opened = []
 
-    def spy(source):
+    def spy(source, **options):
         opened.append(source)
-        return open_checkpoint(source)
+        return open_checkpoint(source, **options)
 
     for module in (exporting, to_mlx):
         monkeypatch.setattr(module, "open_checkpoint", spy)

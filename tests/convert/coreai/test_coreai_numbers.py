@@ -17,13 +17,14 @@ import mlx.core as mx
 from mlx_pararnn import load_model, register_cell
 from mlx_pararnn.convert.coreai.aimodel_check import float16_bound
 from mlx_pararnn.convert.coreai.runtime import Runner
-from mlx_pararnn.files.hub import BUNDLED
 from tests.support.coreml.exports import (
+    BUNDLED_MODELS,
     GOLDEN,
     KINDS,
     QUANTIZED,
     TRAINED,
     Damped,
+    bundled,
     difference,
     golden,
     greedy,
@@ -139,9 +140,11 @@ def continued(runner, prompt, count):
 
 
 @pytest.mark.large
-def test_the_bundled_model(exports):
-    out = exports(BUNDLED, "--chunk", 16)
-    check(out, exports, BUNDLED, some_ids(256, 40))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_bundled_models(exports, name, form):
+    source, ids = bundled(name)
+    check(exports(source, "--chunk", 16, *FORMS[form]), exports, source, ids[:20])
 
 
 @pytest.mark.sampled("large", by=lambda: ["one"])

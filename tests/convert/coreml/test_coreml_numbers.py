@@ -17,11 +17,13 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from mlx_pararnn import load_model, register_cell  # noqa: E402
 from tests.support.coreml.exports import (  # noqa: E402
+    BUNDLED_MODELS,
     GOLDEN,
     KINDS,
     QUANTIZED,
     TRAINED,
     Damped,
+    bundled,
     difference,
     export,
     golden,
@@ -144,6 +146,14 @@ def test_trained_model(exports, trained, state):
         runner = Runner(out, mode)
         assert runner.generate(prompt, 96) == tokens
         assert [name for name, *_ in runner.predictions[:7]] == ["prefill", *["decode"] * 6]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("state", STATE)
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_bundled_models(exports, name, state):
+    source, ids = bundled(name)
+    check(exports(source, "--chunk", 8, *STATE[state]), exports.model(source), ids[:20])
 
 
 @pytest.mark.large

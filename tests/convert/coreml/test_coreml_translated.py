@@ -15,9 +15,11 @@ pytest.importorskip("coreai", reason="coreai-core is not installed, or has no wh
 from safetensors.numpy import load_file
 
 from tests.support.coreml.exports import (
+    BUNDLED_MODELS,
     GOLDEN,
     QUANTIZED,
     TRAINED,
+    bundled,
     difference,
     golden,
     held_out,
@@ -57,7 +59,7 @@ def check(folder, model, ids, tmp_path):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("form", ["graph", "ane"])
+@pytest.mark.parametrize("form", ["graph", "io", "ane"])
 @pytest.mark.parametrize(("source", "folder", "prefix"), GOLDEN, ids=lambda value: value.split("/")[-1])
 def test_golden_models(exports, tmp_path, source, folder, prefix, form):
     model = exports.source(source)
@@ -72,6 +74,14 @@ def test_trained_model(exports, tmp_path, form):
     source = exports.source(TRAINED)
     out = exports(source, "--chunk", 16, *FORMS[form])
     check(out, exports.model(source), held_out(40), tmp_path)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("form", ["graph", "io"])
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_bundled_models(exports, tmp_path, name, form):
+    source, ids = bundled(name)
+    check(exports(source, "--chunk", 8, *FORMS[form]), exports.model(source), ids[:20], tmp_path)
 
 
 @pytest.mark.large

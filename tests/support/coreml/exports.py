@@ -11,7 +11,9 @@ from typer.testing import CliRunner, Result
 
 import mlx_pararnn
 from mlx_pararnn import Cell, Model, ModelArgs
+from mlx_pararnn.adapters import unpack
 from mlx_pararnn.cli.app import app
+from mlx_pararnn.files.hub import BUNDLED, COMPLETION
 from tests.support.converting import convert
 from tests.support.golden import DATA, arrays_in
 
@@ -71,6 +73,13 @@ GOLDEN = [
         )
     ),
 ]
+BUNDLED_MODELS = {  # with a text of the kind that each was trained on
+    "pocket": (BUNDLED, "What is 12 times 34, and remind me in 5 minutes"),
+    "completion": (
+        COMPLETION,
+        "import os\n\n\ndef read(path):\n    with open(path) as f:\n        return f.read()\n",
+    ),
+}
 QUANTIZED = {
     "int8": ("-q", "--q-bits", 8),
     "int4": ("-q", "--q-bits", 4),
@@ -109,7 +118,15 @@ def small_model(
 
 def rounded_model(folder: Path) -> Model:
     """The MLX model of a folder, its weights rounded to float16 and computing in float32."""
-    return rounded(mlx_pararnn.load_model(folder)[0])
+    return rounded(unpacked_model(folder))
+
+
+def unpacked_model(folder: Path) -> Model:
+    """The MLX model of a folder, computing in float32, its matrices unpacked where they are quantized."""
+    model = mlx_pararnn.load_model(folder)[0]
+    model.set_dtype(mx.float32)
+    unpack(model)
+    return model
 
 
 def rounded(model: Model) -> Model:
@@ -151,9 +168,7 @@ class Exports:
     def exact(self, folder: Path) -> Model:
         """The MLX model as it is, computing in float32."""
         if ("exact", folder) not in self._models:
-            model = mlx_pararnn.load_model(folder)[0]
-            model.set_dtype(mx.float32)
-            self._models["exact", folder] = model
+            self._models["exact", folder] = unpacked_model(folder)
         return self._models["exact", folder]
 
     def __call__(self, source: Path, *options: object) -> Path:
@@ -177,6 +192,12 @@ def golden(name: str) -> dict[str, mx.array]:
 
 def held_out(count):
     return np.array(golden("trained/paragru")["heldout_input_ids"]).ravel()[:count]
+
+
+def bundled(name: str) -> tuple[Path, np.ndarray]:
+    """A bundled model's folder, and its tokens of a text."""
+    folder, text = BUNDLED_MODELS[name]
+    return folder, np.array(mlx_pararnn.load(folder)[1].encode(text))
 
 
 def some_ids(vocab, count, seed=0):
