@@ -1,6 +1,6 @@
 """What a token takes in a Core AI package, run by the CPU runtime that coreai-core carries.
 
-python benchmarks/core_ai.py    prints a table and writes benchmarks/results/core-ai-*.md; a minute
+python benchmarks/core_ai.py    prints a table and writes benchmarks/results/core-ai-*.md; two minutes
 
 It says nothing of a Mac or an iPhone, which have other runtimes and a GPU and a Neural Engine.
 """
@@ -18,7 +18,7 @@ from timing import alternating
 
 from mlx_pararnn.convert.coreai.runtime import Runner
 from mlx_pararnn.convert.to_coreai import convert_to_coreai
-from mlx_pararnn.files.hub import BUNDLED
+from mlx_pararnn.files.hub import BUNDLED, COMPLETION
 
 TRAINED = Path(__file__).parents[1] / "tests" / "data" / "trained" / "paragru" / "final.pt"
 CHUNK = 16
@@ -40,7 +40,11 @@ def read(runner, function, count):
 def main():
     rows = []
     with tempfile.TemporaryDirectory() as root:
-        for model, source in (("trained GRU, 0.8M", TRAINED), ("pocket model, 1.4M", BUNDLED)):
+        for model, source in (
+            ("trained GRU, 0.8M", TRAINED),
+            ("pocket model, 1.4M", BUNDLED),
+            ("completion model, 1.5M", COMPLETION),
+        ):
             for form, options in FORMS.items():
                 out = Path(root) / str(len(rows))
                 done = convert_to_coreai(source, out, tokenizer="none", chunk=CHUNK, **options)
@@ -50,9 +54,8 @@ def main():
                 times = (f"{1e3 * took['decode']:.1f}", f"{1e3 * took['prefill'] / CHUNK:.1f}")
                 rows.append((model, form, f"{done.nbytes / 1e6:.1f}", *times))
                 print(*rows[-1], sep=" | ", flush=True)
-    caption = (
-        f"Medians of 9 calls; prefill reads {CHUNK} tokens a call. By coreai-core's CPU runtime for Linux."
-    )
+    reads = f"prefill reads {CHUNK} tokens a call"
+    caption = f"Medians of up to 9 calls; {reads}. By coreai-core's CPU runtime for Linux."
     write_results("core-ai", caption, HEADER, rows)
 
 

@@ -1,10 +1,10 @@
-"""Put the newest results into docs/performance.md, so that no number there is copied by hand.
+"""Put the newest results into docs/performance.md and docs/coreai.md: no number there is copied by hand.
 
 python benchmarks/report.py [--check]
 
 Replaces what stands between `<!-- results NAME -->` and `<!-- end -->` with the caption and the table of the
 newest results/NAME-*.md, or a link to the newest results/NAME-*.svg for NAME.svg. --check writes nothing and
-fails if the page is not up to date.
+fails if a page is not up to date.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import sys
 
 from machine import RESULTS
 
-PAGE = RESULTS.parents[1] / "docs" / "performance.md"
+DOCS = RESULTS.parents[1] / "docs"
+PAGES = (DOCS / "performance.md", DOCS / "coreai.md")
 BLOCK = re.compile(r"<!-- results (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 DATED = r"-[a-z]+-\w+-\d{4}-\d\d-\d\d"  # system, machine, date
 
@@ -30,7 +31,7 @@ def block(match):
     if file is None:
         text = "Not measured yet."
     elif suffix:
-        text = f"![{stem}](../{file.relative_to(PAGE.parents[1])})"
+        text = f"![{stem}](../{file.relative_to(DOCS.parent)})"
     else:
         text = file.read_text().split("\n", 2)[2].strip()
     return f"<!-- results {name} -->\n{text}\n<!-- end -->"
@@ -42,11 +43,13 @@ def main():
     )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    page = PAGE.read_text()
-    filled = BLOCK.sub(block, page)
-    if args.check:
-        sys.exit(f"{PAGE.name} is not up to date: run python benchmarks/report.py" if filled != page else 0)
-    PAGE.write_text(filled)
+    for page in PAGES:
+        text = page.read_text()
+        filled = BLOCK.sub(block, text)
+        if filled != text:
+            if args.check:
+                sys.exit(f"{page.name} is not up to date: run python benchmarks/report.py")
+            page.write_text(filled)
 
 
 if __name__ == "__main__":
