@@ -262,6 +262,31 @@ import Testing
       #expect(error == .cannotLoad(fake.package.standardizedFileURL, reason: "not 2"))
     }
 
+    /// By what an app calls: a model that came compiled is not kept, and one without prefill not measured.
+    @Test func aConfigurationOfCoreMLs() async throws {
+      let (folder, loads) = (try TemporaryFolder(), Loads())
+      try folder.write("", to: "model.mlmodelc/model.mil")
+      for (failing, used) in [(nil, .cpuAndNeuralEngine), (.cpuAndNeuralEngine, .cpuAndGPU)]
+        as [(MLComputeUnits?, MLComputeUnits)]
+      {
+        let model = try await MLModel.$behaviour.withValue(HashModel(chunk: nil).behaviour) {
+          try await MLModel.$whileLoading.withValue({ units, function in
+            loads.add(units, function)
+            if units == failing { throw MLModelError(.generic, "not here") }
+          }) {
+            let configuration = MLModelConfiguration()
+            configuration.computeUnits = .cpuAndNeuralEngine
+            return try await ParaRNNModel(
+              contentsOf: folder.url, tokenizer: ByteTokenizer(), configuration: configuration)
+          }
+        }
+        #expect(model.computeUnits == used)
+        #expect(try await tokens(model.generate(tokens: [1, 2], options: .init(maxTokens: 3))).count == 3)
+      }
+      let asked = MLComputeUnits.cpuAndNeuralEngine.rawValue
+      #expect(loads.all == [asked, asked, MLComputeUnits.cpuAndGPU.rawValue].map { "\($0) decode" })
+    }
+
     @Test(.timeLimit(.minutes(5))) func loadingThatHangs() async throws {
       let loads = Loads()
       let model = try await load(try FakeFolder(), units: .all, timeout: .seconds(3)) { units, _ in
