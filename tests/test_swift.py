@@ -5,6 +5,7 @@ The Swift package itself is built and tested by swift/linux/test.sh.
 
 import json
 import os
+import plistlib
 import re
 import shutil
 import subprocess
@@ -141,6 +142,31 @@ def test_the_shared_scheme_names_the_project_target():
     for identifier in re.findall(r"[A-F0-9]{24}", phases):
         assert len(re.findall(rf"\n\t\t{identifier} ", project)) == 1
     assert "demo-model.sh" in project
+
+
+# Apple's categories of functions whose use an app has to give a reason for, and their names.
+REASONED = {
+    "FileTimestamp": r"\b(creationDate|\w*[mM]odificationDate\w*|l?stat(at)?\()",
+    "SystemBootTime": r"\b(systemUptime|mach_absolute_time)\b",
+    "DiskSpace": r"\b(volume\w*Capacity\w*|system(Free)?Size|statv?fs)\b",
+    "UserDefaults": r"\b(UserDefaults|AppStorage)\b",
+    "ActiveKeyboards": r"\bactiveInputModes\b",
+}
+
+
+def test_the_privacy_manifest_gives_a_reason_for_what_is_used():
+    text = "\n".join(p.read_text(encoding="utf-8") for p in (SWIFT / "ParaRNN").rglob("*.swift"))
+    used = {
+        f"NSPrivacyAccessedAPICategory{name}" for name, names in REASONED.items() if re.search(names, text)
+    }
+    manifest = plistlib.loads((SWIFT / "ParaRNN/PrivacyInfo.xcprivacy").read_bytes())
+    given = manifest["NSPrivacyAccessedAPITypes"]
+    assert {one["NSPrivacyAccessedAPIType"] for one in given} == used
+    timestamps = "NSPrivacyAccessedAPICategoryFileTimestamp"
+    assert given == [{"NSPrivacyAccessedAPIType": timestamps, "NSPrivacyAccessedAPITypeReasons": ["C617.1"]}]
+    assert manifest["NSPrivacyTracking"] is False
+    package = (SWIFT.parent / "Package.swift").read_text(encoding="utf-8")
+    assert 'path: "swift/ParaRNN",\n      resources: [.copy("PrivacyInfo.xcprivacy")]' in package
 
 
 def test_docs_have_swift_samples():
