@@ -40,7 +40,12 @@ PLACES = ("listed", "matrix products", "Core ML states", "float32, casts", "look
 
 def main() -> None:
     """Print both tables."""
-    print("| cell, state | function | operations | in float32 | casts |\n|---|---|---|---|---|")
+    print("\n".join([*operations(), "", *placement()]))
+
+
+def operations() -> list[str]:
+    """The lines of a table: how many operations each function has."""
+    rows = ["| cell, state | function | operations | in float32 | casts |", "|---|---|---|---|---|"]
     for cell in ("gru", "lstm"):
         for title, form in FORMS.items():
             for tokens in (1, 16, 64):
@@ -48,9 +53,8 @@ def main() -> None:
                 name = f"prefill of {tokens}" if tokens > 1 else "decode"
                 total = sum(count for key, count in counts.items() if key in PLACES)
                 row = " | ".join(f"{count:,}" for count in (total, counts["wide"], counts["cast"]))
-                print(f"| {cell}, {title} | {name} | {row} |", flush=True)
-    print()
-    print("\n".join(placement()))
+                rows.append(f"| {cell}, {title} | {name} | {row} |")
+    return rows
 
 
 def placement() -> list[str]:

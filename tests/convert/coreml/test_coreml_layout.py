@@ -215,9 +215,9 @@ PAGE = Path(__file__).parents[3] / "docs" / "coreml.md"
 
 
 @pytest.mark.large
-def test_the_pages_table_is_what_is_counted():
-    table = core_ml_operations.placement()
-    assert "\n".join(table) in PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("table", ["operations", "placement"])
+def test_the_pages_tables_are_what_is_counted(table):
+    assert "\n".join(getattr(core_ml_operations, table)()) in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.large
