@@ -19,6 +19,9 @@ LEFT_OUT = pytest.StashKey[str]()
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the tests too that the quick run leaves out")
+    parser.addoption(
+        "--cpu", action="store_true", help="MLX on the CPU in this process, where there is a GPU too"
+    )
 
 
 def pytest_configure(config):
@@ -27,11 +30,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "sampled(mark, by=None): `mark` but for a few cases")
     if not (config.getoption("all") or config.getoption("markexpr")):
         os.environ["MLX_DISABLE_COMPILE"] = "1"  # in commands that tests run; here, see pytest_runtest_setup
+    if config.getoption("cpu"):
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     quick_run.mark_what_is_left_out(items)
+    if config.getoption("cpu"):
+        items[:] = [item for item in items if not item.get_closest_marker("metal")]
     if config.getoption("all") or config.getoption("markexpr"):
         return
     marks = {item: quick_run.left_out_mark(item) for item in items}
