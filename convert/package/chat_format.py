@@ -37,10 +37,11 @@ def add_chat_format(settings: dict[str, Any], folder: Path, config: dict[str, An
         logger.warning("the Swift package cannot read this tokenizer: %s; an app must bring its own", reason)
     found = settings["chat_format"] = chat_format(tokenizer)
     if found is None:
-        if tokenizer.chat_template:
+        if template := tokenizer.chat_template:
+            clocked = _CLOCK in str(template)
             logger.warning(
-                "the chat template is not made of fixed texts around messages: an app must say how chats are "
-                "written (ChatFormat in docs/swift.md)"
+                "the chat template %s: an app must say how chats are written (ChatFormat in docs/swift.md)",
+                "writes the date" if clocked else "is not made of fixed texts around messages",
             )
         return
     end = end_of_answer(tokenizer, found)

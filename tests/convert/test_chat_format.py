@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mlx_pararnn.convert.package.chat_format import chat_format, end_of_answer, written
+from mlx_pararnn.convert.package.chat_format import add_chat_format, chat_format, end_of_answer, written
 from mlx_pararnn.generation import render
 from mlx_pararnn.pocket.protocol import tokenizer_files
 
@@ -144,6 +144,20 @@ def test_the_texts_give_what_the_template_renders(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_templates_that_are_not_fixed_texts(name):
     assert chat_format(tokenizer(OTHERS[name])) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("the day", "writes the date"), ("numbered", "is not made of fixed texts around messages")],
+)
+def test_an_export_says_what_it_does_not_take(name, said, tmp_path, caplog):
+    for file, text in (tokenizer_files() | {"chat_template.jinja": OTHERS[name]}).items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    settings = {"vocab_size": 300, "eos_token_id": []}
+    add_chat_format(settings, tmp_path, {})
+    assert settings == {"vocab_size": 300, "eos_token_id": [], "chat_format": None}
+    (message,) = caplog.messages
+    assert message.startswith(f"the chat template {said}: an app must say how chats are written")
 
 
 def test_no_template_and_an_answer_that_plain_text_ends():
