@@ -1,6 +1,7 @@
 """Writes the .aimodel: both functions in one program, each weight once."""
 
 import inspect
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from coreai.runtime import AIModelAssetMetadata
 from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.model_config import ModelArgs
 
-from ..package.constants import Stored
+from ..package.constants import Stored, total_bytes
 from ..package.form import Form, state_dtypes, state_shapes
 from ..package.program import emit, input_shapes
 from .graph_operations import CoreAI
@@ -42,6 +43,7 @@ def write_package(
 
     Raises:
         PararnnError: the cell's step uses what a Core AI program cannot do, or there is no room for it.
+        OSError: there is no room for it.
     """
     module = core.Module.create()
     with module:
@@ -54,6 +56,7 @@ def write_package(
     about.model_description = metadata["description"]
     for key, value in metadata["custom"].items():
         about.set_custom(key, value)
+    _check_room(path.parent, total_bytes(weights.values()) + (1 << 20) + (args.num_hidden_layers << 18))
     try:
         core.AIProgram(module).save_asset(path, metadata=about)
     except (OSError, RuntimeError) as error:
@@ -61,6 +64,14 @@ def write_package(
             f"{path.name} could not be written ({error.__cause__ or error}); make room in "
             f"{path.parent.parent}"
         ) from error
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    """Raise OSError where a file of that size cannot be written: coreai-core's LLVM would end the process."""
+    zeros = bytes(1 << 20)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        for _ in range(-(-nbytes // len(zeros))):
+            file.write(zeros)
 
 
 def _add_function(

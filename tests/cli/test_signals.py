@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlx_pararnn.cli.app import COMMANDS
+from mlx_pararnn.convert.coreai.aimodel_check import verify_package as verify_aimodel
 from mlx_pararnn.loading import load_model
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
@@ -132,6 +133,7 @@ EVERY_COMMAND = {
     "convert": ["convert", CHECKPOINT, "-o", "out", "--tokenizer", "bytes"],
     "convert -q": ["convert", CHECKPOINT, "-o", "out", "-q", "--q-group-size", "32", "--tokenizer", "bytes"],
     "convert --to coreml": ["convert", CHECKPOINT, "-o", "out", "--to", "coreml", "--tokenizer", "bytes"],
+    "convert --to coreai": ["convert", CHECKPOINT, "-o", "out", "--to", "coreai", "--tokenizer", "bytes"],
     "convert --to torch": ["convert", DEMO, "-o", "out", "--to", "torch"],
     "add-tokenizer": ["add-tokenizer", "model", "bytes"],
     "generate": ["generate", DEMO, "-p", "x", "-m", "300"],
@@ -199,8 +201,9 @@ def test_every_command_is_among_them():
 @pytest.mark.parametrize("command", EVERY_COMMAND)
 def test_a_signal_at_a_random_moment_of_every_command(command, templates, tmp_path):
     """It ends in time and without a traceback, and what it leaves is whole."""
-    if "coreml" in command:
-        pytest.importorskip("coremltools")
+    for word, module in (("coreml", "coremltools"), ("coreai", "coreai")):
+        if word in command:
+            pytest.importorskip(module)
     chance = random.Random(command)
     start = time.monotonic()
     folder = in_a_copy(templates, tmp_path, "whole")
@@ -284,6 +287,8 @@ def load_out(command, out):
 
         described = load_spec(str(out / "model.mlpackage")).description.metadata.userDefined["pararnn"]
         assert json.loads(described) == json.loads((out / "pararnn.json").read_text())
+    elif "coreai" in command:
+        assert all(check.passed for check in verify_aimodel(out))
     elif "torch" in command:
         written, given = (load_file(folder / "model.safetensors") for folder in (out, DEMO))
         head = given["model.embed_tokens.weight"].size  # which is the embedding, and stands there twice

@@ -5,6 +5,7 @@ What the packages compute is tested in tests/convert/coreai.
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.coreai import require_coreai as tools
 from tests.support.converting import convert
 from tests.support.coreml.exports import failing_export, formula, small_model
+from tests.support.disks import small_disk
 
 needs_coreai = pytest.mark.skipif(
     not tools.is_installed(), reason="coreai-core is not installed, or has no wheel for this Python"
@@ -254,3 +256,25 @@ def test_ctrl_c_leaves_nothing(data, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_coreai
+@pytest.mark.sampled("large", by=lambda: ["one"])
+@pytest.mark.parametrize(("size", "most"), [("9m", 1_500_000), ("3m", resource.RLIM_INFINITY)])
+def test_no_room_for_the_package(size, most, tmp_path):
+    """A limit of a file's size, and a full disk: coreai-core itself ends the process there."""
+    source = small_model(tmp_path / "mlx", vocab_size=30_000)
+    with small_disk(tmp_path / "disk", size) as disk:
+        out = disk.path / "out"
+        command = [sys.executable, "-m", "mlx_pararnn.cli.app", "convert", source, "--to", "coreai"]
+        command += ["--chunk", 2, "-o", out, "--tokenizer", "none", "--iterations", 1]
+        result = subprocess.run(
+            [str(c) for c in command],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+        )
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"error: {out}: it could not be written ("), result.stderr
+        assert result.stderr.count("\n") == 1
+        assert list(disk.path.iterdir()) == []

@@ -1,10 +1,11 @@
-"""`python -m tests.support.killed_writing WHAT FOLDER`: writing that is killed at 50 random moments.
+"""`python -m tests.support.killed_writing WHAT FOLDER`: writing that is killed at random moments.
 
 Each run is a process of its own, forked from this one, where MLX is imported and never used. After each kill
 the folder holds nothing, or something whole that loads; prints what was seen.
 """
 
 import logging
+import os
 import random
 import shutil
 import sys
@@ -12,11 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 from mlx_pararnn import Model
 from mlx_pararnn.chat.saved_prompts import SavedPromptCache
 from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.convert.package.reference import relative_difference
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
-from mlx_pararnn.loading import load_model, load_tokenizer
+from mlx_pararnn.generation import stream_generate
+from mlx_pararnn.loading import load, load_model, load_tokenizer
 from mlx_pararnn.training import checkpoints, run
 from mlx_pararnn.training.reporting import read_log
 from mlx_pararnn.training.settings import Plan, Settings
@@ -33,28 +38,41 @@ def contents(folder: Path) -> Contents:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def writing(write: Callable[[], object], out: Path) -> None:
-    """A folder that appears whole: the same bytes each time, or none."""
-    finished(write)
-    whole, seen, chance = contents(out), set(), random.Random(0)
+def writing(write: Callable[[], object], out: Path, look: Callable[[], object], times: int = 50) -> None:
+    """A folder that appears whole, or not at all; `look` raises where one that is there is not whole."""
+    seen, chance = set(), random.Random(0)
 
     def check(ended: bool) -> None:
         seen.add(out.exists())
         if out.exists():
-            assert contents(out) == whole
+            look()
             if chance.random() < 0.5:
                 shutil.rmtree(out)
 
-    print(killed(write, check)["killed"], sorted(seen))
+    print(killed(write, check, times)["killed"], sorted(seen))
     finished(write)
-    assert contents(out) == whole
+    look()
     print([path.name for path in out.parent.iterdir()])
 
 
 def conversion(out: Path, **options: Any) -> None:
-    """`convert`, and with options `convert -q`."""
+    """`convert`, and with options `convert -q`: the same bytes each time, which load."""
     source = golden_file(CHECKPOINT)
-    writing(lambda: convert_to_mlx(source, out, tokenizer="bytes", force=True, **options), out)
+
+    def write() -> None:
+        convert_to_mlx(source, out, tokenizer="bytes", force=True, **options)
+
+    def use() -> None:
+        assert len(list(stream_generate(*load(out), "x", max_tokens=2))) == 2
+
+    finished(write)
+    finished(use)
+    whole = contents(out)
+
+    def look() -> None:
+        assert contents(out) == whole
+
+    writing(write, out, look)
 
 
 def export(out: Path) -> None:
@@ -71,10 +89,56 @@ def export(out: Path) -> None:
         convert_to_coreml(golden_file(CHECKPOINT), to, chunk=2, tokenizer="bytes", force=True)
 
     finished(lambda: write(first))
+    finished(lambda: run_coreml(first))
     (package,) = first.glob("*.mlpackage")
     mlpackage.build_function = lambda *_: None
     mlpackage.write_package = lambda path, *_: shutil.copytree(package, path)
-    writing(write, out)
+    whole = contents(first)
+
+    def look() -> None:
+        assert contents(out) == whole
+
+    writing(write, out, look)
+
+
+def export_command(out: Path) -> None:
+    """`convert --to coreml` from the first line of its process; what coremltools writes differs each time."""
+    temporary = out.parent.parent / "temporary"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "mlx_pararnn", "convert", golden_file(CHECKPOINT), "--to", "coreml"]
+    command += ["--chunk", "2", "--tokenizer", "bytes", "--force", "-o", out]
+
+    def write() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.environ["TMPDIR"] = str(temporary)
+        os.execv(sys.executable, [str(word) for word in command])
+
+    writing(write, out, lambda: finished(lambda: run_coreml(out)), times=8)
+
+
+def run_coreml(out: Path) -> None:
+    """The reference text read by a Core ML package, in an interpreter of its program."""
+    from tests.support.coreml.runner import Runner
+
+    load_tokenizer(out, {})
+    reference = load_file(out / "reference.safetensors")
+    logits = Runner(out).read(reference["tokens"])
+    assert relative_difference(logits, reference["logits"][-1]) < 1e-2
+
+
+def export_to_coreai(out: Path) -> None:
+    """`convert --to coreai`; what coreai-core writes differs each time."""
+    from mlx_pararnn.convert.coreai.aimodel_check import verify_package
+    from mlx_pararnn.convert.to_coreai import convert_to_coreai
+
+    def write() -> None:
+        convert_to_coreai(golden_file(CHECKPOINT), out, chunk=2, tokenizer="bytes", force=True)
+
+    def use() -> None:
+        load_tokenizer(out, {})
+        assert all(check.passed for check in verify_package(out))
+
+    writing(write, out, lambda: finished(use))
 
 
 def training(out: Path) -> None:
@@ -210,6 +274,8 @@ def main(what: str, folder: Path) -> None:
         {
             "as it is": conversion,
             "coreml": export,
+            "coreml command": export_command,
+            "coreai": export_to_coreai,
             "training": training,
             "conversations": conversations,
             "states": states,
