@@ -18,13 +18,19 @@ import pytest
 
 import mlx_pararnn
 from mlx_pararnn.chat.session import Chat
+from mlx_pararnn.convert.to_coreai import convert_to_coreai
+from mlx_pararnn.convert.to_coreml import convert_to_coreml
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.generation import generate, stream_generate
 from mlx_pararnn.loading import load
-from mlx_pararnn.training import checkpoints
+from mlx_pararnn.training import checkpoints, run
+from mlx_pararnn.training.reporting import read_log
+from mlx_pararnn.training.settings import Plan, Settings
+from tests.support.coreml.exports import small_model
 from tests.support.demo import DEMO
 from tests.support.golden import golden_file
 from tests.support.serving import TEMPLATE
+from tests.support.training_runs import SMALL, TEXT, losses
 
 PROMPTS = ["def main(", "import ", "class Reader:", "x = "]
 TOKENS = 12
@@ -214,12 +220,12 @@ class At:
         return self._traced
 
 
-def moments(function, count):
+def moments(function, count, last=LAST):
     """So many different lines at random among all that `function` goes through, and its last."""
     whole = At()
     assert not whole(function)
     some = random.Random(0).sample(range(1, whole.lines), min(count, whole.lines - 1))
-    return [*some, *range(max(1, whole.lines - LAST), whole.lines)]
+    return [*some, *range(max(1, whole.lines - last), whole.lines)]
 
 
 def state_of(model, text):
@@ -354,3 +360,57 @@ def test_an_interrupt_anywhere_in_a_conversion_leaves_no_part_of_it(tmp_path):
         write()
         assert contents() == whole
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(("to", "needed"), [("coreml", "coremltools"), ("coreai", "coreai")])
+def test_an_interrupt_anywhere_in_an_export_leaves_no_part_of_it(to, needed, tmp_path):
+    pytest.importorskip(needed)
+    export = {"coreml": convert_to_coreml, "coreai": convert_to_coreai}[to]
+    source = small_model(tmp_path / "model", num_hidden_layers=1)
+    out = tmp_path / "work/out"
+    out.parent.mkdir()
+
+    def names():
+        return {str(path.relative_to(out)) for path in out.rglob("*")}
+
+    def write():
+        export(source, out, tokenizer="none", chunk=2, iterations=1)
+
+    write()  # what is imported, is
+    whole = names()
+    shutil.rmtree(out)
+    for line in moments(write, 10, last=10):
+        shutil.rmtree(out, ignore_errors=True)
+        assert At(line)(write), line
+        assert not out.exists() or names() == whole, line
+        assert {path.name for path in out.parent.iterdir()} <= {"out"}, line
+    shutil.rmtree(out, ignore_errors=True)
+    write()
+    assert names() == whole
+
+
+@pytest.mark.large
+def test_an_interrupt_anywhere_in_a_training_run_is_resumed_from(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    settings = Settings(steps=3, batch_size=2, length=16, warmup=2, report_every=1, save_every=1, keep=2)
+    plan = Plan(tmp_path / "text.txt", model=SMALL, settings=settings)
+    out = tmp_path / "work/out"
+    out.parent.mkdir()
+
+    def train():
+        (run.resume(out) if out.exists() else run.start(out, plan)).run()
+
+    def result():
+        return losses(read_log(out)), (out / "model.safetensors").read_bytes()
+
+    train()
+    whole = result()
+    shutil.rmtree(out)
+    for line in moments(train, 15, last=5):
+        shutil.rmtree(out, ignore_errors=True)
+        assert At(line)(train), line
+        assert {path.name for path in out.parent.iterdir()} <= {"out"}, line
+        assert not [path for path in out.rglob("*") if path.name.endswith(".partial")], line
+        train()
+        assert result() == whole, line
