@@ -134,17 +134,14 @@ def test_sizes_are_bounded(server):
 
 @pytest.mark.large
 @pytest.mark.parametrize(
-    ("start", "answer"),
+    "start",
     [
-        (b"GET /", b""),
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: ", b""),
-        (
-            b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{"',
-            b"HTTP/1.1 408",
-        ),
+        b"GET /",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: ",
+        b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{"',
     ],
 )
-def test_a_request_that_trickles_in_is_given_up(hurried, start, answer):
+def test_a_request_that_trickles_in_is_given_up(hurried, start):
     """Each byte is early enough; all of them are not."""
     with socket.create_connection(("127.0.0.1", urlsplit(hurried.url).port), timeout=30) as connection:
         connection.sendall(start)
@@ -157,11 +154,8 @@ def test_a_request_that_trickles_in_is_given_up(hurried, start, answer):
                 break
         else:
             pytest.fail("the server still waits")
-        try:
-            said = connection.recv(65536)
-        except ConnectionError:
-            said = b""
-    assert said[: len(b"HTTP/1.1 408")] == answer
+        said = connection.recv(65536)
+    assert said.startswith(b"HTTP/1.1 408")
     assert request(hurried, "POST", TEXT, {"prompt": "x", "max_tokens": 2})[0] == 200
 
 

@@ -25,7 +25,14 @@ from tests.support.demo import DEMO
 from tests.support.serving import PAGE_ORIGIN, TEMPLATE, client_of, folder_of, running
 
 DOCS = Path(__file__).parents[2] / "docs"
-ENDLESS = "{% if messages[0]['content'] == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+ENDLESS = (
+    "{% if messages[0]['content'] == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endif %}"
+)
+GROWING = (
+    "{% if messages[0]['content'] == 'grow' %}{% set n = namespace(x='ab') %}{% for _ in range(60) %}"
+    "{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}{% endif %}"
+)
 
 
 def ask(server, path, body=None, method="POST", **headers):
@@ -236,21 +243,21 @@ def test_names_are_let_in_that_were_given(server):
 
 
 @pytest.mark.large
-def test_an_endless_template_ends_alone(tmp_path):
+def test_a_template_that_has_no_end_or_doubles_its_text_ends_alone(tmp_path):
     import mlx_pararnn
 
     model, _ = mlx_pararnn.load(DEMO)
     folder = folder_of(tmp_path / "endless", model, DEMO)
-    end = "{% endfor %}{% endfor %}{% endif %}"
-    (folder / "chat_template.jinja").write_text(ENDLESS + end + TEMPLATE)
+    (folder / "chat_template.jinja").write_text(ENDLESS + GROWING + TEMPLATE)
     with running(folder) as server:
         client = client_of(server)
-        with pytest.raises(openai.BadRequestError, match="more than 5 seconds"):
-            client.chat.completions.create(model="endless", messages=[{"role": "user", "content": "loop"}])
-        said = client.chat.completions.create(
-            model="endless", messages=[{"role": "user", "content": "x"}], max_tokens=3
-        )
-        assert said.usage.completion_tokens == 3
+        for asked, why in (("loop", "more than 5 seconds"), ("grow", "more than .* memory")):
+            with pytest.raises(openai.BadRequestError, match=why):
+                client.chat.completions.create(model="endless", messages=[{"role": "user", "content": asked}])
+            said = client.chat.completions.create(
+                model="endless", messages=[{"role": "user", "content": "x"}], max_tokens=3
+            )
+            assert said.usage.completion_tokens == 3
 
 
 HANGING = """

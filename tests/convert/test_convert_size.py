@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_pararnn.convert.readers.checkpoint import open_checkpoint
-from tests.support.big_checkpoint import peak_anonymous_memory, write_big_checkpoint
+from tests.support.big_checkpoint import write_big_checkpoint
+from tests.support.memory import peak_anonymous_memory
 
 pytestmark = pytest.mark.large
 

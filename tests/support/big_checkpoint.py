@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,20 +28,6 @@ def write_big_checkpoint(path: Path, nbytes: int, d: int = 2048, heads: int = 4)
         for start in range(0, position, len(block)):
             file.write(block[: position - start])
     return 8 + len(raw) + position
-
-
-def peak_anonymous_memory(process: subprocess.Popen) -> int:
-    """The most memory that no file holds that was seen while the process ran, in bytes."""
-    peak = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            break
-        lines = [line.split() for line in status.splitlines() if line.startswith("RssAnon:")]
-        peak = max([peak, *(int(line[1]) * 1024 for line in lines)])
-        time.sleep(0.005)
-    return peak
 
 
 def _layer(layer: int, d: int, heads: int, width: int) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import os
 import re
@@ -170,10 +171,8 @@ class Protocol(H11Protocol):
             idle = [c for c in self.connections if isinstance(c, Protocol) and c.idle and c is not self]
             victim = min(idle, key=lambda c: c._since, default=self)
             if victim is self:
-                body = b'{"error": {"message": "all connections are taken; try again", "code": null}}'
-                transport.write(
-                    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-                    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+                self._refuse(
+                    b"503 Service Unavailable\r\nRetry-After: 1", "all connections are taken; try again"
                 )
             victim.transport.close()
         self._wait_for_request()
@@ -217,8 +216,18 @@ class Protocol(H11Protocol):
 
     def _give_up(self) -> None:
         self._deadline = None
-        if self.idle:
+        if self.idle and not self.transport.is_closing():
+            if self.conn.trailing_data[0]:  # of a request; one that asks for nothing expects no answer
+                self._refuse(b"408 Request Timeout", f"the request did not arrive within {TIMEOUT} seconds")
             self.transport.close()
+
+    def _refuse(self, status: bytes, message: str) -> None:
+        """Answer before there is a request; the connection is then closed."""
+        body = json.dumps({"error": {"message": message, "code": None}}).encode()
+        self.transport.write(
+            b"HTTP/1.1 %b\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (status, len(body), body)
+        )
 
 
 @contextlib.contextmanager
