@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from mlx_pararnn.model import Model
 
 SHOWN = 4096  # characters of the text that a terminal sees again; of a longer one the last
-# Characters of the bundled model's longest message: two numbers with as many digits as an answer may have
-# tokens, and words.
-MOST_MESSAGE = 10_000
 
 
 @reports_errors
@@ -120,11 +117,6 @@ def generate(
     how = sampling.choose_sampling(sampling.folder_of(tokenizer), sampling.LIKELIEST, given, uses_tools)
     asked = {"model": model or Path(tokenizer.name_or_path).name, "prompt": text, "seed": seed}
     if uses_tools:
-        if model is None and len(text) > MOST_MESSAGE:
-            raise PararnnError(
-                f"the bundled model answers short messages, and this text has {len(text):,} characters; to "
-                "continue it name a model of yours: mlx-pararnn generate MODEL"
-            )
         if schema is not None:
             raise PararnnError("this model uses tools and ends its answers itself; it takes no --json-schema")
         sampler = sampling.tool_sampler(how, stop, loaded.args.vocab_size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..cache import RecurrentCache
 from ..errors import PararnnError
+from ..files.hub import BUNDLED
 from ..generation import find_room
 from ..model import Model
 from ..text.grammars import Grammars
@@ -21,6 +23,9 @@ from .loop import Limits, run_turn
 from .protocol import Protocol, find_protocol
 
 PIECE = 512  # tokens of a message or result that are read at once
+# Characters of the bundled model's longest message: two numbers with as many digits as an answer may have
+# tokens, and words.
+MOST_CHARACTERS = 10_000
 
 
 def stream_answer(
@@ -46,11 +51,10 @@ def stream_answer(
             read on.
 
     Raises:
-        PararnnError: the model does not speak the protocol, or the message is empty or no text.
+        PararnnError: the model does not speak the protocol, or does not take the message (`check_message`).
     """
     protocol = require_protocol(tokenizer)
-    if not message:
-        raise PararnnError("the message is empty; write what the model should answer")
+    check_message(tokenizer, message)
     prefix = protocol.render_message(message)
     limits = limits or Limits()
     source = ModelTokens(model, sampler, cache, progress, prefill_step_size)
@@ -74,6 +78,19 @@ def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: A
     """The text of the answer that `stream_answer` gives, in one piece; same arguments."""
     events = stream_answer(model, tokenizer, message, **options)
     return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def check_message(tokenizer: TokenizerWrapper, message: str) -> None:
+    """Raise PararnnError for a message that is no text, empty, or longer than the bundled model answers."""
+    if not isinstance(message, str):
+        raise PararnnError(f"the message must be a text (str), and this is of type {type(message).__name__}")
+    if not message:
+        raise PararnnError("the message is empty; write what the model should answer")
+    if len(message) > MOST_CHARACTERS and Path(tokenizer.name_or_path) == BUNDLED:
+        raise PararnnError(
+            f"the bundled model answers messages of at most {MOST_CHARACTERS:,} characters, and this one has "
+            f"{len(message):,}; a long text is continued by a model of yours: mlx-pararnn generate MODEL"
+        )
 
 
 def assistant_functions(assistant: Assistant) -> Functions:

@@ -459,7 +459,7 @@ def test_prompts_that_cannot_be(demo, prompt, message):
         (("-p", ""), "error: the message is empty; write what the model should answer"),
         (
             ("-p", "a line\n" * 2000),
-            "error: the bundled model answers short messages, and this text has 14,000",
+            "error: the bundled model answers messages of at most 10,000 characters, and this one has 14,000",
         ),
         (("-p", "a\udcff"), "error: the text is not UTF-8"),
         (("-p", "x", "--import", "no_such_module"), "error: --import no_such_module: ModuleNotFoundError"),

@@ -92,7 +92,16 @@ def test_answer_is_the_text_of_the_events(pair):
     assert answer(model, tokenizer, "x", limits=limits, functions=Functions()) == text
 
 
-@pytest.mark.parametrize(("message", "said"), [("", "the message is empty"), ("\udcff", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("", "the message is empty"),
+        ("\udcff", "not UTF-8"),
+        (5, "must be a text .str., and this is of type int"),
+        (b"1 + 2", "of type bytes"),
+        (None, "of type NoneType"),
+    ],
+)
 def test_messages_that_are_none_are_refused(pair, message, said):
     with pytest.raises(PararnnError, match=said):
         answer(*pair, message)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +12,18 @@ from typer.testing import CliRunner
 import mlx_pararnn
 from examples.pocket.call_cases import decline_rate, handwritten, measure, out_of_scope
 from examples.pocket.evaluate import call_made, spread
-from mlx_pararnn import Model, answer
+from mlx_pararnn import Model, PararnnError, answer
+from mlx_pararnn.chat.server.schema import ChatRequest
+from mlx_pararnn.chat.server.turns import Turns
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.files.hub import BUNDLED
-from mlx_pararnn.pocket.answers import require_protocol
+from mlx_pararnn.pocket.answers import check_message, require_protocol
 from mlx_pararnn.pocket.events import Text
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits, run_turn
 from tests.support.coreml.runner import Runner
+from tests.support.scripted import tools_folder
 from tests.support.serving import client_of, running
 
 SUMS = [(7, 5), (99_999, 1), (12_345_678_901_234_567_890, 98_765_432_109_876_543_210)]
@@ -163,6 +167,28 @@ def test_one_question_promises_nothing(pair):
     """There is no conversation that could keep it."""
     assert answer(*pair, "add milk to my shopping list").startswith("I would not remember a list here")
     assert "nothing would ring" in run("generate", "-p", "set a timer for 5 minutes").stdout
+
+
+def test_longer_messages_than_it_answers_are_refused_everywhere(pair):
+    message = "a" * 10_001
+    said = "the bundled model answers messages of at most 10,000 characters, and this one has 10,001; "
+    with pytest.raises(PararnnError, match=said):
+        answer(*pair, message)
+    conversation = Chat(*pair)
+    with pytest.raises(PararnnError, match=said):
+        next(conversation.respond(message))
+    assert conversation.messages == []
+    assert run("generate", "-p", message).stderr.startswith(f"error: {said}")
+    assert said in run("chat", input=f"{message}\n").stderr
+    engine = SimpleNamespace(model=pair[0], tokenizer=pair[1])
+    turns = Turns(engine, require_protocol(pair[1]), own_functions=True)
+    with pytest.raises(PararnnError, match=said):
+        turns.prompt(ChatRequest(messages=[{"role": "user", "content": message}]))
+
+
+def test_a_message_of_that_length_and_other_models_are_not_refused(pair, tmp_path):
+    check_message(pair[1], "a" * 10_000)
+    check_message(mlx_pararnn.load(tools_folder(tmp_path / "model"))[1], "a" * 10_001)
 
 
 @pytest.mark.large

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...generation import find_room
-from ...pocket.answers import ModelTokens, assistant_functions
+from ...pocket.answers import ModelTokens, assistant_functions, check_message
 from ...pocket.assistant import Assistant
 from ...pocket.events import Call, Event
 from ...pocket.functions import Functions
@@ -48,6 +48,7 @@ class Turns:
         asked = [n for n, message in enumerate(messages) if message["role"] == "user"]
         if not asked or not messages[asked[-1]]["content"]:
             raise Refused(400, "messages must have one of a user that is not empty")
+        check_message(self._engine.tokenizer, messages[asked[-1]]["content"])
         tokens = self._protocol.render_message(messages[asked[-1]]["content"])
         rest = messages[asked[-1] + 1 :]
         results = {
