@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PararnnError
+from ..process.watchdog import ending_signals
 from . import prebuilt
 
 logger = logging.getLogger(__name__)
@@ -63,9 +64,11 @@ def compiler() -> str:
     if sys.platform == "darwin":
         # without Apple's command line tools /usr/bin/c++ would open a window that offers to install them
         try:
-            subprocess.run(["xcode-select", "-p"], capture_output=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            raise NoCompilerError("no C++ compiler; install one with: xcode-select --install") from None
+            has_tools = _run(["xcode-select", "-p"]).returncode == 0
+        except OSError:
+            has_tools = False
+        if not has_tools:
+            raise NoCompilerError("no C++ compiler; install one with: xcode-select --install")
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and (found := shutil.which(name)):
             return found
@@ -81,13 +84,27 @@ def _machine() -> str:
     asked_for = os.environ.get("CXX", "")
     if sys.platform == "darwin":
         name = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return asked_for + subprocess.run(name, capture_output=True, text=True).stdout
+        return asked_for + _run(name).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         lines = []
     wanted = ("model name", "flags", "CPU implementer", "CPU part", "Features")
     return "\n".join([asked_for, platform.machine(), *(line for line in lines if line.startswith(wanted))])
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a program says.
+
+    Raises:
+        KeyboardInterrupt: a signal has ended it, as Ctrl-C ends all that runs in a terminal: that says
+            nothing about the machine. In the main thread Python raises it by itself.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    # by the signal, or in a shell's words
+    if any(done.returncode in (-number, 128 + number) for number in ending_signals()):
+        raise KeyboardInterrupt
+    return done
 
 
 def _flags() -> list[str]:
@@ -109,6 +126,7 @@ def build(text: str, name: str, structs: tuple[type[ctypes.Structure], ...] = ()
     Raises:
         BuildError: no compiler, a text it rejects, a cache folder that others can write, or a struct that
             Python and the text lay out differently.
+        KeyboardInterrupt: the compiler was interrupted.
     """
     library = _built(text, name)
     for struct in structs:
@@ -208,7 +226,7 @@ def _compiled(text: str, name: str, key: str, folder: Path) -> Path:
         source, built = Path(inside, f"{name}.cpp"), Path(inside, "built.so")
         source.write_text(text)
         logger.info("compiling %s for this CPU, once", name)
-        done = subprocess.run([*command, "-o", str(built), str(source)], capture_output=True, text=True)
+        done = _run([*command, "-o", str(built), str(source)])
         if done.returncode:
             complaint = next((x for x in done.stderr.splitlines() if "error" in x), "no reason given")
             raise BuildError(f"{compiler()} rejects {name}: {complaint}")

@@ -281,6 +281,43 @@ def test_a_signal_while_native_code_is_loaded_ends_it(name):
     assert (done.returncode, done.stdout, done.stderr) == (-getattr(signal, name), "", "")
 
 
+# What Ctrl-C in a terminal does: the compiler gets it too.
+INTERRUPTED_COMPILER = """#!/bin/sh
+kill -INT $PPID
+{ends}
+"""
+
+
+@pytest.mark.parametrize("ends", ["kill -INT $$", pytest.param("exit 130", marks=pytest.mark.large)])
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (["serve", "--port", "0"], 0, "Stopped.\n"),
+        pytest.param(["generate", "-p", "1 + 2"], 130, "interrupted\n", marks=pytest.mark.large),
+    ],
+    ids=["in a thread", "in the main one"],
+)
+def test_ctrl_c_while_a_kernel_is_compiled_says_nothing_about_the_compiler(
+    command, code, said, ends, tmp_path
+):
+    compiler = tmp_path / "c++"
+    compiler.write_text(INTERRUPTED_COMPILER.format(ends=ends))
+    compiler.chmod(0o700)
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(cache)}
+    program = HANDLED + "from mlx_pararnn.__main__ import main\nmain()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
 def load_out(command, out):
     if "coreml" in command:
         from coremltools.models.utils import load_spec

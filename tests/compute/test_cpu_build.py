@@ -14,7 +14,7 @@ import pytest
 
 from mlx_pararnn import PararnnError, get_cell, register_cell
 from mlx_pararnn.cli.app import show_messages
-from mlx_pararnn.compute import cpu, cpu_build, gpu, texts
+from mlx_pararnn.compute import choice, cpu, cpu_build, gpu, texts
 from mlx_pararnn.compute.recurrence import recurrence
 from mlx_pararnn.tools import doctor
 from tests.support.fresh_cache import fresh_cache
@@ -141,6 +141,27 @@ def test_what_cannot_be_built_means_ops_and_one_warning(fault, monkeypatch, tmp_
         report = {finding.item: finding for finding in doctor.examine()}
         assert report["backend cpu"].value.startswith("cannot be built")
         assert re.search(said, report["backend cpu"].advice)
+
+
+@pytest.mark.parametrize("ends", ["kill -INT $$", "kill -TERM $$", "exit 130"])
+def test_a_compiler_that_is_interrupted_is_no_verdict(ends, monkeypatch, tmp_path):
+    """Nothing is said and nothing remembered of it: at the next call it compiles."""
+    cell, params, u, _ = problem("gru", T=5)
+    arrays = mx.array(params), mx.array(u)
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\n{ends}\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    trials = dict(choice.TRIALS)
+    with fresh_cache(monkeypatch, tmp_path), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                recurrence(cell, *arrays)
+            with pytest.raises(KeyboardInterrupt):
+                recurrence(cell, *arrays, backend="cpu")
+        assert trials == choice.TRIALS
+        assert not [*(tmp_path / "mlx-pararnn").iterdir()]
 
 
 def test_that_there_is_no_compiler_is_said_once(monkeypatch, tmp_path):

@@ -79,7 +79,7 @@ def serve(path: str | Path, settings: Settings, ready: Callable[[str], None] = l
             ended = _wait_for_end(engine)
     if isinstance(engine.failure, PararnnError):
         raise engine.failure
-    if engine.failure is not None:
+    if engine.failure is not None and not isinstance(engine.failure, KeyboardInterrupt):
         said = LOST if is_lost(engine.failure) else f"generation stopped: {engine.failure}"
         raise PararnnError(said) from engine.failure
     if not ended:
