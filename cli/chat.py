@@ -73,7 +73,8 @@ def chat(
     from mlx_pararnn.chat.session import Chat
     from mlx_pararnn.pocket.loop import Limits
 
-    conversation = Chat(loaded, tokenizer, system, images=images)
+    typed = sys.stdin.isatty()  # else the process ends with its input, before anything could ring
+    conversation = Chat(loaded, tokenizer, system, images=images, rings=typed)
     uses_tools = conversation.uses_tools
     chosen = sampling.choose_sampling(
         sampling.folder_of(tokenizer),
@@ -88,7 +89,7 @@ def chat(
         stop,
         ToolLines(show_tools),
         plain,
-        _ask if sys.stdin.isatty() else None,
+        _ask if typed else None,
         prefill_step_size,
     )
     if load is not None:

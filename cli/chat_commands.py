@@ -91,6 +91,7 @@ class Session:
         self.prefill_step_size = prefill_step_size
         self.branches: dict[str, Chat] = {}
         self.image: Path | None = None  # what the next message asks about
+        self.file: Path | None = None  # what the conversation was saved to or loaded from
         self.last: GenerationResponse | None = None
         self._make_answers()
 
@@ -112,6 +113,7 @@ class Session:
             say_list("\n".join([*self._image_commands.values(), HELP]))
         elif command == "/reset":
             chat.reset()
+            self.file = None
             say("The conversation is forgotten.")
         elif command == "/undo":
             say(f"Taken back: {chat.undo()}")
@@ -126,6 +128,7 @@ class Session:
             say(f"No point {argument!r}; /branch lists them.")
         elif command == "/goto":
             self.chat = self.branches[argument].branch()
+            self.file = None
             say(f"Going on after {self.chat.tokens} tokens.")
         elif command in ("/save", "/load") and not argument:
             say(f"{command} needs a file name.")
@@ -289,31 +292,37 @@ class Session:
     def _load(self, name: str) -> None:
         from mlx_pararnn.chat.conversation_file import OfAnotherModelError, saved_path
 
+        path = saved_path(name)
         try:
             self.chat.load(name)
         except OfAnotherModelError:
             if self.ask is None:
                 raise
-            path = saved_path(name)
             if not self.ask(f"{path} was saved with another model. Read its messages with this one?"):
                 say("Not loaded.")
                 return
             count = self.chat.read_again(path)
+            self.file = path
             if self.chat.uses_tools:
                 say("This model reads no earlier messages; the lists, timers and reminders are here.")
             else:
                 say(f"{count} messages will be read with your next one.")
             return
+        self.file = path
         say(f"Going on after {self.chat.tokens} tokens.")
 
     def _save(self, name: str) -> None:
         from mlx_pararnn.chat.conversation_file import saved_path
 
         path = saved_path(name)
-        if self.ask and path.exists() and not self.ask(f"{path} exists. Overwrite it?"):
-            say("Not saved.")
-            return
+        if path.exists():
+            if self.ask is None and path != self.file:
+                raise PararnnError(f"{path} exists, and there is nobody to ask; choose another name")
+            if self.ask and not self.ask(f"{path} exists. Overwrite it?"):
+                say("Not saved.")
+                return
         say(f"Saved to {self.chat.save(path)}.")
+        self.file = path
 
 
 @contextmanager

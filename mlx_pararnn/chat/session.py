@@ -65,6 +65,7 @@ class Chat:
         functions: for a model that uses tools those that it may call; without it those of an `Assistant`,
             whose lists and timers belong to the conversation: they are saved, undone and branched with it.
         images: the model that `model` is the language model of, where that sees images.
+        rings: whether somebody asks `due`; if not, an `Assistant` refuses timers, alarms and reminders.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Chat:
         system: str | None = None,
         functions: Functions | None = None,
         images: ImageModel | None = None,
+        rings: bool = True,
     ) -> None:
         self.model = model
         self.images = images
@@ -83,7 +85,7 @@ class Chat:
         self._protocol = find_protocol(tokenizer)
         self._assistant: Assistant | None = None
         if functions is None:
-            self._assistant = Assistant()
+            self._assistant = Assistant(rings=rings)
             functions = assistant_functions(self._assistant)
         self.functions = functions
 

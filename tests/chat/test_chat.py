@@ -588,6 +588,37 @@ def test_in_a_pipe(tmp_path):
     assert "Traceback" not in said
 
 
+def test_in_a_pipe_no_file_is_lost(demo, tmp_path, capsys):
+    """But what the conversation comes from is written over: it goes on."""
+    chat = Chat(*demo)
+
+    def session():
+        return Session(chat.branch(), LIKELIEST, 1, None, ToolLines(False), plain=True)
+
+    def messages():
+        chat.load(kept)
+        return len(chat.messages)
+
+    kept = chat.save(tmp_path / "kept")
+    first = session()
+    with pytest.raises(PararnnError, match="exists, and there is nobody to ask; choose another name"):
+        first.run("/save", str(kept))
+    first.run("/load", str(kept))
+    first.respond("x")
+    first.run("/save", str(tmp_path / "kept"))
+    first.respond("y")
+    first.run("/save", str(kept))
+    assert messages() == 4
+    first.run("/branch", "a")
+    first.run("/save", str(tmp_path / "new"))
+    for away in ("/reset", "/goto"):
+        first.run("/load", str(kept))
+        first.run(away, "a")
+        with pytest.raises(PararnnError, match="exists"):
+            first.run("/save", str(kept))
+    assert messages() == 4
+
+
 @pytest.mark.parametrize(
     "template",
     [

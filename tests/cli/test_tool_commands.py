@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import time
 
@@ -280,6 +281,22 @@ def test_timers_and_lists_last_as_long_as_the_conversation(folder, scripts):
     scripts[0][:] = [call, show]
     say(conversation, "put milk on my list")
     assert "milk" in say(conversation, "what is on my list?")
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("set a timer for 5 minutes", '"set_timer","arguments":{"duration":"5 minutes"}'),
+        ("set an alarm for 7:30", '"set_alarm","arguments":{"time":"7:30"}'),
+        ("remind me to call at 7:30", '"set_reminder","arguments":{"text":"call","time":"7:30"}'),
+    ],
+)
+def test_in_a_pipe_nothing_is_set_that_would_not_ring(folder, scripts, message, call):
+    """The process ends with its input."""
+    scripts[0].append(f'<|call|>{{"name":{call}}}<|result|><|answer|><|end|>')
+    result = run("chat", folder, input=f"{message}\n")
+    assert result.exit_code == 0
+    assert re.match(r"I cannot set \w+ here, as nothing would ring", result.stdout)
 
 
 def test_a_conversation_calls_the_functions_it_was_given(folder, scripts):
