@@ -13,7 +13,7 @@ from . import options, sampling
 from .chat_commands import HINTS, LEAVE, Session, say, say_list
 from .message_editor import read_messages
 from .report import Debug, reports_errors
-from .tool_lines import ShowTools, ToolLines
+from .tool_lines import ShowTools, ToolLines, check_shows_tools
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -76,6 +76,7 @@ def chat(
     typed = sys.stdin.isatty()  # else the process ends with its input, before anything could ring
     conversation = Chat(loaded, tokenizer, system, images=images, rings=typed)
     uses_tools = conversation.uses_tools
+    check_shows_tools(show_tools, uses_tools)
     chosen = sampling.choose_sampling(
         sampling.folder_of(tokenizer),
         sampling.CONVERSATION,

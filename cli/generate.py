@@ -14,7 +14,7 @@ from mlx_pararnn.process.watchdog import watched
 
 from . import options, sampling
 from .report import Debug, reports_errors
-from .tool_lines import ShowTools, ToolLines, say_why
+from .tool_lines import ShowTools, ToolLines, check_shows_tools, say_why
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -52,7 +52,7 @@ def generate(
         typer.Option(
             "--tokens",
             metavar="IDS",
-            help='Continue token ids, as in "17 4 260", and print ids: for models without a tokenizer.',
+            help='Continue token ids, as in "105 109", and print ids: for models without a tokenizer.',
         ),
     ] = None,
     ignore_chat_template: Annotated[
@@ -98,8 +98,10 @@ def generate(
     if prompt is None and file is None and token_ids is None:
         options.check_for_prompt(model, or_word=True)
     if token_ids is not None:
-        if prompt is not None or file is not None or image is not None or stop or json_schema:
-            raise typer.BadParameter("--tokens goes without --prompt, --file, --image, --stop, --json-schema")
+        if prompt is not None or file is not None or image is not None or stop or json_schema or show_tools:
+            raise typer.BadParameter(
+                "--tokens goes without --prompt, --file, --image, --stop, --json-schema, --show-tools"
+            )
         changes = adapter_path, state
         _continue_ids(model, modules, changes, token_ids, max_tokens, given, as_json, prefill_step_size)
         return
@@ -109,6 +111,7 @@ def generate(
     from mlx_pararnn.pocket.protocol import find_protocol
 
     uses_tools = sees is None and find_protocol(tokenizer) is not None and not ignore_chat_template
+    check_shows_tools(show_tools, uses_tools)
     answers = sees is not None or (not ignore_chat_template and (uses_tools or tokenizer.has_chat_template))
     continues = not answers and not as_json
     in_pieces = continues and reads_in_pieces(tokenizer)
@@ -256,9 +259,7 @@ def _continue_ids(
     try:
         prompt = [int(number) for number in given.replace(",", " ").split()]
     except ValueError:
-        raise PararnnError(
-            f'--tokens takes whole numbers, as in "17 4 260", and got {given[:60]!r}'
-        ) from None
+        raise PararnnError(f'--tokens takes whole numbers, as in "105 109", and got {given[:60]!r}') from None
     loaded, config, path = options.load_model(model, modules, *changes)
     import mlx.core as mx
     from mlx_lm.generate import generate_step

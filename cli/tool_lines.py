@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.pocket.events import (
     Call,
     CommandGiven,
@@ -28,6 +29,12 @@ ShowTools = Annotated[
         "--show-tools", help="Show everything that a model with tools thinks, reads and calls, on stderr."
     ),
 ]
+
+
+def check_shows_tools(show_tools: bool, uses_tools: bool) -> None:
+    """Refuse --show-tools where there is nothing to show."""
+    if show_tools and not uses_tools:
+        raise PararnnError("this model uses no tools; leave out --show-tools")
 
 
 class ToolLines:

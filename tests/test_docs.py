@@ -112,6 +112,28 @@ def importable(name):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_what_a_reader_makes_is_not_there_yet(page):
+    """A folder that exists is refused: who comes from README and follows a page from its beginning."""
+    made = outputs("README.md") if page != "README.md" else []
+    for name in outputs(page):
+        assert name not in made, name
+        made.append(name)
+
+
+def outputs(page):
+    """The folders that the commands of a page write; one in capitals is the reader's to name."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if "--resume" not in line]
+    found = [
+        match[1]
+        for line in lines
+        if (match := re.search(r"mlx-pararnn (?:convert|train|lm) .*?(?:-o|--mlx-path) (\S+)", line))
+    ]
+    return [name for name in found if not name.isupper()]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links(page):
     """Relative ones lead to a file, and to a heading of it."""
     broken = []

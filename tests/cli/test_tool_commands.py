@@ -123,6 +123,13 @@ def test_what_a_model_writes_moves_no_cursor(folder, scripts):
     assert r"\x1b[2J\r" in result.stderr
 
 
+@pytest.mark.parametrize("command", [["generate", DEMO, "-p", "x"], ["chat", DEMO]], ids=lambda c: c[0])
+def test_what_a_model_without_tools_does_is_not_shown(command):
+    result = run(*command, "--show-tools", input="x\n")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: this model uses no tools; leave out --show-tools\n"
+
+
 def test_json_has_the_calls(folder, scripts):
     answer = json.loads(run("generate", folder, "-p", "2+3?", "--json").stdout)
     assert (answer["text"], answer["finish_reason"]) == ("It is 5.", "stop")
