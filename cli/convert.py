@@ -274,6 +274,8 @@ def convert(
             force=force,
             allow_nonfinite=allow_nonfinite,
         )
+        where = "on a Mac" if to == Target.coreml else "here or on a Mac"
+        typer.echo(f"Check it {where}: {options.command_line(modules, 'verify', str(output))}", err=True)
         return
     if to == Target.torch:
         _to_torch(checkpoint, output, adapter_path, force)
@@ -311,7 +313,8 @@ def convert(
     if done.config["model_type"] == "pararnn_cell":
         if not done.config.get("activations"):
             typer.echo("Taken for granted: the cell's default activations (--config names others).", err=True)
-        typer.echo(f"Try it: mlx_pararnn.load_cell({str(done.path)!r})", err=True)
+        imports = "".join(f"import {name}; " for name in modules or [])
+        typer.echo(f"Try it: {imports}mlx_pararnn.load_cell({str(done.path)!r})", err=True)
     elif tokenizer == "none":
         typer.echo(
             f"It has no tokenizer; later: mlx-pararnn add-tokenizer {shlex.quote(str(done.path))} "
@@ -319,9 +322,8 @@ def convert(
             err=True,
         )
     else:
-        typer.echo(
-            f'Try it: mlx-pararnn generate {shlex.quote(str(done.path))} -p "..." --temp 0.7', err=True
-        )
+        command = options.command_line(modules, "generate", str(done.path))
+        typer.echo(f'Try it: {command} -p "..." --temp 0.7', err=True)
 
 
 def _check_target(to: Target, options: list[tuple[tuple[Target, ...], dict[str, Any]]]) -> None:
@@ -427,8 +429,6 @@ def _to_package(to: Target, source: str, output: Path, **how: Any) -> None:
             "kept in float32",
             err=True,
         )
-    where = "on a Mac" if to == Target.coreml else "here or on a Mac"
-    typer.echo(f"Check it {where}: mlx-pararnn verify {shlex.quote(str(done.path))}", err=True)
 
 
 @contextmanager

@@ -176,6 +176,12 @@ def import_modules(names: list[str] | None) -> None:
             raise PararnnError(f"--import {name}: {type(error).__name__}: {error}{hint}") from error
 
 
+def command_line(modules: list[str] | None, *words: str) -> str:
+    """A command to give next, with the modules that this one was given, as a shell takes it."""
+    imports = [word for name in modules or [] for word in ("--import", name)]
+    return shlex.join(["mlx-pararnn", *words, *imports])
+
+
 def read_stdin(most: int | None) -> Iterator[str]:
     """All of standard input, as `read_blocks` gives it."""
     if sys.stdin.isatty():

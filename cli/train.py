@@ -214,11 +214,10 @@ def train(
     stop_on_signals(run.trainer)
     outcome = run.run()
     if outcome.stopped:
-        typer.echo(
-            f"stopped after step {outcome.step}; go on with: mlx-pararnn train --resume -o {out}", err=True
-        )
+        command = options.command_line(modules, "train", "--resume", "-o", str(out))
+        typer.echo(f"stopped after step {outcome.step}; go on with: {command}", err=True)
         raise typer.Exit(130)
-    typer.echo(f"done; try it with: mlx-pararnn generate {out}", err=True)
+    typer.echo(f"done; try it with: {options.command_line(modules, 'generate', str(out))}", err=True)
 
 
 def _check_paths(data: Path | None, valid: Path | None, init: str | None) -> None:

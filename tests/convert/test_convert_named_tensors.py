@@ -12,6 +12,7 @@ from mlx_pararnn.cli.app import app
 from mlx_pararnn.convert.families import NamedTensors, names, register_family
 from mlx_pararnn.convert.to_mlx import convert_to_mlx
 from mlx_pararnn.errors import PararnnError
+from tests.support.golden import golden_file
 
 mx = pytest.importorskip("mlx.core")
 
@@ -112,3 +113,8 @@ def test_import_makes_a_table_known(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["convert", "w.safetensors", "-o", "out", "--import", "its_names"])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "config.json").read_text())["cell"] == "gru"
+    assert "Try it: import its_names; mlx_pararnn.load_cell('out')" in result.stderr
+    more = ["-o", "a model", "--tokenizer", "bytes", "--import", "its_names", "--import", "json"]
+    result = CliRunner().invoke(app, ["convert", str(golden_file("trained/paragru/final.pt")), *more])
+    assert result.exit_code == 0, result.output
+    assert "Try it: mlx-pararnn generate 'a model' --import its_names --import json -p" in result.stderr

@@ -62,8 +62,10 @@ def handlers():
 @pytest.mark.usefixtures("handlers")
 def test_a_run_from_scratch_leaves_a_model(text, tmp_path):
     out = tmp_path / "out"
-    done = run(text, "-o", out, "--config", config(tmp_path), "--cell", "lstm", "--tokenizer", "bpe:300")
+    options = ["--cell", "lstm", "--tokenizer", "bpe:300", "--import", "json"]
+    done = run(text, "-o", out, "--config", config(tmp_path), *options)
     assert done.exit_code == 0, done.stderr
+    assert done.stderr.endswith(f"done; try it with: mlx-pararnn generate {out} --import json\n")
     assert done.stdout == ""
     for words in ("12 steps of 2 x 32 tokens", "step 12/12  loss", "tokens/s", "held-out loss", "sample:"):
         assert words in done.stderr
