@@ -25,6 +25,7 @@ from .model import Model
 from .text.byte_vocabulary import ByteVocabulary
 
 WINDOW = 2000  # tokens that are read of a text, where nothing of it was read before
+MAX_TOKENS = 32
 MIN_PROBABILITY = 0.3
 BLANKS = " \t\r\n"  # with which no completion ends
 
@@ -88,7 +89,14 @@ class Step(NamedTuple):
     probabilities: np.ndarray
 
 
-def complete(prefix: str, model: str | Path | None = None, **options: Any) -> str:
+def complete(
+    prefix: str,
+    model: str | Path | None = None,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    max_lines: int = 1,
+    min_probability: float = MIN_PROBABILITY,
+) -> str:
     """What comes next in a text, up to the end of its line and as far as it is likely.
 
     Call it again whenever the text has changed: what the model has read and still stands there is not read
@@ -97,13 +105,16 @@ def complete(prefix: str, model: str | Path | None = None, **options: Any) -> st
     Args:
         prefix: the text before the cursor.
         model: a folder or a name on the Hugging Face hub; None for the model that comes with the package.
-        options: of `Completer.complete`.
+        max_tokens, max_lines, min_probability: as `Completer.complete` has them.
 
     Raises:
         PararnnError: as `Completer` and its `complete`.
     """
     with _one_at_a_time:
-        return _completer(str(model or COMPLETION)).complete(prefix, **options).text
+        found = _completer(str(model or COMPLETION)).complete(
+            prefix, max_tokens=max_tokens, max_lines=max_lines, min_probability=min_probability
+        )
+    return found.text
 
 
 _one_at_a_time = Lock()
@@ -169,7 +180,7 @@ class Completer:
         self,
         prefix: str,
         *,
-        max_tokens: int = 32,
+        max_tokens: int = MAX_TOKENS,
         max_lines: int = 1,
         min_probability: float = MIN_PROBABILITY,
     ) -> Completion:

@@ -388,6 +388,8 @@ def test_a_tokenizer_that_changes_the_text_is_refused(model):
 
 def test_complete_is_a_completers_text(monkeypatch):
     text = mlx_pararnn.complete("class Rea", DEMO, min_probability=0)
+    with pytest.raises(TypeError, match=r"^complete\(\) got an unexpected keyword argument 'foo'"):
+        mlx_pararnn.complete("class Rea", foo=1)
     completer = Completer(*mlx_pararnn.load(DEMO))
     assert text == completer.complete("class Rea", min_probability=0).text
     monkeypatch.setattr(completion, "COMPLETION", DEMO)

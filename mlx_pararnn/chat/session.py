@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..cache import RecurrentCache
 from ..errors import PararnnError
-from ..generation import check_text, encode, render, stream_generate
+from ..generation import check_max_tokens, check_text, encode, render, stream_generate
 from ..images.image_model import ImageModel
 from ..images.image_prompts import MARK, embeddings, lay_out, look, without_template
 from ..images.picture import from_base64, read_picture, to_base64
@@ -291,6 +291,7 @@ class Chat:
         if kwargs.get("stop") or kwargs.get("logits_processors"):
             raise PararnnError("this model ends its answers itself: stop and penalties are not taken")
         answer = {"answer": kwargs["max_tokens"]} if "max_tokens" in kwargs else {}
+        check_max_tokens(kwargs.get("max_tokens", 1))
         events = stream_answer(
             self.model,
             self.tokenizer,

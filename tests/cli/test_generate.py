@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import mlx_pararnn
 from mlx_pararnn import PararnnError, generation
+from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli import options
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.cli.sampling import Sampling, sampler
@@ -408,12 +409,11 @@ def test_utf8_is_not_cut(demo):
 
 def test_learned_positions_run_out(converted, bytes_tokenizer, caplog):
     model, _ = mlx_pararnn.load_model(converted(BABYLM))  # 64 positions
-    for limit in (-1, 1000):
-        responses = list(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 50, max_tokens=limit))
-        assert responses[-1].finish_reason == "length"
-        assert responses[-1].generation_tokens == 14
-        assert caplog.messages == ["stopped: the model's 64 learned positions are used up"]
-        caplog.clear()
+    responses = list(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 50, max_tokens=1000))
+    assert responses[-1].finish_reason == "length"
+    assert responses[-1].generation_tokens == 14
+    assert caplog.messages == ["stopped: the model's 64 learned positions are used up"]
+    caplog.clear()
     responses = list(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 50, max_tokens=14))
     assert caplog.messages == []
     cache = model.make_cache()
@@ -424,6 +424,17 @@ def test_learned_positions_run_out(converted, bytes_tokenizer, caplog):
     assert last.generation_tokens == 4
     with pytest.raises(PararnnError, match="the text so far takes 84 of the model's 64 learned positions"):
         next(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 20, prompt_cache=cache))
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_token_is_refused(demo, limit):
+    """MLX-LM takes -1 for none, and a model of bytes has no end of its own."""
+    said = f"max_tokens must be at least 1, and it is {limit}"
+    with pytest.raises(PararnnError, match=said):
+        mlx_pararnn.generate(*demo, "x", max_tokens=limit)
+    for pair in (demo, mlx_pararnn.load()):
+        with pytest.raises(PararnnError, match=said):
+            next(Chat(*pair).respond("x", max_tokens=limit))
 
 
 @pytest.mark.parametrize(
