@@ -110,9 +110,13 @@ def generate(
     from mlx_pararnn.generation import reads_in_pieces, render, stream_generate
     from mlx_pararnn.pocket.protocol import find_protocol
 
-    uses_tools = sees is None and find_protocol(tokenizer) is not None and not ignore_chat_template
+    uses_tools = sees is None and find_protocol(tokenizer) is not None
+    if uses_tools and ignore_chat_template:
+        raise PararnnError(
+            "this model answers messages and continues no text; leave out --ignore-chat-template"
+        )
     check_shows_tools(show_tools, uses_tools)
-    answers = sees is not None or (not ignore_chat_template and (uses_tools or tokenizer.has_chat_template))
+    answers = sees is not None or uses_tools or (tokenizer.has_chat_template and not ignore_chat_template)
     continues = not answers and not as_json
     in_pieces = continues and reads_in_pieces(tokenizer)
     blocks = options.blocks_from_rank_0(_blocks(prompt, file, None if in_pieces else options.MAX_TEXT_BYTES))

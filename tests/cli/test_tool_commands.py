@@ -149,10 +149,12 @@ def test_a_message_from_a_pipe_ends_before_its_last_newline(folder, scripts):
     assert scripts[1][0].taken[:6] == tools_protocol().render_message("2+3?")
 
 
-def test_the_text_itself_can_be_continued(folder):
+def test_no_text_is_continued(folder):
+    """As /v1/completions has it: what came would be the model's own marks."""
     result = run("generate", folder, "-p", "2", "--ignore-chat-template", "-m", "3")
-    assert result.exit_code == 0, result.stderr
-    assert "generated: 3 tokens" in result.stderr
+    assert (result.exit_code, result.stdout) == (1, "")
+    said = "this model answers messages and continues no text; leave out --ignore-chat-template"
+    assert result.stderr == f"error: {said}\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
