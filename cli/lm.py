@@ -22,6 +22,8 @@ COMMANDS = (
 # Options of theirs that name a model to be read, and folders of adapters.
 MODELS = ("--model", "--hf-path", "--quantized-model", "--draft-model")
 ADAPTERS = "--adapter-path"
+# Those that without --model take, and download, a model of gigabytes that is not ours.
+NEED_MODEL = ("awq", "benchmark", "chat", "dynamic_quant", "generate", "gptq")
 
 
 @reports_errors
@@ -45,6 +47,11 @@ def lm(
         raise typer.BadParameter(
             "lm server takes no --draft-model: MLX-LM's server cannot rewind a recurrent state; leave it "
             "out, or use mlx-pararnn lm generate --draft-model"
+        )
+    if command in NEED_MODEL and not names_a_model(command, args):
+        raise typer.BadParameter(
+            f"give lm {command} a --model, a folder or a Hugging Face repository; left out, MLX-LM downloads "
+            "one that is no ParaRNN model"
         )
     _check_folders(command, args)
     from mlx_lm.cli import main
@@ -86,6 +93,14 @@ def _check_folders(command: str, args: list[str]) -> None:
 def _names(option: str, args: list[str]) -> bool:
     """Whether an option is among the arguments, whole or as short as argparse takes it."""
     return any(len(arg) > 3 and option.startswith(arg.partition("=")[0]) for arg in args)
+
+
+def names_a_model(command: str, args: list[str]) -> bool:
+    """Whether MLX-LM is told a model, or asked for help; a kept prompt has its model's name."""
+    rest = [arg for arg in args if arg.partition("=")[0] != "--prompt"]  # an option of its own
+    named = any(_names(option, rest) for option in ("--model", "--prompt-cache-file", "--help"))
+    short = ("-h", "-m") if command in ("awq", "dynamic_quant", "gptq") else "-h"
+    return named or any(arg.startswith(short) for arg in args)
 
 
 def _watch_tokenizers(command: str, args: list[str]) -> None:

@@ -159,6 +159,8 @@ def _sentence(error: Exception) -> str:
         return said
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file: {error.filename}"
+    if isinstance(error, IsADirectoryError) and error.filename:
+        return f"{error.filename} is a folder; give a file"
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}"

@@ -186,6 +186,7 @@ def test_nothing_is_set_that_would_not_ring(served):
     ("messages", "fields", "said"),
     [
         ([{"role": "system", "content": "x"}], {}, "one of a user"),
+        ([{"role": "usr", "content": "x"}], {}, "the role 'usr', not one of system, user, assistant, tool"),
         ([""], {}, "one of a user"),
         (["x", {"role": "assistant", "content": "y"}], {}, "must end with a user's"),
         (["x", {"role": "tool", "content": "y", "tool_call_id": "a"}], {}, "for each of tool_calls"),

@@ -465,6 +465,8 @@ def test_prompts_that_cannot_be(demo, prompt, message):
         (("coreml", "-p", "x"), "error: coreml is a Core ML package, which Swift runs"),
         (("coreai", "-p", "x"), "error: coreai is a Core AI package, which Swift runs"),
         (("-f", "none.txt"), "error: no such file: none.txt"),
+        (("-f", "coreml"), "error: coreml is a folder; give a file"),
+        ((str(DEMO), "-p", "x", "--json-schema", "coreml"), "error: coreml is a folder; give a file"),
         ((str(DEMO), "-p", ""), "error: the prompt is empty; give at least one token"),
         ((str(DEMO), "-p", "a\udcff"), "error: the prompt is not UTF-8 text"),
         (("-p", ""), "error: the message is empty; write what the model should answer"),

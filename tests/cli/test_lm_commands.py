@@ -10,8 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import mlx_pararnn
+from mlx_pararnn.cli.app import app
+from mlx_pararnn.cli.lm import names_a_model
 from tests.support.demo import DEMO
 from tests.support.golden import DATA
 
@@ -161,14 +164,34 @@ def test_no_warning_of_our_model_type(tmp_path):
     assert "pararnn" not in result.stderr
 
 
+@pytest.mark.parametrize("command", ["awq", "benchmark", "chat", "dynamic_quant", "generate", "gptq"])
+def test_a_model_is_asked_for_where_mlx_lm_would_download_one(command):
+    for args in (["--prompt", "x"], ["--prompt=x", "--max-tokens", "3"]):
+        result = CliRunner().invoke(app, ["lm", command, *args])
+        assert result.exit_code == 2
+        assert f"give lm {command} a --model" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        ("generate", ["--model=x"]),
+        ("generate", ["--prompt-cache-file", "x"]),
+        ("generate", ["--prompt-c=x", "--prompt", "x"]),
+        ("awq", ["-mx"]),
+        ("gptq", ["-m", "x"]),
+        ("chat", ["-h"]),
+        ("chat", ["--help"]),
+    ],
+)
+def test_a_model_that_is_named_is_not_asked_for(command, args):
+    assert names_a_model(command, args)
+
+
 @pytest.mark.parametrize(
     "option", [["--draft-model=y"], ["--draft-model", "y"], ["--draft", "y"], ["--dr=y"]]
 )
 def test_a_server_with_a_draft_is_refused(option):
-    from typer.testing import CliRunner
-
-    from mlx_pararnn.cli.app import app
-
     result = CliRunner().invoke(app, ["lm", "server", "--model", "x", *option])
     assert result.exit_code == 2
     assert "takes no --draft-model" in result.output

@@ -157,7 +157,10 @@ def _peak() -> int:
 
 def _by_coverage(name: str, runs: int, seconds: float, seed: int, corpus: Path | None) -> None:
     """Ends the process; what reaches new lines stays in the folder `corpus`, for a later run."""
-    import atheris  # type: ignore[import-not-found]
+    try:
+        import atheris  # type: ignore[import-not-found]
+    except ImportError:
+        sys.exit('--atheris needs atheris (Python 3.11 to 3.13): pip install "mlx-pararnn[fuzz]"')
 
     with atheris.instrument_imports(include=["mlx_pararnn", "mlx_lm.tool_parsers"]):
         from .targets import TARGETS

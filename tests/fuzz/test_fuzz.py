@@ -38,6 +38,18 @@ def test_changed_inputs_are_read_or_refused(name, tmp_path):
         target.run(changed(target.seeds, target.words, rng, target.inside))
 
 
+def test_without_atheris_it_says_what_to_install(tmp_path):
+    program = (
+        "import sys; sys.modules['atheris'] = None; sys.argv = ['fuzz', 'config', '--atheris']\n"
+        "from tests.fuzz.__main__ import main; main()"
+    )
+    done = run(tmp_path, "-c", program)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        '--atheris needs atheris (Python 3.11 to 3.13): pip install "mlx-pararnn[fuzz]"'
+    ]
+
+
 def test_what_was_found_belongs_to_a_target():
     kept = [path.name for path in FOUND.iterdir()]
     assert kept

@@ -23,6 +23,7 @@ NOT_TAKEN: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "xtc_probability": (0.0,),
     "format_schema": (None,),
 }  # fmt: skip
+ROLES = ("system", "user", "assistant", "tool")
 
 
 class Turns:
@@ -45,6 +46,11 @@ class Turns:
                 field = "response_format" if name == "format_schema" else name
                 raise Refused(400, f"{field} is not taken: this model uses tools and ends its answers itself")
         messages = [plain(message) for message in request.messages]
+        for message in messages:
+            if message["role"] not in ROLES:
+                raise Refused(
+                    400, f"messages has the role {message['role'][:60]!r}, not one of {', '.join(ROLES)}"
+                )
         asked = [n for n, message in enumerate(messages) if message["role"] == "user"]
         if not asked or not messages[asked[-1]]["content"]:
             raise Refused(400, "messages must have one of a user that is not empty")
