@@ -117,8 +117,11 @@ class Protocol:
         )
 
     def render_message(self, message: str) -> list[int]:
-        """The start of a turn, after which the model goes on; also the memory at that time."""
-        return [self.user, *self.encode(message), self.end]
+        """The start of a turn, after which the model goes on; also the memory at that time.
+
+        Blanks and line breaks around the message are left out, and are one space each inside of it.
+        """
+        return [self.user, *self.encode(" ".join(message.split()) or message), self.end]
 
     def render_call(self, name: str, arguments: dict[str, Any]) -> list[int]:
         """A call as a model makes it: JSON without spaces, characters beyond ASCII as they are."""

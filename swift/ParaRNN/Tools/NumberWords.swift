@@ -60,6 +60,12 @@ enum Words {
     return x.dropFirst() == y.dropFirst() || x.dropFirst() == y || x == y.dropFirst() || isSwapped
   }
 
+  /// A text without blanks and line breaks around it, which are one space each inside of it.
+  static func inOneLine(_ text: String) -> String {
+    text.unicodeScalars.split { $0.properties.isWhitespace }.map { String(String.UnicodeScalarView($0)) }
+      .joined(separator: " ")
+  }
+
   static func isDigits(_ text: String) -> Bool {
     !text.isEmpty && text.allSatisfy { ("0"..."9").contains($0) }
   }

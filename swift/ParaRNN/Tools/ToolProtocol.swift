@@ -49,7 +49,13 @@ struct ToolProtocol: Sendable {
   func encode(_ text: String) -> [Int] { text.utf8.map { byteIDs[Int($0)] } }
 
   /// The start of a turn, after which the model goes on; also the memory at that time.
-  func render(message: String) -> [Int] { [self[.user]] + encode(message) + [self[.end]] }
+  func render(message: String) -> [Int] { [self[.user]] + encode(Self.plain(message)) + [self[.end]] }
+
+  /// A message without the blanks and line breaks around it, which are one space each inside of it.
+  static func plain(_ message: String) -> String {
+    let plain = Words.inOneLine(message)
+    return plain.isEmpty ? message : plain
+  }
 
   /// Turns that were had, questions and their answers, as text alone: how an answer came about is not in it.
   func render(turns: [ChatMessage]) -> [Int] {
