@@ -104,7 +104,8 @@ def evaluate(
     faults = []
     if decode:
         limits = Limits(steps=10**6, seconds=10**6, answer=10**5)
-        wrong = [m for m, right in asked if answer(model, tokenizer, m, limits=limits) != right]
+        options: dict[str, Any] = {"limits": limits, "functions": ()}  # and so without rules
+        wrong = [m for m, right in asked if answer(model, tokenizer, m, **options) != right]
         faults = [message[:80] for message in wrong]
     else:
         ids = find_protocol(tokenizer)

@@ -94,12 +94,17 @@ def check_message(tokenizer: TokenizerWrapper, message: str) -> None:
 
 
 def assistant_functions(assistant: Assistant) -> Functions:
-    """The functions of an `Assistant`."""
+    """The functions of an `Assistant`, with the rules for what models misread."""
+
+    def instead(message: str, function: str, arguments: str) -> str | None:
+        rules = misread.instead, assistant.instead
+        return next(filter(None, (rule(message, function, arguments) for rule in rules)), None)
+
     return Functions(
         assistant.functions(),
         known=True,
-        instead=misread.instead,
-        instead_of_answer=misread.instead_of_answer,
+        instead=instead,
+        check_answer=misread.check_answer,
     )
 
 

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from . import date_words
-from .date_words import Duration, calendar_date, count, date_in_words, join, moment
+from .date_words import Duration, calendar_date, count, date_in_words, join, moment, times_of_day
 from .number_words import NotUnderstood, amounts, formula
 from .standard import as_text, calculate, convert_units
 
@@ -46,6 +46,9 @@ FUNCTIONS = (
     "date_today",
 )
 _ENTRIES = "timers", "alarms", "reminders"
+_BELOW_ZERO = re.compile(r"\s*(?:[-−]\s*|(?:minus|negative)\s+)", re.IGNORECASE)
+_SQUARES = re.compile(r"(?<=[mti])[23]\b", re.IGNORECASE)  # of "km2"
+_SEVERAL = re.compile(r"\b(?:all|both|every\w*|any|each|them|timers|alarms|reminders)\b")
 _MOST = 100  # timers, alarms, reminders, and items of all lists
 
 
@@ -129,6 +132,23 @@ class Assistant:
             elif parts := _around(answer, "", "Your ", " list is empty now."):
                 self.clear_list(parts[1])
 
+    def instead(self, message: str, function: str, arguments: str) -> str | None:
+        """What to ask instead of cancelling several things of which a message names none; None to call it.
+
+        Args:
+            message: what the user wrote.
+            function: its name.
+            arguments: JSON.
+        """
+        kind = f"{function.removeprefix('cancel_')}s"
+        if not function.startswith("cancel_") or kind not in _ENTRIES or len(getattr(self, kind)) < 2:
+            return None
+        with suppress(ValueError, AttributeError):
+            if _SEVERAL.search(message.lower()) or any(json.loads(arguments).values()):
+                return None
+        shown = getattr(self, f"show_{kind}")()
+        return f"{shown} Which one shall I cancel? Say all for all of them."
+
     def due(self) -> list[str]:
         """Sentences for the timers, alarms and reminders whose time has come since it was last asked for.
 
@@ -178,9 +198,10 @@ class Assistant:
 
     def cancel_alarm(self, time: str = "") -> str:
         """Cancel the alarm at a time of day, or all of them."""
-        at = moment(time, "", self.now()) if time else None
-        named = f"{at:%I:%M}" if at else ""  # 7 means both 7:00 and 19:00
-        return self._cancel(self.alarms, "alarm", named, lambda entry: f"{entry.at:%I:%M}")
+        meant = [f"{at:%H:%M}" for at in times_of_day(time, self.now())] if time else [""]
+        kept = {f"{entry.at:%H:%M}" for entry in self.alarms}
+        named = next((at for at in meant if at in kept), meant[0])
+        return self._cancel(self.alarms, "alarm", named, lambda entry: f"{entry.at:%H:%M}")
 
     def show_alarms(self) -> str:
         """Say which alarms are set."""
@@ -308,13 +329,22 @@ class Assistant:
             amount: as in "5 km", "72 degrees fahrenheit" or "six feet two inches".
             to: the unit, as in "miles".
         """
-        parts = amounts(amount)
+        below_zero = _BELOW_ZERO.match(amount)
+        plain = _BELOW_ZERO.sub("", _SQUARES.sub(lambda digit: "²³"[int(digit[0]) - 2], amount))
+        parts = amounts(plain)
+        if not all(unit for _, unit in parts):
+            raise NotUnderstood(f"I do not understand the amount '{amount}'.")
+        sign = -1 if below_zero else 1
         try:
-            numbers = [Fraction(convert_units(float(value), unit, to).split()[0]) for value, unit in parts]
+            numbers = [
+                Fraction(convert_units(float(sign * value), unit, to).split()[0]) for value, unit in parts
+            ]
+            total = sum(numbers, Fraction())
+            short = Fraction(f"{float(total):.6g}")
         except ValueError as error:
             raise NotUnderstood(f"I cannot convert {amount} to {to}: {error}.") from None
-        total = sum(numbers, Fraction())
-        short = Fraction(f"{float(total):.6g}")
+        except OverflowError:
+            raise NotUnderstood(f"I cannot convert {amount} to {to}: the number is too large.") from None
         return f"{amount} is {'' if short == total else 'about '}{as_text(short)} {to}."
 
     def calculate(self, expression: str) -> str:

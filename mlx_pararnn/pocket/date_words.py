@@ -158,6 +158,17 @@ def moment(text: str, day: str, now: datetime) -> datetime:
     return next(at for at in [*today, _shifted(today[0], days=1)] if at > now)
 
 
+def times_of_day(text: str, now: datetime) -> list[time]:
+    """The times that a text may mean: "7:30" 07:30 and then 19:30, "7:30 pm" 19:30 alone."""
+    words = split_words(text)
+    if (length := _length_from_now(words)) is not None:
+        at = _shifted(now, seconds=length.total_seconds())
+        return [time(at.hour, at.minute)]
+    half, begins, words = _part_of_day(words)
+    hour, minute, sure = _clock_time(words, half, text) if words else (begins or 9, 0, True)
+    return [time(hour, minute)] if sure else [time(hour, minute), time((hour + 12) % 24, minute)]
+
+
 def calendar_date(text: str, today: date, *, past: bool = False) -> date:
     """A date: "3 March", "march 3rd 2027", "2027-03-03", "christmas", "tomorrow", "next friday", "in 3 days".
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:  # the command line imports this file when it starts, and that one imports MLX
     from .protocol import Command
 
-Reason = Literal["stop", "length", "steps", "time", "tool_calls"]
+Reason = Literal["stop", "lost", "length", "steps", "time", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class Finish(Event):
     """The turn is over; always the last event.
 
     Attributes:
-        reason: "stop": the model has ended it; "length", "steps", "time": a limit of `Limits`;
-            "tool_calls": the last call is not for this loop to run.
+        reason: "stop": the model has ended it; "lost": it has lost its way, and the answer says so;
+            "length", "steps", "time": a limit of `Limits`; "tool_calls": the last call is not for this
+            loop to run.
         made: how many of the tokens the model has made; the others were fed to it.
         calls: how many functions have run.
         seconds: how long it took.

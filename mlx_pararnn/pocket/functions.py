@@ -73,7 +73,8 @@ class Functions:
         known: the types are known to have JSON schemas, which are made when they are needed.
         instead: given the user's message, a function's name and its arguments (JSON), a sentence that is the
             result in place of the call, or None.
-        instead_of_answer: given the message, a sentence in place of an answer without a call, or None.
+        check_answer: given the message, a function that is asked while the model answers without a call. Of
+            what has been said and of whether that is all it gives what is to be said instead, or None.
 
     Raises:
         PararnnError: a function cannot be described; the sentence names it and the parameter.
@@ -87,9 +88,11 @@ class Functions:
         result_bytes: int = RESULT_BYTES,
         known: bool = False,
         instead: Callable[[str, str, str], str | None] = lambda message, name, arguments: None,
-        instead_of_answer: Callable[[str], str | None] = lambda message: None,
+        check_answer: Callable[[str], Callable[[str, bool], str | None]] = lambda message: (
+            lambda said, ended: None
+        ),
     ) -> None:
-        self.instead, self.instead_of_answer = instead, instead_of_answer
+        self.instead, self.check_answer = instead, check_answer
         self._functions: dict[str, Function] = {}
         self._seconds, self._result_bytes = seconds, result_bytes
         self._late: dict[str, threading.Thread] = {}  # calls that took too long and may still run

@@ -158,6 +158,7 @@ class _Turn:
         self.tokens = self.steps = self.made = self.calls = self.answered = self.edges = 0
         self.wordless = self.entries = 0
         self.masks = _masks(protocol, source.vocab_size)
+        self.said = ""
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def run(self, prefix: Sequence[int], read: int) -> Iterator[Event]:
@@ -170,6 +171,8 @@ class _Turn:
         event: type[Thought] | type[Text] = Thought
         reason: Reason = "stop"
         result: Result | None = None
+        called = protocol.call in prefix
+        self.check = self.functions.check_answer(self.message)
         try:
             while (token := self.choose(mask)) != protocol.end:
                 if token in protocol.commands:
@@ -179,40 +182,54 @@ class _Turn:
                     yield call
                     if self.external.schema(call.name) is not None:
                         raise _Over("tool_calls")
-                    result = self.result(call)
+                    result, called = self.result(call), True
                     yield result
                     mask = self.masks.thinking
                 elif token == protocol.answer:
                     yield from self.rest(event)
-                    called = result is not None or protocol.call in prefix
-                    if not called and (sentence := self.functions.instead_of_answer(self.message)):
-                        raise _Instead(sentence)
                     self.memory.append(token)
                     mask, event = self.masks.answering, Text
                 else:
-                    yield from self.byte(token, event)
+                    yield from self.byte(token, event, called)
+            if not called:
+                self.hold(self.said, ended=True)
             if not self.answered and (result is not None or protocol.call not in prefix):
                 raise _Instead(LOST)
         except _Over as over:
             reason = over.reason
         except _Instead as instead:
             yield from self.rest(event)
-            # What was done is told; what was being said ends on its line.
-            sentence = instead.sentence if result is None or self.answered else result.text
-            yield Text(self.tokens, f"\n{sentence}" if self.answered else sentence)
+            sentence = instead.sentence
+            if result is not None and not self.answered:  # what was done is told
+                sentence = result.text
+            elif sentence == LOST:
+                sentence = (None if called else self.check("", True)) or LOST
+                reason = "lost" if sentence == LOST else reason
+            goes_on = sentence.startswith(self.said)
+            yield Text(self.tokens, sentence[len(self.said) :] if goes_on else f"\n{sentence}")
         yield from self.rest(event)
         yield Finish(self.tokens, reason, self.made, self.calls, time.monotonic() - self.begin)
 
-    def byte(self, token: int, event: type[Thought] | type[Text]) -> Iterator[Event]:
+    def byte(self, token: int, event: type[Thought] | type[Text], called: bool) -> Iterator[Event]:
         """A byte of a thought or of the answer."""
         self.memory.append(token)
         piece = self.decoder.decode(bytes([self.protocol.bytes_of[token]]))
+        if piece and event is Text:
+            if not called:
+                self.hold(self.said + piece, ended=False)
+            self.said += piece
         if piece:
             yield event(self.tokens, piece)
         if event is Text:
             self.answered += 1
             if self.answered >= self.limits.answer:
                 raise _Over("length")
+
+    def hold(self, said: str, ended: bool) -> None:
+        """End an answer that is not what it has to be."""
+        if (sentence := self.check(said, ended)) is not None:
+            self.decoder.reset()
+            raise _Instead(sentence)
 
     def choose(self, allowed: np.ndarray) -> int:
         """The source's next token, which it has then read; at the end of the turn it has not."""
@@ -260,6 +277,8 @@ class _Turn:
         """A character that has not been completed."""
         piece = self.decoder.decode(b"", final=True)
         self.decoder.reset()
+        if event is Text:
+            self.said += piece
         if piece:
             yield event(self.tokens, piece)
 

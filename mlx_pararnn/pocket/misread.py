@@ -6,10 +6,13 @@ what looks much like one of its six tasks with numbers ("10 mod 3", "average of 
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
-from .assistant import FUNCTIONS
+from .assistant import FUNCTIONS, Assistant
 from .date_words import MONTHS, WEEKDAYS
+from .known import Known, asked_in, known
+from .loop import LOST
 from .number_words import NotUnderstood, formula, nearest, split_words
 from .standard import calculate
 from .two_requests import LONGEST
@@ -22,6 +25,8 @@ NOT_SURE = (
 OTHER_SUMS = (
     "I cannot do that with numbers. I add, subtract, multiply, divide, compare, sort and reverse them."
 )
+NOTHING_DONE = 'I did nothing: say what I shall do as a request, as in "set a timer for 5 minutes".'
+OTHER_ACTIONS = "I cannot do that with timers, alarms, reminders and lists. I set, show and cancel them."
 
 # What is none of the six tasks for certain, and what is none where the calculator can read it.
 _NO_TASK = re.compile(
@@ -31,11 +36,23 @@ _NO_TASK = re.compile(
 )
 _SIGN = r" *(?:[+-]|plus|minus) *"
 _A_SUM = re.compile(rf"\d\s*(?:[%²³×·÷]|percent\b)|(?<![\d./-])(?:0\d+{_SIGN}\d+|\d+{_SIGN}0\d+)(?![\d./-])")
-_ASKED = re.compile(
-    r"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so|thanks)\b[\s,:]*)*"
-    r"(?:(?:what is|what's|whats|how much is|calculate|compute|work out|solve|evaluate|figure out|tell me)\b"
-    r"[\s:]*)?(.*?)(?:[\s,]*\b(?:please|pls|thanks|thx))?[\s?.!=]*"
+# Numbers and signs alone, which are no sum if they are not read as one.
+_SIGNS_ALONE = re.compile(r"(?!.*\d{1001})(?=.*\d)(?=.*[+*/^-])[\d\s.,()$€£+*/^-]+")
+# The pointers' tasks that are not read whole by rules.
+_TASK = re.compile(r"\b(?:sort\w*|arrange|order)\b|^\W*(?:[01][a-d])+;")
+# Answers that are no number, by their first word; of a reversal that is the model's own sentences alone.
+_SHORT = "y", "ye", "yes", "n", "no"
+_WORDS = re.compile(r"[^\W\d_][^\d ]*(?: |$)")
+_SENTENCE = re.compile(r"[A-Z][a-z']*(?: |$)")
+_REVERSE = "reverse", "reversed", "backwards", "backward"
+# What stands beside a calculation and belongs to one.
+_OF_A_SUM = re.compile(
+    r"\d|[+*/^×·÷−√<>]|(?<![^\W_])-|\b(?:minus|negative|plus|times|over|half|thirds?|quarters?|twice|double|triple"
+    r"|squared?|cubed?|roots?|power|percent|mod|modulo|remainder|max\w*|min|minimum|larger|largest|bigger|biggest"
+    r"|smaller|smallest|average|mean|median|product|difference|factorial|log\w*|sqrt|day|date)\b"
 )
+_SIGN_BEFORE = re.compile(r"(?:\b(?:minus|negative)|(?<![^\W_])[-−])\s*$")
+_NUMERAL = re.compile(r"(?<![^\W_])\d+")
 
 # Words with which people speak of numbers and of times, or how these begin.
 _NUMBER = (
@@ -61,6 +78,23 @@ _SPOKEN_OF = {
 }
 _DATES = "date", "start", "end"
 
+# Of timers, alarms, reminders and lists.
+_SETS = re.compile(r"(?:set|add)_")
+_CHANGES = re.compile(r"(?:set|add|cancel|remove|clear)_")
+_KEEPS = re.compile(r"(?:set|cancel|show)_")
+_NOT = re.compile(r"^\W*no\b|\b(?:do not|don'?t|not|never|already)\b(?! (?:let|f\w+t)\b)")
+_NOT_CHANGED = re.compile(
+    r"\b(?:do not|don'?t|never) (?:\w+ )?(?:cancel|stop|remove|delete|clear|empty|turn off|drop|erase)\b"
+)
+_WAS_DONE = re.compile(r"^\W*(?:i|we)(?:'ve| have)? (?:just )?(?:added|put|set|started|made)\b")
+_WHETHER = re.compile(
+    r"^\W*(?:(?:please|pls|hey|ok|hi|hello|so|um)\W+)*(?:should|shall|did|does|do (?:i|we)|is|are|was|were"
+    r"|have (?:i|we)|why|who|which|how(?! about)|what(?! about)|what's|when (?:should|shall|did|do|will))\b"
+)
+_OTHER = re.compile(
+    r"\b(?:pause|resume|unpause|snooze|extend|rename|postpone|reschedule)\b(?=.*\b(?:timer|alarm|reminder|list))"
+)
+
 
 def instead(message: str, function: str, arguments: str) -> str | None:
     """What to say instead of calling a function for a message; None to call it.
@@ -77,10 +111,23 @@ def instead(message: str, function: str, arguments: str) -> str | None:
     given = (
         {name: text for name, text in read.items() if isinstance(text, str)} if isinstance(read, dict) else {}
     )
-    is_beside = function in FUNCTIONS and _is_beside(message, given)
-    if is_beside or not all(text in message for text in given.values()):
+    is_own = function in FUNCTIONS
+    if is_own and (found := known(message)):
+        return None if _comes_to(function, given, found) else found.sentence
+    if (is_own and _is_beside(message, given)) or not all(text in message for text in given.values()):
         return instead_of_answer(message) or NOT_SURE
-    return instead_of_two(message, function)
+    twice = instead_of_two(message, function)
+    return twice or (_instead_of_part(message, function, given) if is_own else None)
+
+
+def _comes_to(function: str, given: dict[str, str], found: Known) -> bool:
+    """Whether a call gives what the message comes to."""
+    try:
+        if function == "convert":
+            return Assistant().convert(**given).lower() == found.sentence
+        return function == "calculate" and calculate(formula(given["expression"])) == found.value
+    except (NotUnderstood, ValueError, RecursionError, LookupError, TypeError):
+        return False
 
 
 def _is_beside(message: str, given: dict[str, str]) -> bool:
@@ -91,6 +138,31 @@ def _is_beside(message: str, given: dict[str, str]) -> bool:
         if name in _DATES and not _speaks(message, _SPOKEN_OF["time"]):
             return True
     return False
+
+
+def _instead_of_part(message: str, function: str, given: dict[str, str]) -> str | None:
+    """What to say where the message has more to it than the call."""
+    rest = message[:LONGEST].lower().replace("’", "'")
+    for name, text in sorted(given.items(), key=lambda item: (-len(item[1]), item[0])):
+        before, found, after = rest.partition(text.lower().replace("’", "'")) if text else ("", "", "")
+        if found:
+            if name in _SPOKEN_OF and function != "date_before" and _SIGN_BEFORE.search(before):
+                return NOT_SURE
+            rest = f"{before} _ {after}"
+    if function == "convert" and _NUMERAL.search(given.get("to", "")):
+        return NOT_SURE
+    if function == "calculate" and _OF_A_SUM.search(rest):
+        return instead_of_answer(message) or OTHER_SUMS
+    if not function.endswith("_list") and _NUMERAL.search(rest):
+        return NOT_SURE
+    if function in ("days_until", "days_since") and re.search(r"\bin +_", rest):
+        return NOT_SURE  # "how many days in february"
+    if _KEEPS.match(function) and _OTHER.search(rest):
+        return OTHER_ACTIONS
+    undone = _NOT if _SETS.match(function) else _NOT_CHANGED
+    if _CHANGES.match(function) and any(p.search(rest) for p in (undone, _WAS_DONE, _WHETHER)):
+        return NOTHING_DONE
+    return None
 
 
 def _speaks(text: str, of: re.Pattern[str]) -> bool:
@@ -104,16 +176,43 @@ def _speaks(text: str, of: re.Pattern[str]) -> bool:
 def instead_of_answer(message: str) -> str | None:
     """What to say where a model answers with no function; None where nothing is known against that.
 
-    A sum that the calculator reads is calculated.
+    What rules read whole is said by them, as the model would where it is one of its tasks.
     """
     text = " ".join(message.lower().split())
-    no_task = bool(_NO_TASK.search(text))
-    if len(message) > LONGEST or not re.search(r"\d", text) or not (no_task or _A_SUM.search(text)):
+    no_task = len(text) <= LONGEST and bool(re.search(r"\d", text) and _NO_TASK.search(text))
+    if found := known(message):
+        return found.sentence if no_task or _A_SUM.search(text) else found.value
+    asked = asked_in(message)
+    if asked is None or not (no_task or _A_SUM.search(text) or _SIGNS_ALONE.fullmatch(asked)):
         return None
-    asked = _ASKED.fullmatch(text)
     try:
-        return f"{asked[1]} is {calculate(formula(asked[1]))}." if asked else None
+        calculate(formula(asked))
     except (NotUnderstood, ValueError, RecursionError) as error:
-        if str(error) == "division by zero":
+        if re.search("(?:division|divides) by zero", str(error)):
             return "That divides by zero."
-        return OTHER_SUMS if no_task else None
+        return OTHER_SUMS if no_task or _SIGNS_ALONE.fullmatch(asked) else None
+    return None
+
+
+def check_answer(message: str) -> Callable[[str, bool], str | None]:
+    """A check of what a model answers to a message with no function.
+
+    Returns:
+        a function of what has been said and of whether that is all; it gives what has to be said instead, or
+        None. Where that begins with what has been said, the rest of it is to follow.
+    """
+    right = instead_of_answer(message)
+    text = message.lower()
+    reversed_text = text[::-1]
+    is_reversal = any(nearest(word, _REVERSE) for word in split_words(text[:LONGEST]))
+    is_task = is_reversal or len(message) > LONGEST or bool(_TASK.search(text))
+    words = _SENTENCE if is_reversal else _WORDS
+
+    def check(said: str, ended: bool) -> str | None:
+        if right is not None:
+            return None if right == said or (not ended and right.startswith(said)) else right
+        if re.fullmatch(r"[-+\d., <>=]*", said) or said in _SHORT:
+            return None if is_task or not said else NOT_SURE
+        return None if words.match(said) or said.lower() in reversed_text else LOST
+
+    return check

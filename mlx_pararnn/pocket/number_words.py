@@ -99,6 +99,7 @@ _OPERATORS = {
     **{sign: sign for sign in ("+", "-", "*", "/", "//", "**", "(", ")")},
     "plus": "+",
     "minus": "-",
+    "negative": "-",
     "times": "*",
     "x": "*",
     "of": "*",
@@ -126,11 +127,12 @@ _SHORTER = {
     r"\b(the )?square root of\b|\bsqrt\b( of\b)?": "sqrt",
 }
 _ORDERS = (
-    (re.compile(r"(?:the )?sum of (.+)|add (.+)"), ("and", "to", "plus"), "{0}+{1}"),
+    (re.compile(r"(?:the )?sum of (.+)"), ("and", "plus"), "{0}+{1}"),
+    (re.compile(r"add (.+)"), ("and", "to", "plus"), "{0}+{1}"),
     (re.compile(r"(?:the )?difference (?:between|of) (.+)"), ("and",), "{0}-{1}"),
     (re.compile(r"(?:the )?product of (.+)|multiply (.+)"), ("and", "by", "with"), "{0}*{1}"),
     (re.compile(r"divide (.+)"), ("by",), "{0}/{1}"),
-    (re.compile(r"(?:the )?remainder of (.+)"), ("over", "and", "by"), "{0}%{1}"),
+    (re.compile(r"(?:the )?remainder of (.+)"), ("over", "/", "and", "by"), "{0}%{1}"),
     (re.compile(r"subtract (.+)|take (.+)"), ("from",), "{1}-{0}"),
 )
 
@@ -350,6 +352,8 @@ def _expression(text: str) -> str | None:
     while at < len(words):
         root = words[at] == "sqrt"
         at += root
+        if whole and words[at : at + 1] == ["negative"]:
+            return None
         word = nearest(words[at], _OPERATORS) if at < len(words) else None
         operator = None if word is None or (root and word != "(") else _OPERATORS[word]
         if operator is None:

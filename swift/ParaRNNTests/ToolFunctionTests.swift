@@ -119,8 +119,16 @@ import Testing
       let message: String
       let said: String?
     }
+    struct Answer: Decodable {
+      let message: String
+      let said: String
+      let isAll: Bool
+      let instead: String?
+    }
     let now: String
     let calls: [Call]
+    let cancels: [Request]
+    let answers: [Answer]
     let requests: [Request]
     let misread: [Misread]
     let expressions: [Expression]
@@ -136,6 +144,11 @@ import Testing
       let arguments = String(decoding: try JSONEncoder().encode(call.arguments), as: UTF8.self)
       let outcome = await functions.call(call.name, arguments)
       #expect(outcome == .init(text: call.text, failed: call.failed), "\(call.name) \(arguments)")
+    }
+    let assistant = try #require(functions.assistant)
+    for one in recorded.cancels {
+      let asked = await assistant.instead(one.message, one.function, one.arguments ?? "{}")
+      #expect(asked == one.instead, "\(one.message)")
     }
   }
 
@@ -154,7 +167,12 @@ import Testing
     let recorded = try Records.decode(Recorded.self, "functions.json")
     let functions = try ToolFunctions.standard()
     for one in recorded.misread {
-      #expect(functions.insteadOfAnswer(one.message) == one.said, "\(one.message)")
+      #expect(Misread.insteadOfAnswer(one.message) == one.said, "\(one.message)")
+    }
+    for one in recorded.answers {
+      let (message, said) = (one.message, one.said)
+      #expect(functions.checkAnswer(message)(said, one.isAll) == one.instead, "\(message): \(said)")
+      #expect(ToolFunctions().checkAnswer(message)(said, one.isAll) == nil)
     }
     #expect(
       functions.instead("set a timer", "set_timer", #"{"duration":"ae}}{"}"#)?.contains("understand") == true)

@@ -274,11 +274,11 @@ def test_a_conversation_goes_on_from_its_state(folder, scripts):
     assert [message["content"] for message in conversation.messages] == ["2+3?", "It is 5.", "and?", "Again."]
     assert conversation.undo() == "and?"
     assert conversation.tokens == before
-    scripts[0].append("<|answer|>Other.<|end|>")
-    assert "".join(response.text for response in conversation.regenerate()) == "Other."
+    scripts[0].append("<|answer|>5<|end|>")
+    assert "".join(response.text for response in conversation.regenerate()) == "5"
     assert conversation.messages[-2:] == [
         {"role": "user", "content": "2+3?"},
-        {"role": "assistant", "content": "Other."},
+        {"role": "assistant", "content": "5"},
     ]
     assert scripts[1][2].taken[0] == tools_protocol().user  # from the state before the question
 

@@ -371,6 +371,41 @@ def test_alarms(assistant):
     assert assistant.show_alarms() == "You have no alarms."
 
 
+@pytest.mark.parametrize(
+    ("time", "left"),
+    [("7:30", ["19:30"]), ("7:30 pm", ["07:30"]), ("7:30 am", ["19:30"]), ("8", ["07:30", "19:30"])],
+)
+def test_of_two_alarms_the_one_that_is_named_is_cancelled(assistant, time, left):
+    for at in ("7:30 am", "7:30 pm"):
+        assistant.set_alarm(at)
+    assistant.cancel_alarm(time)
+    assert [f"{alarm.at:%H:%M}" for alarm in sorted(assistant.alarms, key=lambda a: a.at.time())] == left
+    if len(left) == 1:  # the other half of the day, where there is no other
+        assert assistant.cancel_alarm("7:30") == "Cancelled 1 alarm."
+
+
+def test_of_several_things_none_is_cancelled_by_a_message_that_names_none(assistant):
+    what = ("timer", "5 minutes"), ("alarm", "7 pm"), ("reminder", "buy milk")
+    for kind, argument in what:
+        set_one, asked = getattr(assistant, f"set_{kind}"), f"cancel_{kind}"
+        set_one(argument)
+        assert assistant.instead(f"cancel the {kind}", asked, "{}") is None
+        set_one(argument)
+        for message in (f"cancel {kind}", f"Turn off my {kind}", f"cancel my first {kind}"):
+            said = assistant.instead(message, asked, '{"name":""}')
+            assert said.startswith(f"You have 2 {kind}s: ")
+            assert said.endswith("Which one shall I cancel? Say all for all of them.")
+        for message in (
+            f"cancel all {kind}s",
+            f"stop both {kind}s",
+            f"cancel my {kind.upper()}S",
+            f"all my {kind}",
+        ):
+            assert assistant.instead(message, asked, "{}") is None
+        assert assistant.instead(f"cancel the tea {kind}", asked, '{"name":"tea"}') is None
+        assert assistant.instead(f"show the {kind}", f"show_{kind}s", "{}") is None
+
+
 def test_reminders(assistant):
     said = assistant.set_reminder("call mom", "5pm", "tomorrow")
     assert said == "I will remind you: call mom, 17:00 on Monday, 30 November 2026."

@@ -18,7 +18,8 @@ from mlx_pararnn.chat.server.turns import Turns
 from mlx_pararnn.chat.session import Chat
 from mlx_pararnn.cli.app import app
 from mlx_pararnn.files.hub import BUNDLED
-from mlx_pararnn.pocket.answers import check_message, require_protocol
+from mlx_pararnn.pocket.answers import assistant_functions, check_message, require_protocol
+from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.events import Text
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits, run_turn
@@ -49,7 +50,7 @@ def test_it_is_small_and_whole():
 
 @pytest.mark.parametrize(("a", "b"), SUMS)
 def test_sums(pair, a, b):
-    assert answer(*pair, f"{a} + {b}") == str(a + b)
+    assert answer(*pair, f"{a} + {b}", functions=()) == str(a + b)  # the model alone
 
 
 @pytest.mark.large
@@ -59,7 +60,7 @@ def test_sums_of_many_lengths(pair):
     for digits in (1, 2, 6, 7, 30, 100, 200, 400):
         for _ in range(3):
             a, b = (int("".join(map(str, rng.integers(1, 10, digits)))) for _ in "ab")
-            assert answer(*pair, f"{a} + {b}", limits=Limits(seconds=900)) == str(a + b), (a, b)
+            assert answer(*pair, f"{a} + {b}", functions=(), limits=Limits(seconds=900)) == str(a + b)
 
 
 @pytest.mark.large
@@ -198,6 +199,41 @@ def test_it_understands_as_much_english_as_its_card_says(pair):
     assert found["exact"] >= 0.8, found
     assert found["function"] >= 0.88, found
     assert decline_rate(lambda message: call_made(*pair, message), spread(out_of_scope(), 60)) >= 0.85
+
+
+# Messages that it misreads by itself, and what the answer has.
+MISREAD = {
+    **dict.fromkeys(("minus 5 + 3", "negative 5 plus 3", "minus five plus three"), r"-2\.?$"),
+    **dict.fromkeys((" what is 12 + 30", "What  is   12   +   30   ?", "12\t+\t30", "$12 + $30"), "^42$"),
+    **dict.fromkeys(("square root of 16", "max of 3 and 4"), r"\b4\.?$"),
+    **dict.fromkeys(("square of 5", "e^2", "12 + 30 + abc", "sum of 1 to 10"), r"^I (?:cannot|can|did not) "),
+    "what's minus 40 celsius in fahrenheit": r" -40 fahrenheit\.$",
+    "0 c in f": r"^0 c is 32 f\.$",
+    "3 hours 20 minutes in minutes": " 200 minutes",
+    **dict.fromkeys(("do not set a timer for 5 minutes", "should I set an alarm for 7?"), "^I did nothing: "),
+    **dict.fromkeys(
+        ("don't add milk to my shopping list", "I already added milk to my list"), "^I did nothing: "
+    ),
+    "pause the timer": "^I cannot do that with timers",
+}
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("message", MISREAD)
+def test_what_it_misreads_is_told(pair, message):
+    functions = assistant_functions(Assistant())
+    assert re.search(MISREAD[message], answer(*pair, message, functions=functions))
+
+
+@pytest.mark.large
+def test_a_sum_that_goes_wrong_shows_no_trace(pair):
+    """Three sums, a line each, are none that it does."""
+    rng = np.random.default_rng(5)
+    lines = []
+    for digits in (30, 100, 400):
+        a, b = ("".join(map(str, rng.integers(1, 10, digits))) for _ in "ab")
+        lines.append(f"{a} - {b}")
+    assert re.fullmatch(r"I cannot [\w ,.]+", answer(*pair, "\n".join(lines)))
 
 
 class InCoreML:

@@ -252,7 +252,7 @@ def test_a_turn_without_end_is_ended(script, limits, reason):
 )
 def test_a_model_that_has_lost_its_way_says_so(script, commands):
     events, _ = play(script, message="x" * 38)
-    assert [event.reason for event in events if isinstance(event, Finish)] == ["stop"]
+    assert [event.reason for event in events if isinstance(event, Finish)] == ["lost"]
     assert text_of(events) == LOST
     assert sum(isinstance(event, CommandGiven) for event in events) in range(commands, commands + 2)
 
@@ -359,7 +359,7 @@ def test_whatever_a_model_does_the_turn_keeps_the_protocol_and_ends(held):
         events, taken = play(source, held=held, external=EXTERNAL, limits=Limits(steps=300, answer=5))
         finish = events[-1]
         reasons.add(finish.reason)
-        whole = [*taken, tools_protocol().end] if finish.reason == "stop" else taken
+        whole = [*taken, tools_protocol().end] if finish.reason in ("stop", "lost") else taken
         assert finish.tokens == len(whole)
         segments = tools_protocol().split(whole)
         assert sum(tools_protocol().loss_mask(whole)) == finish.made

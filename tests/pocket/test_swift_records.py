@@ -14,7 +14,7 @@ from mlx_pararnn.errors import PararnnError
 from mlx_pararnn.pocket.assistant import Assistant
 from mlx_pararnn.pocket.functions import Functions
 from mlx_pararnn.pocket.loop import Limits, run_turn
-from mlx_pararnn.pocket.misread import instead, instead_of_answer
+from mlx_pararnn.pocket.misread import check_answer, instead, instead_of_answer
 from mlx_pararnn.pocket.protocol import tokenizer_files
 from mlx_pararnn.pocket.standard import calculate
 from mlx_pararnn.text.grammars import Grammars, allowed_tokens
@@ -187,7 +187,8 @@ def functions():
     """
     recorded = json.loads((FOLDER / "functions.json").read_text(encoding="utf-8"))
     now = datetime.fromisoformat(recorded["now"])
-    said = Functions(Assistant(now=lambda: now).functions())
+    assistant = Assistant(now=lambda: now)
+    said = Functions(assistant.functions())
     for call in recorded["calls"]:
         outcome = said.call(call["name"], json.dumps(call["arguments"], ensure_ascii=False))
         call |= {"text": outcome.text, "failed": outcome.failed}
@@ -198,8 +199,12 @@ def functions():
             one["value"] = None
     for one in recorded["requests"]:
         one["instead"] = instead(one["message"], one["function"], one.get("arguments", "{}"))
+    for one in recorded["cancels"]:
+        one["instead"] = assistant.instead(one["message"], one["function"], one.get("arguments", "{}"))
     for one in recorded["misread"]:
         one["said"] = instead_of_answer(one["message"])
+    for one in recorded["answers"]:
+        one["instead"] = check_answer(one["message"])(one["said"], one["isAll"])
     return recorded
 
 

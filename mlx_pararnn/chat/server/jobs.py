@@ -191,7 +191,7 @@ class Job:
             case Finish(reason="tool_calls"):
                 return Piece(calls=[self._call] if self._call else [], finish_reason="tool_calls")
             case Finish(reason=reason):
-                return Piece(finish_reason="stop" if reason == "stop" else "length")
+                return Piece(finish_reason="stop" if reason in ("stop", "lost") else "length")
         return None
 
 

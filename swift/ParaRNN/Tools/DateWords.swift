@@ -248,6 +248,18 @@ enum DateWords {
     return try today[0].shifted(86400)
   }
 
+  /// The times that a text may mean: "7:30" 07:30 and then 19:30, "7:30 pm" 19:30 alone.
+  static func timesOfDay(_ text: String, _ now: Moment) throws -> [(hour: Int, minute: Int)] {
+    if let length = try lengthFromNow(Words.split(text)) {
+      let at = try now.shifted(length.totalSeconds())
+      return [(at.hour, at.minute)]
+    }
+    let (half, begins, words) = partOfDay(Words.split(text))
+    if words.isEmpty { return [(begins ?? 9, 0)] }
+    let (hour, minute, isSure) = try clockTime(words, half, text)
+    return isSure ? [(hour, minute)] : [(hour, minute), ((hour + 12) % 24, minute)]
+  }
+
   /// The half of the day, the hour at which its named part begins, and the words without it.
   private static func partOfDay(_ words: [String]) -> (Half?, Int?, [String]) {
     guard let last = words.last else { return (nil, nil, words) }

@@ -117,6 +117,15 @@ enum NumberWords {
 
   typealias Read = (value: Fraction, next: Int)
 
+  /// A number, all of a text.
+  static func number(_ text: String) throws -> Fraction {
+    let words = Words.split(text)
+    guard let (value, next) = try read(words, 0), next == words.count else {
+      throw ToolError("I do not understand the number '\(text)'.")
+    }
+    return value
+  }
+
   /// Numbers with what they count: "5 km", "six feet two inches", "a mile", "an hour and a half".
   static func amounts(_ text: String) throws -> [(value: Fraction, unit: String)] {
     let words = Words.split(text)
@@ -243,7 +252,8 @@ enum NumberWords {
 
   private static let operators = [
     "+": "+", "-": "-", "*": "*", "/": "/", "//": "//", "**": "**", "(": "(", ")": ")", "plus": "+",
-    "minus": "-", "times": "*", "x": "*", "of": "*", "over": "/", "squared": "**2", "cubed": "**3",
+    "minus": "-", "negative": "-", "times": "*", "x": "*", "of": "*", "over": "/", "squared": "**2",
+    "cubed": "**3",
     "mod": "%", "percent": "/100", "%": "/100", "twice": "2*", "double": "2*", "triple": "3*",
   ]
   /// Of these, those that begin an operand, and those that may stand where one begins; others come after one.
@@ -257,11 +267,12 @@ enum NumberWords {
     (#"\b(the )?square root of\b|\bsqrt\b( of\b)?"#, "sqrt"),
   ]
   private static let orders: [(pattern: String, connecting: [String], shape: String, isSwapped: Bool)] = [
-    (#"(?:the )?sum of (.+)|add (.+)"#, ["and", "to", "plus"], "+", false),
+    (#"(?:the )?sum of (.+)"#, ["and", "plus"], "+", false),
+    (#"add (.+)"#, ["and", "to", "plus"], "+", false),
     (#"(?:the )?difference (?:between|of) (.+)"#, ["and"], "-", false),
     (#"(?:the )?product of (.+)|multiply (.+)"#, ["and", "by", "with"], "*", false),
     (#"divide (.+)"#, ["by"], "/", false),
-    (#"(?:the )?remainder of (.+)"#, ["over", "and", "by"], "%", false),
+    (#"(?:the )?remainder of (.+)"#, ["over", "/", "and", "by"], "%", false),
     (#"subtract (.+)|take (.+)"#, ["from"], "-", true),
   ]
 
@@ -311,6 +322,7 @@ enum NumberWords {
     while at < words.count {
       let isRoot = words[at] == "sqrt"
       if isRoot { at += 1 }
+      if isWhole && words.word(at) == "negative" { return nil }
       let word = words.word(at).flatMap { Words.nearest($0, operators.keys) }
       let sign = isRoot && word != "(" ? nil : word.flatMap { operators[$0] }
       var piece: String

@@ -16,7 +16,7 @@ extension ToolFunctions {
   ) throws -> ToolFunctions {
     var functions = ToolFunctions(seconds: seconds)
     functions.instead = Misread.instead
-    functions.insteadOfAnswer = Misread.insteadOfAnswer
+    functions.checkAnswer = Misread.checkAnswer
     functions.assistant = Assistant { Moment(now(), in: zone) }
     for (name, description, parameters) in Assistant.functions {
       let schema = JSONText.object([
@@ -97,18 +97,37 @@ actor Assistant {
     return kept.takeDue(by: now, told: told)
   }
 
+  private static let several = #"\b(?:all|both|every\w*|any|each|them|timers|alarms|reminders)\b"#
+
+  /// What to ask instead of cancelling several things of which a message names none; nil to call the function.
+  func instead(_ message: String, _ function: String, _ arguments: String) -> String? {
+    let count =
+      switch function {
+      case "cancel_timer": kept.timers.count
+      case "cancel_alarm": kept.alarms.count
+      case "cancel_reminder": kept.reminders.count
+      default: 0
+      }
+    let given = (try? JSONDecoder().decode([String: String].self, from: Data(arguments.utf8))) ?? [:]
+    guard count > 1, given.values.allSatisfy(\.isEmpty),
+      Words.matches(Self.several, in: message.lowercased()).isEmpty,
+      let shown = try? call("\(function.replacingOccurrences(of: "cancel", with: "show"))s", { _ in "" })
+    else { return nil }
+    return "\(shown) Which one shall I cancel? Say all for all of them."
+  }
+
   func call(_ name: String, _ argument: (String) -> String) throws -> String {
     switch name {
     case "set_timer": try setTimer(argument("duration"), argument("name"))
     case "cancel_timer":
-      cancel(&kept.timers, "timer", argument("name").lowercased()) { $0.name.lowercased() }
+      cancel(&kept.timers, "timer", isNamed(argument("name")))
     case "show_timers": showTimers()
     case "set_alarm": try setAlarm(argument("time"), argument("day"))
     case "cancel_alarm": try cancelAlarm(argument("time"))
     case "show_alarms": showAlarms()
     case "set_reminder": try setReminder(argument("text"), argument("time"), argument("day"))
     case "cancel_reminder":
-      cancel(&kept.reminders, "reminder", argument("text").lowercased()) { $0.name.lowercased() }
+      cancel(&kept.reminders, "reminder", isNamed(argument("text")))
     case "show_reminders":
       show(
         "reminder", kept.reminders.map { entry in entry.name + (entry.at.map { " (\($0.words))" } ?? "") })
@@ -122,7 +141,7 @@ actor Assistant {
     case "days_since": daysFromToday(try DateWords.date(argument("date"), now().day, past: true))
     case "days_between": try daysBetween(argument("start"), argument("end"))
     case "weekday": "That is \(try date(argument("date")).words)."
-    case "convert": try convert(argument("amount"), argument("to"))
+    case "convert": try Self.convert(argument("amount"), argument("to"))
     case "calculate": try calculate(argument("expression"))
     case "time_now": "It is \(now().time)."
     default: "Today is \(now().day.words)."
@@ -159,10 +178,13 @@ actor Assistant {
   }
 
   private func cancelAlarm(_ time: String) throws -> String {
-    // 7 means both 7:00 and 19:00.
-    func named(_ at: Moment) -> String { "\(at.hour % 12) \(at.minute)" }
-    let wanted = time.isEmpty ? "" : named(try DateWords.moment(time, "", now()))
-    return cancel(&kept.alarms, "alarm", wanted) { named($0.at!) }
+    func isAt(_ time: (hour: Int, minute: Int)) -> (Entry) -> Bool {
+      { $0.at!.hour == time.hour && $0.at!.minute == time.minute }
+    }
+    if time.isEmpty { return cancel(&kept.alarms, "alarm") { _ in true } }
+    let meant = try DateWords.timesOfDay(time, now())
+    let named = meant.first { kept.alarms.contains(where: isAt($0)) } ?? meant[0]
+    return cancel(&kept.alarms, "alarm", isAt(named))
   }
 
   private func showAlarms() -> String {
@@ -184,11 +206,13 @@ actor Assistant {
     entries.append(entry)
   }
 
-  private func cancel(
-    _ entries: inout [Entry], _ what: String, _ named: String, _ key: (Entry) -> String
-  ) -> String {
+  private func isNamed(_ name: String) -> (Entry) -> Bool {
+    { name.isEmpty || $0.name.lowercased() == name.lowercased() }
+  }
+
+  private func cancel(_ entries: inout [Entry], _ what: String, _ isMeant: (Entry) -> Bool) -> String {
     let before = entries.count
-    entries.removeAll { named.isEmpty || key($0) == named }
+    entries.removeAll(where: isMeant)
     let cancelled = before - entries.count
     return cancelled > 0 ? "Cancelled \(Words.count(cancelled, what))." : "There is no such \(what)."
   }
@@ -283,19 +307,35 @@ actor Assistant {
     return "From \(first.words) to \(last.words) it is \(days)."
   }
 
-  private func convert(_ amount: String, _ to: String) throws -> String {
+  static func convert(_ amount: String, _ to: String) throws -> String {
+    func refused(_ reason: String) -> ToolError {
+      ToolError("I cannot convert \(amount) to \(to): \(reason).")
+    }
+    var plain = Words.replacing(#"(?i)(?<=[mti])2\b"#, in: amount, with: "²")
+    plain = Words.replacing(#"(?i)(?<=[mti])3\b"#, in: plain, with: "³")
+    let belowZero = #"(?i)^\s*(?:[-−]\s*|(?:minus|negative)\s+)"#
+    let sign = Fraction(Words.matches(belowZero, in: amount).isEmpty ? 1 : -1)
+    let parts = try NumberWords.amounts(Words.replacing(belowZero, in: plain, with: ""))
+    if parts.contains(where: \.unit.isEmpty) {
+      throw ToolError("I do not understand the amount '\(amount)'.")
+    }
     var total = Fraction(0)
-    for (value, unit) in try NumberWords.amounts(amount) {
+    for (value, words) in parts {
+      let unit = Words.replacing(" (?=[²³])", in: words, with: "")  // which are no letters here
       do {
+        let number = Calculator.double(sign * value)
+        if !number.isFinite { throw ToolError("the number is too large") }
         // As a number with a point, which is what the conversion takes.
-        let rounded = Fraction(String(Calculator.double(value))) ?? value
+        let rounded = Fraction(String(number)) ?? sign * value
         let text = try Calculator.text(Calculator.convert(rounded, unit, to))
         total = total + (Fraction(text) ?? Fraction(0))
       } catch let error as ToolError {
-        throw ToolError("I cannot convert \(amount) to \(to): \(error.sentence).")
+        throw refused(error.sentence)
       }
     }
-    let short = Fraction(String(format: "%.6g", Calculator.double(total))) ?? total
+    let number = Calculator.double(total)
+    if !number.isFinite { throw refused("the number is too large") }
+    let short = Fraction(String(format: "%.6g", number)) ?? total
     return "\(amount) is \(short == total ? "" : "about ")\(try Calculator.text(short)) \(to)."
   }
 

@@ -98,7 +98,7 @@
         statistics.generatedTokens = finish.made
         statistics.stopReason =
           switch finish.reason {
-          case .stop: .endOfText
+          case .stop, .lost: .endOfText
           case .length: .maxTokens
           case .steps: .steps
           case .time: .time

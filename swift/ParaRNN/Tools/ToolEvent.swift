@@ -27,6 +27,8 @@ public struct ToolEvent: Sendable, Equatable {
     public enum Reason: String, Sendable {
       /// The model has ended its answer.
       case stop
+      /// The model has lost its way, and the answer says so.
+      case lost
       /// ``ToolLimits/answer``
       case length
       /// ``ToolLimits/steps``, or the model's learned positions

@@ -42,8 +42,10 @@ public struct ToolFunctions: Sendable {
   var instead: @Sendable (_ message: String, _ name: String, _ arguments: String) -> String? = { _, _, _ in
     nil
   }
-  /// Given the message, a sentence in place of an answer without a call, or nil.
-  var insteadOfAnswer: @Sendable (_ message: String) -> String? = { _ in nil }
+  /// Of what a model has said without a call, and of whether that is all: what is to be said instead, or nil.
+  typealias AnswerCheck = @Sendable (_ said: String, _ isAll: Bool) -> String?
+  /// Given the message, a check of the answer.
+  var checkAnswer: @Sendable (_ message: String) -> AnswerCheck = { _ in { _, _ in nil } }
   private var list: [Function] = []
   private let seconds: Double
   private let resultBytes: Int

@@ -37,6 +37,8 @@ actor ToolTurn {
   private var wordless = 0
   private var entries = 0
   private var result: String?
+  private var said = ""
+  private let check: ToolFunctions.AnswerCheck
 
   /// So often in a row may nothing be read where the message has ended, and so many commands for each entry of
   /// the memory may go by without a word: a model that goes on has lost its way.
@@ -44,7 +46,7 @@ actor ToolTurn {
   private static let mostCommands = 30
   /// Bytes of a call, and six for each byte of the message, which may be escaped there.
   private static let mostWritten = 256
-  private static let lost = "I lost my place in that message and cannot answer it."
+  static let lost = "I lost my place in that message and cannot answer it."
 
   /// Where in the turn the next token stands.
   private enum Place {
@@ -71,7 +73,8 @@ actor ToolTurn {
     _ message: String, tools: ToolProtocol, source: any TokenSource, functions: ToolFunctions,
     limits: ToolLimits
   ) throws {
-    self.message = message
+    self.message = ToolProtocol.plain(message)
+    check = functions.checkAnswer(self.message)
     self.tools = tools
     self.source = source
     self.functions = functions
@@ -121,10 +124,10 @@ actor ToolTurn {
       place = .callName(Writing(Self.callName))
     case .thought where token == tools[.answer]:
       emitRest()
-      if result == nil, let sentence = functions.insteadOfAnswer(message) { return finish(saying: sentence) }
       memory.append(token)
       place = .answer
     case .answer where token == tools[.end]:
+      if hold(said, isAll: true) { return }
       if answered == 0 { finish(saying: Self.lost) } else { finish(.stop) }
     case .thought, .answer: takeText(token)
     case .callName(let writing): takeName(token, writing)
@@ -154,10 +157,20 @@ actor ToolTurn {
   /// A byte of a thought or of the answer.
   private func takeText(_ token: Int) {
     memory.append(token)
-    emitText(decoder.append(tools.bytes[token]!))
-    guard case .answer = place else { return }
+    let piece = decoder.append(tools.bytes[token]!)
+    guard case .answer = place else { return emitText(piece) }
+    if !piece.isEmpty && hold(said + piece, isAll: false) { return }
+    emitText(piece)
     answered += 1
     if answered >= limits.answer { finish(.length) }
+  }
+
+  /// End an answer that is not what it has to be.
+  private func hold(_ said: String, isAll: Bool) -> Bool {
+    guard result == nil, let sentence = check(said, isAll) else { return false }
+    _ = decoder.finish()
+    finish(saying: sentence)
+    return true
   }
 
   private func takeName(_ token: Int, _ writing: Writing) {
@@ -212,7 +225,9 @@ actor ToolTurn {
     var outcome = ToolFunctions.error("no more than \(limits.calls) calls in a turn")
     if calls < limits.calls {
       calls += 1
-      if let sentence = functions.instead(message, name, arguments) {
+      var sentence = functions.instead(message, name, arguments)
+      if sentence == nil { sentence = await functions.assistant?.instead(message, name, arguments) }
+      if let sentence {
         outcome = .init(text: sentence, failed: true)
       } else {
         outcome = await functions.call(name, arguments)
@@ -237,7 +252,9 @@ actor ToolTurn {
 
   private func emitText(_ text: String) {
     if text.isEmpty { return }
-    if case .answer = place { emit(.text(text)) } else { emit(.thought(text)) }
+    guard case .answer = place else { return emit(.thought(text)) }
+    said += text
+    emit(.text(text))
   }
 
   /// A character that has not been completed.
@@ -245,9 +262,17 @@ actor ToolTurn {
 
   private func finish(saying sentence: String) {
     emitRest()
-    // What was done is told; what was being said ends on its line.
-    emit(.text(answered > 0 ? "\n\(sentence)" : result ?? sentence))
-    finish(.stop)
+    var (sentence, reason) = (sentence, ToolEvent.Finish.Reason.stop)
+    if let result, answered == 0 {
+      sentence = result  // what was done is told
+    } else if sentence == Self.lost {
+      sentence = (result == nil ? check("", true) : nil) ?? Self.lost
+      if sentence == Self.lost { reason = .lost }
+    }
+    let goesOn = sentence.unicodeScalars.starts(with: said.unicodeScalars)
+    let rest = String(String.UnicodeScalarView(sentence.unicodeScalars.dropFirst(said.unicodeScalars.count)))
+    emit(.text(goesOn ? rest : "\n\(sentence)"))
+    finish(reason)
   }
 
   private func finish(_ reason: ToolEvent.Finish.Reason) {
