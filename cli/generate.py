@@ -338,7 +338,9 @@ def _answer(
     if asked is not None:
         found = {**asked, "text": "".join(pieces), "finish_reason": event.reason, "calls": calls}
         print(json.dumps({**found, "tokens": event.tokens, "made": event.made, "seconds": event.seconds}))
-        return
-    print(flush=True)  # before what follows on stderr
-    say_why(event.reason)
-    print(f"{event.tokens:,} tokens in {event.seconds:.2f} s ({event.reason})", file=sys.stderr)
+    else:
+        print(flush=True)  # before what follows on stderr
+        say_why(event.reason)
+        print(f"{event.tokens:,} tokens in {event.seconds:.2f} s ({event.reason})", file=sys.stderr)
+    if event.reason != "stop" and not (event.reason == "length" and max_tokens):
+        raise typer.Exit(1)

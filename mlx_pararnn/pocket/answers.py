@@ -17,7 +17,7 @@ from ..model import Model
 from ..text.grammars import Grammars
 from . import misread
 from .assistant import Assistant
-from .events import Event, Text
+from .events import Event, Finish, Text
 from .functions import Functions
 from .loop import Limits, run_turn
 from .protocol import Protocol, find_protocol
@@ -75,9 +75,21 @@ def stream_answer(
 
 
 def answer(model: Model, tokenizer: TokenizerWrapper, message: str, **options: Any) -> str:
-    """The text of the answer that `stream_answer` gives, in one piece; same arguments."""
-    events = stream_answer(model, tokenizer, message, **options)
-    return "".join(event.text for event in events if isinstance(event, Text))
+    """The text of the answer that `stream_answer` gives, in one piece; same arguments.
+
+    Raises:
+        PararnnError: as there, and where a limit has ended the answer before it was whole.
+    """
+    text = ""
+    for event in stream_answer(model, tokenizer, message, **options):
+        if isinstance(event, Text):
+            text += event.text
+        elif isinstance(event, Finish) and event.reason in ("length", "steps", "time"):
+            raise PararnnError(
+                f"the answer is not whole: it has reached its limit ({event.reason}); give more with "
+                "limits=Limits(...), or read what there is of it from stream_answer"
+            )
+    return text
 
 
 def check_message(tokenizer: TokenizerWrapper, message: str) -> None:

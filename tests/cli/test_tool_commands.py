@@ -144,6 +144,21 @@ def test_a_limit_is_said(folder, scripts):
     assert "(the answer has reached its limit (--max-tokens))" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("<|answer|><|end|>", 1),  # it has lost its way
+        ("<|answer|>I" + " x" * 5000, 1),
+        ("<|answer|>I cannot do that.<|end|>", 0),
+    ],
+    ids=["lost", "too long an answer", "refused"],
+)
+def test_an_answer_that_is_not_whole_is_a_failure(folder, scripts, script, code):
+    for json_too in ((), ("--json",)):
+        scripts[0][:] = [script]
+        assert run("generate", folder, "-p", "x", *json_too).exit_code == code
+
+
 def test_a_message_from_a_pipe_ends_before_its_last_newline(folder, scripts):
     assert run("generate", folder, input="2+3?\n").stdout == "It is 5.\n"
     assert scripts[1][0].taken[:6] == tools_protocol().render_message("2+3?")

@@ -10,7 +10,7 @@ from mlx_pararnn.pocket.answers import ModelTokens
 from mlx_pararnn.pocket.events import Call, CommandGiven, Finish, Text, Thought
 from mlx_pararnn.pocket.loop import Limits
 from tests.support.demo import DEMO
-from tests.support.scripted import tools_folder, tools_protocol
+from tests.support.scripted import Script, tools_folder, tools_protocol
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,34 @@ def test_sampling_keeps_to_the_protocol_and_to_its_seed(pair):
     assert {type(event) for event in runs[2]} & {Thought, CommandGiven, Call, Text}
 
 
-def test_answer_is_the_text_of_the_events(pair):
-    model, tokenizer = pair
-    limits = Limits(steps=200)
-    events = stream_answer(model, tokenizer, "x", limits=limits, functions=[])
-    text = "".join(event.text for event in events if isinstance(event, Text))
-    assert answer(model, tokenizer, "x", limits=limits, functions=Functions()) == text
+@pytest.fixture
+def says(monkeypatch):
+    """Lets a script stand in for the model."""
+
+    def say(script):
+        def source(model, *given):
+            made = Script(script)
+            made.cache = model.make_cache()
+            return made
+
+        monkeypatch.setattr("mlx_pararnn.pocket.answers.ModelTokens", source)
+
+    return say
+
+
+def test_answer_is_the_text_of_the_events(pair, says):
+    says("<|answer|>It is é.<|end|>")
+    assert answer(*pair, "x", functions=Functions()) == "It is é."
+
+
+@pytest.mark.parametrize(
+    ("script", "limits"),
+    [("<|answer|>It", Limits(answer=50)), ("<|right1|>a", Limits(steps=50)), ("a", Limits(seconds=-1))],
+)
+def test_an_answer_that_is_not_whole_is_none(pair, says, script, limits):
+    says(script)
+    with pytest.raises(PararnnError, match="the answer is not whole"):
+        answer(*pair, "x", limits=limits, functions=[])
 
 
 @pytest.mark.parametrize(
