@@ -53,7 +53,7 @@ def stream_generate(
             a text of any length takes constant memory; logits processors then see its last tokens alone,
             2,048 or more, and prompt_progress_callback has None for the number of all. Else, and with a
             draft, they are joined. A prompt_cache has then read what stands before an error in them.
-        max_tokens: at most so many tokens, one at least.
+        max_tokens: at most so many tokens; -1 for no limit, as MLX-LM has it.
         stop: a string, or several, that end the text; they are not part of it.
         json_schema: the text is JSON that fits this schema, whatever the model would say, and ends where the
             JSON does. Where `max_tokens` ends it before, a sentence in the log says so.
@@ -67,7 +67,7 @@ def stream_generate(
 
     Raises:
         PararnnError: the prompt is empty, holds a token id that the model does not have, or leaves no
-            position to generate at; max_tokens is below 1; the draft has another vocabulary; the schema
+            position to generate at; max_tokens is 0 or below -1; the draft has another vocabulary; the schema
             cannot be kept to, or not together with a draft.
     """
     check_max_tokens(max_tokens)
@@ -102,7 +102,7 @@ def stream_generate(
         if draft_model is not None:
             raise PararnnError("a draft model is not taken by a model that is divided among processes")
         kwargs["sampler"] = rank_0_samples(model.group, kwargs.get("sampler") or likeliest)
-    limited = room is not None and max_tokens > room
+    limited = room is not None and not 0 <= max_tokens <= room
     responses = mlx_lm_stream_generate(
         model, tokenizer, mx.array(tokens), max_tokens=cast(int, room) if limited else max_tokens, **kwargs
     )
@@ -147,9 +147,9 @@ def generate(model: Model, tokenizer: TokenizerWrapper, prompt: Prompt, **kwargs
 
 
 def check_max_tokens(max_tokens: int) -> None:
-    """Raise PararnnError for a limit below 1: with MLX-LM's -1 a model that has no end token never ends."""
-    if max_tokens < 1:
-        raise PararnnError(f"max_tokens must be at least 1, and it is {max_tokens}")
+    """Raise PararnnError for a limit that is none: 0, or below MLX-LM's -1 for no limit."""
+    if max_tokens == 0 or max_tokens < -1:
+        raise PararnnError(f"max_tokens must be at least 1, or -1 for no limit, and it is {max_tokens}")
 
 
 def check_text(text: str) -> None:

@@ -290,8 +290,9 @@ class Chat:
             return
         if kwargs.get("stop") or kwargs.get("logits_processors"):
             raise PararnnError("this model ends its answers itself: stop and penalties are not taken")
-        answer = {"answer": kwargs["max_tokens"]} if "max_tokens" in kwargs else {}
-        check_max_tokens(kwargs.get("max_tokens", 1))
+        limit = kwargs.get("max_tokens", -1)
+        check_max_tokens(limit)
+        answer = {"answer": limit} if limit != -1 else {}
         events = stream_answer(
             self.model,
             self.tokenizer,

@@ -409,11 +409,12 @@ def test_utf8_is_not_cut(demo):
 
 def test_learned_positions_run_out(converted, bytes_tokenizer, caplog):
     model, _ = mlx_pararnn.load_model(converted(BABYLM))  # 64 positions
-    responses = list(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 50, max_tokens=1000))
-    assert responses[-1].finish_reason == "length"
-    assert responses[-1].generation_tokens == 14
-    assert caplog.messages == ["stopped: the model's 64 learned positions are used up"]
-    caplog.clear()
+    for limit in (-1, 1000):
+        responses = list(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 50, max_tokens=limit))
+        assert responses[-1].finish_reason == "length"
+        assert responses[-1].generation_tokens == 14
+        assert caplog.messages == ["stopped: the model's 64 learned positions are used up"]
+        caplog.clear()
     responses = list(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 50, max_tokens=14))
     assert caplog.messages == []
     cache = model.make_cache()
@@ -426,10 +427,9 @@ def test_learned_positions_run_out(converted, bytes_tokenizer, caplog):
         next(mlx_pararnn.stream_generate(model, bytes_tokenizer, [1] * 20, prompt_cache=cache))
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_token_is_refused(demo, limit):
-    """MLX-LM takes -1 for none, and a model of bytes has no end of its own."""
-    said = f"max_tokens must be at least 1, and it is {limit}"
+@pytest.mark.parametrize("limit", [0, -2])
+def test_a_limit_of_no_token_is_refused(demo, limit):
+    said = f"max_tokens must be at least 1, or -1 for no limit, and it is {limit}"
     with pytest.raises(PararnnError, match=said):
         mlx_pararnn.generate(*demo, "x", max_tokens=limit)
     for pair in (demo, mlx_pararnn.load()):
