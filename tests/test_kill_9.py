@@ -24,7 +24,7 @@ def test_a_conversion(form, tmp_path):
 
 @pytest.mark.parametrize(
     ("what", "times", "needed"),
-    [("coreml", 50, "coremltools"), ("coreml command", 8, "coremltools"), ("coreai", 50, "coreai")],
+    [("coreml", 50, "coremltools"), ("whole coreml", 8, "coremltools"), ("coreai", 50, "coreai")],
 )
 def test_an_export(what, times, needed, tmp_path):
     pytest.importorskip(needed)

@@ -40,6 +40,8 @@ def contents(folder: Path) -> Contents:
 
 def writing(write: Callable[[], object], out: Path, look: Callable[[], object], times: int = 50) -> None:
     """A folder that appears whole, or not at all; `look` raises where one that is there is not whole."""
+    finished(write)  # the first takes longer than those whose moments are drawn
+    look()
     seen, chance = set(), random.Random(0)
 
     def check(ended: bool) -> None:
@@ -101,17 +103,17 @@ def export(out: Path) -> None:
     writing(write, out, look)
 
 
-def export_command(out: Path) -> None:
-    """`convert --to coreml` from the first line of its process; what coremltools writes differs each time."""
+def whole_export(out: Path) -> None:
+    """`convert --to coreml` with all that coremltools does, which writes another manifest each time."""
+    from mlx_pararnn.convert.coreml import mlpackage  # noqa: F401 - coremltools takes seconds to import
+    from mlx_pararnn.convert.to_coreml import convert_to_coreml
+
     temporary = out.parent.parent / "temporary"
     temporary.mkdir()
-    command = [sys.executable, "-m", "mlx_pararnn", "convert", golden_file(CHECKPOINT), "--to", "coreml"]
-    command += ["--chunk", "2", "--tokenizer", "bytes", "--force", "-o", out]
+    os.environ["TMPDIR"] = str(temporary)  # where coremltools leaves what it was making
 
     def write() -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.environ["TMPDIR"] = str(temporary)
-        os.execv(sys.executable, [str(word) for word in command])
+        convert_to_coreml(golden_file(CHECKPOINT), out, chunk=2, tokenizer="bytes", force=True)
 
     writing(write, out, lambda: finished(lambda: run_coreml(out)), times=8)
 
@@ -274,7 +276,7 @@ def main(what: str, folder: Path) -> None:
         {
             "as it is": conversion,
             "coreml": export,
-            "coreml command": export_command,
+            "whole coreml": whole_export,
             "coreai": export_to_coreai,
             "training": training,
             "conversations": conversations,
