@@ -25,10 +25,13 @@ def killed(
     took = finished(work)
     chance, counts = random.Random(seed), Counter[str]()
     while counts["killed"] < times:
-        child = _forked(work)
-        time.sleep(chance.uniform(0, took))
-        os.kill(child, signal.SIGKILL)
-        code = _wait(child)
+        child, begin = _forked(work), time.monotonic()
+        code = _ended_within(chance.uniform(0, took), child)
+        if code is None:
+            os.kill(child, signal.SIGKILL)
+            code = _wait(child)
+        if code == 0:  # on a machine with other work it takes long at one time and not at another
+            took = 1.2 * (time.monotonic() - begin)
         assert code in (0, -signal.SIGKILL), code
         counts["killed" if code else "ended"] += 1
         check(code == 0)
@@ -53,6 +56,17 @@ def _forked(work: Callable[[], object]) -> int:
             traceback.print_exc()
             os._exit(1)
     return child
+
+
+def _ended_within(seconds: float, child: int) -> int | None:
+    """The exit code of a child that ends by then."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    return None
 
 
 def _wait(child: int) -> int:
