@@ -42,7 +42,7 @@ def write_package(
         progress: called with what is being done and the share of it that is.
 
     Raises:
-        PararnnError: the cell's step uses what a Core AI program cannot do, or there is no room for it.
+        PararnnError: the cell's step uses what a Core AI program cannot do, or it could not be written.
         OSError: there is no room for it.
     """
     module = core.Module.create()

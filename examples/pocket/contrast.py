@@ -32,7 +32,7 @@ from mlx_pararnn.training.settings import Settings
 from mlx_pararnn.training.trainer import Trainer
 
 from .batches import Turn, encode, protocol
-from .data import Sample, logic, number, pair
+from .data import Sample, logic, number, pair, sign_between
 from .evaluate import check_traces
 from .traces import Trace, solve
 from .train import ARGS
@@ -125,8 +125,7 @@ def multiplication(rng: random.Random, digits: int) -> Sample:
 
 def comparison(rng: random.Random, digits: int) -> Sample:
     a, b = pair(rng, digits)
-    sign = "=<>"[(int(a) < int(b)) + 2 * (int(a) > int(b))]
-    return f"compare {a} and {b}", f"{a} {sign} {b}"
+    return f"compare {a} and {b}", f"{a} {sign_between(a, b)} {b}"
 
 
 def reversal(rng: random.Random, digits: int) -> Sample:
@@ -141,13 +140,8 @@ def sorting(rng: random.Random, digits: int) -> Sample:
 
 # Each in one wording: what is compared is not how many are understood.
 TASKS: dict[str, Callable[[random.Random, int], Sample]] = {
-    "addition": addition,
-    "subtraction": subtraction,
-    "multiplication": multiplication,
-    "comparison": comparison,
-    "reversal": reversal,
-    "sorting": sorting,
-    "logic": logic,
+    task.__name__: task
+    for task in (addition, subtraction, multiplication, comparison, reversal, sorting, logic)
 }
 
 

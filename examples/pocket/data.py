@@ -86,9 +86,14 @@ def multiplication(rng: random.Random, digits: int) -> Sample:
     return polite(rng, asked if rng.random() < 0.7 else told), str(int(a) * int(b))
 
 
+def sign_between(a: str, b: str) -> str:
+    """ "<", "=" or ">"."""
+    return "=<>"[(int(a) < int(b)) + 2 * (int(a) > int(b))]
+
+
 def comparison(rng: random.Random, digits: int) -> Sample:
     a, b = pair(rng, digits)
-    sign = "=<>"[(int(a) < int(b)) + 2 * (int(a) > int(b))]
+    sign = sign_between(a, b)
     kind = rng.randrange(3)
     if kind == 0:
         join = rng.choice((f"{a} and {b}", f"{a} with {b}", f"{a} to {b}", f"{a}, {b}"))
@@ -168,13 +173,8 @@ def ask(rng: random.Random, expression: str) -> str:
 
 
 TASKS: dict[str, Callable[[random.Random, int], Sample]] = {
-    "addition": addition,
-    "subtraction": subtraction,
-    "multiplication": multiplication,
-    "comparison": comparison,
-    "reversal": reversal,
-    "sorting": sorting,
-    "logic": logic,
+    task.__name__: task
+    for task in (addition, subtraction, multiplication, comparison, reversal, sorting, logic)
 }
 
 

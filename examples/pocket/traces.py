@@ -162,12 +162,9 @@ def solve(message: str, mistaken: str = "") -> Trace | None:
         mistaken: a kind that the message is taken for in error; the trace goes on from there.
     """
     trace = Trace(message)
-    note_kind(trace, kind_of(message), mistaken)
-    if kind_of(message) == LOGIC:
-        _logic(trace)
-        trace.end()
-        return trace
-    note = scan(trace)
+    kind = kind_of(message)
+    note_kind(trace, kind, mistaken)
+    note = LOGIC if kind == LOGIC else scan(trace)
     if note not in _PROCEDURES:
         return None
     _PROCEDURES[note](trace)
@@ -559,4 +556,5 @@ _PROCEDURES = {
     SORTED_LIST: partial(_sort, row=False),
     SORTED_ROW: partial(_sort, row=True),
     TOO_LONG: partial(Trace.answer, text=SINGLE_DIGITS),
+    LOGIC: _logic,
 }

@@ -12,9 +12,8 @@ from .assistant import Assistant
 from .number_words import NotUnderstood, formula, number
 from .standard import calculate
 
-LONGEST = (
-    2100  # characters of a message: two numbers of as many digits as are read, and what is asked of them
-)
+# Characters of a message: two numbers of as many digits as are read, and what is asked of them.
+LONGEST = 2100
 
 _ASKED = re.compile(
     r"[\s,:]*(?:(?:please|pls|can you|could you|would you|hey|ok|hi|hello|so|thanks)\b[\s,:]*)*"
